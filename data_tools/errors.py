@@ -1,0 +1,29 @@
+"""The one exception that means "the user gave something wrong", and how entry points report it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+CONFIG_ERROR_EXIT_CODE = 2
+
+
+class ConfigError(Exception):
+    """A mistake the user can correct: what is wrong, the values, what to do, in one sentence.
+
+    The message begins with the flag or the file at fault.
+    """
+
+
+@contextmanager
+def exit_on_config_error(is_reporter: bool = True) -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and exit code 2.
+
+    Args:
+        is_reporter: False on ranks that stay silent, so that N processes print one sentence.
+    """
+    try:
+        yield
+    except ConfigError as err:
+        if is_reporter:
+            sys.stderr.write(f"error: {err}\n")
+        sys.exit(CONFIG_ERROR_EXIT_CODE)
