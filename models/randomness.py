@@ -1,9 +1,9 @@
 """Random numbers that are a pure function of (seed, stream, position, element).
 
-Nothing here has state: the numbers of a sample depend on its stream position alone, so they are the same on
-any rank, in any order, after any resume, and on CPU and GPU (up to the rounding of log, cos and sin).
-Each number is a 64-bit hash; the mixing function is the finaliser of splitmix64 (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", OOPSLA 2014).
+Nothing here has state: the numbers of a sample depend on its stream position alone, so they are
+the same on any rank, in any order, after any resume, and on CPU and GPU (up to the rounding of
+log, cos and sin). Each number is a 64-bit hash; the mixing function is the finaliser of splitmix64
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 
 N positions.
 """
