@@ -1,0 +1,93 @@
+"""Draw the demo image set: ten classes of emoji, one folder per class.
+
+python data_tools/make_demo_images.py --output datasets/demo_images --size 64 --per-class 120
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(REPOSITORY)
+
+from PIL import Image
+
+from data_tools.emoji import draw_emoji, emoji_classes
+from data_tools.errors import ConfigError, exit_on_config_error
+
+DEMO_IMAGES = REPOSITORY / "datasets" / "demo_images"
+DEMO_SIZE = 64
+DEMO_PER_CLASS = 120
+MIN_SIZE = 8
+
+
+def evenly(members: tuple[str, ...], count: int) -> list[str]:
+    """Choose at most `count` members at equal distances, so that every kind is represented."""
+    count = min(count, len(members))
+    return [members[index * len(members) // count] for index in range(count)]
+
+
+def make_demo_images(output: Path, size: int, per_class: int) -> int:
+    """Write output/CLASS/SEQUENCE.png; the same arguments give the same pictures.
+
+    A class with fewer emoji than `per_class` has them all. Existing files of the set are drawn
+    again, files of another set are refused.
+
+    Returns:
+        the number of pictures.
+    """
+    chosen = {name: evenly(members, per_class) for name, members in emoji_classes().items()}
+    wanted = {f"{name}/{sequence}.png" for name, members in chosen.items() for sequence in members}
+    found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    if strangers := sorted(found - wanted):
+        raise ConfigError(
+            f"--output {output}: holds {len(strangers)} other files ({strangers[0]}, ...); "
+            "give a new or empty folder."
+        )
+    for name, members in chosen.items():
+        folder = output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for sequence in members:
+            Image.fromarray(draw_emoji(sequence, size)).save(folder / f"{sequence}.png")
+    return len(wanted)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Define the flags and check their values."""
+    parser = argparse.ArgumentParser(
+        description="Draw the demo image set: ten classes of emoji (OpenMoji, CC BY-SA 4.0)."
+    )
+    parser.add_argument(
+        "--output", type=Path, default=DEMO_IMAGES, metavar="FOLDER", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--size", type=int, default=DEMO_SIZE, metavar="PIXELS", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--per-class",
+        type=int,
+        default=DEMO_PER_CLASS,
+        metavar="N",
+        help="pictures per class at most (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    if args.size < MIN_SIZE:
+        raise ConfigError(f"--size {args.size}: must be at least {MIN_SIZE} pixels.")
+    if args.per_class < 1:
+        raise ConfigError(f"--per-class {args.per_class}: must be at least 1.")
+    if args.output.exists() and not args.output.is_dir():
+        raise ConfigError(f"--output {args.output}: is a file; give a folder.")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    """Draw the set and say where it is."""
+    args = parse_arguments(argv)
+    count = make_demo_images(args.output, args.size, args.per_class)
+    print(f"{args.output}: {count} pictures in {len(emoji_classes())} classes")
+
+
+if __name__ == "__main__":
+    with exit_on_config_error():
+        main(sys.argv[1:])
