@@ -41,8 +41,9 @@ _HEART = "2764"
 _JOINER = "200D"
 # What turns an adult into something other than a portrait: a partner, a child, a wheelchair, ...
 _NOT_PORTRAIT = frozenset(
-    "1F466 1F467 1F468 1F469 1F9D1 1F9D2 1F91D 1F9AF 1F9BC 1F9BD 1F37C 1F430 1FA70 1FAEF".split()
-) | {_HEART}
+    {"1F466", "1F467", "1F468", "1F469", "1F9D1", "1F9D2", "1F91D", "1F9AF", "1F9BC", "1F9BD"}
+    | {"1F37C", "1F430", "1FA70", "1FAEF", _HEART}
+)
 SKIN_TONES = frozenset(f"1F3F{digit}" for digit in "BCDEF")  # Fitzpatrick modifiers
 FILL = 0.94  # the emoji's longer side as a fraction of the picture's side
 OVERSAMPLING = 2.5  # font size over picture size: drawn large, then reduced, so edges are smooth

@@ -20,7 +20,6 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
