@@ -1,0 +1,132 @@
+"""The command line of training/main.py: a preset, and one flag per configuration key."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from data_tools.errors import ConfigError
+from training.config import (
+    EXPECTED,
+    SECTIONS,
+    Config,
+    Option,
+    check_type,
+    config_from_dict,
+    did_you_mean,
+    load_preset,
+    options,
+)
+
+DEFAULT_PRESET = "demo"
+DEFAULT_DEEPSPEED = Path("ds_configs/zero2.json")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the user asked for.
+
+    Attributes:
+        config: the preset with the flags laid over it.
+        preset: name or path, as typed.
+        deepspeed: the DeepSpeed JSON file, as typed.
+        local_rank: from the deepspeed launcher; -1 without it.
+        dry_run: print everything resolved and stop.
+    """
+
+    config: Config
+    preset: str
+    deepspeed: Path
+    local_rank: int
+    dry_run: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help.")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="training/main.py",
+        description="Train a Switch-DiT. Running the same command again continues the run.",
+        epilog="Every key of a preset is also a flag; without a flag the preset's value holds.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--preset",
+        default=DEFAULT_PRESET,
+        metavar="NAME|FILE",
+        help=f"training/presets/NAME.yaml or a YAML file (default: {DEFAULT_PRESET})",
+    )
+    parser.add_argument(
+        "--deepspeed",
+        type=Path,
+        default=DEFAULT_DEEPSPEED,
+        metavar="JSON",
+        help=f"memory and precision (default: {DEFAULT_DEEPSPEED})",
+    )
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, sizes and memory, and write nothing",
+    )
+    groups = {
+        section: parser.add_argument_group(section, cls.__doc__)
+        for section, cls in SECTIONS.items()
+    }
+    for leaf in options():
+        _add_flag(groups[leaf.section], leaf)
+    return parser
+
+
+def _add_flag(group: Any, leaf: Option) -> None:
+    meta = leaf.field.metadata
+    common = {"dest": leaf.name, "default": argparse.SUPPRESS, "help": meta["help"]}
+    if leaf.kind is bool:
+        group.add_argument(leaf.flag, action=argparse.BooleanOptionalAction, **common)
+    else:
+        metavar = "|".join(meta["choices"]) or {int: "N", float: "X", str: "TEXT"}[leaf.kind]
+        group.add_argument(leaf.flag, metavar=metavar, **common)
+
+
+def _value_of_flag(leaf: Option, text: str | bool) -> Any:
+    """Turn a flag's text into the leaf's type; "null" and "none" mean null where it is allowed."""
+    value: Any = text
+    if isinstance(text, str):
+        if leaf.is_nullable and text.lower() in ("null", "none"):
+            return None
+        if leaf.kind is not str:
+            try:
+                value = leaf.kind(text)
+            except ValueError:
+                raise ConfigError(
+                    f"{leaf.flag} must be {EXPECTED[leaf.kind]}, not '{text}'."
+                ) from None
+    return check_type(leaf, value, leaf.flag)
+
+
+def parse_command_line(argv: list[str] | None = None) -> CommandLine:
+    """Read the preset and lay the flags over it.
+
+    Args:
+        argv: without the program's name; None = sys.argv.
+    """
+    parser = _build_parser()
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        known = [name for action in parser._actions for name in action.option_strings]
+        raise ConfigError(f"{flag}: unknown flag{did_you_mean(flag, known, '; see --help.')}")
+    values = load_preset(given.preset).to_dict()
+    for leaf in options():
+        if hasattr(given, leaf.name):
+            values[leaf.section][leaf.name] = _value_of_flag(leaf, getattr(given, leaf.name))
+    return CommandLine(
+        config=config_from_dict(values, given.preset),
+        preset=given.preset,
+        deepspeed=given.deepspeed,
+        local_rank=given.local_rank,
+        dry_run=given.dry_run,
+    )

@@ -1,0 +1,161 @@
+"""Everything about a run that can be refused before a process group exists.
+
+From plain values, cheap, and the same on every rank. Each mistake is one sentence that begins with
+the flag or the file at fault.
+"""
+
+import math
+import operator
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_tools.errors import ConfigError
+from training.config import Config, differences, load_preset, options
+from training.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+
+RESOLVED_CONFIG = "config.yaml"  # in the run directory; also a valid --preset
+_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+class Dataset(Protocol):
+    """What validation needs of data_tools.shards.DatasetManifest."""
+
+    folder: Any
+    num_samples: int
+    num_classes: int
+    latent_channels: int
+    latent_height: int
+    latent_width: int
+    has_flip: bool
+
+
+def validate(
+    config: Config, deepspeed_path: Path, world_size: int, manifest: Dataset | None = None
+) -> None:
+    """Raise ConfigError for the first thing that does not fit.
+
+    Args:
+        config: the resolved configuration.
+        deepspeed_path: the DeepSpeed JSON file.
+        world_size: number of ranks.
+        manifest: the data's description; None = not looked at.
+    """
+    _check_bounds(config)
+    _check_model(config)
+    _check_expert_parallelism(config, deepspeed_path, world_size)
+    plan_batch(config, world_size)
+    if manifest is not None:
+        _check_data(config, manifest)
+
+
+def _check_bounds(config: Config) -> None:
+    values = config.to_dict()
+    for leaf in options():
+        value, bounds = values[leaf.section][leaf.name], leaf.field.metadata["bounds"]
+        if value is None:
+            continue
+        if leaf.kind is float and not math.isfinite(value):
+            raise ConfigError(f"{leaf.flag} {value} is not a finite number; give one.")
+        for sign, limit in re.findall(r"([<>]=?)([\d.]+)", bounds):
+            if not _COMPARE[sign](value, float(limit)):
+                allowed = bounds.replace(" ", " and ")
+                raise ConfigError(f"{leaf.flag} {value} is out of range; it must be {allowed}.")
+
+
+def _check_model(config: Config) -> None:
+    model, diffusion = config.model, config.diffusion
+    if model.top_k > model.num_experts:
+        raise ConfigError(
+            f"--top-k {model.top_k} is more than --num-experts {model.num_experts}; "
+            f"use 1 to {model.num_experts}."
+        )
+    if model.latent_size % model.patch_size:
+        raise ConfigError(
+            f"--patch-size {model.patch_size} does not divide --latent-size {model.latent_size}; "
+            "use 2, 4 or 8 on a latent size that is a multiple of it."
+        )
+    if config.run.sample_steps > diffusion.num_timesteps:
+        raise ConfigError(
+            f"--sample-steps {config.run.sample_steps} is more than --num-timesteps "
+            f"{diffusion.num_timesteps}; use at most that many."
+        )
+
+
+def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: int) -> None:
+    size, num_experts = config.run.expert_parallel_size, config.model.num_experts
+    deepspeed = load_deepspeed_json(deepspeed_path)
+    if size == 1:
+        return
+    if num_experts % size:
+        raise ConfigError(
+            f"--expert-parallel-size {size} does not divide --num-experts {num_experts}; "
+            "use a divisor, so that every rank holds equally many."
+        )
+    if world_size % size:
+        raise ConfigError(
+            f"--expert-parallel-size {size} does not divide the {world_size} rank(s); start a "
+            f"multiple of {size} ranks or lower it."
+        )
+    if stage_of(deepspeed) == 3:
+        raise ConfigError(
+            f"--expert-parallel-size {size} does not work with ZeRO stage 3 ({deepspeed_path}) "
+            "yet; use ds_configs/zero2.json or --expert-parallel-size 1."
+        )
+    if stage_of(deepspeed) == 0 and config.optim.gradient_clipping > 0:
+        raise ConfigError(
+            f"--gradient-clipping {config.optim.gradient_clipping} with --expert-parallel-size "
+            f"{size} at ZeRO stage 0 ({deepspeed_path}) would clip by a wrong norm (DeepSpeed "
+            "#8475); use ds_configs/zero1.json or --gradient-clipping 0."
+        )
+    zero = deepspeed.get("zero_optimization", {})
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if zero.get(key) is False:
+            raise ConfigError(
+                f"{deepspeed_path}: zero_optimization.{key} must be true with "
+                f"--expert-parallel-size {size}; remove the key."
+            )
+
+
+def _check_data(config: Config, manifest: Dataset) -> None:
+    model, where = config.model, f"--data {config.data.data}"
+    holds = (manifest.latent_channels, manifest.latent_height, manifest.latent_width)
+    takes = (model.latent_channels, model.latent_size, model.latent_size)
+    if holds != takes:
+        raise ConfigError(
+            f"{where} holds latents of {_shape(holds)} (channels x height x width) but the model "
+            f"takes {_shape(takes)}; set --latent-channels and --latent-size, or encode the "
+            "images at another size."
+        )
+    if manifest.num_classes > model.num_classes > 0:
+        raise ConfigError(
+            f"{where} has {manifest.num_classes} classes but the model has --num-classes "
+            f"{model.num_classes}; use --num-classes {manifest.num_classes}."
+        )
+    if model.num_classes > 0 and manifest.num_classes == 0:
+        raise ConfigError(
+            f"{where} has no classes but the model has --num-classes {model.num_classes}; use "
+            "--num-classes 0 or encode a class-per-folder tree."
+        )
+    if config.data.horizontal_flip and not manifest.has_flip:
+        raise ConfigError(
+            f"{where} was encoded without mirrored images; use --no-horizontal-flip or encode "
+            "with them."
+        )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def check_run_directory(config: Config) -> None:
+    """Refuse to continue a run directory that was started with another configuration."""
+    path = Path(config.run.run_dir) / RESOLVED_CONFIG
+    if not path.exists():
+        return
+    changed = differences(load_preset(str(path)), config)
+    if changed:
+        raise ConfigError(
+            f"--run-dir {config.run.run_dir}: {RESOLVED_CONFIG} differs from this command in: "
+            f"{', '.join(changed)}. Use a new --run-dir, or repeat the old flags."
+        )
