@@ -1,0 +1,96 @@
+"""A mixture whose experts are shared out over a group of ranks (DeepSpeed-MoE, ZeRO 0 to 2).
+
+Routing is known to every rank before the block runs (gate.py), so nothing is negotiated: a sample
+goes once to each rank that holds one of its experts, that rank applies its own replica of the gate
+values and sends back one partial sum. There is no capacity, no padding and no dropped sample. A
+gate value's gradient arises on the rank that applied it; data-parallel averaging collects the
+pieces.
+
+This is the only module in models/ that communicates.
+"""
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+from models.gate import BlockPlan
+from models.moe import MixtureBody, StackedExperts
+
+
+class ExpertParallelMixture(MoE):
+    """A mixture that holds 1 / expert_parallel_size of its experts on each rank.
+
+    It is a DeepSpeed MoE by type and by the attributes that the engine and its checkpoints read;
+    gate, dispatch and experts are ours. DeepSpeed sets the process group when it starts.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, expert_parallel_size: int) -> None:
+        nn.Module.__init__(self)  # not MoE's, which would build its own gate and experts
+        assert num_experts % expert_parallel_size == 0, "experts must divide evenly over ranks"
+        self.use_residual = False
+        self.enable_expert_tensor_parallelism = False
+        self.ep_size = expert_parallel_size
+        self.expert_group_name = f"ep_size_{expert_parallel_size}"
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // expert_parallel_size
+        self.deepspeed_moe = MixtureBody(StackedExperts(hidden_size, self.num_local_experts))
+        for parameter in self.deepspeed_moe.experts.parameters():
+            parameter.allreduce = False  # averaged over the ranks with the same experts only
+            parameter.group_name = self.expert_group_name
+
+    def group_rank_and_size(self) -> tuple[int, int]:
+        """Return this rank's place in the expert-parallel group and the group's size."""
+        group = self.deepspeed_moe.ep_group
+        assert group is not None, "deepspeed.initialize sets the group; call it before the model"
+        return dist.get_rank(group=group), self.ep_size
+
+    # Sizes differ from step to step, and torch.compile would specialise on each of them.
+    @torch.compiler.disable
+    def forward(self, x: Tensor, plan: BlockPlan) -> Tensor:
+        """Return the weighted sum of the experts of each sample. All ranks must call this.
+
+        Args:
+            x: (N, T, D) this rank's samples; N is equal on all ranks.
+            plan: with the gate values of the whole group and this rank's dispatch.
+        """
+        dispatch, group = plan.dispatch, self.deepspeed_moe.ep_group
+        assert dispatch is not None, "the plan was made for one rank"
+        first = dist.get_rank(group=group) * self.num_local_experts
+        gates = plan.expert_weight[dispatch.recv_rows, first : first + self.num_local_experts]
+        rows = x.index_select(0, dispatch.send_rows)
+        rows = _AllToAll.apply(group, rows, dispatch.send_splits, dispatch.recv_splits)
+        sums = self.deepspeed_moe.experts(rows, gates)
+        sums = _AllToAll.apply(group, sums, dispatch.recv_splits, dispatch.send_splits)
+        return torch.zeros_like(x).index_add(0, dispatch.send_rows, sums.to(x.dtype))
+
+
+class _AllToAll(torch.autograd.Function):
+    """Exchange rows of uneven numbers; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        group: dist.ProcessGroup,
+        rows: Tensor,
+        send_splits: list[int],
+        recv_splits: list[int],
+    ) -> Tensor:
+        ctx.group, ctx.send_splits, ctx.recv_splits = group, send_splits, recv_splits
+        return _exchange(group, rows, send_splits, recv_splits)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[None, Tensor, None, None]:
+        gradient = _exchange(ctx.group, gradient, ctx.recv_splits, ctx.send_splits)
+        return None, gradient, None, None
+
+
+def _exchange(
+    group: dist.ProcessGroup, rows: Tensor, send_splits: list[int], recv_splits: list[int]
+) -> Tensor:
+    """Send rows grouped by destination, receive rows grouped by source. All ranks must call."""
+    received = rows.new_empty((sum(recv_splits), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), recv_splits, send_splits, group=group)
+    return received
