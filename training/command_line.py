@@ -11,7 +11,7 @@ from training.config import (
     SECTIONS,
     Config,
     Option,
-    check_type,
+    check_value,
     config_from_dict,
     did_you_mean,
     load_preset,
@@ -104,7 +104,7 @@ def _value_of_flag(leaf: Option, text: str | bool) -> Any:
                 raise ConfigError(
                     f"{leaf.flag} must be {EXPECTED[leaf.kind]}, not '{text}'."
                 ) from None
-    return check_type(leaf, value, leaf.flag)
+    return check_value(leaf, value, leaf.flag)
 
 
 def parse_command_line(argv: list[str] | None = None) -> CommandLine:

@@ -7,6 +7,8 @@ belong to ds_configs/*.json, machines to slurm/*.sh.
 
 import dataclasses
 import difflib
+import math
+import operator
 import re
 import types
 import typing
@@ -18,9 +20,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from data_tools.errors import ConfigError
+from models.switch_dit import MODEL_SIZES
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 def option(
@@ -48,7 +52,7 @@ def option(
 class ModelConfig:
     """The network."""
 
-    size: str = option("depth and width, as in the paper", choices=("demo", "S", "B", "L", "XL"))
+    size: str = option("depth and width, as in the paper", choices=tuple(MODEL_SIZES))
     patch_size: int = option("side of a patch, in latent pixels", bounds=">=1")
     latent_channels: int = option("channels of the VAE's latents", bounds=">=1")
     latent_size: int = option("height and width of the latents, in latent pixels", bounds=">=1")
@@ -194,8 +198,8 @@ def did_you_mean(wrong: str, known: Iterable[str], otherwise: str | None = None)
     return f"; choose one of: {', '.join(known)}." if otherwise is None else otherwise
 
 
-def check_type(leaf: Option, value: Any, where: str) -> Any:
-    """Return `value` if it has the leaf's type and is an allowed choice, else raise ConfigError.
+def check_value(leaf: Option, value: Any, where: str) -> Any:
+    """Return `value` if it has the leaf's type and is allowed, else raise ConfigError.
 
     Args:
         leaf: the key.
@@ -211,7 +215,11 @@ def check_type(leaf: Option, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} must be {EXPECTED[leaf.kind]}{null}, not {value!r}.")
     choices = leaf.field.metadata["choices"]
     if choices and value not in choices:
-        raise ConfigError(f"{where}: unknown value {value!r}{did_you_mean(value, choices)}")
+        raise ConfigError(f"{where}: unknown value '{value}'{did_you_mean(value, choices)}")
+    bounds = leaf.field.metadata["bounds"]
+    for sign, limit in re.findall(r"([<>]=?)([\d.]+)", bounds):
+        if not (_COMPARE[sign](value, float(limit)) and math.isfinite(value)):
+            raise ConfigError(f"{where} must be {bounds.replace(' ', ' and ')}, not {value}.")
     return value
 
 
@@ -241,7 +249,7 @@ def config_from_dict(values: Any, source: str) -> Config:
         where = f"{source}: {leaf.section}.{leaf.name}"
         given = values.get(leaf.section, {})
         if leaf.name in given:
-            parts[leaf.section][leaf.name] = check_type(leaf, given[leaf.name], where)
+            parts[leaf.section][leaf.name] = check_value(leaf, given[leaf.name], where)
         elif leaf.field.default is MISSING:
             raise ConfigError(f"{where} is missing: {leaf.field.metadata['help']}.")
     return Config(**{section: SECTIONS[section](**keys) for section, keys in parts.items()})

@@ -20,6 +20,12 @@ from training.config import Config, did_you_mean
 
 MAX_STAGE = 3
 AUTO = "auto"
+PRECISION_NAMES = {
+    "fp32": "fp32",
+    "bf16": "bf16 with fp32 master weights",
+    "autocast": "fp32 weights with products in bf16",
+}
+PRECISION_BLOCKS = ("bf16", "torch_autocast")
 # DeepSpeed ignores a top-level key that it does not know, so a typo would pass unnoticed.
 # fmt: off
 KNOWN_KEYS = frozenset({
@@ -50,19 +56,18 @@ class Hardware(NamedTuple):
     """What decides the precision that "auto" stands for."""
 
     name: str
-    device_type: str
     has_bf16: bool
 
 
-def detect_hardware(device: torch.device) -> Hardware:
-    """Ask torch whether this device multiplies bf16 natively.
+def detect_hardware() -> Hardware:
+    """Ask torch whether this machine's accelerator, or else its CPU, multiplies bf16 natively.
 
     A CPU without bf16 instructions emulates them: measured 1.3 GFLOP/s against 140 in fp32.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return Hardware(name, "cuda", torch.cuda.is_bf16_supported(including_emulation=False))
-    return Hardware("this CPU", "cpu", torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return Hardware(name, torch.cuda.is_bf16_supported(including_emulation=False))
+    return Hardware("this CPU", torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def load_deepspeed_json(path: Path) -> dict[str, Any]:
@@ -236,9 +241,17 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
 
 
 def merge_deepspeed(
-    path: Path, config: Config, world_size: int, hardware: Hardware
+    path: Path, config: Config, world_size: int, hardware: Hardware | None = None
 ) -> dict[str, Any]:
-    """Fill the file's "auto" values and return the dict for `deepspeed.initialize(config=...)`."""
+    """Fill the file's "auto" values and return the dict for `deepspeed.initialize(config=...)`.
+
+    Args:
+        path: the DeepSpeed JSON file.
+        config: the resolved configuration, owner of batch, accumulation and clipping.
+        world_size: number of ranks.
+        hardware: decides what "auto" precision means; None = this machine.
+    """
+    hardware = hardware or detect_hardware()
     merged = copy.deepcopy(load_deepspeed_json(path))
     plan = plan_batch(config, world_size)
     owned = {
@@ -258,11 +271,12 @@ def merge_deepspeed(
                 "or change the preset or flag."
             )
         merged[key] = value
-    for name in ("bf16", "torch_autocast"):
+    for name in PRECISION_BLOCKS:
         if merged.get(name, {}).get("enabled") == AUTO:
             merged[name]["enabled"] = hardware.has_bf16
     if merged.get("bf16", {}).get("enabled"):
         merged.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
+    merged.setdefault("zero_optimization", {}).setdefault("stage", 0)
     merged["zero_allow_untested_optimizer"] = True  # EMAAdamW; ZeRO knows its own by exact type
     merged["zero_force_ds_cpu_optimizer"] = False  # offloading, too, steps EMAAdamW
     for where in _find_auto(merged):
@@ -278,20 +292,23 @@ def _find_auto(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def describe_precision(merged: dict[str, Any], path: Path, hardware: Hardware) -> str:
+def precision_of(merged: dict[str, Any]) -> str:
+    """Return "bf16", "autocast" (fp32 weights, bf16 products) or "fp32"."""
+    if merged.get("bf16", {}).get("enabled"):
+        return "bf16"
+    return "autocast" if merged.get("torch_autocast", {}).get("enabled") else "fp32"
+
+
+def explain_precision(path: Path, merged: dict[str, Any], hardware: Hardware | None = None) -> str:
     """Return the one line that says which precision is used and why."""
+    hardware = hardware or detect_hardware()
     stated = load_deepspeed_json(path)
-    blocks = ("bf16", "torch_autocast")
-    name = next((block for block in blocks if stated.get(block, {}).get("enabled")), "bf16")
-    chosen = "fp32"
-    if merged.get(name, {}).get("enabled"):
-        chosen = (
-            "bf16 with fp32 master weights" if name == "bf16" else "fp32 weights, bf16 products"
-        )
+    name = next((b for b in PRECISION_BLOCKS if stated.get(b, {}).get("enabled")), "bf16")
     setting = json.dumps(stated.get(name, {}).get("enabled", False))
+    chosen = PRECISION_NAMES[precision_of(merged)]
     verb = "multiplies" if hardware.has_bf16 else "does not multiply"
-    line = f"precision: {chosen}; {path} sets {name}.enabled to {setting}, "
-    line += f"{hardware.name} {verb} bf16 natively"
-    if chosen != "fp32" and not hardware.has_bf16:
-        line += " and will emulate it, about 100 times slower than fp32"
-    return line + "."
+    slow = "" if chosen == "fp32" or hardware.has_bf16 else ", so it is about 100 times slower"
+    return (
+        f"precision: {chosen} ({path} sets {name}.enabled to {setting}; {hardware.name} {verb} "
+        f"bf16 natively{slow})"
+    )

@@ -4,18 +4,11 @@ From plain values, cheap, and the same on every rank. Each mistake is one senten
 the flag or the file at fault.
 """
 
-import math
-import operator
-import re
-from pathlib import Path
 from typing import Any, Protocol
 
 from data_tools.errors import ConfigError
-from training.config import Config, differences, load_preset, options
-from training.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
-
-RESOLVED_CONFIG = "config.yaml"  # in the run directory; also a valid --preset
-_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+from training.config import Config
+from training.deepspeed_config import stage_of
 
 
 class Dataset(Protocol):
@@ -31,36 +24,23 @@ class Dataset(Protocol):
 
 
 def validate(
-    config: Config, deepspeed_path: Path, world_size: int, manifest: Dataset | None = None
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    world_size: int,
+    manifest: Dataset | None = None,
 ) -> None:
     """Raise ConfigError for the first thing that does not fit.
 
     Args:
         config: the resolved configuration.
-        deepspeed_path: the DeepSpeed JSON file.
+        deepspeed_config: from `merge_deepspeed`, which has checked the file and the batch.
         world_size: number of ranks.
         manifest: the data's description; None = not looked at.
     """
-    _check_bounds(config)
     _check_model(config)
-    _check_expert_parallelism(config, deepspeed_path, world_size)
-    plan_batch(config, world_size)
+    _check_expert_parallelism(config, deepspeed_config, world_size)
     if manifest is not None:
         _check_data(config, manifest)
-
-
-def _check_bounds(config: Config) -> None:
-    values = config.to_dict()
-    for leaf in options():
-        value, bounds = values[leaf.section][leaf.name], leaf.field.metadata["bounds"]
-        if value is None:
-            continue
-        if leaf.kind is float and not math.isfinite(value):
-            raise ConfigError(f"{leaf.flag} {value} is not a finite number; give one.")
-        for sign, limit in re.findall(r"([<>]=?)([\d.]+)", bounds):
-            if not _COMPARE[sign](value, float(limit)):
-                allowed = bounds.replace(" ", " and ")
-                raise ConfigError(f"{leaf.flag} {value} is out of range; it must be {allowed}.")
 
 
 def _check_model(config: Config) -> None:
@@ -82,9 +62,11 @@ def _check_model(config: Config) -> None:
         )
 
 
-def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: int) -> None:
+def _check_expert_parallelism(
+    config: Config, deepspeed_config: dict[str, Any], world_size: int
+) -> None:
     size, num_experts = config.run.expert_parallel_size, config.model.num_experts
-    deepspeed = load_deepspeed_json(deepspeed_path)
+    stage = stage_of(deepspeed_config)
     if size == 1:
         return
     if num_experts % size:
@@ -97,22 +79,22 @@ def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: 
             f"--expert-parallel-size {size} does not divide the {world_size} rank(s); start a "
             f"multiple of {size} ranks or lower it."
         )
-    if stage_of(deepspeed) == 3:
+    if stage == 3:
         raise ConfigError(
-            f"--expert-parallel-size {size} does not work with ZeRO stage 3 ({deepspeed_path}) "
-            "yet; use ds_configs/zero2.json or --expert-parallel-size 1."
+            f"--expert-parallel-size {size} does not work with ZeRO stage 3 yet; use "
+            " ds_configs/zero2.json or --expert-parallel-size 1."
         )
-    if stage_of(deepspeed) == 0 and config.optim.gradient_clipping > 0:
+    if stage == 0 and config.optim.gradient_clipping > 0:
         raise ConfigError(
             f"--gradient-clipping {config.optim.gradient_clipping} with --expert-parallel-size "
-            f"{size} at ZeRO stage 0 ({deepspeed_path}) would clip by a wrong norm (DeepSpeed "
-            "#8475); use ds_configs/zero1.json or --gradient-clipping 0."
+            f"{size} at ZeRO stage 0 would clip by a wrong norm "
+            "(DeepSpeed #8475); use ds_configs/zero1.json or --gradient-clipping 0."
         )
-    zero = deepspeed.get("zero_optimization", {})
+    zero = deepspeed_config.get("zero_optimization", {})
     for key in ("contiguous_gradients", "reduce_scatter"):
         if zero.get(key) is False:
             raise ConfigError(
-                f"{deepspeed_path}: zero_optimization.{key} must be true with "
+                f"--deepspeed: zero_optimization.{key} must be true with "
                 f"--expert-parallel-size {size}; remove the key."
             )
 
@@ -146,16 +128,3 @@ def _check_data(config: Config, manifest: Dataset) -> None:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in shape)
-
-
-def check_run_directory(config: Config) -> None:
-    """Refuse to continue a run directory that was started with another configuration."""
-    path = Path(config.run.run_dir) / RESOLVED_CONFIG
-    if not path.exists():
-        return
-    changed = differences(load_preset(str(path)), config)
-    if changed:
-        raise ConfigError(
-            f"--run-dir {config.run.run_dir}: {RESOLVED_CONFIG} differs from this command in: "
-            f"{', '.join(changed)}. Use a new --run-dir, or repeat the old flags."
-        )
