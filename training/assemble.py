@@ -1,0 +1,70 @@
+"""Put the parts of a run together and take them apart again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from data_tools.loader import LatentStream
+
+from training.checkpoint import Checkpointer, TrainState
+from training.engine import build_engine
+from training.loop import Training
+from training.metrics import MetricSums
+from training.monitor import Monitor
+from training.objective import Objective
+from training.processes import Ranks
+from training.sample_grid import SampleGrid
+
+if TYPE_CHECKING:
+    from training.main import Job
+
+
+@contextmanager
+def assemble(
+    job: "Job", ranks: Ranks, device: torch.device, state: TrainState
+) -> Iterator[Training]:
+    """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this."""
+    config, manifest = job.config, job.manifest
+    run_dir = Path(config.run.run_dir)
+    engine = build_engine(config, job.deepspeed_config)
+    objective = Objective(
+        config, ranks.rank, manifest.vae.scaling_factor, manifest.vae.shift_factor, device
+    )
+    stream = LatentStream(
+        manifest,
+        seed=config.run.seed,
+        window=config.data.shuffle_window,
+        global_batch_size=config.optim.global_batch_size,
+        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start_position=state.samples_consumed,
+        horizontal_flip=config.data.horizontal_flip,
+    )
+    monitor = Monitor(run_dir if ranks.is_main else None, resume_step=state.step)
+    monitor.text("configuration", config.to_yaml())
+    grid = SampleGrid(config, manifest, engine, objective.diffusion, ranks, device, monitor)
+    try:
+        yield Training(
+            config=config,
+            engine=engine,
+            stream=stream,
+            objective=objective,
+            sums=MetricSums(
+                engine.module.depth,
+                config.model.num_experts,
+                config.diffusion.num_timesteps,
+                device,
+            ),
+            monitor=monitor,
+            checkpointer=Checkpointer(
+                engine, run_dir, job.layout, manifest.hash, config.run.keep_last
+            ),
+            draw_samples=grid.draw,
+            is_main=ranks.is_main,
+        )
+    finally:
+        stream.close()
+        monitor.close()

@@ -1,0 +1,297 @@
+"""Checkpoints: complete or invisible.
+
+A checkpoint is DeepSpeed's own files plus consolidated weights, written under a temporary name,
+then described by a manifest, renamed, and named by `latest`, in this order. DeepSpeed itself loads
+a changed expert-parallel size as silent garbage, so the manifest is compared before it loads.
+
+    checkpoints/latest                    the newest complete step, one line
+    checkpoints/step-0001000/             DeepSpeed's files
+                     ema.safetensors      averaged weights, fp32, experts in global order
+                     weights.safetensors  raw weights, likewise
+                     manifest.json        files with sizes and sha256, layout, progress
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from data_tools.errors import ConfigError
+from training.ema import consolidated_weights
+
+CHECKPOINT_DIR = "checkpoints"
+LATEST_FILE = "latest"
+MANIFEST_FILE = "manifest.json"
+EMA_FILE = "ema.safetensors"
+RAW_FILE = "weights.safetensors"
+TEMPORARY_PREFIX = ".tmp-"
+HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What resuming needs beside tensors."""
+
+    step: int = 0  # optimizer steps done
+    samples_consumed: int = 0  # stream position of the next sample
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint's tensors are spread; DeepSpeed's files load into no other."""
+
+    world_size: int
+    expert_parallel_size: int
+    zero_stage: int
+    precision: str  # "bf16", "fp16" or "fp32"
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """What `manifest.json` says of a complete checkpoint."""
+
+    tag: str
+    state: TrainState
+    layout: Layout
+    data_hash: str  # of the data set's manifest
+    files: dict[str, dict[str, Any]]  # name -> {bytes, sha256}
+
+
+def tag_of(step: int) -> str:
+    """Name the checkpoint of a step so that names sort like steps."""
+    return f"step-{step:07d}"
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """Read a checkpoint's manifest and check that its files are there in their sizes."""
+    path = folder / MANIFEST_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="ascii"))
+        manifest = CheckpointManifest(
+            tag=raw["tag"],
+            state=TrainState(**raw["state"]),
+            layout=Layout(**raw["layout"]),
+            data_hash=raw["data_hash"],
+            files=raw["files"],
+        )
+    except FileNotFoundError as err:
+        raise ConfigError(
+            f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint; choose another."
+        ) from err
+    except (json.JSONDecodeError, KeyError, TypeError) as err:
+        raise ConfigError(
+            f"{path} is not a checkpoint manifest ({err}); delete this checkpoint."
+        ) from err
+    for name, entry in manifest.files.items():
+        file = folder / name
+        size = file.stat().st_size if file.exists() else None
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise ConfigError(
+                f"{file} {found}, its manifest says {entry['bytes']} bytes; delete {folder} and "
+                f"write the name of an older checkpoint into {folder.parent / LATEST_FILE}."
+            )
+    return manifest
+
+
+def verify_file(manifest: CheckpointManifest, path: Path) -> None:
+    """Compare a file with the checksum in its checkpoint's manifest before it is read."""
+    entry = manifest.files.get(path.name)
+    if entry is None or _sha256(path) != entry["sha256"]:
+        raise ConfigError(
+            f"{path} does not match the checksum in its {MANIFEST_FILE}; use another checkpoint."
+        )
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the folder that `latest` names, None before the first checkpoint."""
+    pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
+    if not pointer.exists():
+        return None
+    folder = pointer.parent / pointer.read_text(encoding="ascii").strip()
+    if folder.parent != pointer.parent or not folder.is_dir():
+        raise ConfigError(
+            f"{pointer} names {folder.name!r}, which is no checkpoint in {pointer.parent}; write "
+            "the name of one that exists into it, or delete it to start afresh."
+        )
+    return folder
+
+
+def check_resumable(manifest: CheckpointManifest, layout: Layout, data_hash: str) -> None:
+    """Refuse to resume on another layout or another data set."""
+    for name, saved in asdict(manifest.layout).items():
+        current = asdict(layout)[name]
+        if saved != current:
+            raise ConfigError(
+                f"checkpoint {manifest.tag} was saved with {name}={saved}, this command has "
+                f"{current}; resume with {saved}, or start another --run-dir."
+            )
+    if manifest.data_hash != data_hash:
+        raise ConfigError(
+            f"checkpoint {manifest.tag} was trained on the data set with manifest hash "
+            f"{manifest.data_hash[:12]}, --data now has {data_hash[:12]}; point --data at the "
+            "original, or start another --run-dir."
+        )
+
+
+def _recording_engine() -> Any:
+    """Build DeepSpeed's plain checkpoint writer, durable and without exceptions on one rank alone.
+
+    A writer that raised on one rank would leave the others in a barrier; the error is kept and
+    all ranks agree on it after DeepSpeed is done.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class RecordingCheckpointEngine(TorchCheckpointEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.error: OSError | RuntimeError | None = None
+
+        def save(self, state_dict: dict[str, Any], path: str) -> None:
+            try:
+                with open(path, "wb") as file:
+                    torch.save(state_dict, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except (OSError, RuntimeError) as err:  # torch's zip writer reports ENOSPC as Runtime
+                self.error = err
+
+    return RecordingCheckpointEngine()
+
+
+class Checkpointer:
+    """Save and load the checkpoints of one run.
+
+    Args:
+        engine: the DeepSpeed engine.
+        run_dir: the run's directory.
+        layout: of this job.
+        data_hash: of the data set's manifest.
+        keep_last: newest checkpoints to keep.
+    """
+
+    def __init__(
+        self, engine: Any, run_dir: Path, layout: Layout, data_hash: str, keep_last: int
+    ) -> None:
+        self.engine, self.layout, self.data_hash = engine, layout, data_hash
+        self.folder, self.keep_last = run_dir / CHECKPOINT_DIR, keep_last
+        self.is_main = torch.distributed.get_rank() == 0
+        # DeepSpeed copies two scripts beside the tags that cannot read experts.
+        engine._copy_recovery_script = lambda save_path: None
+
+    def save(self, state: TrainState) -> str | None:
+        """Write and publish a checkpoint. All ranks must call this.
+
+        Returns:
+            None, or why it could not be written; then nothing of it is left and the checkpoint
+            before it stays the newest.
+        """
+        tag = tag_of(state.step)
+        temporary = self.folder / f"{TEMPORARY_PREFIX}{tag}"
+        message = _agreed_error(self._prepare(temporary))
+        if message is not None:
+            return message
+        writer = _recording_engine()
+        previous, self.engine.checkpoint_engine = self.engine.checkpoint_engine, writer
+        self.engine.save_checkpoint(
+            str(self.folder), tag=temporary.name, client_state=asdict(state), save_latest=False
+        )
+        self.engine.checkpoint_engine = previous
+        error = writer.error or self._save_consolidated(temporary)
+        message = _agreed_error(error)
+        if message is None:
+            message = _agreed_error(self._publish(temporary, tag, state) if self.is_main else None)
+        if message is not None and self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return message
+
+    def _prepare(self, temporary: Path) -> OSError | None:
+        if not self.is_main:
+            return None
+        try:
+            for stale in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+                shutil.rmtree(stale)
+            temporary.mkdir(parents=True)
+        except OSError as err:
+            return err
+        return None
+
+    def _save_consolidated(self, temporary: Path) -> OSError | SafetensorError | None:
+        error = None
+        for name, ema in ((EMA_FILE, True), (RAW_FILE, False)):
+            weights = consolidated_weights(self.engine, ema=ema)
+            if self.is_main and error is None:
+                try:
+                    save_file(weights, temporary / name)
+                except (OSError, SafetensorError) as err:
+                    error = err
+        return error
+
+    def _publish(self, temporary: Path, tag: str, state: TrainState) -> OSError | None:
+        try:
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                for path in sorted(temporary.iterdir())
+            }
+            manifest = CheckpointManifest(tag, state, self.layout, self.data_hash, files)
+            _write_durably(temporary / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1))
+            final = self.folder / tag
+            if final.exists():  # saved before, then trained on without publishing anything newer
+                shutil.rmtree(final)
+            os.rename(temporary, final)
+            _write_durably(self.folder / LATEST_FILE, tag + "\n")
+            self._prune()
+        except OSError as err:
+            return err
+        return None
+
+    def _prune(self) -> None:
+        complete = sorted(self.folder.glob("step-*"))
+        for old in complete[: -self.keep_last]:
+            shutil.rmtree(old)
+
+    def load(self, folder: Path) -> TrainState:
+        """Load a checkpoint whose manifest was checked. All ranks must call this."""
+        path, client_state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        assert path is not None, f"DeepSpeed loaded nothing from {folder}"
+        fields = TrainState.__dataclass_fields__
+        return TrainState(**{name: client_state[name] for name in fields})
+
+
+def _agreed_error(error: Exception | None) -> str | None:
+    """Tell all ranks the first error among them. All ranks must call this."""
+    messages: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, None if error is None else _describe(error))
+    return next((message for message in messages if message is not None), None)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the disk ({error.filename or 'while writing'})"
+    return str(error)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,86 @@
+"""The DeepSpeed engine of a run: model, optimizer groups, ZeRO, learning rate."""
+
+from typing import Any
+
+import torch
+
+from models.switch_dit import MODEL_SIZES, SwitchDiT
+from training.config import Config, OptimConfig
+from training.ema import EMAAdamW
+
+DENSE_GROUP = "dense"
+
+
+def build_model(config: Config, *, expert_parallel_size: int = 1) -> SwitchDiT:
+    """Build the network of a configuration, freshly initialised from its seed.
+
+    Args:
+        config: the run's configuration.
+        expert_parallel_size: ranks that share the experts; 1 gives a model that needs no process
+            group, whatever the configuration trains with.
+    """
+    torch.manual_seed(config.run.seed)  # the same start on every rank
+    model = config.model
+    depth, hidden_size, num_heads = MODEL_SIZES[model.size]
+    return SwitchDiT(
+        input_size=(model.latent_size, model.latent_size),
+        patch_size=model.patch_size,
+        in_channels=model.latent_channels,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=model.num_classes,
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        num_timesteps=config.diffusion.num_timesteps,
+        expert_parallel_size=expert_parallel_size,
+        activation_checkpointing=model.activation_checkpointing,
+    )
+
+
+def build_engine(config: Config, deepspeed_config: dict[str, Any]) -> Any:
+    """Wrap the model for training. All ranks must call this, after the process group exists.
+
+    Args:
+        config: the run's configuration.
+        deepspeed_config: the resolved DeepSpeed JSON; it names no optimizer, because the average
+            of the weights is state of ours.
+    """
+    import deepspeed
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    model = build_model(config, expert_parallel_size=config.run.expert_parallel_size)
+    # ZeRO needs experts in groups of their own, named by DeepSpeed; without expert parallelism
+    # this is one group.
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": DENSE_GROUP}
+    )
+    optim = config.optim
+    optimizer = EMAAdamW(
+        groups,
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        weight_decay=optim.weight_decay,
+        ema_decay=optim.ema_decay,
+        ema_warmup=optim.ema_warmup,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
+    )
+    return engine
+
+
+def learning_rate(optim: OptimConfig, step: int) -> float:
+    """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then constant.
+
+    A pure function of the step, so resuming needs no scheduler state.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    return optim.lr
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Set the rate of all parameter groups for the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

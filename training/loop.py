@@ -1,0 +1,155 @@
+"""The training loop: when things happen. What they compute is in objective.py and models/."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from data_tools.loader import LatentStream
+
+from training.checkpoint import Checkpointer, TrainState
+from training.config import Config
+from training.engine import learning_rate, set_learning_rate
+from training.metrics import MetricSums
+from training.monitor import Monitor, expert_map
+from training.objective import Objective
+from training.processes import StopSignal
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of an interval is not a finite number; raised on all ranks alike."""
+
+
+class CheckpointError(RuntimeError):
+    """The last checkpoint of a run could not be written; raised on all ranks alike."""
+
+
+@dataclass
+class Training:
+    """The parts of one run, put together by main.py."""
+
+    config: Config
+    engine: Any
+    stream: LatentStream
+    objective: Objective
+    sums: MetricSums
+    monitor: Monitor
+    checkpointer: Checkpointer
+    draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
+    is_main: bool
+
+
+def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState:
+    """Train from `state` to the configured number of steps or until a signal.
+
+    All ranks must call this. The last checkpoint is always written at the step it ends with.
+
+    Returns:
+        The state reached.
+
+    Raises:
+        NonFiniteLossError: on all ranks, at the end of the interval in which it happened.
+        CheckpointError: on all ranks, when the final checkpoint fails; earlier ones are intact.
+    """
+    run, batches = training.config.run, iter(training.stream)
+    started, first_step = time.monotonic(), state.step
+    saved_step = state.step
+    while state.step < run.max_steps:
+        gate_table = train_step(training, batches, state.step)
+        state = TrainState(
+            state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
+        )
+        signal_number = stop.agreed()
+        is_last = state.step == run.max_steps or signal_number != 0
+
+        if state.step % run.log_every == 0 or is_last:
+            metrics = log_interval(training, state)
+            if training.is_main:
+                speed = (state.step - first_step) / (time.monotonic() - started)
+                print_progress(metrics, state.step, run.max_steps, speed)
+
+        if run.sample_every and (state.step % run.sample_every == 0 or state.step == run.max_steps):
+            training.monitor.image(
+                state.step,
+                "moe/timestep_to_expert",
+                expert_map(gate_table, training.engine.module.top_k),
+            )
+            training.draw_samples(state.step)
+
+        if state.step % run.save_every == 0 or is_last:
+            save(training, state, is_last)
+            saved_step = state.step
+        if signal_number:
+            break
+    assert saved_step == state.step, "the state reached is always saved"
+    return state
+
+
+def train_step(training: Training, batches: Iterator, step: int) -> torch.Tensor:
+    """Run one optimizer step: every micro-step's forward and backward, then the update.
+
+    Returns:
+        The gate table of the last micro-step, (L, S, E), detached.
+    """
+    engine, objective, stream = training.engine, training.objective, training.stream
+    set_learning_rate(engine, learning_rate(training.config.optim, step))
+    for _ in range(engine.gradient_accumulation_steps()):
+        waited = stream.wait_sec
+        micro_batch = objective.micro_batch(next(batches))
+        output = engine(micro_batch.x_t, micro_batch.t, micro_batch.y, micro_batch.group_t)
+        terms, mse = objective.loss(output, micro_batch, step)
+        engine.backward(terms.total)
+        engine.step()
+        training.sums.add(terms, mse, micro_batch.t, output.plan, stream.wait_sec - waited)
+    return output.gate_table.detach()
+
+
+def log_interval(training: Training, state: TrainState) -> dict[str, float]:
+    """Reduce, check and record the metrics since the last call. All ranks must call this."""
+    metrics = training.sums.reduce()
+    metrics["optim/lr"] = learning_rate(training.config.optim, state.step - 1)
+    norm = training.engine.get_global_grad_norm()
+    if norm is not None:  # ZeRO 0 without clipping computes none
+        metrics["optim/grad_norm"] = float(norm)
+    training.monitor.scalars(state.step, metrics)
+    if not math.isfinite(metrics["loss/total"]):  # reduced, so all ranks agree
+        raise NonFiniteLossError(
+            f"loss is {metrics['loss/total']} at step {state.step}; the checkpoints before it are "
+            "intact. Lower --lr, raise --warmup-steps or set --gradient-clipping."
+        )
+    return metrics
+
+
+def save(training: Training, state: TrainState, is_last: bool) -> None:
+    """Write a checkpoint; a failure ends the run only where there is no later chance."""
+    problem = training.checkpointer.save(state)
+    if problem is None:
+        return
+    message = f"checkpoint of step {state.step} could not be written: {problem}"
+    if is_last:
+        raise CheckpointError(message)
+    if training.is_main:
+        sys.stderr.write(f"warning: {message}; training goes on, the one before it is intact.\n")
+
+
+def print_progress(metrics: dict[str, float], step: int, max_steps: int, speed: float) -> None:
+    """Print one line for the person who watches.
+
+    Args:
+        metrics: of the interval.
+        step: steps done.
+        max_steps: steps wanted.
+        speed: steps per second since this process started.
+    """
+    left = round((max_steps - step) / speed)
+    clock = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+    sys.stdout.write(
+        f"step {step}/{max_steps}  loss {metrics['loss/total']:.4f} (mse {metrics['loss/mse']:.4f}"
+        f" vlb {metrics['loss/vlb']:.4f} prior {metrics['loss/prior']:.4f})"
+        f"  lr {metrics['optim/lr']:.2e}  {metrics['speed/samples_per_sec']:.1f} samples/s"
+        f"  left {clock}\n"
+    )
+    sys.stdout.flush()

@@ -1,0 +1,160 @@
+"""Train a Switch-DiT with DeepSpeed. Running the same command again continues the run.
+
+    deepspeed training/main.py --deepspeed ds_configs/zero2.json
+
+Everything the user can get wrong is checked first, on every rank alike, before a process group
+exists and before anything is written.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.shards import DatasetManifest
+from training.checkpoint import (
+    CheckpointManifest,
+    Layout,
+    TrainState,
+    check_resumable,
+    latest_checkpoint,
+    read_manifest,
+)
+from training.command_line import CommandLine, parse_command_line
+from training.config import Config
+from training.count import checkpoint_bytes, describe
+from training.deepspeed_config import merge_deepspeed, precision_of
+from training.processes import Ranks, discover_ranks, select_accelerator
+from training.run_directory import check_free_space, check_run_directory, create_run_directory
+from training.validate import validate
+
+FOLLOWER_WAIT_SEC = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked command: what training needs, from plain values and files."""
+
+    config: Config
+    deepspeed_config: dict[str, Any]
+    manifest: DatasetManifest
+    layout: Layout
+    resume_from: Path | None
+    resume_manifest: CheckpointManifest | None
+
+
+def check(command: CommandLine, ranks: Ranks) -> Job:
+    """Check everything that can be checked before a process group exists; write nothing.
+
+    Raises:
+        ConfigError: for the first mistake found.
+    """
+    config = command.config
+    data, run_dir = Path(config.data.data), Path(config.run.run_dir)
+    deepspeed_config = merge_deepspeed(command.deepspeed, config, ranks.world_size)
+    manifest = DatasetManifest.load(data)
+    validate(config, deepspeed_config, ranks.world_size, manifest)
+    check_run_directory(run_dir, config)
+    layout = Layout(
+        ranks.world_size,
+        config.run.expert_parallel_size,
+        deepspeed_config["zero_optimization"]["stage"],
+        precision_of(deepspeed_config),
+    )
+    folder = latest_checkpoint(run_dir)
+    resume_manifest = None
+    if folder is not None:
+        resume_manifest = read_manifest(folder)
+        check_resumable(resume_manifest, layout, manifest.hash)
+    else:
+        check_free_space(run_dir, checkpoint_bytes(config))
+    return Job(config, deepspeed_config, manifest, layout, folder, resume_manifest)
+
+
+def prepare_data(command: CommandLine, ranks: Ranks) -> None:
+    """Make the demo data set if it is asked for and missing; any other must exist already."""
+    if command.dry_run or Path(command.config.data.data).resolve() != DEMO_LATENTS.resolve():
+        return
+    if not (DEMO_LATENTS / "dataset.json").exists():
+        if ranks.is_main:
+            print(
+                f"{command.config.data.data} is missing: preparing the demo data set.", flush=True
+            )
+        prepare_demo(quiet=not ranks.is_main)
+
+
+def run(job: Job, ranks: Ranks) -> None:
+    """Start the processes' group, train, and leave it. Imports of DeepSpeed begin here."""
+    from training import processes
+    from training.assemble import assemble
+    from training.loop import train
+
+    device = select_accelerator()
+    processes.start_process_group(ranks, device)
+    stop = processes.StopSignal(device)
+    run_dir = Path(job.config.run.run_dir)
+    if ranks.is_main:
+        create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest)
+    state = TrainState() if job.resume_manifest is None else job.resume_manifest.state
+    with assemble(job, ranks, device, state) as training:
+        if job.resume_from is not None:
+            loaded = training.checkpointer.load(job.resume_from)
+            assert loaded == state, f"{job.resume_from} holds {loaded}, its manifest says {state}"
+        if ranks.is_main:
+            print(_start_line(job, ranks, state), flush=True)
+        started = time.monotonic()
+        state = train(training, state, stop)
+        if ranks.is_main:
+            print(_end_line(job.config, state, time.monotonic() - started), flush=True)
+    stop.restore()
+    processes.stop_process_group()
+
+
+def _start_line(job: Job, ranks: Ranks, state: TrainState) -> str:
+    begin = f"resuming {job.resume_from} at" if job.resume_from else "starting at"
+    return (
+        f"{begin} step {state.step} of {job.config.run.max_steps}: Switch-DiT "
+        f"{job.config.model.size}/{job.config.model.patch_size}, {ranks.world_size} rank(s), "
+        f"ZeRO {job.layout.zero_stage}, {job.layout.precision}, {job.manifest.num_samples} samples"
+    )
+
+
+def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
+    run_dir = config.run.run_dir
+    if state.step < config.run.max_steps:
+        return (
+            f"stopped by a signal after step {state.step}; the checkpoint is saved and the same "
+            "command continues from it"
+        )
+    return f"done: {state.step} steps, {elapsed_sec:.0f} s in this process; results in {run_dir}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check the command line, then train (or only describe, with --dry-run)."""
+    ranks = discover_ranks()
+    try:
+        command = parse_command_line(argv)
+        prepare_data(command, ranks)
+        job = check(command, ranks)
+    except ConfigError as err:
+        if ranks.is_main:
+            sys.stderr.write(f"error: {err}\n")
+        else:
+            # The launcher ends all ranks when one fails; rank 0 must come first to have spoken.
+            time.sleep(FOLLOWER_WAIT_SEC)
+        sys.exit(CONFIG_ERROR_EXIT_CODE)
+    if command.dry_run:
+        if ranks.is_main:
+            print(describe(job.config, job.deepspeed_config, ranks.world_size, job.manifest))
+        return
+    run(job, ranks)
+
+
+if __name__ == "__main__":
+    main()

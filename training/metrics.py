@@ -1,0 +1,146 @@
+"""Metrics of a logging interval: summed on the device, reduced over ranks in one collective.
+
+Sums are taken from what a micro-step returned, outside the model, so accumulation counts every
+micro-step and activation recomputation counts nothing twice.
+
+N samples, L blocks, E experts, K experts per sample, B timestep buckets.
+"""
+
+import math
+import resource
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from models.diffusion import LossTerms
+from models.gate import RoutingPlan
+
+NUM_TIMESTEP_BUCKETS = 10
+
+
+class MetricSums:
+    """Running sums of one rank over the micro-steps since the last `reduce`."""
+
+    def __init__(
+        self, depth: int, num_experts: int, num_timesteps: int, device: torch.device
+    ) -> None:
+        self.depth, self.num_experts, self.num_timesteps = depth, num_experts, num_timesteps
+        self.device = device
+        self._clear()
+
+    def _clear(self) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=self.device)
+
+        self._num_samples = 0
+        self._terms = zeros(len(LossTerms._fields))
+        self._bucket_mse, self._bucket_count = (zeros(NUM_TIMESTEP_BUCKETS) for _ in range(2))
+        self._expert_count = zeros(self.depth, self.num_experts)
+        self._wait_sec = 0.0
+        self._started = time.monotonic()
+
+    def add(
+        self, terms: LossTerms, mse: Tensor, t: Tensor, plan: RoutingPlan, wait_sec: float
+    ) -> None:
+        """Add one micro-step; nothing here waits for the device.
+
+        Args:
+            terms: scalars, means over the micro-batch.
+            mse: (N,) detached.
+            t: (N,) int64.
+            plan: this micro-step's routing; its expert_index is (L, N, K) for this rank's samples.
+            wait_sec: time this rank waited for the batch.
+        """
+        N = t.shape[0]
+        self._num_samples += N
+        self._terms += torch.stack([term.detach() for term in terms]).double() * N
+        bucket = t * NUM_TIMESTEP_BUCKETS // self.num_timesteps  # (N,)
+        self._bucket_mse.index_add_(0, bucket, mse.double())
+        self._bucket_count.index_add_(0, bucket, torch.ones_like(mse, dtype=torch.float64))
+        chosen = plan.expert_index.flatten(1)  # (L, N * K)
+        ones = torch.ones_like(chosen, dtype=torch.float64)
+        self._expert_count.scatter_add_(1, chosen, ones)
+        self._wait_sec += wait_sec
+
+    def reduce(self) -> dict[str, float]:
+        """Sum over ranks, name the results and start a new interval. All ranks must call this."""
+        elapsed = time.monotonic() - self._started
+        host = [self._num_samples, self._wait_sec / elapsed, elapsed]
+        parts = [
+            torch.tensor(host, dtype=torch.float64, device=self.device),
+            self._terms,
+            self._bucket_mse,
+            self._bucket_count,
+            self._expert_count.flatten(),
+        ]
+        sums = torch.cat(parts)
+        torch.distributed.all_reduce(sums)
+        parts = sums.cpu().split([len(part) for part in parts])
+        (num_samples, wait, elapsed), terms, bucket_mse, bucket_count, expert_count = parts
+        world_size = torch.distributed.get_world_size()
+        num_samples, mean_elapsed = float(num_samples), float(elapsed) / world_size
+        metrics = {
+            f"loss/{name}": float(value) / num_samples
+            for name, value in zip(LossTerms._fields, terms, strict=True)
+        }
+        metrics |= _bucket_metrics(bucket_mse, bucket_count, self.num_timesteps)
+        metrics |= load_metrics(expert_count.view(self.depth, self.num_experts), num_samples)
+        metrics["speed/samples_per_sec"] = num_samples / mean_elapsed
+        metrics["speed/data_wait_pct"] = 100.0 * float(wait) / world_size
+        metrics |= _memory_metrics(self.device)
+        self._clear()
+        return metrics
+
+
+def _bucket_metrics(mse: Tensor, count: Tensor, num_timesteps: int) -> dict[str, float]:
+    """Mean mse per range of timesteps; a range that drew no sample is left out."""
+    width = num_timesteps / NUM_TIMESTEP_BUCKETS
+    return {
+        f"mse_by_timestep/{round(b * width):03d}-{round((b + 1) * width) - 1:03d}": float(
+            mse[b] / count[b]
+        )
+        for b in range(NUM_TIMESTEP_BUCKETS)
+        if count[b] > 0
+    }
+
+
+def load_metrics(expert_count: Tensor, num_samples: float) -> dict[str, float]:
+    """Describe how samples spread over experts.
+
+    Args:
+        expert_count: (L, E) samples routed to each expert, summed over ranks.
+        num_samples: samples seen; every sample meets K experts in every block.
+
+    Returns:
+        Per expert the fraction of samples it received (rows sum to K); per block the entropy of
+        the loads relative to its maximum (1 = even, 0 = one expert takes all) and max/mean; and
+        the means of both over blocks, plus the number of experts that received nothing.
+    """
+    depth, num_experts = expert_count.shape
+    load = expert_count / num_samples  # (L, E)
+    share = expert_count / expert_count.sum(dim=1, keepdim=True)  # (L, E)
+    entropy = -torch.special.xlogy(share, share).sum(dim=1)  # (L,)
+    entropy = entropy / math.log(num_experts) if num_experts > 1 else torch.ones_like(entropy)
+    max_over_mean = share.amax(dim=1) * num_experts  # (L,)
+    metrics = {
+        "moe/load_entropy": float(entropy.mean()),
+        "moe/load_max_over_mean": float(max_over_mean.mean()),
+        "moe/idle_experts": float((expert_count == 0).sum()),
+    }
+    for block in range(depth):
+        metrics[f"moe_entropy/block_{block:02d}"] = float(entropy[block])
+        metrics[f"moe_max_over_mean/block_{block:02d}"] = float(max_over_mean[block])
+        for expert in range(num_experts):
+            metrics[f"moe_load/block_{block:02d}/expert_{expert}"] = float(load[block, expert])
+    return metrics
+
+
+def _memory_metrics(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process in GiB: reserved on the GPU, and resident on the host."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    metrics = {"memory/max_rss_gib": peak / (2**30 if sys.platform == "darwin" else 2**20)}
+    if device.type == "cuda":
+        metrics["memory/max_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return metrics

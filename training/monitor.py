@@ -1,0 +1,114 @@
+"""Where metrics and pictures go: TensorBoard and metrics.jsonl in the run directory, rank 0 only."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+MAP_ROW_PIXELS = 8
+
+
+class Monitor:
+    """Write metrics under the same names to TensorBoard and to metrics.jsonl.
+
+    Args:
+        run_dir: None on ranks that write nothing; every method is then a no-op.
+        resume_step: steps already done; records of later steps, left by a run that died after its
+            last checkpoint, are dropped from both places.
+    """
+
+    def __init__(self, run_dir: Path | None, resume_step: int = 0) -> None:
+        self._writer, self._lines = None, None
+        if run_dir is None:
+            return
+        path = run_dir / METRICS_FILE
+        _drop_later_records(path, resume_step)
+        self._lines = path.open("a", encoding="ascii")
+        self._writer = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=resume_step + 1)
+
+    def scalars(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of one logging interval that ended with `step`."""
+        if self._writer is None:
+            return
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._lines.write(json.dumps({"step": step} | metrics) + "\n")
+        self._lines.flush()
+        self._writer.flush()
+
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Record a picture, (H, W, 3) uint8."""
+        if self._writer is not None:
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    def text(self, name: str, text: str) -> None:
+        """Record a text, shown as preformatted."""
+        if self._writer is not None:
+            indented = "\n".join(f"    {line}" for line in text.splitlines())
+            self._writer.add_text(name, indented)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        if self._writer is not None:
+            self._writer.close()
+            self._lines.close()
+
+
+def _drop_later_records(path: Path, resume_step: int) -> None:
+    """Keep the complete records up to `resume_step`; a torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="ascii").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > resume_step:
+            break
+        kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="ascii")
+    os.replace(temporary, path)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the records of a run, one dict per logging interval."""
+    with (run_dir / METRICS_FILE).open(encoding="ascii") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
+    """Draw which experts serve which timestep: the paper's timestep-to-expert map.
+
+    Args:
+        gate_table: (L, S, E) gate probabilities.
+        top_k: experts kept per timestep.
+
+    Returns:
+        (L * (E rows + 1 separator), S, 3) uint8. One row per block and expert from the first block
+        at the top, timestep 0 (clean) on the left; brightness is the gate value of a chosen
+        expert, black is an expert that the timestep does not meet.
+    """
+    L, S, E = gate_table.shape
+    table = gate_table.detach().float().cpu()
+    chosen = torch.zeros_like(table).scatter_(2, table.topk(top_k, dim=2).indices, 1.0)
+    brightness = (table * chosen).transpose(1, 2).repeat_interleave(MAP_ROW_PIXELS, dim=1)
+    rows = brightness.numpy()  # (L, E * pixels, S)
+    # Warm ramp from black through orange to white.
+    ramp = np.stack([np.clip(rows * 3.0 - shift, 0.0, 1.0) for shift in (0.0, 1.0, 2.0)], axis=-1)
+    picture = np.full((L, E * MAP_ROW_PIXELS + 2, S, 3), 90, dtype=np.uint8)
+    picture[:, :-2] = np.round(ramp * 255.0).astype(np.uint8)
+    return picture.reshape(-1, S, 3)
+
+
+def save_png(path: Path, picture: np.ndarray) -> None:
+    """Write a picture (H, W, 3) uint8 whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    Image.fromarray(picture).save(temporary, format="PNG")
+    os.replace(temporary, path)

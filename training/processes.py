@@ -1,0 +1,168 @@
+"""Processes: who am I among the ranks, starting and ending the process group, and stopping together.
+
+Every launcher (deepspeed, torchrun, srun, mpirun, none) is mapped to the variables that
+`deepspeed.init_distributed` reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import warnings
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+
+from data_tools.errors import ConfigError
+
+COLLECTIVE_TIMEOUT = timedelta(
+    minutes=10
+)  # a dead peer is an error within minutes, not half an hour
+DEFAULT_MASTER_PORT = 29500
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job, known before any process group exists."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints, logs and writes shared files."""
+        return self.rank == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _first_slurm_host(node_list: str) -> str:
+    try:
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], check=True, capture_output=True, text=True
+        )
+    except FileNotFoundError as err:
+        raise ConfigError(
+            f"SLURM_JOB_NODELIST={node_list} but scontrol is not on PATH; set MASTER_ADDR to the "
+            "first node's name (slurm/common.sh does)."
+        ) from err
+    return listing.stdout.split()[0]
+
+
+def discover_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
+    """Read the launcher's variables, complete them in `env`, and return this process's place.
+
+    Order: RANK/WORLD_SIZE (deepspeed, torchrun), OMPI_COMM_WORLD_* (mpirun), SLURM_* (srun; only
+    in a job step of more than this process), else a single process. Under mpirun without
+    MASTER_ADDR the address is left to mpi4py inside `deepspeed.init_distributed`.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        env.setdefault("LOCAL_RANK", env["RANK"])
+    elif "OMPI_COMM_WORLD_RANK" in env:
+        ranks = Ranks(
+            int(env["OMPI_COMM_WORLD_RANK"]),
+            int(env["OMPI_COMM_WORLD_SIZE"]),
+            int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        )
+        if "MASTER_ADDR" not in env:
+            return ranks
+        env["RANK"], env["WORLD_SIZE"] = str(ranks.rank), str(ranks.world_size)
+        env["LOCAL_RANK"] = str(ranks.local_rank)
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("LOCAL_SIZE", env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _first_slurm_host(env["SLURM_JOB_NODELIST"])
+    else:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
+        env.setdefault("MASTER_PORT", str(_free_port()))
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", str(DEFAULT_MASTER_PORT))
+    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+
+
+def select_accelerator() -> torch.device:
+    """Choose CUDA where there is one, else the CPU, before DeepSpeed is imported.
+
+    DeepSpeed reads DS_ACCELERATOR at import; without it, it probes and warns on a machine
+    that has no GPU.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return torch.device("cpu")
+
+
+def share_cores(env: MutableMapping[str, str] = os.environ) -> None:
+    """Give each process of a CPU node its share of the cores, unless OMP_NUM_THREADS says.
+
+    torch alone would let every one of N processes use all cores.
+    """
+    if "OMP_NUM_THREADS" in env:
+        return
+    per_node = env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or env["WORLD_SIZE"]
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(per_node)))
+
+
+def start_process_group(ranks: Ranks, device: torch.device) -> None:
+    """Create the process group (NCCL on CUDA, gloo on CPU). All ranks must call this."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")  # its warnings are about choices that deepspeed_config.py has made
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        share_cores()
+        # DeepSpeed would compile a shared-memory kernel (half a minute, needs a C++ compiler) and
+        # leave 69 MB per rank in /dev/shm after each run; only inference_all_reduce uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=COLLECTIVE_TIMEOUT,
+        distributed_port=int(os.environ.get("MASTER_PORT", DEFAULT_MASTER_PORT)),
+        verbose=False,
+    )
+    got = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+    assert got == (ranks.rank, ranks.world_size), f"process group is {got}, launcher said {ranks}"
+
+
+def stop_process_group() -> None:
+    """Leave together: without this a gloo thread can abort the interpreter at exit."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+class StopSignal:
+    """SIGINT or SIGTERM on any rank becomes one decision of all ranks at a step boundary."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self._received = 0
+        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        # A launcher often repeats the signal while the checkpoint is being written.
+        self._received = number
+
+    def agreed(self) -> int:
+        """Return the signal number that any rank received, 0 if none. All ranks must call this."""
+        self._flag.fill_(self._received)
+        torch.distributed.all_reduce(self._flag, op=torch.distributed.ReduceOp.MAX)
+        return int(self._flag.item())
+
+    def restore(self) -> None:
+        """Give the signals back to the handlers that had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

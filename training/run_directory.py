@@ -1,0 +1,72 @@
+"""A run is a directory: what it was started with, and what it has produced.
+
+config.yaml      the resolved configuration, written before the first step
+deepspeed.json   the resolved DeepSpeed configuration
+dataset.json     a copy of the data set's manifest (classes, VAE, scaling)
+checkpoints/  tensorboard/  metrics.jsonl  samples/
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import ConfigError
+from data_tools.shards import MANIFEST_NAME, DatasetManifest
+from training.config import Config, differences, load_preset
+
+CONFIG_FILE = "config.yaml"
+DEEPSPEED_FILE = "deepspeed.json"
+SAMPLES_DIR = "samples"
+
+
+def check_run_directory(run_dir: Path, config: Config) -> None:
+    """Refuse a directory that holds another run or cannot be written; change nothing."""
+    if (run_dir / CONFIG_FILE).exists():
+        changed = differences(load_config(run_dir), config)
+        if changed:
+            raise ConfigError(
+                f"--run-dir {run_dir} was started with another configuration: "
+                f"{', '.join(changed)}; use a new --run-dir, or repeat the old values."
+            )
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--run-dir {run_dir}: {existing} is not a folder; choose another.")
+    if not os.access(existing, os.W_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise ConfigError(f"--run-dir {run_dir}: {existing} is not writable; choose another.")
+
+
+def check_free_space(run_dir: Path, checkpoint_bytes: int) -> None:
+    """Refuse to start where not even one checkpoint would fit."""
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < checkpoint_bytes:
+        raise ConfigError(
+            f"--run-dir {run_dir}: {free / 2**20:,.0f} MiB are free and one checkpoint takes about "
+            f"{checkpoint_bytes / 2**20:,.0f} MiB; free some space or choose another disk."
+        )
+
+
+def create_run_directory(
+    run_dir: Path, config: Config, deepspeed_config: dict[str, Any], manifest: DatasetManifest
+) -> None:
+    """Write what the run was started with. Only rank 0 calls this."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    files = {
+        CONFIG_FILE: config.to_yaml(),
+        DEEPSPEED_FILE: json.dumps(deepspeed_config, indent=2) + "\n",
+        MANIFEST_NAME: (manifest.folder / MANIFEST_NAME).read_text(encoding="utf-8"),
+    }
+    for name, text in files.items():
+        temporary = run_dir / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, run_dir / name)
+
+
+def load_config(run_dir: Path) -> Config:
+    """Read the configuration that a run was started with."""
+    path = run_dir / CONFIG_FILE
+    if not path.exists():
+        raise ConfigError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}.")
+    return load_preset(str(path))

@@ -1,0 +1,208 @@
+"""Draw images from a trained run: a labelled grid and one PNG per image.
+
+    python training/sample.py runs/demo
+
+Averaged (EMA) weights unless --raw. Image i depends on (seed, i) and its class alone, so any number
+of processes draws the same images: torchrun --nproc-per-node 2 training/sample.py runs/demo
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from data_tools.errors import ConfigError, exit_on_config_error
+from data_tools.shards import DatasetManifest
+from data_tools.vae import decode_pixels, load_vae
+from models.diffusion import Diffusion
+from training.checkpoint import (
+    CHECKPOINT_DIR,
+    EMA_FILE,
+    RAW_FILE,
+    latest_checkpoint,
+    read_manifest,
+    verify_file,
+)
+from training.config import Config, did_you_mean
+from training.engine import build_model
+from training.monitor import save_png
+from training.processes import Ranks, discover_ranks, select_accelerator, share_cores
+from training.run_directory import load_config
+from training.sampling import SamplerSettings, image_grid, sample_latents
+
+DEFAULT_MAX_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """Which class each image shows."""
+
+    labels: list[int]  # one per image
+    class_names: list[str]  # one per grid row
+    per_class: int
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run_dir", type=Path, help="a run directory, e.g. runs/demo")
+    parser.add_argument("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
+    parser.add_argument("--raw", action="store_true", help="raw weights instead of the EMA")
+    parser.add_argument(
+        "--classes",
+        metavar="LIST",
+        help="class names or indices, comma-separated (default: first 10)",
+    )
+    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images per class")
+    parser.add_argument("--cfg-scale", type=float, default=2.0, metavar="X", help="1 = no guidance")
+    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="sampling steps")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=40, metavar="N", help="images at a time")
+    parser.add_argument("--vae", metavar="FOLDER|FILE|ID", help="default: the run's")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/samples/TAG")
+    return parser
+
+
+def plan_images(args: argparse.Namespace, config: Config, manifest: DatasetManifest) -> ImagePlan:
+    """Decide the class of every image; refuse unknown classes."""
+    if config.model.num_classes == 0:
+        if args.classes is not None:
+            raise ConfigError("--classes: this run is unconditional; drop the flag.")
+        return ImagePlan([0] * args.per_class, ["unconditional"], args.per_class)
+    names = {entry.index: entry.name for entry in manifest.classes}
+    if args.classes is None:
+        chosen = sorted(names)[:DEFAULT_MAX_CLASSES]
+    else:
+        chosen = [_class_index(text.strip(), names) for text in args.classes.split(",")]
+    labels = [index for index in chosen for _ in range(args.per_class)]
+    return ImagePlan(labels, [names[index] for index in chosen], args.per_class)
+
+
+def _class_index(text: str, names: dict[int, str]) -> int:
+    if text.isdigit() and int(text) in names:
+        return int(text)
+    indices = {name: index for index, name in names.items()}
+    if text not in indices:
+        raise ConfigError(f"--classes: unknown class '{text}'{did_you_mean(text, indices)}")
+    return indices[text]
+
+
+def check_arguments(args: argparse.Namespace, config: Config) -> None:
+    """Refuse numbers that cannot be meant."""
+    for name in ("per_class", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} must be at least 1, not {getattr(args, name)}.")
+    if args.steps > config.diffusion.num_timesteps:
+        raise ConfigError(
+            f"--steps {args.steps} exceeds the {config.diffusion.num_timesteps} timesteps of the "
+            "model; use fewer."
+        )
+    if args.cfg_scale < 0:
+        raise ConfigError(f"--cfg-scale must be at least 0, not {args.cfg_scale}.")
+
+
+def find_weights(args: argparse.Namespace) -> Path:
+    """Locate the checkpoint's weight file and check it against the manifest."""
+    if args.checkpoint is None:
+        folder = latest_checkpoint(args.run_dir)
+        if folder is None:
+            raise ConfigError(f"{args.run_dir} has no checkpoint yet; train first.")
+    else:
+        folder = args.run_dir / CHECKPOINT_DIR / args.checkpoint
+        if not folder.is_dir():
+            tags = [path.name for path in sorted(folder.parent.glob("step-*"))]
+            raise ConfigError(
+                f"--checkpoint: no '{args.checkpoint}'{did_you_mean(args.checkpoint, tags)}"
+            )
+    path = folder / (RAW_FILE if args.raw else EMA_FILE)
+    verify_file(read_manifest(folder), path)
+    return path
+
+
+def draw(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Path:
+    """Draw this rank's images into the output folder, and on rank 0 the grid.
+
+    Returns:
+        The path of the grid.
+    """
+    config = load_config(args.run_dir)
+    check_arguments(args, config)
+    manifest = DatasetManifest.load(args.run_dir, check_shards=False)
+    plan = plan_images(args, config, manifest)
+    weights = find_weights(args)
+    vae = load_vae(args.vae or config.run.vae or manifest.vae.id, device=device)
+    output = args.output or args.run_dir / "samples" / weights.parent.name
+    output.mkdir(parents=True, exist_ok=True)
+
+    model = build_model(config)
+    model.load_state_dict(load_file(weights))
+    model.to(device).eval()
+    diffusion = Diffusion(config.diffusion.noise_schedule, config.diffusion.num_timesteps).to(
+        device
+    )
+    settings = SamplerSettings(args.sampler, args.steps, args.cfg_scale, args.seed)
+    shape = (config.model.latent_channels, config.model.latent_size, config.model.latent_size)
+    mine = list(range(ranks.rank, len(plan.labels), ranks.world_size))
+    batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    progress = tqdm(
+        total=len(batches) * args.steps, unit="step", disable=not ranks.is_main, desc="sampling"
+    )
+    for batch in batches:
+        latents = sample_latents(
+            model,
+            diffusion,
+            settings,
+            indices=torch.tensor(batch, device=device),
+            labels=torch.tensor([plan.labels[i] for i in batch], device=device),
+            latent_shape=shape,
+            null_class=config.model.num_classes,
+            on_step=progress.update,
+        )
+        for i, picture in zip(batch, decode_pixels(vae, latents), strict=True):
+            save_png(output / _file_name(i, plan), picture)
+    progress.close()
+    if ranks.world_size > 1:
+        torch.distributed.barrier()
+    grid_path = output / "grid.png"
+    if ranks.is_main:
+        files = [output / _file_name(i, plan) for i in range(len(plan.labels))]
+        pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+        save_png(grid_path, image_grid(pixels, columns=plan.per_class, row_labels=plan.class_names))
+    return grid_path
+
+
+def _file_name(i: int, plan: ImagePlan) -> str:
+    name = plan.class_names[i // plan.per_class]
+    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    return f"{i:05d}-{safe}.png"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw images from the command line's run."""
+    args = build_parser().parse_args(argv)
+    ranks = discover_ranks()
+    device = select_accelerator()
+    if ranks.world_size > 1:
+        torch.distributed.init_process_group("gloo")
+        share_cores()
+    with exit_on_config_error(ranks.is_main):
+        grid_path = draw(args, ranks, device)
+    if ranks.is_main:
+        print(f"grid of samples: {grid_path}")
+    if ranks.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

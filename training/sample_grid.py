@@ -1,0 +1,74 @@
+"""The grid of samples that a running training draws from its averaged weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_tools.shards import DatasetManifest
+from data_tools.vae import decode_pixels, load_vae
+from models.diffusion import Diffusion
+from training.config import Config
+from training.ema import ema_weights
+from training.monitor import Monitor, save_png
+from training.processes import Ranks
+from training.run_directory import SAMPLES_DIR
+from training.sampling import SamplerSettings, image_grid, sample_latents
+
+SAMPLE_SEED = 0  # the same images are drawn every time, so that progress can be seen
+
+
+class SampleGrid:
+    """Draw `sample_count` images, classes in turn, shared among the ranks.
+
+    Rank 0 decodes them and writes the grid to the run directory and to TensorBoard.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: DatasetManifest,
+        engine: Any,
+        diffusion: Diffusion,
+        ranks: Ranks,
+        device: torch.device,
+        monitor: Monitor,
+    ) -> None:
+        self.config, self.engine, self.diffusion = config, engine, diffusion
+        self.ranks, self.device, self.monitor = ranks, device, monitor
+        self.vae_source = config.run.vae or manifest.vae.id
+        self.vae = None
+        if config.run.sample_every and ranks.is_main:
+            self.vae = load_vae(self.vae_source, device=device)
+
+    def draw(self, step: int) -> None:
+        """Draw and record the grid of a step. All ranks must call this."""
+        run, model = self.config.run, self.config.model
+        # Equal numbers on all ranks: an expert-parallel group samples together.
+        per_rank = -(-run.sample_count // self.ranks.world_size)
+        first = self.ranks.rank * per_rank
+        indices = torch.arange(first, first + per_rank, device=self.device)
+        labels = indices % model.num_classes if model.num_classes else torch.zeros_like(indices)
+        settings = SamplerSettings("ddim", run.sample_steps, run.sample_cfg_scale, SAMPLE_SEED)
+        self.engine.eval()
+        with ema_weights(self.engine):
+            latents = sample_latents(
+                self.engine.module,
+                self.diffusion,
+                settings,
+                indices=indices,
+                labels=labels,
+                latent_shape=(model.latent_channels, model.latent_size, model.latent_size),
+                null_class=model.num_classes,
+                group_size=run.expert_parallel_size,
+            )
+        self.engine.train()
+        parts = [torch.empty_like(latents) for _ in range(self.ranks.world_size)]
+        torch.distributed.all_gather(parts, latents.contiguous())
+        if not self.ranks.is_main:
+            return
+        pixels = decode_pixels(self.vae, torch.cat(parts)[: run.sample_count])
+        columns = min(run.sample_count, model.num_classes or 8)
+        picture = image_grid(pixels, columns=columns)
+        save_png(Path(run.run_dir) / SAMPLES_DIR / f"{step:07d}.png", picture)
+        self.monitor.image(step, "samples/ema", picture)

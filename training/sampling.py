@@ -1,0 +1,111 @@
+"""Images from a model: the numbers an image depends on, guidance, grids.
+
+Image i of a seed depends on (seed, i), its class and the sampler's settings, never on the batch it
+was drawn in or on the rank that drew it.
+
+N images, C H W latent.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from models.diffusion import Diffusion
+from models.randomness import Stream, normal
+from models.sampler import guided_denoise, sample
+
+GRID_MARGIN = 2
+LABEL_HEIGHT = 14
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How images are drawn."""
+
+    method: str  # "ddpm" or "ddim"
+    num_steps: int
+    cfg_scale: float
+    seed: int
+
+
+def sample_latents(
+    model: nn.Module,
+    diffusion: Diffusion,
+    settings: SamplerSettings,
+    *,
+    indices: Tensor,
+    labels: Tensor,
+    latent_shape: tuple[int, int, int],
+    null_class: int,
+    group_size: int = 1,
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """Draw final latents for images `indices` (N,) int64 with classes `labels` (N,) int64.
+
+    With group_size > 1 the model's experts are spread over that many ranks: all of them must call
+    this, each with the same number of images.
+
+    Returns:
+        (N, C, H, W) float32 on the device of `indices`.
+    """
+    count = latent_shape[0] * latent_shape[1] * latent_shape[2]
+    seed, shape = settings.seed, (len(indices), *latent_shape)
+
+    def model_fn(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        group_t = t.repeat(group_size) if group_size > 1 else None
+        return model(x_t, t, y, group_t).prediction.float()
+
+    def step_noise(step: int) -> Tensor:
+        # One stream position per image and step.
+        positions = indices * diffusion.num_timesteps + step
+        return normal(seed, Stream.SAMPLE_STEP, positions, count).view(shape)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        return guided_denoise(model_fn, x_t, t, labels, null_class, settings.cfg_scale)
+
+    start = normal(seed, Stream.SAMPLE_START, indices, count).view(shape)
+    with torch.no_grad():
+        return sample(
+            denoise,
+            start,
+            diffusion=diffusion,
+            method=settings.method,
+            num_steps=settings.num_steps,
+            step_noise=step_noise,
+            on_step=on_step,
+        )
+
+
+def image_grid(
+    pixels: np.ndarray, *, columns: int, row_labels: Sequence[str] | None = None
+) -> np.ndarray:
+    """Lay images out row by row, each row under its label.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        columns: images per row; the last row may be short.
+        row_labels: one text per row, or None for no labels.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    N, H, W, _ = pixels.shape
+    rows = -(-N // columns)
+    label_height = LABEL_HEIGHT if row_labels is not None else 0
+    row_height = label_height + H + GRID_MARGIN
+    size = (columns * (W + GRID_MARGIN) + GRID_MARGIN, rows * row_height + GRID_MARGIN)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=11)
+    for row in range(rows):
+        top = row * row_height + GRID_MARGIN
+        if row_labels is not None:
+            draw.text((GRID_MARGIN + 1, top), row_labels[row], fill="black", font=font)
+        for column, picture in enumerate(pixels[row * columns : (row + 1) * columns]):
+            left = column * (W + GRID_MARGIN) + GRID_MARGIN
+            canvas.paste(Image.fromarray(picture), (left, top + label_height))
+    return np.asarray(canvas)
