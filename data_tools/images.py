@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from data_tools.errors import ConfigError
 
@@ -120,17 +120,10 @@ def load_pixels(path: Path, size: int) -> np.ndarray:
             image.load()
             upright = ImageOps.exif_transpose(image)
             return square_crop(_flattened(upright), size)
-    # Pillow reports damage in any of these ways, depending on the format; a file that cannot be
-    # opened at all (permissions, a vanished disk) must not pass for a bad picture.
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as err:
+    # Pillow reports damage in any of these ways, depending on the format.
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as err:
+        if isinstance(err, OSError) and err.errno is not None:
+            raise  # the system cannot read the file: that says nothing about the picture
         raise BadImageError(f"{path}: {err}") from err
 
 

@@ -31,6 +31,12 @@ BLOCK_OUT_CHANNELS = (24, 48, 80)  # three levels: latents are 4 times smaller t
 LATENT_CHANNELS = 4
 DOWNSAMPLE = 4
 HELD_OUT_FRACTION = 0.1
+OPENMOJI_LICENCE = """
+All emojis designed by OpenMoji, the open-source emoji and icon project (https://openmoji.org),
+licence CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). To be on the safe side the
+weights, and pictures decoded with them, are to be treated as adapted material: they are offered
+under CC BY-SA 4.0 too, with this attribution, and not under the licence of the code around them.
+"""
 # Crops make steps cheap; the last steps see whole pictures, because group normalisation takes its
 # statistics over all positions and so depends on the picture's size.
 CROP_STEPS_FRACTION = 0.85
@@ -237,7 +243,28 @@ def card(
     num_parameters: int,
 ) -> str:
     """Describe the weights: data, licence, command, numbers."""
-    return f"""todo {decibels} {std}"""
+    images = f"--images {' '.join(map(str, args.images))} " if args.images else ""
+    licence = "" if args.images else OPENMOJI_LICENCE
+    return f"""# Image autoencoder of the demo
+
+An `AutoencoderKL` of diffusers: block_out_channels {BLOCK_OUT_CHANNELS}, {LATENT_CHANNELS} latent
+channels, images reduced {DOWNSAMPLE} times, {num_parameters:,} parameters, stored in float16.
+
+| | |
+| --- | --- |
+| data | {pictures.source}, {args.size} x {args.size} pixels on white |
+| training pictures | {len(pictures.train)} |
+| held-out pictures | {len(pictures.held_out)} (chosen by a hash of their names) |
+| steps | {step} of {args.steps} |
+| held-out PSNR | {decibels:.2f} dB (mean over pictures, decoded from the posterior mean) |
+| latent standard deviation | {std:.4f} (posterior draws, training pictures) |
+| scaling factor | {1 / std:.5f} (1 / standard deviation; in `config.json`) |
+
+Made by
+
+    python data_tools/train_vae.py {images}--output FOLDER --size {args.size} \\
+        --steps {args.steps} --batch-size {args.batch_size} --lr {args.lr} --seed {args.seed}
+{licence}"""
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -1,0 +1,96 @@
+"""The order in which training sees samples: a pure function of the stream position.
+
+The stream is endless: position g lies in epoch g // N at place g % N. In every epoch the shards are
+permuted; each run of `window` consecutive shards forms a window, and the samples of a window are
+permuted together. So every sample occurs exactly once per epoch whatever the shards' sizes, only
+`window` shards are in use at a time, any position is found without walking to it, and the state of
+a job is one integer.
+
+Permutations are argsorts of 64-bit hashes (the finaliser of splitmix64, Steele et al., OOPSLA 2014)
+and not of a library's random stream, which may change with its version.
+"""
+
+import numpy as np
+
+ORDER_VERSION = 1  # part of what a checkpoint means: any change of the order needs a new number
+
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+_MASK_64 = (1 << 64) - 1
+_SHARDS, _WINDOW = 1, 2  # keep the two kinds of permutation apart
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Scramble uint64 values; products wrap around, as they should."""
+    values = values + _INCREMENT
+    values = (values ^ (values >> np.uint64(30))) * _MULTIPLIER_1
+    values = (values ^ (values >> np.uint64(27))) * _MULTIPLIER_2
+    return values ^ (values >> np.uint64(31))
+
+
+def permutation(length: int, *key: int) -> np.ndarray:
+    """Permute range(length), int64; the same key gives the same permutation on any machine."""
+    state = np.zeros(1, np.uint64)  # an array: numpy warns of overflow on scalars only
+    for number in key:
+        state = _mix(state ^ np.array([number & _MASK_64], np.uint64))
+    hashes = _mix(_mix(np.arange(length, dtype=np.uint64)) ^ state)
+    return np.argsort(hashes, kind="stable")
+
+
+class StreamOrder:
+    """Which sample stands at which stream position.
+
+    A sample id counts samples through the shards in the manifest's order. One object is used by
+    one thread: the current epoch and window are cached.
+    """
+
+    def __init__(self, shard_sizes: list[int], seed: int, window: int) -> None:
+        """Prepare the order.
+
+        Args:
+            shard_sizes: samples in each shard; a shard may be empty.
+            seed: of the run.
+            window: shards whose samples are shuffled together.
+        """
+        self.sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.first_id = np.concatenate(([0], np.cumsum(self.sizes)))
+        self.num_samples = int(self.first_id[-1])
+        assert self.num_samples > 0 and window > 0, "an order needs samples and a positive window"
+        self.seed, self.window = seed, window
+        self._epoch = self._window = -1  # what the caches below hold
+        self._shards = self._window_ids = self._window_starts = np.empty(0, np.int64)
+
+    def sample_ids(self, start: int, stop: int) -> np.ndarray:
+        """Return the ids of the samples at positions [start, stop), int64 (stop - start,)."""
+        assert 0 <= start <= stop, f"not a range of stream positions: [{start}, {stop})"
+        parts = [np.empty(0, np.int64)]
+        while start < stop:
+            epoch, place = divmod(start, self.num_samples)
+            self._enter_epoch(epoch)
+            window = int(np.searchsorted(self._window_starts, place, side="right")) - 1
+            self._enter_window(window)
+            offset = place - int(self._window_starts[window])
+            parts.append(self._window_ids[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _enter_epoch(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        self._shards = permutation(len(self.sizes), self.seed, _SHARDS, epoch)
+        window_of = np.arange(len(self.sizes)) // self.window
+        window_sizes = np.zeros(window_of[-1] + 1, np.int64)
+        np.add.at(window_sizes, window_of, self.sizes[self._shards])
+        self._window_starts = np.concatenate(([0], np.cumsum(window_sizes)[:-1]))
+        self._epoch, self._window = epoch, -1
+
+    def _enter_window(self, window: int) -> None:
+        if window == self._window:
+            return
+        shards = self._shards[window * self.window : (window + 1) * self.window]
+        ids = np.concatenate(
+            [np.arange(self.first_id[shard], self.first_id[shard + 1]) for shard in shards]
+        )
+        self._window_ids = ids[permutation(len(ids), self.seed, _WINDOW, self._epoch, window)]
+        self._window = window

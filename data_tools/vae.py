@@ -1,0 +1,237 @@
+"""The image autoencoder: loading it from wherever it is, pixels to moments, latents to pixels.
+
+Raw pixels are uint8 (N, H, W, 3). Raw latents are the posterior's moments, mean | log-variance on
+the channel axis, unscaled. Final latents are what the model sees (models/latents.py).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_tools.errors import ConfigError
+from models.latents import vae_latents
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO_VAE = REPOSITORY / "data_tools" / "demo_vae"
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # the paper's, for images of 256 and 512 pixels
+DECODE_BATCH_SIZE = 16  # bounds the memory of decode_pixels; at 512 pixels about 16 GiB on a GPU
+_LOADING = {"use_safetensors": True, "low_cpu_mem_usage": False}  # True needs accelerate
+_PIXEL_CENTRE = 127.5  # uint8 0..255 to -1..1
+
+
+@dataclass(frozen=True)
+class Vae:
+    """An autoencoder and what a manifest says of it.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        source_id: finds it again: a hub id, or a path; inside this repository relative to it.
+        sha256: of the weights (names, shapes and fp32 values), whatever file they came from.
+        scaling_factor: final = (latent - shift_factor) * scaling_factor.
+        shift_factor: 0 where the VAE's configuration has none.
+        latent_channels: C.
+        downsample: image side over latent side.
+    """
+
+    model: AutoencoderKL
+    source_id: str
+    sha256: str
+    scaling_factor: float
+    shift_factor: float
+    latent_channels: int
+    downsample: int
+
+
+def load_vae(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Vae:
+    """Load an autoencoder from a diffusers folder, one .safetensors file, or the hub.
+
+    Args:
+        source: a path (relative ones are tried from the working folder, then from the repository),
+            or a hub id such as stabilityai/sd-vae-ft-ema.
+        device: where the model goes.
+        dtype: of its weights and of the arithmetic.
+    """
+    path = _find(source)
+    if path is None:
+        model, source_id = _from_hub(str(source)), str(source)
+    else:
+        model = _from_file(path) if path.is_file() else _from_folder(path)
+        source_id = _source_id(path)
+    model = model.float()
+    config = model.config
+    digest = _weights_sha256(model)
+    # The plain method: that of diffusers warns of modules to keep in fp32, of which this has none.
+    torch.nn.Module.to(model, device=device, dtype=dtype, memory_format=torch.channels_last)
+    return Vae(
+        model.eval().requires_grad_(False),
+        source_id,
+        digest,
+        float(config.scaling_factor),
+        float(config.get("shift_factor") or 0.0),
+        int(config.latent_channels),
+        2 ** (len(config.block_out_channels) - 1),
+    )
+
+
+def _find(source: str | Path) -> Path | None:
+    """Locate a folder or file; None if `source` can only be a hub id."""
+    given = Path(source).expanduser()
+    for path in (given, REPOSITORY / given):
+        if path.exists():
+            return path.resolve()
+    text = str(source)
+    is_hub_id = text.count("/") == 1 and not text.startswith((".", "~", "/"))
+    if is_hub_id and given.suffix != ".safetensors":
+        return None
+    raise ConfigError(
+        f"--vae {source}: does not exist; give a diffusers folder, a .safetensors file, or a hub "
+        f"id such as {DEFAULT_VAE}."
+    )
+
+
+def _source_id(path: Path) -> str:
+    if path.is_relative_to(REPOSITORY):
+        return path.relative_to(REPOSITORY).as_posix()
+    return str(path)
+
+
+def _from_folder(folder: Path) -> AutoencoderKL:
+    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"  # a whole Stable Diffusion pipeline
+    _check_config(folder / "config.json")
+    try:
+        return AutoencoderKL.from_pretrained(folder, local_files_only=True, **_LOADING)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as err:
+        raise ConfigError(
+            f"--vae {folder}: diffusers cannot load its weights ({_first_line(err)}); "
+            "fetch the folder again."
+        ) from err
+
+
+def _from_file(path: Path) -> AutoencoderKL:
+    """Load one file, with the configuration beside it: a weight file states no scaling factor."""
+    config = path.parent / "config.json"
+    if not config.is_file():
+        raise ConfigError(
+            f"--vae {path}: no config.json beside it, and weights tell no scaling factor; "
+            "put the VAE's config.json of the diffusers format into the same folder."
+        )
+    _check_config(config)
+    try:
+        model = AutoencoderKL.from_config(AutoencoderKL.load_config(path.parent))
+        weights = load_file(path)
+        if weights.keys() == model.state_dict().keys():
+            model.load_state_dict(weights)
+            return model
+        # The names of the original Stable Diffusion code; diffusers knows the translation.
+        return AutoencoderKL.from_single_file(
+            str(path), config=str(path.parent), local_files_only=True
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as err:
+        raise ConfigError(
+            f"--vae {path}: these are not the weights that {config} describes "
+            f"({_first_line(err)}); give the two files of one VAE."
+        ) from err
+
+
+def _from_hub(hub_id: str) -> AutoencoderKL:
+    try:
+        return AutoencoderKL.from_pretrained(hub_id, **_LOADING)
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as err:
+        raise ConfigError(
+            f"--vae {hub_id}: neither in the Hugging Face cache nor reachable "
+            f"({type(err).__name__}); on a machine with a network run 'hf download {hub_id} "
+            "--local-dir FOLDER', copy FOLDER here and pass --vae FOLDER."
+        ) from err
+
+
+def _check_config(path: Path) -> None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise ConfigError(
+            f"--vae {path.parent}: no config.json; give a folder that diffusers saved."
+        ) from err
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise ConfigError(f"--vae {path}: is not JSON ({err}); fetch the folder again.") from err
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name != "AutoencoderKL":
+        raise ConfigError(
+            f"--vae {path}: describes {name or 'no model'}, not an AutoencoderKL; "
+            "give the VAE's own folder."
+        )
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")
+
+
+def _weights_sha256(model: AutoencoderKL) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_moments(vae: Vae, pixels: np.ndarray) -> Tensor:
+    """Encode pixels to raw latents.
+
+    Args:
+        vae: the autoencoder.
+        pixels: uint8 (N, H, W, 3).
+
+    Returns:
+        float16 (N, 2C, H / downsample, W / downsample) on the VAE's device.
+    """
+    assert pixels.dtype == np.uint8 and pixels.shape[-1] == 3, "pixels must be uint8 NHWC"
+    parameter = next(vae.model.parameters())
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).to(parameter.device)
+    x = x.permute(0, 3, 1, 2)  # channels-last in memory, as the weights
+    x = (x.float() / _PIXEL_CENTRE - 1).to(parameter.dtype)
+    return vae.model.encode(x).latent_dist.parameters.half()
+
+
+@torch.no_grad()
+def decode_pixels(vae: Vae, final_latents: Tensor) -> np.ndarray:
+    """Decode final latents (N, C, h, w), N > 0, to pixels, uint8 (N, H, W, 3)."""
+    parameter = next(vae.model.parameters())
+    pictures = []
+    for part in final_latents.split(DECODE_BATCH_SIZE):
+        latents = vae_latents(part.float(), vae.scaling_factor, vae.shift_factor)
+        decoded = vae.model.decode(latents.to(parameter)).sample.float()
+        pixels = ((decoded + 1) * _PIXEL_CENTRE).round().clamp(0, 255).to(torch.uint8)
+        pictures.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
+    return np.ascontiguousarray(np.concatenate(pictures))
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn --device into a device that exists."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise ConfigError(f"--device {name}: no such device; use cpu, cuda or cuda:N.") from err
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        if (device.index or 0) >= found:
+            raise ConfigError(
+                f"--device {name}: this machine has {found} CUDA devices; use --device cpu"
+                + (f" or cuda:0 to cuda:{found - 1}." if found else ".")
+            )
+    elif device.type != "cpu":
+        raise ConfigError(f"--device {name}: only cpu and cuda are supported; use one of them.")
+    return device
