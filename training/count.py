@@ -9,7 +9,7 @@ import torch
 from training.config import Config
 from training.deepspeed_config import PRECISION_NAMES, precision_of, stage_of
 from training.engine import build_model
-from training.validate import Dataset
+from training.validation import Dataset
 
 FP32_BYTES = 4
 WEIGHT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}
@@ -39,7 +39,7 @@ def count_parameters(config: Config) -> ParameterCount:
 
 
 class Memory(NamedTuple):
-    """Bytes that a rank keeps between steps: no activations, no communication buckets."""
+    """Bytes of a rank that grow with the model: no activations, no communication buckets."""
 
     weights: float
     gradients: float

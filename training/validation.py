@@ -4,11 +4,12 @@ From plain values, cheap, and the same on every rank. Each mistake is one senten
 the flag or the file at fault.
 """
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from data_tools.errors import ConfigError
 from training.config import Config
-from training.deepspeed_config import stage_of
+from training.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
 
 
 class Dataset(Protocol):
@@ -25,7 +26,7 @@ class Dataset(Protocol):
 
 def validate(
     config: Config,
-    deepspeed_config: dict[str, Any],
+    deepspeed_path: Path,
     world_size: int,
     manifest: Dataset | None = None,
 ) -> None:
@@ -33,12 +34,13 @@ def validate(
 
     Args:
         config: the resolved configuration.
-        deepspeed_config: from `merge_deepspeed`, which has checked the file and the batch.
+        deepspeed_path: the DeepSpeed JSON file.
         world_size: number of ranks.
         manifest: the data's description; None = not looked at.
     """
     _check_model(config)
-    _check_expert_parallelism(config, deepspeed_config, world_size)
+    _check_expert_parallelism(config, deepspeed_path, world_size)
+    plan_batch(config, world_size)
     if manifest is not None:
         _check_data(config, manifest)
 
@@ -62,11 +64,10 @@ def _check_model(config: Config) -> None:
         )
 
 
-def _check_expert_parallelism(
-    config: Config, deepspeed_config: dict[str, Any], world_size: int
-) -> None:
+def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: int) -> None:
     size, num_experts = config.run.expert_parallel_size, config.model.num_experts
-    stage = stage_of(deepspeed_config)
+    deepspeed_json = load_deepspeed_json(deepspeed_path)
+    stage = stage_of(deepspeed_json)
     if size == 1:
         return
     if num_experts % size:
@@ -87,14 +88,14 @@ def _check_expert_parallelism(
     if stage == 0 and config.optim.gradient_clipping > 0:
         raise ConfigError(
             f"--gradient-clipping {config.optim.gradient_clipping} with --expert-parallel-size "
-            f"{size} at ZeRO stage 0 would clip by a wrong norm "
+            f"{size} at ZeRO stage 0 ({deepspeed_path}) would clip by a wrong norm "
             "(DeepSpeed #8475); use ds_configs/zero1.json or --gradient-clipping 0."
         )
-    zero = deepspeed_config.get("zero_optimization", {})
+    zero = deepspeed_json.get("zero_optimization", {})
     for key in ("contiguous_gradients", "reduce_scatter"):
         if zero.get(key) is False:
             raise ConfigError(
-                f"--deepspeed: zero_optimization.{key} must be true with "
+                f"{deepspeed_path}: zero_optimization.{key} must be true with "
                 f"--expert-parallel-size {size}; remove the key."
             )
 
