@@ -130,8 +130,8 @@ class DiTBlock(nn.Module):
         Args:
             x: the stream.
             c: timestep plus label embedding.
-            mask_minus_one: m - 1, broadcastable to x. The difference from 1 is what is passed,
-                because a bf16 value near 1 has only 7 bits left for it.
+            mask_minus_one: m - 1, broadcastable to x. With the difference from 1, which is what
+                a mixture computes, splitting and rejoining the stream are one operation each.
         """
         if mask_minus_one is None:
             return self._dense(x, c)
