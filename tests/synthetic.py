@@ -1,0 +1,72 @@
+"""Small data sets whose content tells which sample was read, without any VAE."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.records import RecordLayout, Sample, sample_key
+from data_tools.shards import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    ChannelStatistics,
+    ClassEntry,
+    DatasetManifest,
+    ImageFormat,
+    LatentFormat,
+    Manifest,
+    Shard,
+    SourceList,
+    VaeReference,
+    replace_file,
+    write_json,
+)
+
+SHAPE = (8, 4, 4)
+NUM_CLASSES = 3
+
+
+def moments_of(sample_id: int, is_flip: bool = False) -> np.ndarray:
+    """Every value is the id; of the mirrored image, minus the id plus one (fp16 is exact)."""
+    assert sample_id < 2000
+    return np.full(SHAPE, -(sample_id + 1) if is_flip else sample_id, np.float16)
+
+
+def make_dataset(
+    folder: Path, shard_sizes: list[int], has_flip: bool = True, num_classes: int = NUM_CLASSES
+) -> DatasetManifest:
+    """Write shards and dataset.json; the label of sample i is i % num_classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = RecordLayout(SHAPE, has_flip)
+    shards, first = [], 0
+    for index, size in enumerate(shard_sizes):
+        samples = [
+            Sample(
+                i, i % max(1, num_classes), moments_of(i), moments_of(i, True) if has_flip else None
+            )
+            for i in range(first, first + size)
+        ]
+        path = folder / f"{index:05d}.tar"
+        replace_file(path, lambda file, samples=samples: layout.write(file, samples))
+        name, first_key = path.name, sample_key(first) if size else ""
+        shards.append(
+            Shard(name, size, path.stat().st_size, "0" * 64, layout.stride, first_key, [])
+        )
+        first += size
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        num_samples=first,
+        shards=shards,
+        latent=LatentFormat("moments", list(SHAPE), "float16", "mean | log-variance", has_flip),
+        vae=VaeReference("data_tools/demo_vae", "0" * 64, 0.5, 0.0),
+        statistics=ChannelStatistics([0.0] * 4, [1.0] * 4),
+        image=ImageFormat(16, "adm-center"),
+        source=SourceList(first, 0, "0" * 64),
+        order_seed=0,
+        classes=[
+            ClassEntry(i, f"class_{i}", f"class {i}", len(range(i, first, num_classes)))
+            for i in range(num_classes)
+        ],
+        versions={},
+    )
+    write_json(folder / MANIFEST_NAME, manifest)
+    return DatasetManifest.load(folder)
