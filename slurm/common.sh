@@ -59,18 +59,18 @@ launch() {
 
 # Run a command in the background, so that this shell can react to signals meanwhile.
 run_until_done_or_requeue() {
-  local step status=0 nears_limit=no
-  "$@" &
-  step=$!
+  local step status nears_limit=no is_interrupted
   # sbatch --signal=B:USR1@SECONDS tells this shell that the limit is near; the ranks save and
   # leave on SIGTERM, which scancel sends to the tasks and not to this shell.
-  trap 'nears_limit=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-  trap ':' TERM  # Slurm has sent it to the tasks as well: wait for them to save
-  wait "$step" || status=$?
-  while kill -0 "$step" 2>/dev/null; do  # a trapped signal interrupts `wait`
-    status=0
+  trap 'is_interrupted=yes; nears_limit=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+  trap 'is_interrupted=yes' TERM  # Slurm has sent it to the tasks as well: wait for them to save
+  "$@" &
+  step=$!
+  while  # a trapped signal ends `wait` early
+    is_interrupted=no status=0
     wait "$step" || status=$?
-  done
+    [[ $is_interrupted == yes ]]
+  do :; done
   trap - USR1 TERM
   if [[ $nears_limit == yes && $status == 0 ]]; then
     echo "time limit near: checkpoint saved, job $SLURM_JOB_ID is queued again"

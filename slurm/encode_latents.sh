@@ -4,7 +4,7 @@
 #   Command:   sbatch slurm/encode_latents.sh [FLAG OF data_tools/encode_latents.py ...]
 #              bash slurm/encode_latents.sh --dry-run shows the srun command and runs nothing
 #   Data:      datasets/imagenet256-images/<class>/*, e.g. ImageNet's training set
-#   Hardware:  1 GPU of 24 GB or more; one task (a second one would write the same files)
+#   Hardware:  1 GPU of 24 GB or more, one task
 #   Hours:     about 6 on one A100, an estimate and not measured: 1.28 M images, each encoded twice
 #              (as it is and mirrored), at an assumed 120 encodings per second
 #   Result:    datasets/imagenet256/ with dataset.json, about 42 GB for ImageNet (fp16 moments,

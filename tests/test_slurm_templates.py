@@ -1,0 +1,196 @@
+"""The job scripts: what they would run, and what they do with Slurm's signals.
+
+Slurm itself is replaced by programs of its commands' names that write down how they were called.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from training.command_line import parse_command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != "common.sh")
+TRAIN_JOBS = [name for name in JOBS if name.startswith("train_")]
+
+
+def environment(**values):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    return kept | values
+
+
+def bash(*command, **values):
+    return subprocess.run(
+        ["bash", *command], cwd=ROOT, env=environment(**values), capture_output=True, text=True
+    )
+
+
+def test_every_job_script_is_there():
+    training = [f"train_{size}.sh" for size in ("b", "l", "s", "xl")]
+
+    assert ["encode_latents.sh", "sample.sh", *training] == JOBS
+
+
+@pytest.mark.parametrize("name", [*JOBS, "common.sh"])
+def test_scripts_parse(name):
+    assert bash("-n", f"slurm/{name}").returncode == 0
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_scripts_open_with_command_hardware_hours_and_result(name):
+    head = (ROOT / "slurm" / name).read_text().split("set -euo pipefail")[0]
+
+    for word in ("Command:", "Hardware:", "Hours:", "an estimate and not measured", "Result:"):
+        assert word in head
+    assert f"slurm/{name}" in head
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_dry_run_prints_the_srun_command_without_slurm(name):
+    result = bash(f"slurm/{name}", "--dry-run", "--some-flag", "two words")
+
+    assert result.returncode == 0, result.stderr
+    tasks = 8 if name in TRAIN_JOBS else 1
+    assert result.stdout.startswith(f"srun --nodes=1 --ntasks-per-node={tasks} --cpus-per-task=")
+    assert "--kill-on-bad-exit=1" in result.stdout
+    assert result.stdout.strip().endswith(r"--some-flag two\ words")
+    assert "--dry-run" not in result.stdout
+
+
+@pytest.mark.parametrize("name", TRAIN_JOBS)
+def test_training_jobs_start_one_task_per_gpu_with_their_preset(name):
+    text = (ROOT / "slurm" / name).read_text()
+    directives = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", text, re.MULTILINE))
+
+    assert directives["ntasks-per-node"] == directives["gpus-per-node"]
+    assert directives["signal"] == "B:USR1@300"
+    assert "#SBATCH --requeue" in text
+    printed = bash(f"slurm/{name}", "--dry-run").stdout
+    argv = printed.split("training/main.py ")[1].split()
+    command = parse_command_line(argv)
+    assert command.preset == name.removeprefix("train_").removesuffix(".sh")
+    assert (ROOT / command.deepspeed).exists()
+
+
+def test_slurms_own_numbers_come_before_the_scripts():
+    result = bash(
+        "slurm/train_xl.sh",
+        "--dry-run",
+        SLURM_JOB_NUM_NODES="4",
+        SLURM_NTASKS_PER_NODE="2",
+        SLURM_CPUS_PER_TASK="3",
+    )
+
+    assert "--nodes=4 --ntasks-per-node=2 --cpus-per-task=3 " in result.stdout
+
+
+def test_outside_a_job_the_script_says_how_to_submit_it():
+    result = bash("slurm/train_xl.sh")
+
+    assert result.returncode == 2
+    assert "not inside a Slurm job; submit it with: sbatch slurm/train_xl.sh" in result.stderr
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Start a job script whose srun runs BODY; return the process and the log of calls."""
+    log = tmp_path / "calls"
+    log.touch()
+
+    def program(name, body):
+        path = tmp_path / name
+        path.write_text(f'#!/bin/bash\necho {name} "$@" >>{log}\n{body}\n')
+        path.chmod(0o755)
+
+    program("scontrol", '[[ $1 == show ]] && printf "node7\\nnode8\\n" || true')
+    program("scancel", f"kill -TERM $(cat {tmp_path}/srun.pid)")
+
+    def start(body):
+        program("srun", f"echo $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS >>{log}\n{body}")
+        env = environment(
+            PATH=f"{tmp_path}:{os.environ['PATH']}",
+            SLURM_JOB_ID="41234",
+            SLURM_JOB_NODELIST="node[7-8]",
+        )
+        process = subprocess.Popen(
+            ["bash", "slurm/train_s.sh", "--seed", "3"], cwd=ROOT, env=env, text=True
+        )
+        return process, log
+
+    return start
+
+
+# A task that saves on SIGTERM, as training does, and exits as the test says.
+WAITING_TASK = """
+echo $$ >{folder}/srun.pid
+trap 'echo saved >>{folder}/calls; exit {status}' TERM
+for ((i = 0; i < 600; i++)); do sleep 0.1; done
+"""
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists() and path.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+def test_a_job_gives_its_ranks_a_place_to_meet(job):
+    process, log = job("exit 0")
+
+    assert process.wait(timeout=60) == 0
+    calls = log.read_text().splitlines()
+    assert calls[0] == "scontrol show hostnames node[7-8]"
+    assert calls[1].startswith("srun --nodes=1 --ntasks-per-node=8 ")
+    assert calls[1].endswith("--preset s --deepspeed ds_configs/zero2.json --seed 3")
+    assert calls[2] == f"node7 {10000 + 41234 % 20000} 8"
+    assert len(calls) == 3
+
+
+def test_a_failing_rank_fails_the_job(job):
+    process, log = job("exit 7")
+
+    assert process.wait(timeout=60) == 7
+    assert "requeue" not in log.read_text()
+
+
+def test_near_the_time_limit_the_ranks_save_and_the_job_is_queued_again(job, tmp_path):
+    process, log = job(WAITING_TASK.format(folder=tmp_path, status=0))
+    wait_for(tmp_path / "srun.pid")
+
+    process.send_signal(signal.SIGUSR1)
+
+    assert process.wait(timeout=60) == 0
+    calls = log.read_text().splitlines()
+    assert calls[-3:] == [
+        "scancel --signal=TERM 41234",
+        "saved",
+        "scontrol requeue 41234",
+    ]
+
+
+def test_a_job_whose_ranks_fail_to_save_is_not_queued_again(job, tmp_path):
+    process, log = job(WAITING_TASK.format(folder=tmp_path, status=1))
+    wait_for(tmp_path / "srun.pid")
+
+    process.send_signal(signal.SIGUSR1)
+
+    assert process.wait(timeout=60) == 1
+    assert "requeue" not in log.read_text()
+
+
+def test_a_terminated_job_waits_for_its_ranks_to_save(job, tmp_path):
+    process, log = job(WAITING_TASK.format(folder=tmp_path, status=0))
+    wait_for(tmp_path / "srun.pid")
+
+    process.send_signal(signal.SIGTERM)
+    os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
+
+    assert process.wait(timeout=60) == 0
+    assert log.read_text().splitlines()[-1] == "saved"
