@@ -1,0 +1,189 @@
+"""The repository itself: entry points, import direction, names, documents, tracked files."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_FILE_BYTES = 3 * 2**20
+MAX_LINES = 350  # 300 is the aim
+LAYERS = ("models", "data_tools", "training")  # each may import itself and those before it
+CODE = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+ENTRY_POINTS = [path for path in CODE if '\nif __name__ == "__main__":\n' in path.read_text()]
+# Flags of other people's programs that our documents mention.
+FOREIGN_FLAGS = {
+    *("--logdir", "--port", "--num_gpus", "--nproc-per-node", "--hostfile", "--master_addr"),
+    *("--nodes", "--partition", "--account", "--signal", "--requeue", "--fix", "--check"),
+    *("--no_ssh", "--node_rank", "--include", "--launcher", "--version", "--time", "--bind_all"),
+}
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def tracked_files():
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+def text_of(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+@cache
+def help_of(path):
+    """Return what `python PATH --help` prints, started from another folder."""
+    result = subprocess.run(
+        [sys.executable, path, "--help"],
+        cwd=ROOT.parent,
+        env=os.environ | {"COLUMNS": "100", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_mandated_entry_points_are_there():
+    names = {relative(path) for path in ENTRY_POINTS}
+
+    assert {"data_tools/encode_latents.py", "training/main.py", "training/sample.py"} <= names
+
+
+@pytest.mark.parametrize("path", ENTRY_POINTS, ids=relative)
+def test_entry_points_answer_help(path):
+    text = help_of(path)
+
+    assert text.startswith("usage: ")
+    assert "--help" in text
+
+
+@pytest.mark.parametrize("path", CODE, ids=relative)
+def test_imports_go_one_way(path):
+    layer = path.relative_to(ROOT).parts[0]
+    allowed = LAYERS[: LAYERS.index(layer) + 1]
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}:{node.lineno} imports relatively"
+            imported.add(node.module.split(".")[0])
+
+    ours = {name for name in imported if (ROOT / name).is_dir()}
+    assert ours <= set(allowed), f"{layer} must not import {sorted(ours - set(allowed))}"
+
+
+def test_no_module_hides_one_of_the_standard_library_or_of_a_requirement():
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    files = [*CODE, *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+
+    hiding = [relative(path) for path in files if path.stem in taken - {"__init__", "conftest"}]
+
+    assert hiding == []
+
+
+@pytest.mark.parametrize("path", CODE, ids=relative)
+def test_files_are_short_enough_to_hold_in_the_head(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_deepspeed_files_are_strict_json():
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        assert json.loads(path.read_text())["train_batch_size"] == "auto"
+
+
+def test_every_flag_that_a_document_names_exists():
+    known = FOREIGN_FLAGS.copy()
+    for path in ENTRY_POINTS:
+        known |= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_of(path)))
+    documents = [*ROOT.glob("*.md"), *(ROOT / "ds_configs").glob("*.md")]
+    assert documents
+
+    for document in documents:
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))
+        assert named <= known, f"{document.name} names {sorted(named - known)}"
+
+
+def test_no_tracked_file_is_large():
+    large = [relative(p) for p in tracked_files() if p.stat().st_size > MAX_FILE_BYTES]
+
+    assert large == []
+
+
+def test_no_tracked_file_holds_a_path_of_one_machine():
+    # Written in pieces, so that this file does not find itself.
+    homes = re.compile(
+        "(?<![a-z.])/(?:" + "|".join(["ho" + "me", "ro" + "ot", "Us" + "ers"]) + ")/"
+    )
+    checkout = str(ROOT.parent) + "/"
+
+    found = [
+        relative(path)
+        for path in tracked_files()
+        if homes.search(text_of(path)) or (len(ROOT.parts) > 2 and checkout in text_of(path))
+    ]
+
+    assert found == []
+
+
+def test_shell_scripts_parse_and_those_that_are_run_are_executable():
+    scripts = [ROOT / ".ci/run", *(ROOT / "slurm").glob("*.sh")]
+
+    for script in scripts:
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+        assert os.access(script, os.X_OK) or script.name == "common.sh"
+
+
+def test_make_demo_runs_the_three_commands_that_a_user_types():
+    steps = subprocess.run(
+        ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+    first = steps.index("python data_tools/encode_latents.py")
+    assert steps[first + 1 : first + 3] == [
+        "deepspeed training/main.py --deepspeed ds_configs/zero2.json",
+        "python training/sample.py runs/demo",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("exit 1", "is missing or older than Python 3.11; try: make PYTHON="),
+        ('[[ $2 != *ensurepip* ]] || exit 1; exec python3 "$@"', "apt-get install python3-venv"),
+    ],
+)
+def test_make_says_what_is_missing_before_it_installs(body, message, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/bash\n{body}\n")
+    python.chmod(0o755)
+
+    result = subprocess.run(
+        ["make", "lint", f"PYTHON={python}", f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "venv").exists()
