@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from models.switch_dit import MODEL_SIZES, SwitchDiT, SwitchDiTOutput
 from tests.ranks import run_ranks
@@ -211,6 +212,16 @@ def check_shared_out_model(rank, world_size):
 @pytest.mark.ranks
 def test_a_model_with_shared_out_experts_equals_one_process():
     run_ranks(check_shared_out_model, 2)
+
+
+def test_a_training_step_reads_no_value_of_a_tensor():
+    with FakeTensorMode():  # its tensors have no values; reading one is an error
+        x_t = torch.zeros(5, 4, 4, 6)
+        t = y = torch.zeros(5, dtype=torch.int64)
+        output = SwitchDiT(**TINY)(x_t, t, y)
+        loss_of(output).backward()
+        with pytest.raises(DataDependentOutputException):
+            output.prediction.sum().item()
 
 
 @pytest.mark.gpu
