@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from data_tools.loader import LatentStream
 
+from data_tools.loader import LatentStream
 from training.checkpoint import Checkpointer, TrainState
 from training.engine import build_engine
 from training.loop import Training
@@ -53,7 +53,7 @@ def assemble(
             stream=stream,
             objective=objective,
             sums=MetricSums(
-                engine.module.depth,
+                len(engine.module.blocks),
                 config.model.num_experts,
                 config.diffusion.num_timesteps,
                 device,

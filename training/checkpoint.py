@@ -51,7 +51,7 @@ class Layout:
     world_size: int
     expert_parallel_size: int
     zero_stage: int
-    precision: str  # "bf16", "fp16" or "fp32"
+    precision: str  # "bf16", "autocast" or "fp32"
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,12 @@ from typing import Any
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
-from data_tools.shards import DatasetManifest
+from data_tools.shards import MANIFEST_NAME, DatasetManifest
+from training import processes
 from training.checkpoint import (
     CheckpointManifest,
     Layout,
@@ -29,10 +32,10 @@ from training.checkpoint import (
 from training.command_line import CommandLine, parse_command_line
 from training.config import Config
 from training.count import checkpoint_bytes, describe
-from training.deepspeed_config import merge_deepspeed, precision_of
-from training.processes import Ranks, discover_ranks, select_accelerator
+from training.deepspeed_config import explain_precision, merge_deepspeed, precision_of, stage_of
+from training.processes import Ranks
 from training.run_directory import check_free_space, check_run_directory, create_run_directory
-from training.validate import validate
+from training.validation import validate
 
 FOLLOWER_WAIT_SEC = 30.0
 
@@ -56,15 +59,15 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         ConfigError: for the first mistake found.
     """
     config = command.config
-    data, run_dir = Path(config.data.data), Path(config.run.run_dir)
+    run_dir = Path(config.run.run_dir)
     deepspeed_config = merge_deepspeed(command.deepspeed, config, ranks.world_size)
-    manifest = DatasetManifest.load(data)
-    validate(config, deepspeed_config, ranks.world_size, manifest)
+    manifest = DatasetManifest.load(config.data.data)
+    validate(config, command.deepspeed, ranks.world_size, manifest)
     check_run_directory(run_dir, config)
     layout = Layout(
         ranks.world_size,
         config.run.expert_parallel_size,
-        deepspeed_config["zero_optimization"]["stage"],
+        stage_of(deepspeed_config),
         precision_of(deepspeed_config),
     )
     folder = latest_checkpoint(run_dir)
@@ -72,48 +75,48 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     if folder is not None:
         resume_manifest = read_manifest(folder)
         check_resumable(resume_manifest, layout, manifest.hash)
-    else:
-        check_free_space(run_dir, checkpoint_bytes(config))
+    check_free_space(run_dir, checkpoint_bytes(config))
     return Job(config, deepspeed_config, manifest, layout, folder, resume_manifest)
 
 
-def prepare_data(command: CommandLine, ranks: Ranks) -> None:
-    """Make the demo data set if it is asked for and missing; any other must exist already."""
-    if command.dry_run or Path(command.config.data.data).resolve() != DEMO_LATENTS.resolve():
-        return
-    if not (DEMO_LATENTS / "dataset.json").exists():
-        if ranks.is_main:
-            print(
-                f"{command.config.data.data} is missing: preparing the demo data set.", flush=True
-            )
-        prepare_demo(quiet=not ranks.is_main)
+def is_demo_missing(config: Config) -> bool:
+    """Tell whether the configuration wants the demo data set and nobody has made it yet."""
+    is_demo = Path(config.data.data).resolve() == DEMO_LATENTS.resolve()
+    return is_demo and not (DEMO_LATENTS / MANIFEST_NAME).exists()
 
 
-def run(job: Job, ranks: Ranks) -> None:
-    """Start the processes' group, train, and leave it. Imports of DeepSpeed begin here."""
-    from training import processes
-    from training.assemble import assemble
+def dry_run(command: CommandLine, ranks: Ranks) -> str:
+    """Return what --dry-run prints; write nothing."""
+    if is_demo_missing(command.config):  # the only data set that training itself would make
+        merged = merge_deepspeed(command.deepspeed, command.config, ranks.world_size)
+        validate(command.config, command.deepspeed, ranks.world_size)
+        return describe(command.config, merged, ranks.world_size)
+    job = check(command, ranks)
+    return describe(job.config, job.deepspeed_config, ranks.world_size, job.manifest)
+
+
+def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
+    """Train a checked job in an existing process group. All ranks must call this."""
+    from training.assemble import assemble  # DeepSpeed reads its environment when imported
     from training.loop import train
 
-    device = select_accelerator()
-    processes.start_process_group(ranks, device)
-    stop = processes.StopSignal(device)
     run_dir = Path(job.config.run.run_dir)
+    state = TrainState() if job.resume_manifest is None else job.resume_manifest.state
     if ranks.is_main:
         create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest)
-    state = TrainState() if job.resume_manifest is None else job.resume_manifest.state
+    stop = processes.StopSignal(device)
+    started = time.monotonic()
     with assemble(job, ranks, device, state) as training:
         if job.resume_from is not None:
             loaded = training.checkpointer.load(job.resume_from)
             assert loaded == state, f"{job.resume_from} holds {loaded}, its manifest says {state}"
         if ranks.is_main:
             print(_start_line(job, ranks, state), flush=True)
-        started = time.monotonic()
         state = train(training, state, stop)
-        if ranks.is_main:
-            print(_end_line(job.config, state, time.monotonic() - started), flush=True)
     stop.restore()
-    processes.stop_process_group()
+    if ranks.is_main:
+        print(_end_line(job.config, state, time.monotonic() - started), flush=True)
+    return state
 
 
 def _start_line(job: Job, ranks: Ranks, state: TrainState) -> str:
@@ -137,11 +140,19 @@ def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Check the command line, then train (or only describe, with --dry-run)."""
-    ranks = discover_ranks()
+    ranks = processes.discover_ranks()
+    device = processes.select_accelerator()
     try:
         command = parse_command_line(argv)
-        prepare_data(command, ranks)
-        job = check(command, ranks)
+        if command.dry_run:
+            text = dry_run(command, ranks)
+        else:
+            if is_demo_missing(command.config):
+                if ranks.is_main:
+                    print(f"{DEMO_LATENTS} is missing: preparing the demo data set.", flush=True)
+                prepare_demo(quiet=not ranks.is_main)
+            job = check(command, ranks)
+            text = explain_precision(command.deepspeed, job.deepspeed_config)
     except ConfigError as err:
         if ranks.is_main:
             sys.stderr.write(f"error: {err}\n")
@@ -149,11 +160,12 @@ def main(argv: list[str] | None = None) -> None:
             # The launcher ends all ranks when one fails; rank 0 must come first to have spoken.
             time.sleep(FOLLOWER_WAIT_SEC)
         sys.exit(CONFIG_ERROR_EXIT_CODE)
-    if command.dry_run:
-        if ranks.is_main:
-            print(describe(job.config, job.deepspeed_config, ranks.world_size, job.manifest))
-        return
-    run(job, ranks)
+    if ranks.is_main:
+        print(text, flush=True)
+    if not command.dry_run:
+        processes.start_process_group(ranks, device)
+        train_job(job, ranks, device)
+        processes.stop_process_group()
 
 
 if __name__ == "__main__":

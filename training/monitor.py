@@ -1,4 +1,4 @@
-"""Where metrics and pictures go: TensorBoard and metrics.jsonl in the run directory, rank 0 only."""
+"""Where metrics and pictures go: TensorBoard and metrics.jsonl, from rank 0 only."""
 
 import json
 import os

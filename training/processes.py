@@ -1,4 +1,4 @@
-"""Processes: who am I among the ranks, starting and ending the process group, and stopping together.
+"""Processes: a rank's place in the job, the process group, stopping together.
 
 Every launcher (deepspeed, torchrun, srun, mpirun, none) is mapped to the variables that
 `deepspeed.init_distributed` reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.

@@ -167,7 +167,7 @@ def draw(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Path:
             labels=torch.tensor([plan.labels[i] for i in batch], device=device),
             latent_shape=shape,
             null_class=config.model.num_classes,
-            on_step=progress.update,
+            on_step=lambda _step: progress.update(),
         )
         for i, picture in zip(batch, decode_pixels(vae, latents), strict=True):
             save_png(output / _file_name(i, plan), picture)

@@ -42,7 +42,7 @@ def sample_latents(
     latent_shape: tuple[int, int, int],
     null_class: int,
     group_size: int = 1,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw final latents for images `indices` (N,) int64 with classes `labels` (N,) int64.
 
@@ -64,13 +64,10 @@ def sample_latents(
         positions = indices * diffusion.num_timesteps + step
         return normal(seed, Stream.SAMPLE_STEP, positions, count).view(shape)
 
-    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        return guided_denoise(model_fn, x_t, t, labels, null_class, settings.cfg_scale)
-
     start = normal(seed, Stream.SAMPLE_START, indices, count).view(shape)
     with torch.no_grad():
         return sample(
-            denoise,
+            guided_denoise(model_fn, labels, null_class, settings.cfg_scale),
             start,
             diffusion=diffusion,
             method=settings.method,

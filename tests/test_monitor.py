@@ -1,0 +1,74 @@
+"""What is written: the same scalars in two places, and nothing of steps that were lost."""
+
+import json
+
+import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from training.monitor import METRICS_FILE, TENSORBOARD_DIR, Monitor, expert_map, read_metrics
+
+
+def scalars_in_tensorboard(run_dir):
+    events = EventAccumulator(str(run_dir / TENSORBOARD_DIR))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_and_json_lines_hold_the_same_scalars(tmp_path):
+    monitor = Monitor(tmp_path)
+    for step in (10, 20):
+        monitor.scalars(step, {"loss/total": step / 8, "moe/load_entropy": 0.5})
+    monitor.close()
+
+    records = read_metrics(tmp_path)
+    for tag, events in scalars_in_tensorboard(tmp_path).items():
+        assert events == [(record["step"], record[tag]) for record in records]
+    assert [record["step"] for record in records] == [10, 20]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    monitor = Monitor(None)
+    monitor.scalars(1, {"loss/total": 1.0})
+    monitor.image(1, "x", np.zeros((2, 2, 3), dtype=np.uint8))
+    monitor.text("y", "z")
+    monitor.close()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_drops_records_of_lost_steps_and_a_torn_line(tmp_path):
+    monitor = Monitor(tmp_path)
+    for step in (10, 20, 30):
+        monitor.scalars(step, {"loss/total": float(step)})
+    monitor.close()
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write(json.dumps({"step": 40})[:-4])
+
+    monitor = Monitor(tmp_path, resume_step=20)
+    monitor.scalars(30, {"loss/total": 31.0})
+    monitor.close()
+
+    assert [(r["step"], r["loss/total"]) for r in read_metrics(tmp_path)] == [
+        (10, 10.0),
+        (20, 20.0),
+        (30, 31.0),
+    ]
+    assert scalars_in_tensorboard(tmp_path)["loss/total"] == [(10, 10.0), (20, 20.0), (30, 31.0)]
+
+
+def test_the_expert_map_shows_chosen_experts_only():
+    gate_table = torch.zeros(2, 4, 3)
+    gate_table[..., 0] = 0.6
+    gate_table[..., 1] = 0.3
+    gate_table[..., 2] = 0.1
+
+    picture = expert_map(gate_table, top_k=2)
+
+    rows = picture.reshape(2, -1, 4, 3)
+    assert picture.dtype == np.uint8
+    assert (rows[:, 0] > rows[:, 8]).any(), "a larger gate value is brighter"
+    assert (rows[:, 16] == 0).all(), "an expert outside the top k is black"

@@ -1,0 +1,160 @@
+"""Training on any layout equals training in one process: the real launcher, 1, 2 and 4 ranks."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch import run_jobs
+from training.checkpoint import EMA_FILE, RAW_FILE, latest_checkpoint
+from training.monitor import read_metrics
+
+pytestmark = pytest.mark.ranks
+
+STEPS = 6
+RELATIVE = 1e-5
+# Every job trains the same tiny problem: 4 experts, batch 8, fp32.
+COMMON = [
+    *("--num-experts", 4, "--global-batch-size", 8, "--warmup-steps", 2, "--max-steps", STEPS),
+    *("--log-every", 1, "--save-every", 3, "--sample-every", 0),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, demo_latents):
+    """Train every layout; returns a function from a run's name to its directory."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def fp32(stage):
+        path = folder / f"zero{stage}.json"
+        zero = {"stage": stage}
+        if stage == 3:
+            zero["stage3_param_persistence_threshold"] = 0
+        path.write_text(json.dumps({"zero_optimization": zero}))
+        return path
+
+    def job(name, stage, *flags):
+        clipping = 0 if stage == 0 else 1.0
+        common = ["--deepspeed", fp32(stage), "--run-dir", folder / name, "--data", demo_latents]
+        return [*common, *COMMON, "--gradient-clipping", clipping, *flags]
+
+    ep2, ep4 = ("--expert-parallel-size", 2), ("--expert-parallel-size", 4)
+    run_jobs(
+        1,
+        [
+            job("reference", 2),
+            job("unclipped", 2, "--gradient-clipping", 0),
+            job("w1-accumulation", 2, "--micro-batch-size", 2),
+            job("w1-recomputed", 2, "--activation-checkpointing"),
+            job("w1-z1", 1),
+            job("w1-z3", 3),
+            job("w1-z0-unclipped", 0),
+            job("resumed", 2, "--max-steps", 3),
+            job("resumed", 2),
+        ],
+        folder,
+    )
+    run_jobs(
+        2,
+        [
+            job("w2-z2", 2),
+            job("w2-z3", 3),
+            job("w2-z0-ep2-unclipped", 0, *ep2),
+            job("w2-z1-ep2", 1, *ep2),
+            job("w2-z2-ep2", 2, *ep2),
+            job("w2-z2-ep2-accumulation", 2, *ep2, "--micro-batch-size", 2),
+            job("w2-z2-ep2-recomputed", 2, *ep2, "--activation-checkpointing"),
+            job("w2-z2-ep2-resumed", 2, *ep2, "--max-steps", 3),
+            job("w2-z2-ep2-resumed", 2, *ep2),
+        ],
+        folder,
+    )
+    run_jobs(4, [job("w4-z2-ep2", 2, *ep2), job("w4-z1-ep4", 1, *ep4), job("w4-z3", 3)], folder)
+    return lambda name: folder / name
+
+
+def weights(run_dir, file):
+    return load_file(latest_checkpoint(run_dir) / file)
+
+
+CLIPPED = [
+    "w1-accumulation",
+    "w1-recomputed",
+    "w1-z1",
+    "w1-z3",
+    "w2-z2",
+    "w2-z3",
+    "w2-z1-ep2",
+    "w2-z2-ep2",
+    "w2-z2-ep2-accumulation",
+    "w2-z2-ep2-recomputed",
+    "w4-z2-ep2",
+    "w4-z1-ep4",
+    "w4-z3",
+]
+LAYOUTS = [("reference", name) for name in CLIPPED]
+LAYOUTS += [("unclipped", name) for name in ("w1-z0-unclipped", "w2-z0-ep2-unclipped")]
+
+
+@pytest.mark.parametrize(("reference", "name"), LAYOUTS)
+def test_losses_norms_and_loads_equal_one_process(runs, reference, name):
+    expected, got = read_metrics(runs(reference)), read_metrics(runs(name))
+
+    assert [record["step"] for record in got] == list(range(1, STEPS + 1))
+    for wanted, record in zip(expected, got, strict=True):
+        for key, value in wanted.items():
+            if key == "optim/grad_norm" and key not in record:
+                assert "z0" in name, "only ZeRO 0 without clipping computes no norm"
+            elif not key.startswith(("speed/", "memory/")):
+                assert record[key] == pytest.approx(value, rel=RELATIVE, abs=1e-7), key
+
+
+@pytest.mark.parametrize(("reference", "name"), LAYOUTS)
+@pytest.mark.parametrize("file", [EMA_FILE, RAW_FILE])
+def test_weights_and_their_average_equal_one_process(runs, reference, name, file):
+    expected, got = weights(runs(reference), file), weights(runs(name), file)
+
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        # Adam's first steps divide gradients of any size by themselves: rounding shows as a
+        # fraction of the learning rate (1e-3), not of the weight.
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=2e-5, msg=key)
+
+
+def test_training_moves_exactly_the_experts_that_saw_a_sample(runs):
+    raw, ema = weights(runs("reference"), RAW_FILE), weights(runs("reference"), EMA_FILE)
+    records = read_metrics(runs("reference"))
+
+    used_experts = 0
+    for block in range(6):
+        key = f"blocks.{block}.mixture.deepspeed_moe.experts.weight"
+        assert not torch.equal(raw[key], ema[key])
+        for expert in range(4):
+            tag = f"moe_load/block_{block:02d}/expert_{expert}"
+            is_used = any(record[tag] > 0 for record in records)
+            assert bool(raw[key][expert].any()) == is_used, "experts start at zero"
+            used_experts += is_used
+    assert 6 * 2 <= used_experts < 6 * 4, "the comparison covers a starved expert"
+
+
+@pytest.mark.parametrize(
+    ("uninterrupted", "resumed"),
+    [("reference", "resumed"), ("w2-z2-ep2", "w2-z2-ep2-resumed")],
+)
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(runs, uninterrupted, resumed):
+    def exact(record):
+        return {k: v for k, v in record.items() if not k.startswith(("speed/", "memory/"))}
+
+    expected, got = read_metrics(runs(uninterrupted)), read_metrics(runs(resumed))
+    assert [exact(record) for record in got] == [exact(record) for record in expected]
+    for file in (EMA_FILE, RAW_FILE):
+        expected, got = weights(runs(uninterrupted), file), weights(runs(resumed), file)
+        assert all(torch.equal(got[key], value) for key, value in expected.items())
+
+
+def test_expert_loads_sum_to_top_k(runs):
+    for record in read_metrics(runs("w2-z2-ep2")):
+        for block in range(6):
+            load = [record[f"moe_load/block_{block:02d}/expert_{e}"] for e in range(4)]
+            assert sum(load) == pytest.approx(2.0)

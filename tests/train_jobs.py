@@ -1,0 +1,29 @@
+"""Run several training commands in one process group, so that tests pay its start once.
+
+Started by the real launcher: deepspeed --num_gpus N tests/train_jobs.py --jobs FILE, where FILE is
+a JSON list of argument lists of training/main.py. Each job is checked and trained as main does.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from training import processes
+from training.command_line import parse_command_line
+from training.main import check, train_job
+
+
+def main():
+    ranks = processes.discover_ranks()
+    device = processes.select_accelerator()
+    jobs = json.loads(Path(sys.argv[sys.argv.index("--jobs") + 1]).read_text())
+    processes.start_process_group(ranks, device)
+    for argv in jobs:
+        train_job(check(parse_command_line(argv), ranks), ranks, device)
+    processes.stop_process_group()
+
+
+if __name__ == "__main__":
+    main()
