@@ -2,7 +2,8 @@
 
 The shard is the unit of work. Which images form a shard, and which of them form a batch, follows
 from the settings alone; so an interrupted run that is repeated, or several processes that share
-the shards, end with the same bytes as one run.
+the shards, end with the same bytes as one run (on equal machines with equal numbers of threads:
+these decide the order in which floating-point sums are taken).
 
 N batch, C latent channels, H W latent size.
 """
