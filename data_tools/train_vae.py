@@ -10,6 +10,7 @@ N batch, M pictures, C latent channels, H W image size, h w latent size.
 """
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -171,9 +172,7 @@ def train(pictures: TrainingPictures, args: argparse.Namespace) -> None:
         optimizer.step()
         done = step + 1
         if done % args.save_every == 0 or done == args.steps:
-            vae.eval()
             save(vae, pictures, args, done)
-            vae.train()
             per_step_sec = (time.monotonic() - started) / done
             print(f"about {per_step_sec * (args.steps - done):.0f} s left", flush=True)
 
@@ -186,8 +185,7 @@ def save(
     All numbers are those of the weights as saved: normalised and rounded to fp16.
     """
     device = next(vae.parameters()).device
-    saved = make_vae().to(device, memory_format=torch.channels_last).eval()
-    saved.load_state_dict(vae.state_dict())
+    saved = copy.deepcopy(vae).eval()  # and no new network, which would draw random numbers
     normalise_latents(saved, latent_draws(saved, pictures.train, device))
     saved.load_state_dict({name: x.half().float() for name, x in saved.state_dict().items()})
     std = latent_draws(saved, pictures.train, device).std().item()
