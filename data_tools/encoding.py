@@ -107,7 +107,7 @@ def make_settings(
     side = size // vae.downsample
     digest = hashlib.sha256()
     for path, label in zip(images.paths, images.labels, strict=True):
-        digest.update(f"{path}\t{label}\t{(images.root / path).stat().st_size}\n".encode())
+        digest.update(f"{path}\t{label}\n".encode())
     return EncodingSettings(
         format_version=FORMAT_VERSION,
         vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),

@@ -3,6 +3,8 @@
 Raw pixels are uint8 (size, size, 3) RGB throughout the project.
 """
 
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +59,10 @@ def scan_image_folder(root: Path, flag: str) -> ImageFolder:
         state = "is a file" if root.exists() else "does not exist"
         raise ConfigError(f"{flag} {root}: {state}; give a folder that holds images.")
     paths = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        Path(folder, name).relative_to(root).as_posix()
+        for folder, _, names in os.walk(root, followlinks=True)  # class folders are often links
+        for name in names
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
     )
     if not paths:
         raise ConfigError(
@@ -78,9 +81,8 @@ def scan_image_folder(root: Path, flag: str) -> ImageFolder:
     names = sorted(set(folders))
     index_of = {name: index for index, name in enumerate(names)}
     labels = tuple(index_of[folder] for folder in folders)
-    classes = tuple(
-        ImageClass(index, name, labels.count(index)) for index, name in enumerate(names)
-    )
+    counts = Counter(folders)
+    classes = tuple(ImageClass(index, name, counts[name]) for index, name in enumerate(names))
     return ImageFolder(root, tuple(paths), labels, classes)
 
 

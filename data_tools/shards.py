@@ -77,7 +77,7 @@ class SourceList:
 
     num_files: int
     num_skipped: int
-    sha256: str  # of their relative paths, labels and sizes
+    sha256: str  # of their relative paths and labels
 
 
 @dataclass(frozen=True)

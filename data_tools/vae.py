@@ -55,6 +55,7 @@ def load_vae(
     source: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    expected_sha256: str | None = None,
 ) -> Vae:
     """Load an autoencoder from a diffusers folder, one .safetensors file, or the hub.
 
@@ -63,6 +64,8 @@ def load_vae(
             or a hub id such as stabilityai/sd-vae-ft-ema.
         device: where the model goes.
         dtype: of its weights and of the arithmetic.
+        expected_sha256: of the VAE that encoded the data, from its manifest; another VAE of the
+            same shape would decode its latents into wrong pictures without any error.
     """
     path = _find(source)
     if path is None:

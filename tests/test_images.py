@@ -123,6 +123,13 @@ def test_class_folders_become_sorted_classes(tmp_path):
     ]
 
 
+def test_class_folders_may_be_links(tmp_path):
+    save(tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "cats").symlink_to(tmp_path / "elsewhere")
+    assert scan_image_folder(tmp_path / "set", "--input").paths == ("cats/1.png",)
+
+
 def test_a_flat_folder_has_no_classes(tmp_path):
     save(tmp_path / "2.png")
     save(tmp_path / "1.png")

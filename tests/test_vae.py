@@ -107,6 +107,12 @@ def test_a_folder_and_a_single_file_are_the_same_vae(vae, tmp_path, monkeypatch)
     assert load_vae("vae").source_id == str(folder)
 
 
+def test_a_vae_that_did_not_encode_the_data_is_refused(vae):
+    assert load_vae(DEMO_VAE, expected_sha256=vae.sha256).sha256 == vae.sha256
+    with pytest.raises(ConfigError, match=r"are not those that encoded the data \(00000000"):
+        load_vae(DEMO_VAE, expected_sha256="0" * 64)
+
+
 def test_a_whole_pipeline_folder_works_and_shift_factors_are_read(vae, tmp_path):
     (tmp_path / "pipeline").mkdir()
     folder = copy_of_demo(tmp_path / "pipeline" / "vae")
