@@ -76,6 +76,11 @@ def load_vae(
     model = model.float()
     config = model.config
     digest = _weights_sha256(model)
+    if expected_sha256 not in (None, digest):
+        raise ConfigError(
+            f"--vae {source}: its weights (sha256 {digest[:12]}) are not those that encoded the "
+            f"data ({expected_sha256[:12]}); give that VAE, or encode again with this one."
+        )
     # The plain method: that of diffusers warns of modules to keep in fp32, of which this has none.
     torch.nn.Module.to(model, device=device, dtype=dtype, memory_format=torch.channels_last)
     return Vae(
