@@ -1,5 +1,6 @@
 """Start the product's commands as a user does, and clean up after them."""
 
+import contextlib
 import json
 import os
 import signal
@@ -44,10 +45,8 @@ def finish(process, timeout=TIMEOUT_SEC):
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return output
 
 

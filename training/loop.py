@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from data_tools.loader import LatentStream
 
+from data_tools.loader import LatentStream
 from training.checkpoint import Checkpointer, TrainState
 from training.config import Config
 from training.engine import learning_rate, set_learning_rate

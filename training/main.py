@@ -85,14 +85,25 @@ def is_demo_missing(config: Config) -> bool:
     return is_demo and not (DEMO_LATENTS / MANIFEST_NAME).exists()
 
 
+def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
+    """Make the demo data set if this command needs it and would otherwise be right."""
+    if not is_demo_missing(command.config):
+        return
+    validate(command.config, command.deepspeed, ranks.world_size)
+    check_run_directory(Path(command.config.run.run_dir), command.config)
+    if ranks.is_main:
+        print(f"{command.config.data.data} is missing: preparing the demo data set.", flush=True)
+    prepare_demo(quiet=not ranks.is_main)
+
+
 def dry_run(command: CommandLine, ranks: Ranks) -> str:
-    """Return what --dry-run prints; write nothing."""
-    if is_demo_missing(command.config):  # the only data set that training itself would make
-        merged = merge_deepspeed(command.deepspeed, command.config, ranks.world_size)
-        validate(command.config, command.deepspeed, ranks.world_size)
-        return describe(command.config, merged, ranks.world_size)
-    job = check(command, ranks)
-    return describe(job.config, job.deepspeed_config, ranks.world_size, job.manifest)
+    """Return what --dry-run prints; write nothing. The data set need not exist yet."""
+    if Path(command.config.data.data).exists() and not is_demo_missing(command.config):
+        job = check(command, ranks)
+        return describe(job.config, job.deepspeed_config, ranks.world_size, job.manifest)
+    merged = merge_deepspeed(command.deepspeed, command.config, ranks.world_size)
+    validate(command.config, command.deepspeed, ranks.world_size)
+    return describe(command.config, merged, ranks.world_size)
 
 
 def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
@@ -147,10 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         if command.dry_run:
             text = dry_run(command, ranks)
         else:
-            if is_demo_missing(command.config):
-                if ranks.is_main:
-                    print(f"{DEMO_LATENTS} is missing: preparing the demo data set.", flush=True)
-                prepare_demo(quiet=not ranks.is_main)
+            prepare_demo_if_missing(command, ranks)
             job = check(command, ranks)
             text = explain_precision(command.deepspeed, job.deepspeed_config)
     except ConfigError as err:

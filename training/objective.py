@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from data_tools.loader import Batch
 from torch import Tensor
 
+from data_tools.loader import Batch
 from models.diffusion import Diffusion, LossTerms
 from models.latents import final_latents
 from models.prior import diffusion_prior, match_units, prior_loss
@@ -80,6 +80,8 @@ class Objective:
         t, group_t = self._timesteps(positions)
         dropped = uniform(seed, Stream.LABEL_DROP, positions, 1)[:, 0]
         null_class = self.config.model.num_classes
+        if null_class == 0:  # unconditional, whatever classes the data has
+            y = torch.zeros_like(y)
         y = torch.where(dropped < self.config.data.class_dropout_prob, null_class, y)
         return MicroBatch(x_start, noise, self.diffusion.q_sample(x_start, t, noise), t, y, group_t)
 
