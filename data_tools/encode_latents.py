@@ -16,8 +16,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
@@ -90,6 +91,17 @@ def disk_errors_as_config_errors(output: Path) -> Iterator[None]:
         ) from err
 
 
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to {"image.size": 64, ...}."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{name}.")
+        elif prefix + name != "vae.id":  # the weights count, not where they were found
+            leaves[prefix + name] = value
+    return leaves
+
+
 def check_settings(output: Path, settings: EncodingSettings) -> None:
     """Refuse an output folder that other settings made; otherwise note the settings in it."""
     path = output / SETTINGS_NAME
@@ -105,11 +117,8 @@ def check_settings(output: Path, settings: EncodingSettings) -> None:
         found: EncodingSettings = from_json(EncodingSettings, json.loads(path.read_bytes()))
     except (MalformedError, ValueError) as err:
         raise ConfigError(f"{path}: {err}; delete the folder, or give a new --output.") from err
-    different = [
-        f"{field.name} ({getattr(found, field.name)} -> {getattr(settings, field.name)})"
-        for field in fields(EncodingSettings)
-        if getattr(found, field.name) != getattr(settings, field.name)
-    ]
+    old, new = _leaves(asdict(found)), _leaves(asdict(settings))
+    different = [f"{name} ({old[name]} -> {new[name]})" for name in new if old[name] != new[name]]
     if different:
         raise ConfigError(
             f"--output {output}: was begun with other settings: {', '.join(different)}; repeat the "

@@ -8,6 +8,7 @@ C latent channels, H W latent size.
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -256,15 +257,19 @@ def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a dataclass or dictionary as JSON, whole or not at all."""
+    """Write a dataclass or dictionary as JSON, whole or not at all.
+
+    Several processes may write the same content at once: each has a temporary file of its own.
+    """
     value = asdict(content) if is_dataclass(content) else content
-    text = json.dumps(value, indent=1, sort_keys=False) + "\n"
-    replace_file(path, lambda file: file.write(text.encode()))
+    text = json.dumps(value, indent=1) + "\n"
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    replace_file(path, lambda file: file.write(text.encode()), temporary)
 
 
-def replace_file(path: Path, write: Callable[[Any], object]) -> None:
+def replace_file(path: Path, write: Callable[[Any], object], temporary: Path | None = None) -> None:
     """Call write(file) on a temporary file, flush it to the disk and give it its name."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary or path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
             write(file)

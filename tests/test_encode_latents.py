@@ -25,7 +25,7 @@ from data_tools.images import load_pixels, scan_image_folder
 from data_tools.loader import LatentStream
 from data_tools.shards import MANIFEST_NAME, DatasetManifest
 from data_tools.vae import DEMO_VAE, encode_moments, load_vae
-from tests.launch import REPOSITORY, environment, run
+from tests.launch import REPOSITORY, environment, finish, run, start
 
 VAE_FLAGS = ("--vae", "data_tools/demo_vae")
 
@@ -173,14 +173,23 @@ def test_a_killed_run_that_is_repeated_gives_the_bytes_of_an_uninterrupted_one(
     assert content(output) == content(encoded)
 
 
-def test_several_processes_share_the_shards_and_give_the_same_bytes(
-    images, encoded, tmp_path, capsys
-):
-    main(flags(images, tmp_path, **{"--part": "1/2"}))
-    assert "this part is done; dataset.json follows" in capsys.readouterr().out
-    assert not (tmp_path / MANIFEST_NAME).exists()
-    main(flags(images, tmp_path, **{"--part": "0/2"}))
+def test_several_processes_share_the_shards_and_give_the_same_bytes(images, encoded, tmp_path):
+    processes = [
+        start("python", "data_tools/encode_latents.py", *flags(images, tmp_path), "--part", part)
+        for part in ("0/2", "1/2")
+    ]
+    outputs = [finish(process) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    assert any("23 samples in 3 shards" in output for output in outputs)
     assert content(tmp_path) == content(encoded)
+
+
+def test_one_part_alone_does_not_finish_the_data_set(images, tmp_path, capsys):
+    main(flags(images, tmp_path, **{"--part": "1/2"}))
+    assert "this part is done; dataset.json follows when all parts are." in capsys.readouterr().out
+    assert [path.name for path in sorted(tmp_path.glob("*.tar"))] == ["00001.tar"]
+    with pytest.raises(ConfigError, match="encoding did not finish"):
+        DatasetManifest.load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "deleted", "sidecar deleted"])
@@ -252,13 +261,13 @@ def test_another_seed_deals_the_images_to_other_shards(images, encoded, tmp_path
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"--size": 64}, "image (ImageFormat(size=32"),
+        ({"--size": 64}, "image.size (32 -> 64)"),
         ({"--seed": 1}, "seed (0 -> 1)"),
-        ({"--no-flip": True}, "latent ("),
+        ({"--no-flip": True}, "latent.flip (True -> False)"),
         ({"--shard-size": 9}, "shard_size (8 -> 9)"),
         ({"--batch-size": 5}, "batch_size (4 -> 5)"),
         ({"--input": "other"}, "source ("),
-        ({"--vae": "other"}, "vae (VaeReference(id='data_tools/demo_vae'"),
+        ({"--vae": "other"}, "vae.sha256 ("),
     ],
 )
 def test_an_output_of_other_settings_is_refused(images, encoded, tmp_path, changes, named):
