@@ -115,8 +115,8 @@ class SampleReader:
         path = self.manifest.folder / self.manifest.shards[shard].name
         what = f"cannot be read ({err.strerror})" if isinstance(err, OSError) else str(err)
         return ConfigError(
-            f"{path}: {what}; compare its sha256 with dataset.json and copy the shard again, or "
-            "delete it with its sidecar and run encode_latents.py again."
+            f"{path}: {what}; run python data_tools/verify_shards.py --data {path.parent}, it says "
+            "what to do."
         )
 
 
