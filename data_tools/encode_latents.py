@@ -278,7 +278,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--shard-size", type=int, default=2048, metavar="N", help="samples (default: %(default)s)")
     add("--no-flip", action="store_true", help="store no latents of the mirrored images")
     add("--seed", type=int, default=0, metavar="N", help="of the dealing of images to shards")
-    add("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
+    add("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--strict", action="store_true", help="stop at a damaged image instead of skipping it")
     add("--part", type=part_of, default=(0, 1), metavar="I/N", help="every N-th shard, from I on")
     add("--dry-run", action="store_true", help="check and describe, write nothing")

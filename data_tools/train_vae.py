@@ -258,7 +258,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default: %(default)s)")
-    add("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
+    add("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "save_every"):
         if getattr(args, name) < 1:

@@ -227,8 +227,10 @@ def decode_pixels(vae: Vae, final_latents: Tensor) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate(pictures))
 
 
-def resolve_device(name: str) -> torch.device:
-    """Turn --device into a device that exists."""
+def resolve_device(name: str | None) -> torch.device:
+    """Turn --device into a device that exists; None takes a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as err:

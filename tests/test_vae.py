@@ -239,6 +239,7 @@ def test_an_unknown_device_is_refused(name, sentence):
         resolve_device(name)
     assert str(error.value).startswith(sentence)
     assert resolve_device("cpu") == CPU
+    assert resolve_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_psnr_is_what_the_textbook_says():
