@@ -27,7 +27,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from tqdm import tqdm
 
 from data_tools.encoding import SETTINGS_NAME, EncodingSettings, ShardEncoder, make_settings
-from data_tools.errors import ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.images import ImageFolder, scan_image_folder
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.shards import MANIFEST_NAME, MalformedError, Manifest, from_json, write_json
@@ -255,7 +255,7 @@ def part_of(text: str) -> tuple[int, int]:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Define the flags and check their values."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         epilog="To resume after an interruption, run the same command again.",
     )

@@ -1,8 +1,10 @@
 """The one exception that means "the user gave something wrong", and how entry points report it."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 CONFIG_ERROR_EXIT_CODE = 2
 
@@ -12,6 +14,14 @@ class ConfigError(Exception):
 
     The message begins with the flag or the file at fault.
     """
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports a wrong command line as a ConfigError: one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing; begin with the flag."""
+        raise ConfigError(f"{message.removeprefix('argument ')}; see --help.")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from PIL import Image
 
 from data_tools.emoji import draw_emoji, emoji_classes
-from data_tools.errors import ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 
 DEMO_IMAGES = REPOSITORY / "datasets" / "demo_images"
 DEMO_SIZE = 64
@@ -55,7 +55,7 @@ def make_demo_images(output: Path, size: int, per_class: int) -> int:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Define the flags and check their values."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Draw the demo image set: ten classes of emoji (OpenMoji, CC BY-SA 4.0)."
     )
     parser.add_argument(

@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from data_tools.errors import ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.vae import resolve_device
 from data_tools.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
 
@@ -234,7 +234,7 @@ Made by
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Define the flags and check their values."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Train the small image autoencoder whose latents the demo model learns."
     )
     add = parser.add_argument

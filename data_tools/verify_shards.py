@@ -3,7 +3,6 @@
 python data_tools/verify_shards.py --data latents/imagenet256
 """
 
-import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np  # noqa: E402 -- after sys.path is set
 from tqdm import tqdm  # noqa: E402
 
-from data_tools.errors import ConfigError, exit_on_config_error  # noqa: E402
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error  # noqa: E402
 from data_tools.records import DamagedRecordError, RecordLayout  # noqa: E402
 from data_tools.shards import DatasetManifest, Shard  # noqa: E402
 
@@ -62,7 +61,7 @@ def verify(manifest: DatasetManifest, is_quiet: bool = False) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Verify and report."""
-    parser = argparse.ArgumentParser(description="Check every shard of a data set.")
+    parser = ArgumentParser(description="Check every shard of a data set.")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     folder = parser.parse_args(argv).data
     manifest = DatasetManifest.load(folder)

@@ -212,7 +212,7 @@ def test_every_leaf_can_be_given_as_a_flag(demo):
         ("--topk 1", "--topk: unknown flag; did you mean '--top-k'?"),
         ("--learning_rate=1", "--learning_rate: unknown flag"),
         ("--preset huge", "--preset: unknown preset 'huge'; choose one of: b, demo, l, s, xl."),
-        ("--lr", "argument --lr: expected one argument"),
+        ("--lr", "--lr: expected one argument; see --help."),
         ("--max-step 5", "--max-step: unknown flag; did you mean '--max-steps'?"),
     ],
 )

@@ -3,9 +3,9 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ArgumentParser, ConfigError
 from training.config import (
     EXPECTED,
     SECTIONS,
@@ -41,13 +41,8 @@ class CommandLine:
     dry_run: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help.")
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="training/main.py",
         description="Train a Switch-DiT. Running the same command again continues the run.",
         epilog="Every key of a preset is also a flag; without a flag the preset's value holds.",

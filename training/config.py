@@ -213,6 +213,8 @@ def check_value(leaf: Option, value: Any, where: str) -> Any:
     if type(value) is not leaf.kind:
         null = " or null" if leaf.is_nullable else ""
         raise ConfigError(f"{where} must be {EXPECTED[leaf.kind]}{null}, not {value!r}.")
+    if value == "":
+        raise ConfigError(f"{where} is empty; give a text.")
     choices = leaf.field.metadata["choices"]
     if choices and value not in choices:
         raise ConfigError(f"{where}: unknown value '{value}'{did_you_mean(value, choices)}")

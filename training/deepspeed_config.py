@@ -38,6 +38,14 @@ KNOWN_KEYS = frozenset({
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 })
 # fmt: on
+NUMBER_KEYS = ("steps_per_print", "gradient_predivide_factor")
+SWITCH_KEYS = (
+    "disable_allgather",
+    "dump_state",
+    "memory_breakdown",
+    "prescale_gradients",
+    "wall_clock_breakdown",
+)
 REFUSED_KEYS = {
     "optimizer": "the optimizer is EMAAdamW, set by the preset (lr, beta1, beta2, weight_decay)",
     "scheduler": "the learning rate is set by the preset (lr, warmup_steps)",
@@ -126,6 +134,10 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
         blocks = ("bf16", "fp16", "torch_autocast", "zero_optimization", "data_types", "checkpoint")
         if key in blocks and not isinstance(value, dict):
             raise ConfigError(f"{path}: '{key}' must be an object, not {value!r}.")
+        if key in NUMBER_KEYS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{path}: '{key}' must be a number, not {value!r}.")
+        if key in SWITCH_KEYS and not isinstance(value, bool):
+            raise ConfigError(f"{path}: '{key}' must be true or false, not {value!r}.")
     checkpoint = values.get("checkpoint", {})
     for key in ("writer", "load_universal", "parallel_write", "use_node_local_storage"):
         if checkpoint.get(key):
