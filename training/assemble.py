@@ -45,7 +45,7 @@ def assemble(
     )
     monitor = Monitor(run_dir if ranks.is_main else None, resume_step=state.step)
     monitor.text("configuration", config.to_yaml())
-    grid = SampleGrid(config, manifest, engine, objective.diffusion, ranks, device, monitor)
+    grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)
     try:
         yield Training(
             config=config,

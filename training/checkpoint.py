@@ -24,8 +24,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data_tools.errors import ConfigError
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.shards import MalformedError, from_json
 from training.ema import consolidated_weights
+from training.processes import RunError, agreed_message
 
 CHECKPOINT_DIR = "checkpoints"
 LATEST_FILE = "latest"
@@ -54,6 +56,23 @@ class Layout:
     precision: str  # "bf16", "autocast" or "fp32"
 
 
+# What a user changes to get a layout's value back.
+LAYOUT_OWNERS = {
+    "world_size": "the number of ranks",
+    "expert_parallel_size": "--expert-parallel-size",
+    "zero_stage": "zero_optimization.stage of the --deepspeed file",
+    "precision": "the precision of the --deepspeed file",
+}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says of one file."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class CheckpointManifest:
     """What `manifest.json` says of a complete checkpoint."""
@@ -62,7 +81,13 @@ class CheckpointManifest:
     state: TrainState
     layout: Layout
     data_hash: str  # of the data set's manifest
-    files: dict[str, dict[str, Any]]  # name -> {bytes, sha256}
+    files: dict[str, FileRecord]  # by name
+
+
+class DamagedCheckpointError(RunError):
+    """A file of the checkpoint to resume from does not match its checksum."""
+
+    exit_code = CONFIG_ERROR_EXIT_CODE
 
 
 def tag_of(step: int) -> str:
@@ -74,41 +99,60 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     """Read a checkpoint's manifest and check that its files are there in their sizes."""
     path = folder / MANIFEST_FILE
     try:
-        raw = json.loads(path.read_text(encoding="ascii"))
-        manifest = CheckpointManifest(
-            tag=raw["tag"],
-            state=TrainState(**raw["state"]),
-            layout=Layout(**raw["layout"]),
-            data_hash=raw["data_hash"],
-            files=raw["files"],
-        )
+        manifest: CheckpointManifest = from_json(CheckpointManifest, json.loads(path.read_bytes()))
     except FileNotFoundError as err:
         raise ConfigError(
-            f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint; choose another."
+            f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint; "
+            f"{_use_older(folder)}"
         ) from err
-    except (json.JSONDecodeError, KeyError, TypeError) as err:
+    except (ValueError, MalformedError) as err:
         raise ConfigError(
-            f"{path} is not a checkpoint manifest ({err}); delete this checkpoint."
+            f"{path} is not a checkpoint manifest ({err}); {_use_older(folder)}"
         ) from err
-    for name, entry in manifest.files.items():
+    for name, record in manifest.files.items():
         file = folder / name
         size = file.stat().st_size if file.exists() else None
-        if size != entry["bytes"]:
+        if size != record.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
             raise ConfigError(
-                f"{file} {found}, its manifest says {entry['bytes']} bytes; delete {folder} and "
-                f"write the name of an older checkpoint into {folder.parent / LATEST_FILE}."
+                f"{file} {found}, its {MANIFEST_FILE} says {record.bytes} bytes; "
+                f"{_use_older(folder)}"
             )
     return manifest
 
 
+def _use_older(folder: Path) -> str:
+    return (
+        f"delete {folder} and write the name of an older checkpoint into "
+        f"{folder.parent / LATEST_FILE}."
+    )
+
+
 def verify_file(manifest: CheckpointManifest, path: Path) -> None:
     """Compare a file with the checksum in its checkpoint's manifest before it is read."""
-    entry = manifest.files.get(path.name)
-    if entry is None or _sha256(path) != entry["sha256"]:
+    record = manifest.files.get(path.name)
+    if record is None or _sha256(path) != record.sha256:
         raise ConfigError(
-            f"{path} does not match the checksum in its {MANIFEST_FILE}; use another checkpoint."
+            f"{path} does not match the checksum in its {MANIFEST_FILE}; {_use_older(path.parent)}"
         )
+
+
+def verify_together(manifest: CheckpointManifest, folder: Path) -> None:
+    """Compare all files with their checksums, shared among the ranks. All ranks must call this.
+
+    Raises:
+        DamagedCheckpointError: on all ranks, naming the first file that differs.
+    """
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    error = None
+    try:
+        for name in sorted(manifest.files)[rank::world_size]:
+            verify_file(manifest, folder / name)
+    except ConfigError as err:
+        error = err
+    message = _agreed_error(error)
+    if message is not None:
+        raise DamagedCheckpointError(message)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -116,13 +160,14 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
     if not pointer.exists():
         return None
-    folder = pointer.parent / pointer.read_text(encoding="ascii").strip()
-    if folder.parent != pointer.parent or not folder.is_dir():
+    name = pointer.read_text(encoding="ascii", errors="replace").strip()
+    folders = {path.name: path for path in pointer.parent.glob("step-*")}
+    if name not in folders:
         raise ConfigError(
-            f"{pointer} names {folder.name!r}, which is no checkpoint in {pointer.parent}; write "
-            "the name of one that exists into it, or delete it to start afresh."
+            f"{pointer} names {name!r}, which is no checkpoint in {pointer.parent}; write the name "
+            "of one that exists into it, or delete it to start afresh."
         )
-    return folder
+    return folders[name]
 
 
 def check_resumable(manifest: CheckpointManifest, layout: Layout, data_hash: str) -> None:
@@ -131,14 +176,15 @@ def check_resumable(manifest: CheckpointManifest, layout: Layout, data_hash: str
         current = asdict(layout)[name]
         if saved != current:
             raise ConfigError(
-                f"checkpoint {manifest.tag} was saved with {name}={saved}, this command has "
-                f"{current}; resume with {saved}, or start another --run-dir."
+                f"--run-dir: its checkpoint {manifest.tag} was saved with {name} {saved}, this "
+                f"command has {current}; change {LAYOUT_OWNERS[name]} back to {saved}, or start "
+                "another --run-dir."
             )
     if manifest.data_hash != data_hash:
         raise ConfigError(
-            f"checkpoint {manifest.tag} was trained on the data set with manifest hash "
-            f"{manifest.data_hash[:12]}, --data now has {data_hash[:12]}; point --data at the "
-            "original, or start another --run-dir."
+            f"--data: checkpoint {manifest.tag} of the --run-dir was trained on the data set whose "
+            f"dataset.json has sha256 {manifest.data_hash[:12]}, this one has {data_hash[:12]}; "
+            "give the original --data, or start another --run-dir."
         )
 
 
@@ -238,7 +284,7 @@ class Checkpointer:
     def _publish(self, temporary: Path, tag: str, state: TrainState) -> OSError | None:
         try:
             files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                path.name: FileRecord(path.stat().st_size, _sha256(path))
                 for path in sorted(temporary.iterdir())
             }
             manifest = CheckpointManifest(tag, state, self.layout, self.data_hash, files)
@@ -248,13 +294,15 @@ class Checkpointer:
                 shutil.rmtree(final)
             os.rename(temporary, final)
             _write_durably(self.folder / LATEST_FILE, tag + "\n")
-            self._prune()
+            self._prune(tag)
         except OSError as err:
             return err
         return None
 
-    def _prune(self) -> None:
-        complete = sorted(self.folder.glob("step-*"))
+    def _prune(self, newest: str) -> None:
+        # Later ones are of a line that was left by resuming from an older one: they do not push
+        # out this line's, and are overwritten when their step is reached.
+        complete = sorted(p for p in self.folder.glob("step-*") if p.name <= newest)
         for old in complete[: -self.keep_last]:
             shutil.rmtree(old)
 
@@ -267,10 +315,7 @@ class Checkpointer:
 
 
 def _agreed_error(error: Exception | None) -> str | None:
-    """Tell all ranks the first error among them. All ranks must call this."""
-    messages: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(messages, None if error is None else _describe(error))
-    return next((message for message in messages if message is not None), None)
+    return agreed_message(None if error is None else _describe(error))
 
 
 def _describe(error: Exception) -> str:

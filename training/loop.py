@@ -3,28 +3,35 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from data_tools.loader import LatentStream
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.loader import Batch, LatentStream
 from training.checkpoint import Checkpointer, TrainState
 from training.config import Config
 from training.engine import learning_rate, set_learning_rate
 from training.metrics import MetricSums
 from training.monitor import Monitor, expert_map
 from training.objective import Objective
-from training.processes import StopSignal
+from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss of an interval is not a finite number; raised on all ranks alike."""
+class NonFiniteLossError(RunError):
+    """The loss of an interval is not a finite number."""
 
 
-class CheckpointError(RuntimeError):
-    """The last checkpoint of a run could not be written; raised on all ranks alike."""
+class CheckpointError(RunError):
+    """The last checkpoint of a run could not be written."""
+
+
+class DataError(RunError):
+    """A rank cannot read its samples; what was trained until then is saved."""
+
+    exit_code = CONFIG_ERROR_EXIT_CODE
 
 
 @dataclass
@@ -42,6 +49,14 @@ class Training:
     is_main: bool
 
 
+@dataclass
+class StepData:
+    """This rank's part of one step's global batch."""
+
+    batches: list[tuple[Batch, float]] = field(default_factory=list)  # with seconds waited for it
+    error: ConfigError | None = None  # why it is incomplete
+
+
 def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState:
     """Train from `state` to the configured number of steps or until a signal.
 
@@ -53,16 +68,22 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
     Raises:
         NonFiniteLossError: on all ranks, at the end of the interval in which it happened.
         CheckpointError: on all ranks, when the final checkpoint fails; earlier ones are intact.
+        DataError: on all ranks, after saving, when one of them cannot read its samples.
     """
-    run, batches = training.config.run, iter(training.stream)
+    run = training.config.run
+    step_data = read_step(training)
+    if message := agreed_message(step_data.error):
+        raise DataError(message)
     started, first_step = time.monotonic(), state.step
-    saved_step = state.step
+    saved_step, signal_number = state.step, 0
     while state.step < run.max_steps:
-        gate_table = train_step(training, batches, state.step)
+        gate_table = train_step(training, step_data, state.step)
         state = TrainState(
             state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
         )
-        signal_number = stop.agreed()
+        # Read ahead of the step, so that all ranks learn of damaged data before they start it.
+        step_data = read_step(training) if state.step < run.max_steps else StepData()
+        signal_number = stop.agreed(step_data.error is not None)
         is_last = state.step == run.max_steps or signal_number != 0
 
         if state.step % run.log_every == 0 or is_last:
@@ -85,25 +106,38 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         if signal_number:
             break
     assert saved_step == state.step, "the state reached is always saved"
+    if signal_number == RANK_FAILED:
+        raise DataError(agreed_message(step_data.error))
     return state
 
 
-def train_step(training: Training, batches: Iterator, step: int) -> torch.Tensor:
+def read_step(training: Training) -> StepData:
+    """Read this rank's micro-batches of one step."""
+    data, stream = StepData(), training.stream
+    try:
+        for _ in range(training.engine.gradient_accumulation_steps()):
+            waited = stream.wait_sec
+            data.batches.append((next(stream), stream.wait_sec - waited))
+    except ConfigError as err:
+        data.error = err
+    return data
+
+
+def train_step(training: Training, data: StepData, step: int) -> torch.Tensor:
     """Run one optimizer step: every micro-step's forward and backward, then the update.
 
     Returns:
         The gate table of the last micro-step, (L, S, E), detached.
     """
-    engine, objective, stream = training.engine, training.objective, training.stream
+    engine, objective = training.engine, training.objective
     set_learning_rate(engine, learning_rate(training.config.optim, step))
-    for _ in range(engine.gradient_accumulation_steps()):
-        waited = stream.wait_sec
-        micro_batch = objective.micro_batch(next(batches))
+    for batch, wait_sec in data.batches:
+        micro_batch = objective.micro_batch(batch)
         output = engine(micro_batch.x_t, micro_batch.t, micro_batch.y, micro_batch.group_t)
         terms, mse = objective.loss(output, micro_batch, step)
         engine.backward(terms.total)
         engine.step()
-        training.sums.add(terms, mse, micro_batch.t, output.plan, stream.wait_sec - waited)
+        training.sums.add(terms, mse, micro_batch.t, output.plan, wait_sec)
     return output.gate_table.detach()
 
 

@@ -18,8 +18,9 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.errors import exit_on_config_error
 from data_tools.shards import MANIFEST_NAME, DatasetManifest
+from data_tools.vae import Vae, load_vae
 from training import processes
 from training.checkpoint import (
     CheckpointManifest,
@@ -28,6 +29,7 @@ from training.checkpoint import (
     check_resumable,
     latest_checkpoint,
     read_manifest,
+    verify_together,
 )
 from training.command_line import CommandLine, parse_command_line
 from training.config import Config
@@ -36,8 +38,6 @@ from training.deepspeed_config import explain_precision, merge_deepspeed, precis
 from training.processes import Ranks
 from training.run_directory import check_free_space, check_run_directory, create_run_directory
 from training.validation import validate
-
-FOLLOWER_WAIT_SEC = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Job:
     layout: Layout
     resume_from: Path | None
     resume_manifest: CheckpointManifest | None
+    vae: Vae | None  # on rank 0, if grids of samples are wanted
 
 
 def check(command: CommandLine, ranks: Ranks) -> Job:
@@ -76,7 +77,10 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         resume_manifest = read_manifest(folder)
         check_resumable(resume_manifest, layout, manifest.hash)
     check_free_space(run_dir, checkpoint_bytes(config))
-    return Job(config, deepspeed_config, manifest, layout, folder, resume_manifest)
+    vae = None
+    if config.run.sample_every and ranks.is_main and not command.dry_run:
+        vae = load_vae(config.run.vae or manifest.vae.id, expected_sha256=manifest.vae.sha256)
+    return Job(config, deepspeed_config, manifest, layout, folder, resume_manifest, vae)
 
 
 def is_demo_missing(config: Config) -> bool:
@@ -107,14 +111,23 @@ def dry_run(command: CommandLine, ranks: Ranks) -> str:
 
 
 def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
-    """Train a checked job in an existing process group. All ranks must call this."""
+    """Train a checked job in an existing process group. All ranks must call this.
+
+    Raises:
+        RunError: on all ranks, with what ended the run.
+    """
     from training.assemble import assemble  # DeepSpeed reads its environment when imported
     from training.loop import train
 
     run_dir = Path(job.config.run.run_dir)
     state = TrainState() if job.resume_manifest is None else job.resume_manifest.state
+    if job.resume_from is not None:
+        verify_together(job.resume_manifest, job.resume_from)
+    problem = None
     if ranks.is_main:
-        create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest)
+        problem = create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest)
+    if problem := processes.agreed_message(problem):
+        raise processes.RunError(problem)
     stop = processes.StopSignal(device)
     started = time.monotonic()
     with assemble(job, ranks, device, state) as training:
@@ -151,9 +164,10 @@ def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Check the command line, then train (or only describe, with --dry-run)."""
-    ranks = processes.discover_ranks()
+    with exit_on_config_error():
+        ranks = processes.discover_ranks()
     device = processes.select_accelerator()
-    try:
+    with processes.one_sentence(ranks):
         command = parse_command_line(argv)
         if command.dry_run:
             text = dry_run(command, ranks)
@@ -161,18 +175,17 @@ def main(argv: list[str] | None = None) -> None:
             prepare_demo_if_missing(command, ranks)
             job = check(command, ranks)
             text = explain_precision(command.deepspeed, job.deepspeed_config)
-    except ConfigError as err:
-        if ranks.is_main:
-            sys.stderr.write(f"error: {err}\n")
-        else:
-            # The launcher ends all ranks when one fails; rank 0 must come first to have spoken.
-            time.sleep(FOLLOWER_WAIT_SEC)
-        sys.exit(CONFIG_ERROR_EXIT_CODE)
     if ranks.is_main:
         print(text, flush=True)
     if not command.dry_run:
         processes.start_process_group(ranks, device)
-        train_job(job, ranks, device)
+        try:
+            train_job(job, ranks, device)
+        except processes.RunError as err:
+            if ranks.is_main:
+                sys.stderr.write(f"error: {err}\n")
+            processes.stop_process_group()
+            sys.exit(err.exit_code)
         processes.stop_process_group()
 
 

@@ -8,21 +8,32 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import time
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 
 import torch
 
-from data_tools.errors import ConfigError
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 
 COLLECTIVE_TIMEOUT = timedelta(
     minutes=10
 )  # a dead peer is an error within minutes, not half an hour
 DEFAULT_MASTER_PORT = 29500
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+RANK_FAILED = 1000  # as a stop signal: a rank cannot go on; above every signal number
+FOLLOWER_WAIT_SEC = 30.0  # longer than a launcher needs to notice that rank 0 has left
+
+
+class RunError(RuntimeError):
+    """What ends a run after its start, raised on all ranks alike; one sentence for the user."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,31 @@ def discover_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
 
 
+@contextmanager
+def one_sentence(ranks: Ranks) -> Iterator[None]:
+    """Report a mistake that every rank finds by itself once, and exit with code 2.
+
+    The launcher ends all ranks when one leaves, so rank 0 must come first. A rank that is still
+    there after that met a mistake of its own, such as a folder that is missing on its node.
+    """
+    try:
+        yield
+    except ConfigError as err:
+        if ranks.is_main:
+            sys.stderr.write(f"error: {err}\n")
+        else:
+            time.sleep(FOLLOWER_WAIT_SEC)
+            sys.stderr.write(f"error: [rank {ranks.rank}] {err}\n")
+        sys.exit(CONFIG_ERROR_EXIT_CODE)
+
+
+def agreed_message(error: Exception | str | None) -> str | None:
+    """Tell all ranks the first error among them. All ranks must call this."""
+    messages: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, None if error is None else str(error))
+    return next((message for message in messages if message is not None), None)
+
+
 def select_accelerator() -> torch.device:
     """Choose CUDA where there is one, else the CPU, before DeepSpeed is imported.
 
@@ -156,9 +192,13 @@ class StopSignal:
         # A launcher often repeats the signal while the checkpoint is being written.
         self._received = number
 
-    def agreed(self) -> int:
-        """Return the signal number that any rank received, 0 if none. All ranks must call this."""
-        self._flag.fill_(self._received)
+    def agreed(self, has_failed: bool = False) -> int:
+        """Return what any rank received, 0 if nothing. All ranks must call this.
+
+        Args:
+            has_failed: this rank cannot go on; then all ranks return RANK_FAILED.
+        """
+        self._flag.fill_(RANK_FAILED if has_failed else self._received)
         torch.distributed.all_reduce(self._flag, op=torch.distributed.ReduceOp.MAX)
         return int(self._flag.item())
 

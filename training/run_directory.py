@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.shards import MANIFEST_NAME, DatasetManifest
+from data_tools.shards import MANIFEST_NAME, DatasetManifest, replace_file
+from training.checkpoint import CHECKPOINT_DIR
 from training.config import Config, differences, load_preset
 
 CONFIG_FILE = "config.yaml"
@@ -23,6 +24,7 @@ SAMPLES_DIR = "samples"
 
 def check_run_directory(run_dir: Path, config: Config) -> None:
     """Refuse a directory that holds another run or cannot be written; change nothing."""
+    existing = _existing_folder(run_dir)
     if (run_dir / CONFIG_FILE).exists():
         changed = differences(load_config(run_dir), config)
         if changed:
@@ -30,17 +32,18 @@ def check_run_directory(run_dir: Path, config: Config) -> None:
                 f"--run-dir {run_dir} was started with another configuration: "
                 f"{', '.join(changed)}; use a new --run-dir, or repeat the old values."
             )
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"--run-dir {run_dir}: {existing} is not a folder; choose another.")
+    elif any(run_dir.glob(f"{CHECKPOINT_DIR}/step-*")):
+        raise ConfigError(
+            f"--run-dir {run_dir} holds checkpoints but no {CONFIG_FILE}, so what made them is "
+            "unknown; restore the file or choose another --run-dir."
+        )
     if not os.access(existing, os.W_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
         raise ConfigError(f"--run-dir {run_dir}: {existing} is not writable; choose another.")
 
 
 def check_free_space(run_dir: Path, checkpoint_bytes: int) -> None:
     """Refuse to start where not even one checkpoint would fit."""
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing_folder(run_dir)).free
     if free < checkpoint_bytes:
         raise ConfigError(
             f"--run-dir {run_dir}: {free / 2**20:,.0f} MiB are free and one checkpoint takes about "
@@ -48,25 +51,62 @@ def check_free_space(run_dir: Path, checkpoint_bytes: int) -> None:
         )
 
 
+def _existing_folder(run_dir: Path) -> Path:
+    """Return the run directory, or the folder that it would be made in."""
+    try:
+        existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    except OSError as err:
+        raise ConfigError(f"--run-dir {run_dir}: {err.strerror}; choose another.") from err
+    if not existing.is_dir():
+        raise ConfigError(f"--run-dir {run_dir}: {existing} is not a folder; choose another.")
+    return existing
+
+
 def create_run_directory(
     run_dir: Path, config: Config, deepspeed_config: dict[str, Any], manifest: DatasetManifest
-) -> None:
-    """Write what the run was started with. Only rank 0 calls this."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+) -> str | None:
+    """Write what the run was started with. Only rank 0 calls this.
+
+    Returns:
+        None, or why it could not be written.
+    """
     files = {
         CONFIG_FILE: config.to_yaml(),
         DEEPSPEED_FILE: json.dumps(deepspeed_config, indent=2) + "\n",
         MANIFEST_NAME: (manifest.folder / MANIFEST_NAME).read_text(encoding="utf-8"),
     }
-    for name, text in files.items():
-        temporary = run_dir / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, run_dir / name)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            replace_file(run_dir / name, lambda file, text=text: file.write(text.encode()))
+    except OSError as err:
+        return f"--run-dir {run_dir}: cannot write ({err.strerror}); choose another."
+    return None
 
 
 def load_config(run_dir: Path) -> Config:
     """Read the configuration that a run was started with."""
     path = run_dir / CONFIG_FILE
     if not path.exists():
-        raise ConfigError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}.")
-    return load_preset(str(path))
+        raise ConfigError(
+            f"{run_dir} is no run directory: it has no {CONFIG_FILE}; give the folder of a run."
+        )
+    try:
+        return load_preset(str(path))
+    except ConfigError as err:
+        reason = str(err).removeprefix("--preset ").rstrip(".")
+        raise ConfigError(
+            f"--run-dir {run_dir}: its {CONFIG_FILE} is damaged ({reason}); restore it or choose "
+            "another run directory."
+        ) from err
+
+
+def load_manifest(run_dir: Path) -> DatasetManifest:
+    """Read a run's copy of the description of its data."""
+    try:
+        return DatasetManifest.load(run_dir, check_shards=False)
+    except ConfigError as err:
+        raise ConfigError(
+            f"{run_dir / MANIFEST_NAME} is missing or damaged; copy {MANIFEST_NAME} of the data "
+            "that the run was trained on there."
+        ) from err

@@ -7,6 +7,7 @@ of processes draws the same images: torchrun --nproc-per-node 2 training/sample.
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data_tools.errors import ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.shards import DatasetManifest
-from data_tools.vae import decode_pixels, load_vae
+from data_tools.vae import Vae, decode_pixels, load_vae
 from models.diffusion import Diffusion
 from training.checkpoint import (
     CHECKPOINT_DIR,
@@ -35,8 +36,14 @@ from training.checkpoint import (
 from training.config import Config, did_you_mean
 from training.engine import build_model
 from training.monitor import save_png
-from training.processes import Ranks, discover_ranks, select_accelerator, share_cores
-from training.run_directory import load_config
+from training.processes import (
+    Ranks,
+    discover_ranks,
+    one_sentence,
+    select_accelerator,
+    share_cores,
+)
+from training.run_directory import SAMPLES_DIR, load_config, load_manifest
 from training.sampling import SamplerSettings, image_grid, sample_latents
 
 DEFAULT_MAX_CLASSES = 10
@@ -51,9 +58,20 @@ class ImagePlan:
     per_class: int
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class SampleJob:
+    """A checked command."""
+
+    config: Config
+    plan: ImagePlan
+    weights: Path
+    vae: Vae
+    output: Path  # exists
+
+
+def build_parser() -> ArgumentParser:
     """Build the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run_dir", type=Path, help="a run directory, e.g. runs/demo")
     parser.add_argument("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of the EMA")
@@ -108,8 +126,8 @@ def check_arguments(args: argparse.Namespace, config: Config) -> None:
             f"--steps {args.steps} exceeds the {config.diffusion.num_timesteps} timesteps of the "
             "model; use fewer."
         )
-    if args.cfg_scale < 0:
-        raise ConfigError(f"--cfg-scale must be at least 0, not {args.cfg_scale}.")
+    if not 0 <= args.cfg_scale < math.inf:
+        raise ConfigError(f"--cfg-scale must be a number of at least 0, not {args.cfg_scale}.")
 
 
 def find_weights(args: argparse.Namespace) -> Path:
@@ -122,6 +140,8 @@ def find_weights(args: argparse.Namespace) -> Path:
         folder = args.run_dir / CHECKPOINT_DIR / args.checkpoint
         if not folder.is_dir():
             tags = [path.name for path in sorted(folder.parent.glob("step-*"))]
+            if not tags:
+                raise ConfigError(f"{args.run_dir} has no checkpoint yet; train first.")
             raise ConfigError(
                 f"--checkpoint: no '{args.checkpoint}'{did_you_mean(args.checkpoint, tags)}"
             )
@@ -130,23 +150,32 @@ def find_weights(args: argparse.Namespace) -> Path:
     return path
 
 
-def draw(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Path:
+def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
+    """Check everything before a process group exists; then, last, make the output folder."""
+    config = load_config(args.run_dir)
+    check_arguments(args, config)
+    manifest = load_manifest(args.run_dir)
+    plan = plan_images(args, config, manifest)
+    weights = find_weights(args)
+    source = args.vae or config.run.vae or manifest.vae.id
+    vae = load_vae(source, device=device, expected_sha256=manifest.vae.sha256)
+    output = args.output or args.run_dir / SAMPLES_DIR / weights.parent.name
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"--output {output}: {err.strerror}; choose another.") from err
+    return SampleJob(config, plan, weights, vae, output)
+
+
+def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.device) -> Path:
     """Draw this rank's images into the output folder, and on rank 0 the grid.
 
     Returns:
         The path of the grid.
     """
-    config = load_config(args.run_dir)
-    check_arguments(args, config)
-    manifest = DatasetManifest.load(args.run_dir, check_shards=False)
-    plan = plan_images(args, config, manifest)
-    weights = find_weights(args)
-    vae = load_vae(args.vae or config.run.vae or manifest.vae.id, device=device)
-    output = args.output or args.run_dir / "samples" / weights.parent.name
-    output.mkdir(parents=True, exist_ok=True)
-
+    config, plan, output = job.config, job.plan, job.output
     model = build_model(config)
-    model.load_state_dict(load_file(weights))
+    model.load_state_dict(load_file(job.weights))
     model.to(device).eval()
     diffusion = Diffusion(config.diffusion.noise_schedule, config.diffusion.num_timesteps).to(
         device
@@ -169,8 +198,8 @@ def draw(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Path:
             null_class=config.model.num_classes,
             on_step=lambda _step: progress.update(),
         )
-        for i, picture in zip(batch, decode_pixels(vae, latents), strict=True):
-            save_png(output / _file_name(i, plan), picture)
+        for i, picture in zip(batch, decode_pixels(job.vae, latents), strict=True):
+            _save(output / _file_name(i, plan), picture)
     progress.close()
     if ranks.world_size > 1:
         torch.distributed.barrier()
@@ -178,8 +207,18 @@ def draw(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Path:
     if ranks.is_main:
         files = [output / _file_name(i, plan) for i in range(len(plan.labels))]
         pixels = np.stack([np.asarray(Image.open(file)) for file in files])
-        save_png(grid_path, image_grid(pixels, columns=plan.per_class, row_labels=plan.class_names))
+        _save(grid_path, image_grid(pixels, columns=plan.per_class, row_labels=plan.class_names))
     return grid_path
+
+
+def _save(path: Path, picture: np.ndarray) -> None:
+    try:
+        save_png(path, picture)
+    except OSError as err:
+        raise ConfigError(
+            f"--output {path.parent}: cannot write {path.name} ({err.strerror}); free some space "
+            "or choose another."
+        ) from err
 
 
 def _file_name(i: int, plan: ImagePlan) -> str:
@@ -190,14 +229,17 @@ def _file_name(i: int, plan: ImagePlan) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Draw images from the command line's run."""
-    args = build_parser().parse_args(argv)
-    ranks = discover_ranks()
+    with exit_on_config_error():
+        ranks = discover_ranks()
     device = select_accelerator()
+    with one_sentence(ranks):
+        args = build_parser().parse_args(argv)
+        job = check(args, device)
     if ranks.world_size > 1:
         torch.distributed.init_process_group("gloo")
         share_cores()
-    with exit_on_config_error(ranks.is_main):
-        grid_path = draw(args, ranks, device)
+    with one_sentence(ranks):
+        grid_path = draw(args, job, ranks, device)
     if ranks.is_main:
         print(f"grid of samples: {grid_path}")
     if ranks.world_size > 1:

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from data_tools.shards import DatasetManifest
-from data_tools.vae import decode_pixels, load_vae
+from data_tools.vae import Vae, decode_pixels
 from models.diffusion import Diffusion
 from training.config import Config
 from training.ema import ema_weights
@@ -27,19 +26,18 @@ class SampleGrid:
     def __init__(
         self,
         config: Config,
-        manifest: DatasetManifest,
         engine: Any,
         diffusion: Diffusion,
         ranks: Ranks,
         device: torch.device,
         monitor: Monitor,
+        vae: Vae | None,
     ) -> None:
         self.config, self.engine, self.diffusion = config, engine, diffusion
         self.ranks, self.device, self.monitor = ranks, device, monitor
-        self.vae_source = config.run.vae or manifest.vae.id
-        self.vae = None
-        if config.run.sample_every and ranks.is_main:
-            self.vae = load_vae(self.vae_source, device=device)
+        self.vae = vae
+        if vae is not None:
+            vae.model.to(device)
 
     def draw(self, step: int) -> None:
         """Draw and record the grid of a step. All ranks must call this."""
