@@ -80,9 +80,15 @@ class SampleReader:
             except (DamagedRecordError, OSError) as err:
                 raise self._error(shard, err) from err
         try:
-            return layout.check(labels, headers, use_flip)
+            classes = layout.check(labels, headers, use_flip)
         except DamagedRecordError:
             raise self._find_damage(shards, labels, headers, use_flip) from None
+        # On a GPU a label beyond the embedding table ends the process without naming anything.
+        num_classes = max(1, self.manifest.num_classes)
+        for i in np.flatnonzero((classes < 0) | (classes >= num_classes))[:1]:
+            found = f"holds label {classes[i]}, dataset.json has labels below {num_classes}"
+            raise self._error(int(shards[i]), DamagedRecordError(found))
+        return classes
 
     def close(self) -> None:
         """Close all files."""

@@ -1,5 +1,6 @@
 """The stream of batches: the same samples whatever the ranks, exact resume, failures reported."""
 
+import dataclasses
 import threading
 from itertools import islice
 
@@ -9,10 +10,10 @@ import torch
 
 import data_tools.loader
 from data_tools.errors import ConfigError
-from data_tools.loader import LatentStream
+from data_tools.loader import LatentStream, SampleReader
 from data_tools.order import StreamOrder
 from models.randomness import Stream, uniform
-from tests.synthetic import make_dataset
+from tests.synthetic import SHAPE, make_dataset
 
 SHARD_SIZES = [13, 40, 27, 5, 0, 31, 8, 22]
 N = sum(SHARD_SIZES)
@@ -165,6 +166,16 @@ def test_a_failure_in_the_thread_reaches_the_consumer_each_time(tmp_path):
         with pytest.raises(ConfigError, match=r"00001\.tar: cannot be read"):
             next(stream)
     stream.close()
+
+
+def test_a_label_beyond_the_classes_of_the_data_set_is_refused(tmp_path):
+    manifest = make_dataset(tmp_path, [6], num_classes=3)
+    fewer = dataclasses.replace(manifest, classes=manifest.classes[:2])
+    reader = SampleReader(fewer)
+    out = torch.empty((6, *SHAPE), dtype=torch.float16)
+    with pytest.raises(ConfigError, match=r"00000\.tar: holds label 2, .* labels below 2"):
+        reader.read(np.arange(6), np.zeros(6, bool), out)
+    reader.close()
 
 
 def test_closing_stops_the_thread_and_may_be_repeated(manifest):
