@@ -73,7 +73,7 @@ def test_pixels_survive_the_way_through_moments_and_final_latents(vae, pictures)
     assert decoded.shape == pixels.shape and decoded.dtype == np.uint8
     error = decoded.astype(float) - pixels
     decibels = -10 * np.log10((error**2).mean(axis=(1, 2, 3)) / 255**2)
-    assert decibels.mean() > 26  # with a posterior draw, which costs a little
+    assert decibels.mean() > 30  # with a posterior draw, which costs a little
 
 
 def test_final_latents_of_the_demo_have_unit_variance_in_every_channel(vae, pictures, card):
