@@ -230,7 +230,8 @@ Made by
     python data_tools/train_vae.py {images}--output FOLDER --size {args.size} \\
         --steps {args.steps} --batch-size {args.batch_size} --lr {args.lr} --seed {args.seed}
 
-Another processor or thread count rounds differently: a repetition gives like weights, not equal ones.
+Another processor or number of threads rounds differently: repeating this gives similar weights,
+not equal ones.
 {licence}"""
 
 
