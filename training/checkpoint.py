@@ -11,7 +11,6 @@ a changed expert-parallel size as silent garbage, so the manifest is compared be
                      manifest.json        files with sizes and sha256, layout, progress
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -319,9 +318,13 @@ def _agreed_error(error: Exception | None) -> str | None:
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk ({error.filename or 'while writing'})"
-    return str(error)
+    """Return one line; what the system said, where torch's zip writer hides it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror + (f" ({cause.filename})" if cause.filename else "")
+        cause = cause.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _sha256(path: Path) -> str:

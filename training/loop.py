@@ -164,7 +164,10 @@ def save(training: Training, state: TrainState, is_last: bool) -> None:
         return
     message = f"checkpoint of step {state.step} could not be written: {problem}"
     if is_last:
-        raise CheckpointError(message)
+        raise CheckpointError(
+            f"{message}; free some space or choose another --run-dir, and run the same command "
+            "again: it continues from the checkpoint before."
+        )
     if training.is_main:
         sys.stderr.write(f"warning: {message}; training goes on, the one before it is intact.\n")
 

@@ -1,7 +1,12 @@
 """Where metrics and pictures go: TensorBoard and metrics.jsonl, from rank 0 only."""
 
+import errno
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from data_tools.shards import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -26,40 +33,68 @@ class Monitor:
     """
 
     def __init__(self, run_dir: Path | None, resume_step: int = 0) -> None:
-        self._writer, self._lines = None, None
+        self._writer, self._lines, self._has_warned = None, None, False
         if run_dir is None:
             return
         path = run_dir / METRICS_FILE
         _drop_later_records(path, resume_step)
-        self._lines = path.open("a", encoding="ascii")
+        self._lines = path.open("ab", buffering=0)
         self._writer = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=resume_step + 1)
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of one logging interval that ended with `step`."""
         if self._writer is None:
             return
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._lines.write(json.dumps({"step": step} | metrics) + "\n")
-        self._lines.flush()
-        self._writer.flush()
+        with self.surviving_disk_errors():
+            _append_whole(self._lines, json.dumps({"step": step} | metrics) + "\n")
+        with self.surviving_disk_errors():
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Record a picture, (H, W, 3) uint8."""
         if self._writer is not None:
-            self._writer.add_image(name, picture, step, dataformats="HWC")
+            with self.surviving_disk_errors():
+                self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def text(self, name: str, text: str) -> None:
         """Record a text, shown as preformatted."""
         if self._writer is not None:
             indented = "\n".join(f"    {line}" for line in text.splitlines())
-            self._writer.add_text(name, indented)
+            with self.surviving_disk_errors():
+                self._writer.add_text(name, indented)
 
     def close(self) -> None:
         """Flush and close both files."""
         if self._writer is not None:
-            self._writer.close()
+            with self.surviving_disk_errors():
+                self._writer.close()
             self._lines.close()
+
+    @contextmanager
+    def surviving_disk_errors(self) -> Iterator[None]:
+        """Lose a record rather than the training; say so once."""
+        try:
+            yield
+        except OSError as err:
+            if not self._has_warned:
+                sys.stderr.write(
+                    f"warning: metrics or pictures could not be written ({err.strerror or err}); "
+                    "training goes on without them, TensorBoard shows no more until a restart.\n"
+                )
+            self._has_warned = True
+
+
+def _append_whole(file: FileIO, line: str) -> None:
+    """Append a line or nothing of it."""
+    data, end = line.encode("ascii"), file.seek(0, os.SEEK_END)
+    try:
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 def _drop_later_records(path: Path, resume_step: int) -> None:
@@ -109,6 +144,4 @@ def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
 def save_png(path: Path, picture: np.ndarray) -> None:
     """Write a picture (H, W, 3) uint8 whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(picture).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    replace_file(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))

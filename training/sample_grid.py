@@ -68,5 +68,6 @@ class SampleGrid:
         pixels = decode_pixels(self.vae, torch.cat(parts)[: run.sample_count])
         columns = min(run.sample_count, model.num_classes or 8)
         picture = image_grid(pixels, columns=columns)
-        save_png(Path(run.run_dir) / SAMPLES_DIR / f"{step:07d}.png", picture)
+        with self.monitor.surviving_disk_errors():
+            save_png(Path(run.run_dir) / SAMPLES_DIR / f"{step:07d}.png", picture)
         self.monitor.image(step, "samples/ema", picture)

@@ -1,0 +1,502 @@
+"""What the commands answer to wrong input: one sentence, exit code 2, nothing written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_tools import encode_latents
+from data_tools.errors import ConfigError, exit_on_config_error
+from data_tools.shards import MANIFEST_NAME
+from data_tools.vae import DEMO_VAE
+from tests.launch import REPOSITORY, deepspeed, run
+from training import main, processes, sample
+from training.checkpoint import (
+    CHECKPOINT_DIR,
+    EMA_FILE,
+    LATEST_FILE,
+    MANIFEST_FILE,
+    RAW_FILE,
+    FileRecord,
+    latest_checkpoint,
+    read_manifest,
+)
+from training.config import load_preset
+from training.monitor import read_metrics
+from training.processes import Ranks
+
+STEPS = 4
+# One checkpoint of the demo on two ranks is 58 MiB, its largest file 17 MiB.
+SMALLER_THAN_OPTIMIZER_KIB = 12 * 1024
+TRAINING = [
+    *("--global-batch-size", 8, "--max-steps", STEPS, "--log-every", 1, "--save-every", 2),
+    *("--sample-every", 0),
+]
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capsys):
+    """Call an entry point as the main rank of `num_ranks`; return its sentence."""
+
+    def call(entry_point, *argv, num_ranks=1):
+        # Set first, so that what discover_ranks sets is undone after the test.
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "29500" if name == "MASTER_PORT" else "127.0.0.1")
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        monkeypatch.chdir(REPOSITORY)
+        before = contents(tmp_path)
+        capsys.readouterr()
+
+        with pytest.raises(SystemExit) as exit_info:
+            entry_point([str(part) for part in argv])
+
+        stderr = capsys.readouterr().err
+        assert exit_info.value.code == 2
+        assert stderr.startswith("error: ")
+        assert stderr.count("\n") == 1, stderr
+        assert contents(tmp_path) == before
+        return stderr
+
+    return call
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if not path.is_symlink()}
+
+
+@pytest.fixture
+def train(refuse, demo_latents, tmp_path):
+    """Start training on the demo latents with flags that are wrong; return the sentence."""
+
+    def call(*argv, num_ranks=1):
+        common = ("--data", demo_latents, "--run-dir", tmp_path / "run", *TRAINING)
+        return refuse(main.main, *common, *argv, num_ranks=num_ranks)
+
+    return call
+
+
+@pytest.fixture
+def latents(demo_latents, tmp_path):
+    """A copy of the demo latents to damage."""
+    return Path(shutil.copytree(demo_latents, tmp_path / "latents"))
+
+
+class TestData:
+    """--data."""
+
+    def test_missing(self, train, tmp_path):
+        stderr = train("--data", tmp_path / "none")
+
+        assert f"--data {tmp_path}/none: does not exist; make it: python data_tools/" in stderr
+
+    def test_half_encoded(self, train, latents):
+        (latents / MANIFEST_NAME).unlink()
+
+        stderr = train("--data", latents)
+
+        assert f"--data {latents}: no dataset.json, encoding did not finish; run" in stderr
+
+    def test_a_shard_is_missing_or_short(self, train, latents):
+        shard = latents / "00001.tar"
+        size = shard.stat().st_size
+        shard.write_bytes(shard.read_bytes()[:-512])
+        short = train("--data", latents)
+        shard.unlink()
+        missing = train("--data", latents)
+
+        assert f"{shard}: has {size - 512} bytes, dataset.json says {size} bytes; copy" in short
+        assert f"{shard}: is missing, dataset.json says {size} bytes; copy" in missing
+
+    def test_a_torn_manifest(self, train, latents):
+        path = latents / MANIFEST_NAME
+        path.write_bytes(path.read_bytes()[:300])
+
+        assert f"{path}: is not JSON (" in train("--data", latents)
+
+    @pytest.mark.parametrize(
+        ("flags", "sentence"),
+        [
+            (("--latent-size", 32), "holds latents of 4x16x16 (channels x height x width) but"),
+            (("--latent-channels", 16), "but the model takes 16x16x16; set --latent-channels"),
+            (("--num-classes", 3), "has 10 classes but the model has --num-classes 3; use"),
+        ],
+    )
+    def test_not_what_the_model_takes(self, train, demo_latents, flags, sentence):
+        stderr = train(*flags)
+
+        assert stderr.startswith(f"error: --data {demo_latents}")
+        assert sentence in stderr
+
+
+PRESET = (REPOSITORY / "training" / "presets" / "demo.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (("--preset", "dmo"), "--preset: unknown preset 'dmo'; did you mean 'demo'?"),
+        (("--max-step", 1), "--max-step: unknown flag; did you mean '--max-steps'?"),
+        (("--lr", "fast"), "--lr must be a number, not 'fast'."),
+        (("--lr",), "--lr: expected one argument; see --help."),
+        (("--run-dir", ""), "--run-dir is empty; give a text."),
+        (("--micro-batch-size", 3), "--global-batch-size 8 is not divisible by 1 ranks x micro-ba"),
+        (("--vae", "nil", "--sample-every", 1), "--vae nil: does not exist; give a diffusers"),
+    ],
+)
+def test_wrong_flags_of_training(train, argv, sentence):
+    assert sentence in train(*argv)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("  lr:", "  lrr:", "unknown key 'lrr' in section 'optim'; did you mean 'lr'?"),
+        ("lr: 1e-3", "lr: fast", "optim.lr must be a number, not 'fast'."),
+    ],
+)
+def test_a_wrong_preset(train, tmp_path, old, new, sentence):
+    path = tmp_path / "own.yaml"
+    path.write_text(PRESET.replace(old, new))
+
+    assert f"error: {path}: {sentence}" in train("--preset", path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"zero_optimization": {"stage": 2},}', "line 1: trailing comma; the file must be strict"),
+        ('{"train_batch_size": 32}', "sets train_batch_size=32 but --global-batch-size is 8; wri"),
+        ('{"steps_per_print": "often"}', "'steps_per_print' must be a number, not 'often'."),
+        ('{"dump_state": "no"}', "'dump_state' must be true or false, not 'no'."),
+    ],
+)
+def test_a_wrong_deepspeed_file(train, tmp_path, text, sentence):
+    path = tmp_path / "own.json"
+    path.write_text(text)
+
+    stderr = train("--deepspeed", path)
+
+    assert str(path) in stderr
+    assert sentence in stderr
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "argv", "sentence"),
+    [
+        (2, ("--expert-parallel-size", 2), "2 does not divide --num-experts 3; use a divisor"),
+        (2, ("--expert-parallel-size", 3), "3 does not divide the 2 rank(s); start a multiple"),
+        (3, (), "--global-batch-size 8 is not divisible by 3 ranks; use a multiple of 3"),
+    ],
+)
+def test_layouts_that_do_not_divide(train, num_ranks, argv, sentence):
+    assert sentence in train(*argv, num_ranks=num_ranks)
+
+
+class TestRunDirectoryBeforeTheFirstRun:
+    """--run-dir."""
+
+    def test_a_file_is_in_its_way(self, train, tmp_path):
+        (tmp_path / "file").touch()
+
+        for run_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+            stderr = train("--run-dir", run_dir)
+            assert f"--run-dir {run_dir}: {tmp_path}/file is not a folder; choose another" in stderr
+
+    def test_its_name_is_too_long(self, train, tmp_path):
+        assert "File name too long; choose another." in train("--run-dir", tmp_path / ("x" * 300))
+
+    def test_nothing_can_be_written_there(self, train):
+        """/proc refuses even root."""
+        assert "error: --run-dir /proc/run: " in train("--run-dir", "/proc/run")
+
+    def test_the_disk_is_too_full_for_one_checkpoint(self, train, tmp_path, monkeypatch):
+        usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+        stderr = train()
+
+        assert f"--run-dir {tmp_path}/run: 1 MiB are free and one checkpoint takes about" in stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, demo_latents):
+    """A finished run of two ranks with two checkpoints."""
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
+    run(*deepspeed(2, "training/main.py", *flags))
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    """A copy of the run to damage: all files are links to the original's until replaced."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder, copy_function=lambda old, new: Path(new).symlink_to(old))
+    return folder
+
+
+def rewrite(path, change):
+    """Replace a linked file by a changed copy."""
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(change(data))
+
+
+class TestResuming:
+    """The same --run-dir again."""
+
+    def test_with_another_configuration(self, train, run_dir):
+        stderr = train("--lr", 3e-4, num_ranks=2)
+
+        assert "was started with another configuration: lr (0.001 -> 0.0003); use a new" in stderr
+
+    @pytest.mark.parametrize(
+        ("num_ranks", "argv", "sentence"),
+        [
+            (1, (), "saved with world_size 2, this command has 1; change the number of ranks back"),
+            (2, ("--deepspeed", "ds_configs/zero1.json"), "with zero_stage 2, this command has 1"),
+        ],
+    )
+    def test_on_another_layout(self, train, run_dir, num_ranks, argv, sentence):
+        assert sentence in train(*argv, num_ranks=num_ranks)
+
+    def test_in_another_precision(self, train, run_dir, tmp_path):
+        path = tmp_path / "bf16.json"
+        path.write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
+        fp32 = tmp_path / "fp32.json"
+        fp32.write_text('{"zero_optimization": {"stage": 2}}')
+
+        saved = read_manifest(latest_checkpoint(run_dir)).layout.precision
+        stderr = train("--deepspeed", path if saved == "fp32" else fp32, num_ranks=2)
+
+        assert f"was saved with precision {saved}, this command has" in stderr
+        assert f"change the precision of the --deepspeed file back to {saved}, or" in stderr
+
+    def test_with_another_expert_parallel_size(self, train, run_dir):
+        rewrite(
+            latest_checkpoint(run_dir) / MANIFEST_FILE,
+            lambda data: data.replace(b'"expert_parallel_size": 1', b'"expert_parallel_size": 2'),
+        )
+
+        stderr = train(num_ranks=2)
+
+        assert "with expert_parallel_size 2, this command has 1; change --expert-para" in stderr
+
+    def test_on_another_data_set(self, train, run_dir, latents):
+        path = latents / MANIFEST_NAME
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"order_seed": 9}))
+
+        stderr = train("--data", latents, num_ranks=2)
+
+        assert "error: --data: checkpoint step-0000004 of the --run-dir was trained on" in stderr
+
+    def test_without_its_configuration(self, train, run_dir):
+        (run_dir / "config.yaml").unlink()
+
+        assert f"--run-dir {run_dir} holds checkpoints but no config.yaml" in train(num_ranks=2)
+
+    @pytest.mark.parametrize("size", [0, 200, 300])
+    def test_with_a_torn_configuration(self, train, run_dir, size):
+        rewrite(run_dir / "config.yaml", lambda data: data[:size])
+
+        assert f"--run-dir {run_dir}: its config.yaml is damaged (" in train(num_ranks=2)
+
+    @pytest.mark.parametrize("text", [b"", b"step-0000009\n", b"..\n", b"\xff\xfe", b"/tmp\n"])
+    def test_where_latest_names_no_checkpoint(self, train, run_dir, text):
+        pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
+        rewrite(pointer, lambda _: text)
+
+        stderr = train(num_ranks=2)
+
+        assert f"error: {pointer} names " in stderr
+        assert "write the name of one that exists into it, or delete it to start afresh" in stderr
+
+    @pytest.mark.parametrize("text", [b"", b"[]", b"\xff\xfe", b'{"tag": 1}'])
+    def test_with_a_damaged_manifest(self, train, run_dir, text):
+        path = latest_checkpoint(run_dir) / MANIFEST_FILE
+        rewrite(path, lambda _: text)
+
+        stderr = train(num_ranks=2)
+
+        assert f"error: {path} is not a checkpoint manifest (" in stderr
+        assert f"write the name of an older checkpoint into {run_dir}/checkpoints/latest." in stderr
+
+    def test_with_a_file_missing_or_cut_off(self, train, run_dir):
+        path = next(latest_checkpoint(run_dir).glob("*optim_states.pt"))
+        rewrite(path, lambda data: data[:-1])
+        short = train(num_ranks=2)
+        path.unlink()
+        missing = train(num_ranks=2)
+
+        assert f"error: {path} has " in short
+        assert f"error: {path} is missing, its manifest.json says " in missing
+
+
+class TestSampling:
+    """training/sample.py."""
+
+    @pytest.fixture
+    def draw(self, refuse, tmp_path):
+        def call(*argv):
+            return refuse(sample.main, *argv, "--output", tmp_path / "out")
+
+        return call
+
+    @pytest.mark.parametrize(
+        ("argv", "sentence"),
+        [
+            (("--stepz", 3), "unrecognized arguments: --stepz 3; see --help."),
+            (("--steps", "many"), "--steps: invalid int value: 'many'; see --help."),
+            (("--sampler", "euler"), "--sampler: invalid choice: 'euler'"),
+            (("--steps", 0), "--steps must be at least 1, not 0."),
+            (("--steps", 1001), "--steps 1001 exceeds the 1000 timesteps of the model; use fewer."),
+            (("--cfg-scale", "nan"), "--cfg-scale must be a number of at least 0, not nan."),
+            (("--classes", "dog"), "--classes: unknown class 'dog'; choose one of: "),
+            (("--classes", "10"), "--classes: unknown class '10'; choose one of: "),
+            (("--checkpoint", "step-4"), "--checkpoint: no 'step-4'; "),
+            (("--vae", "none"), "--vae none: does not exist; give a diffusers folder"),
+        ],
+    )
+    def test_wrong_flags(self, draw, trained, argv, sentence):
+        assert sentence in draw(trained, *argv)
+
+    def test_a_folder_that_is_no_run(self, draw, tmp_path):
+        sentence = f"{tmp_path} is no run directory: it has no config.yaml; give the folder of a"
+        assert sentence in draw(tmp_path)
+
+    @pytest.mark.parametrize("argv", [(), ("--checkpoint", "step-0000002")])
+    def test_a_run_without_a_checkpoint(self, draw, run_dir, argv):
+        shutil.rmtree(run_dir / CHECKPOINT_DIR)
+
+        assert f"{run_dir} has no checkpoint yet; train first." in draw(run_dir, *argv)
+
+    def test_a_run_without_its_data_description(self, draw, run_dir):
+        (run_dir / MANIFEST_NAME).unlink()
+
+        assert f"{run_dir}/dataset.json is missing or damaged; copy" in draw(run_dir)
+
+    def test_weights_cut_off_or_with_one_bit_flipped(self, draw, run_dir):
+        path = latest_checkpoint(run_dir) / EMA_FILE
+        size = path.stat().st_size
+        rewrite(path, lambda data: data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])
+        flipped = draw(run_dir)
+        rewrite(path, lambda data: data[:-8])
+        short = draw(run_dir)
+
+        assert f"error: {path} does not match the checksum in its manifest.json; " in flipped
+        assert f"error: {path} has {size - 8} bytes, its manifest.json says {size} bytes" in short
+
+    def test_an_output_that_is_a_file(self, refuse, trained, tmp_path):
+        (tmp_path / "file").touch()
+
+        stderr = refuse(sample.main, trained, "--output", tmp_path / "file")
+
+        assert f"--output {tmp_path}/file: File exists; choose another." in stderr
+
+
+class TestEncoding:
+    """data_tools/encode_latents.py; what it meets while encoding is in test_encode_latents.py."""
+
+    @pytest.fixture
+    def encode(self, refuse, tmp_path):
+        def entry_point(argv):
+            with exit_on_config_error():
+                encode_latents.main(argv)
+
+        def call(*argv):
+            common = ("--output", tmp_path / "out", "--size", 64, "--vae", DEMO_VAE)
+            return refuse(entry_point, *common, *argv)
+
+        return call
+
+    def test_wrong_flags(self, encode, tmp_path):
+        assert "unrecognized arguments: --stepz; see --help." in encode("--stepz")
+        assert "--size: invalid int value: 'big'; see --help." in encode("--size", "big")
+        assert f"--input {tmp_path}/none: does not exist; give a folder that" in encode(
+            "--input", tmp_path / "none"
+        )
+
+
+def test_a_mistake_of_one_rank_alone_is_told_after_the_launcher_had_time(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "FOLLOWER_WAIT_SEC", 0.0)
+
+    with pytest.raises(SystemExit) as exit_info, processes.one_sentence(Ranks(3, 4, 1)):
+        raise ConfigError("--data x: does not exist; make it.")
+
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == "error: [rank 3] --data x: does not exist; make it.\n"
+
+
+def test_a_manifest_lists_size_and_checksum_of_every_file(trained):
+    folder = latest_checkpoint(trained)
+
+    files = read_manifest(folder).files
+
+    assert files.keys() == {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
+    assert {EMA_FILE, RAW_FILE} <= files.keys()
+    assert all(isinstance(record, FileRecord) for record in files.values())
+
+
+@pytest.mark.ranks
+class TestThroughTheLauncher:
+    """With two ranks, as a user starts them."""
+
+    def test_a_wrong_layout_is_told_once(self, demo_latents, tmp_path):
+        flags = ("--data", demo_latents, "--run-dir", tmp_path / "run", *TRAINING)
+        output = run(
+            *deepspeed(2, "training/main.py", *flags, "--expert-parallel-size", 3), expect=2
+        )
+
+        assert output.count("error: --expert-parallel-size 3 does not divide the 2 rank(s)") == 1
+        assert "Traceback" not in output
+        assert not (tmp_path / "run").exists()
+
+    def test_a_flipped_bit_in_the_checkpoint_stops_all_ranks(self, demo_latents, run_dir):
+        path = next(latest_checkpoint(run_dir).glob("zero_pp_rank_1*"))
+        rewrite(path, lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+
+        flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
+        output = run(*deepspeed(2, "training/main.py", *flags), expect=2)
+
+        assert output.count(f"error: {path} does not match the checksum") == 1
+        assert "Traceback" not in output
+
+    def test_damaged_data_stops_all_ranks_after_saving(self, latents, tmp_path):
+        # The size is right, so only reading tells. Shards are shuffled: damage the middle one.
+        shard, run_dir = latents / "00002.tar", tmp_path / "run"
+        shard.write_bytes(b"\0" * shard.stat().st_size)
+
+        flags = ("--data", latents, "--run-dir", run_dir, *TRAINING, "--max-steps", 20)
+        output = run(*deepspeed(2, "training/main.py", *flags, "--shuffle-window", 1), expect=2)
+
+        assert output.count(f"error: {shard}: holds other bytes than a sample where one") == 1
+        assert "Traceback" not in output
+        records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        folder = latest_checkpoint(run_dir)
+        assert (read_manifest(folder).state.step if folder else 0) == len(records)
+
+    def test_a_disk_that_refuses_a_checkpoint_keeps_the_one_before(
+        self, demo_latents, run_dir, tmp_path
+    ):
+        flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING, "--max-steps", 7)
+        command = " ".join(map(str, deepspeed(2, "training/main.py", *flags)))
+        limit = f"ulimit -f {SMALLER_THAN_OPTIMIZER_KIB}; exec {command}"
+
+        output = run("bash", "-c", limit, expect=1)
+
+        assert "warning: checkpoint of step 6 could not be written: File too large; " in output
+        assert output.count("error: checkpoint of step 7 could not be written: File too") == 1
+        assert "Traceback" not in output
+        kept = sorted(path.name for path in (run_dir / CHECKPOINT_DIR).iterdir())
+        assert kept == [LATEST_FILE, "step-0000002", "step-0000004"]
+        assert read_manifest(latest_checkpoint(run_dir)).state.step == STEPS
+        assert [record["step"] for record in read_metrics(run_dir)] == list(range(1, 8))
+
+
+def test_the_demo_preset_is_what_these_tests_assume():
+    model = load_preset("demo").model
+    assert (model.num_classes, model.num_experts, model.latent_size) == (10, 3, 16)
