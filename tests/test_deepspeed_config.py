@@ -8,15 +8,8 @@ import torch
 
 from data_tools.errors import ConfigError
 from training.config import load_preset
-from training.deepspeed_config import (
-    Hardware,
-    detect_hardware,
-    explain_precision,
-    load_deepspeed_json,
-    merge_deepspeed,
-    precision_of,
-    stage_of,
-)
+from training.deepspeed_config import load_deepspeed_json, merge_deepspeed, stage_of
+from training.precision import Hardware, detect_hardware, explain_precision, precision_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -54,8 +47,8 @@ def test_deepspeed_itself_accepts_every_merged_file(path, hardware, demo):
     parsed = DeepSpeedConfig(json.loads(json.dumps(merged)))
 
     assert parsed.zero_optimization_stage == stage_of(merged)
-    assert parsed.train_batch_size == 64
-    assert parsed.train_micro_batch_size_per_gpu == 64
+    assert parsed.train_batch_size == demo.optim.global_batch_size
+    assert parsed.train_micro_batch_size_per_gpu == demo.optim.global_batch_size
     assert parsed.gradient_accumulation_steps == 1
     assert parsed.gradient_clipping == 1.0
     assert parsed.zero_allow_untested_optimizer
@@ -77,7 +70,7 @@ def test_merging_does_not_depend_on_what_the_file_leaves_out(write, demo):
 
     merged = merge_deepspeed(path, demo, 2, WITH_BF16)
 
-    assert merged["train_batch_size"] == 64
+    assert merged["train_batch_size"] == demo.optim.global_batch_size
     assert merged["train_micro_batch_size_per_gpu"] == 32
     assert merged["gradient_accumulation_steps"] == 1
     assert merged["gradient_clipping"] == 1.0
@@ -91,9 +84,12 @@ def test_an_empty_object_is_plain_data_parallelism(write, demo):
 
 
 def test_numbers_that_agree_with_the_preset_are_accepted(write, demo):
-    path = write({"train_batch_size": 64, "gradient_clipping": 1, "gradient_accumulation_steps": 1})
+    path = write({"train_batch_size": demo.optim.global_batch_size, "gradient_clipping": 1})
 
-    assert merge_deepspeed(path, demo, 2, WITH_BF16)["train_batch_size"] == 64
+    assert (
+        merge_deepspeed(path, demo, 2, WITH_BF16)["train_batch_size"]
+        == demo.optim.global_batch_size
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,6 +157,14 @@ ZERO_2 = {"zero_optimization": {"stage": 2}}
         (
             {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
             "remove zero_optimization.elastic_checkpoint;",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            "remove zero_optimization.zero_hpz_partition_size;",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            'zero_optimization.offload_optimizer must be {"device": "cpu"} without a ratio;',
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
@@ -235,7 +239,7 @@ def test_the_precision_is_explained_in_one_line(file, hardware, precision, line,
     merged = merge_deepspeed(path, demo, 1, hardware)
 
     assert precision_of(merged) == precision
-    assert explain_precision(path, merged, hardware) == line.format(path)
+    assert explain_precision(path, load_deepspeed_json(path), merged, hardware) == line.format(path)
 
 
 def test_bf16_can_be_forced_and_is_then_explained_as_slow(write, demo):
@@ -245,7 +249,9 @@ def test_bf16_can_be_forced_and_is_then_explained_as_slow(write, demo):
 
     assert precision_of(merged) == "bf16"
     assert merged["data_types"]["grad_accum_dtype"] == "fp32"
-    assert "about 100 times slower" in explain_precision(path, merged, WITHOUT_BF16)
+    assert "about 100 times slower" in explain_precision(
+        path, load_deepspeed_json(path), merged, WITHOUT_BF16
+    )
 
 
 def test_this_machine_answers():

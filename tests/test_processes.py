@@ -15,6 +15,7 @@ LAUNCHERS = {
         "OMPI_COMM_WORLD_RANK": "3",
         "OMPI_COMM_WORLD_SIZE": "4",
         "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
         "MASTER_ADDR": "a",
     },
     "srun": {
@@ -44,6 +45,7 @@ def test_mpirun_without_an_address_leaves_discovery_to_mpi4py():
 
     assert discover_ranks(env) == Ranks(3, 4, 1)
     assert "RANK" not in env
+    assert (env["LOCAL_RANK"], env["LOCAL_SIZE"]) == ("1", "2")
 
 
 def test_without_a_launcher_there_is_one_process():

@@ -17,7 +17,7 @@ from training.main import check, train_job
 
 def main():
     ranks = processes.discover_ranks()
-    device = processes.select_accelerator()
+    device = processes.select_accelerator(ranks)
     jobs = json.loads(Path(sys.argv[sys.argv.index("--jobs") + 1]).read_text())
     processes.start_process_group(ranks, device)
     for argv in jobs:

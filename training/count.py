@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from training.config import Config
-from training.deepspeed_config import PRECISION_NAMES, precision_of, stage_of
+from training.deepspeed_config import stage_of
 from training.engine import build_model
+from training.precision import PRECISION_NAMES, precision_of
 from training.validation import Dataset
 
 FP32_BYTES = 4

@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic
-import torch
 
 from data_tools.errors import ConfigError
 from training.config import Config, did_you_mean
+from training.precision import PRECISION_BLOCKS, Hardware, detect_hardware
 
 MAX_STAGE = 3
 AUTO = "auto"
-PRECISION_NAMES = {
-    "fp32": "fp32",
-    "bf16": "bf16 with fp32 master weights",
-    "autocast": "fp32 weights with products in bf16",
-}
-PRECISION_BLOCKS = ("bf16", "torch_autocast")
+
 # DeepSpeed ignores a top-level key that it does not know, so a typo would pass unnoticed.
 # fmt: off
 KNOWN_KEYS = frozenset({
@@ -60,22 +55,16 @@ REFUSED_KEYS = {
 }
 
 
-class Hardware(NamedTuple):
-    """What decides the precision that "auto" stands for."""
-
-    name: str
-    has_bf16: bool
-
-
-def detect_hardware() -> Hardware:
-    """Ask torch whether this machine's accelerator, or else its CPU, multiplies bf16 natively.
-
-    A CPU without bf16 instructions emulates them: measured 1.3 GFLOP/s against 140 in fp32.
-    """
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        return Hardware(name, torch.cuda.is_bf16_supported(including_emulation=False))
-    return Hardware("this CPU", torch.ops.mkldnn._is_mkldnn_bf16_supported())
+# Where these are on, weights or optimizer state lie where ema.py does not look for the average.
+UNSUPPORTED_ZERO_KEYS = (
+    "zenflow",
+    "super_offload",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "mics_shard_size",
+)
 
 
 def load_deepspeed_json(path: Path) -> dict[str, Any]:
@@ -157,6 +146,19 @@ def _check_zero(values: dict[str, Any], path: Path) -> None:
             f"{path}: remove zero_optimization.elastic_checkpoint; such a checkpoint cannot be "
             "loaded again with this optimizer."
         )
+    for key in UNSUPPORTED_ZERO_KEYS:
+        if zero.get(key):
+            raise ConfigError(
+                f"{path}: remove zero_optimization.{key}; the average of the weights does not "
+                "work with it."
+            )
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.get(key) or {}
+        if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:
+            raise ConfigError(
+                f'{path}: zero_optimization.{key} must be {{"device": "cpu"}} without a ratio; '
+                "the average of the weights is not found anywhere else."
+            )
     if zero.get("offload_param") and stage != MAX_STAGE:
         raise ConfigError(
             f"{path}: zero_optimization.offload_param needs stage 3, not {stage}; remove it."
@@ -302,25 +304,3 @@ def _find_auto(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _find_auto(value, f"{prefix}{key}.")
         elif value == AUTO and key != "keep_in_fp32_modules":
             yield prefix + key
-
-
-def precision_of(merged: dict[str, Any]) -> str:
-    """Return "bf16", "autocast" (fp32 weights, bf16 products) or "fp32"."""
-    if merged.get("bf16", {}).get("enabled"):
-        return "bf16"
-    return "autocast" if merged.get("torch_autocast", {}).get("enabled") else "fp32"
-
-
-def explain_precision(path: Path, merged: dict[str, Any], hardware: Hardware | None = None) -> str:
-    """Return the one line that says which precision is used and why."""
-    hardware = hardware or detect_hardware()
-    stated = load_deepspeed_json(path)
-    name = next((b for b in PRECISION_BLOCKS if stated.get(b, {}).get("enabled")), "bf16")
-    setting = json.dumps(stated.get(name, {}).get("enabled", False))
-    chosen = PRECISION_NAMES[precision_of(merged)]
-    verb = "multiplies" if hardware.has_bf16 else "does not multiply"
-    slow = "" if chosen == "fp32" or hardware.has_bf16 else ", so it is about 100 times slower"
-    return (
-        f"precision: {chosen} ({path} sets {name}.enabled to {setting}; {hardware.name} {verb} "
-        f"bf16 natively{slow})"
-    )

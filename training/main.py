@@ -34,7 +34,8 @@ from training.checkpoint import (
 from training.command_line import CommandLine, parse_command_line
 from training.config import Config
 from training.count import checkpoint_bytes, describe
-from training.deepspeed_config import explain_precision, merge_deepspeed, precision_of, stage_of
+from training.deepspeed_config import load_deepspeed_json, merge_deepspeed, stage_of
+from training.precision import explain_precision, precision_of
 from training.processes import Ranks
 from training.run_directory import check_free_space, check_run_directory, create_run_directory
 from training.validation import validate
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check the command line, then train (or only describe, with --dry-run)."""
     with exit_on_config_error():
         ranks = processes.discover_ranks()
-    device = processes.select_accelerator()
+        device = processes.select_accelerator(ranks)
     with processes.one_sentence(ranks):
         command = parse_command_line(argv)
         if command.dry_run:
@@ -174,7 +175,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             prepare_demo_if_missing(command, ranks)
             job = check(command, ranks)
-            text = explain_precision(command.deepspeed, job.deepspeed_config)
+            text = explain_precision(
+                command.deepspeed, load_deepspeed_json(command.deepspeed), job.deepspeed_config
+            )
     if ranks.is_main:
         print(text, flush=True)
     if not command.dry_run:

@@ -84,10 +84,11 @@ def discover_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
             int(env["OMPI_COMM_WORLD_SIZE"]),
             int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
         )
+        env["LOCAL_RANK"] = str(ranks.local_rank)
+        env.setdefault("LOCAL_SIZE", env["OMPI_COMM_WORLD_LOCAL_SIZE"])
         if "MASTER_ADDR" not in env:
             return ranks
         env["RANK"], env["WORLD_SIZE"] = str(ranks.rank), str(ranks.world_size)
-        env["LOCAL_RANK"] = str(ranks.local_rank)
     elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
@@ -127,16 +128,29 @@ def agreed_message(error: Exception | str | None) -> str | None:
     return next((message for message in messages if message is not None), None)
 
 
-def select_accelerator() -> torch.device:
+def select_accelerator(ranks: Ranks, env: MutableMapping[str, str] = os.environ) -> torch.device:
     """Choose CUDA where there is one, else the CPU, before DeepSpeed is imported.
 
     DeepSpeed reads DS_ACCELERATOR at import; without it, it probes and warns on a machine
-    that has no GPU.
+    that has no GPU. DS_ACCELERATOR=cpu keeps a machine's GPUs out of it.
+
+    Raises:
+        ConfigError: this node has fewer GPUs than processes.
     """
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    return torch.device("cpu")
+    if not torch.cuda.is_available() or env.get("DS_ACCELERATOR") == "cpu":
+        env.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 1 and "SLURM_GPUS_PER_TASK" in env:
+        # Each process sees its own GPU only, as number 0; DeepSpeed takes LOCAL_RANK for a number.
+        env["LOCAL_RANK"] = "0"
+        return torch.device("cuda", 0)
+    if ranks.local_rank >= num_gpus:
+        raise ConfigError(
+            f"local rank {ranks.local_rank} finds {num_gpus} GPU(s) on its node; start at most one "
+            "process per GPU, or set DS_ACCELERATOR=cpu."
+        )
+    return torch.device("cuda", ranks.local_rank)
 
 
 def share_cores(env: MutableMapping[str, str] = os.environ) -> None:
@@ -146,7 +160,7 @@ def share_cores(env: MutableMapping[str, str] = os.environ) -> None:
     """
     if "OMP_NUM_THREADS" in env:
         return
-    per_node = env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or env["WORLD_SIZE"]
+    per_node = env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or env.get("WORLD_SIZE", "1")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(per_node)))
 
 

@@ -1,0 +1,62 @@
+"""Precision: what the hardware multiplies, what a DeepSpeed configuration uses, and why."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PRECISION_NAMES = {
+    "fp32": "fp32",
+    "bf16": "bf16 with fp32 master weights",
+    "autocast": "fp32 weights with products in bf16",
+}
+PRECISION_BLOCKS = ("bf16", "torch_autocast")
+
+
+class Hardware(NamedTuple):
+    """What decides the precision that "auto" stands for."""
+
+    name: str
+    has_bf16: bool
+
+
+def detect_hardware() -> Hardware:
+    """Ask torch whether this machine's accelerator, or else its CPU, multiplies bf16 natively.
+
+    A CPU without bf16 instructions emulates them: measured 1.3 GFLOP/s against 140 in fp32.
+    """
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return Hardware(name, torch.cuda.is_bf16_supported(including_emulation=False))
+    return Hardware("this CPU", torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def precision_of(merged: dict[str, Any]) -> str:
+    """Return "bf16", "autocast" (fp32 weights, bf16 products) or "fp32"."""
+    if merged.get("bf16", {}).get("enabled"):
+        return "bf16"
+    return "autocast" if merged.get("torch_autocast", {}).get("enabled") else "fp32"
+
+
+def explain_precision(
+    path: Path, stated: dict[str, Any], merged: dict[str, Any], hardware: Hardware | None = None
+) -> str:
+    """Return the one line that says which precision is used and why.
+
+    Args:
+        path: the DeepSpeed JSON file.
+        stated: its content.
+        merged: what became of it.
+        hardware: None = this machine.
+    """
+    hardware = hardware or detect_hardware()
+    name = next((b for b in PRECISION_BLOCKS if stated.get(b, {}).get("enabled")), "bf16")
+    setting = json.dumps(stated.get(name, {}).get("enabled", False))
+    chosen = PRECISION_NAMES[precision_of(merged)]
+    verb = "multiplies" if hardware.has_bf16 else "does not multiply"
+    slow = "" if chosen == "fp32" or hardware.has_bf16 else ", so it is about 100 times slower"
+    return (
+        f"precision: {chosen} ({path} sets {name}.enabled to {setting}; {hardware.name} {verb} "
+        f"bf16 natively{slow})"
+    )
