@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
+from data_tools.shards import VaeReference
 from models.latents import vae_latents
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -92,6 +93,22 @@ def load_vae(
         int(config.latent_channels),
         2 ** (len(config.block_out_channels) - 1),
     )
+
+
+def load_decoder(
+    named: str | Path | None, reference: VaeReference, device: str | torch.device = "cpu"
+) -> Vae:
+    """Load the autoencoder that decodes samples of a model trained on encoded images.
+
+    Args:
+        named: one that the user names on purpose, such as a decoder fine-tuned for the same
+            latents; None = the one that encoded the data, and its checksum must agree.
+        reference: of the data set's manifest.
+        device: where it goes.
+    """
+    if named is not None:
+        return load_vae(named, device=device)
+    return load_vae(reference.id, device=device, expected_sha256=reference.sha256)
 
 
 def _find(source: str | Path) -> Path | None:

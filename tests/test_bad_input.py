@@ -12,7 +12,7 @@ from data_tools.shards import MANIFEST_NAME
 from data_tools.vae import DEMO_VAE
 from tests.launch import REPOSITORY, deepspeed, run
 from training import main, processes, sample
-from training.checkpoint import (
+from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
     LATEST_FILE,

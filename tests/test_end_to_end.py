@@ -12,7 +12,12 @@ import pytest
 from PIL import Image
 
 from tests.launch import deepspeed, finish, free_port, run, start
-from training.checkpoint import CHECKPOINT_DIR, LATEST_FILE, latest_checkpoint, read_manifest
+from training.checkpoint_manifest import (
+    CHECKPOINT_DIR,
+    LATEST_FILE,
+    latest_checkpoint,
+    read_manifest,
+)
 from training.monitor import read_metrics
 
 pytestmark = pytest.mark.ranks

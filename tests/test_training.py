@@ -6,25 +6,37 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import run_jobs
-from training.checkpoint import EMA_FILE, RAW_FILE, latest_checkpoint
+from tests.launch import REPOSITORY, run_jobs
+from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.monitor import read_metrics
 
 pytestmark = pytest.mark.ranks
 
 STEPS = 6
 RELATIVE = 1e-5
+BF16_RELATIVE = 1e-2  # bf16 keeps 8 bits: 0.4 % per rounding, averaged over many
 # Every job trains the same tiny problem: 4 experts, batch 8, fp32.
 COMMON = [
     *("--num-experts", 4, "--global-batch-size", 8, "--warmup-steps", 2, "--max-steps", STEPS),
     *("--log-every", 1, "--save-every", 3, "--sample-every", 0),
 ]
 
+# Averaged weights are swapped in and out in the middle of training.
+GRIDS = ["--sample-every", 3, "--sample-count", 2, "--sample-steps", 2]
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, demo_latents):
     """Train every layout; returns a function from a run's name to its directory."""
     folder = tmp_path_factory.mktemp("runs")
+
+    def shipped(name, precision, is_on):
+        """A shipped DeepSpeed file with its "auto" precision decided."""
+        values = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
+        values[precision]["enabled"] = is_on
+        path = folder / f"{name}-{is_on}.json"
+        path.write_text(json.dumps(values))
+        return path
 
     def fp32(stage):
         path = folder / f"zero{stage}.json"
@@ -34,10 +46,15 @@ def runs(tmp_path_factory, demo_latents):
         path.write_text(json.dumps({"zero_optimization": zero}))
         return path
 
-    def job(name, stage, *flags):
-        clipping = 0 if stage == 0 else 1.0
-        common = ["--deepspeed", fp32(stage), "--run-dir", folder / name, "--data", demo_latents]
+    def job(name, stage_or_file, *flags):
+        file = fp32(stage_or_file) if isinstance(stage_or_file, int) else stage_or_file
+        clipping = 0 if stage_or_file == 0 else 1.0
+        common = ["--deepspeed", file, "--run-dir", folder / name, "--data", demo_latents]
         return [*common, *COMMON, "--gradient-clipping", clipping, *flags]
+
+    def bf16(name, file, *flags, precision="bf16"):
+        # Four tokens a sample, because a CPU without bf16 instructions is very slow at it.
+        return job(name, shipped(file, precision, True), "--patch-size", 8, *GRIDS, *flags)
 
     ep2, ep4 = ("--expert-parallel-size", 2), ("--expert-parallel-size", 4)
     run_jobs(
@@ -50,8 +67,11 @@ def runs(tmp_path_factory, demo_latents):
             job("w1-z1", 1),
             job("w1-z3", 3),
             job("w1-z0-unclipped", 0),
+            job("w1-offload", shipped("zero2_offload", "bf16", False)),
             job("resumed", 2, "--max-steps", 3),
             job("resumed", 2),
+            job("four-tokens", 2, "--patch-size", 8),
+            job("sampled", 2, *GRIDS),
         ],
         folder,
     )
@@ -60,6 +80,7 @@ def runs(tmp_path_factory, demo_latents):
         [
             job("w2-z2", 2),
             job("w2-z3", 3),
+            job("w2-z3-sampled", 3, *GRIDS),
             job("w2-z0-ep2-unclipped", 0, *ep2),
             job("w2-z1-ep2", 1, *ep2),
             job("w2-z2-ep2", 2, *ep2),
@@ -67,6 +88,15 @@ def runs(tmp_path_factory, demo_latents):
             job("w2-z2-ep2-recomputed", 2, *ep2, "--activation-checkpointing"),
             job("w2-z2-ep2-resumed", 2, *ep2, "--max-steps", 3),
             job("w2-z2-ep2-resumed", 2, *ep2),
+            bf16("bf16-z0", "zero0", "--gradient-clipping", 0, precision="torch_autocast"),
+            bf16("bf16-z1", "zero1"),
+            bf16("bf16-z2", "zero2"),
+            bf16("bf16-z3", "zero3"),
+            bf16("bf16-offload", "zero2_offload"),
+            bf16("bf16-z1-ep2", "zero1", *ep2),
+            bf16("bf16-z2-ep2", "zero2", *ep2),
+            bf16("bf16-z2-ep2-resumed", "zero2", *ep2, "--max-steps", 3),
+            bf16("bf16-z2-ep2-resumed", "zero2", *ep2),
         ],
         folder,
     )
@@ -83,6 +113,7 @@ CLIPPED = [
     "w1-recomputed",
     "w1-z1",
     "w1-z3",
+    "w1-offload",
     "w2-z2",
     "w2-z3",
     "w2-z1-ep2",
@@ -140,7 +171,11 @@ def test_training_moves_exactly_the_experts_that_saw_a_sample(runs):
 
 @pytest.mark.parametrize(
     ("uninterrupted", "resumed"),
-    [("reference", "resumed"), ("w2-z2-ep2", "w2-z2-ep2-resumed")],
+    [
+        ("reference", "resumed"),
+        ("w2-z2-ep2", "w2-z2-ep2-resumed"),
+        ("bf16-z2-ep2", "bf16-z2-ep2-resumed"),
+    ],
 )
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(runs, uninterrupted, resumed):
     def exact(record):
@@ -158,3 +193,33 @@ def test_expert_loads_sum_to_top_k(runs):
         for block in range(6):
             load = [record[f"moe_load/block_{block:02d}/expert_{e}"] for e in range(4)]
             assert sum(load) == pytest.approx(2.0)
+
+
+BF16_RUNS = ["z0", "z1", "z2", "z3", "offload", "z1-ep2", "z2-ep2"]
+
+
+@pytest.mark.parametrize("name", BF16_RUNS)
+def test_bf16_follows_fp32_and_keeps_fp32_averages(runs, name):
+    run_dir = runs(f"bf16-{name}")
+    expected, got = read_metrics(runs("four-tokens")), read_metrics(run_dir)
+
+    for wanted, record in zip(expected, got, strict=True):
+        for key in ("loss/total", "loss/mse", "loss/prior"):
+            assert record[key] == pytest.approx(wanted[key], rel=BF16_RELATIVE), key
+    # fp32 values that bf16 cannot hold: the average was kept on the masters.
+    ema = weights(run_dir, EMA_FILE)["blocks.0.mlp.fc1.weight"]
+    assert not torch.equal(ema, ema.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", BF16_RUNS)
+def test_a_grid_of_samples_is_drawn_on_every_layout(runs, name):
+    grids = sorted(path.name for path in (runs(f"bf16-{name}") / "samples").iterdir())
+
+    assert grids == ["0000003.png", "0000006.png"]
+
+
+def test_drawing_samples_leaves_the_training_bit_identical(runs):
+    for drawn, plain in (("sampled", "reference"), ("w2-z3-sampled", "w2-z3")):
+        for file in (EMA_FILE, RAW_FILE):
+            expected, got = weights(runs(plain), file), weights(runs(drawn), file)
+            assert all(torch.equal(got[key], value) for key, value in expected.items())

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from data_tools.loader import LatentStream
-from training.checkpoint import Checkpointer, TrainState
+from training.checkpoint import Checkpointer
+from training.checkpoint_manifest import TrainState
 from training.engine import build_engine
 from training.loop import Training
 from training.metrics import MetricSums

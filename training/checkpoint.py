@@ -1,21 +1,13 @@
 """Checkpoints: complete or invisible.
 
 A checkpoint is DeepSpeed's own files plus consolidated weights, written under a temporary name,
-then described by a manifest, renamed, and named by `latest`, in this order. DeepSpeed itself loads
-a changed expert-parallel size as silent garbage, so the manifest is compared before it loads.
-
-    checkpoints/latest                    the newest complete step, one line
-    checkpoints/step-0001000/             DeepSpeed's files
-                     ema.safetensors      averaged weights, fp32, experts in global order
-                     weights.safetensors  raw weights, likewise
-                     manifest.json        files with sizes and sha256, layout, progress
+then described by a manifest, renamed, and named by `latest`, in this order.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,168 +15,28 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
-from data_tools.shards import MalformedError, from_json
+from data_tools.order import ORDER_VERSION
+from training.checkpoint_manifest import (
+    CHECKPOINT_DIR,
+    EMA_FILE,
+    LATEST_FILE,
+    MANIFEST_FILE,
+    RAW_FILE,
+    CheckpointManifest,
+    FileRecord,
+    Layout,
+    TrainState,
+    record_of,
+    tag_of,
+)
 from training.ema import consolidated_weights
-from training.processes import RunError, agreed_message
+from training.processes import agreed_message
 
-CHECKPOINT_DIR = "checkpoints"
-LATEST_FILE = "latest"
-MANIFEST_FILE = "manifest.json"
-EMA_FILE = "ema.safetensors"
-RAW_FILE = "weights.safetensors"
 TEMPORARY_PREFIX = ".tmp-"
-HASH_BLOCK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class TrainState:
-    """What resuming needs beside tensors."""
-
-    step: int = 0  # optimizer steps done
-    samples_consumed: int = 0  # stream position of the next sample
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a checkpoint's tensors are spread; DeepSpeed's files load into no other."""
-
-    world_size: int
-    expert_parallel_size: int
-    zero_stage: int
-    precision: str  # "bf16", "autocast" or "fp32"
-
-
-# What a user changes to get a layout's value back.
-LAYOUT_OWNERS = {
-    "world_size": "the number of ranks",
-    "expert_parallel_size": "--expert-parallel-size",
-    "zero_stage": "zero_optimization.stage of the --deepspeed file",
-    "precision": "the precision of the --deepspeed file",
-}
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a manifest says of one file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class CheckpointManifest:
-    """What `manifest.json` says of a complete checkpoint."""
-
-    tag: str
-    state: TrainState
-    layout: Layout
-    data_hash: str  # of the data set's manifest
-    files: dict[str, FileRecord]  # by name
-
-
-class DamagedCheckpointError(RunError):
-    """A file of the checkpoint to resume from does not match its checksum."""
-
-    exit_code = CONFIG_ERROR_EXIT_CODE
-
-
-def tag_of(step: int) -> str:
-    """Name the checkpoint of a step so that names sort like steps."""
-    return f"step-{step:07d}"
-
-
-def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read a checkpoint's manifest and check that its files are there in their sizes."""
-    path = folder / MANIFEST_FILE
-    try:
-        manifest: CheckpointManifest = from_json(CheckpointManifest, json.loads(path.read_bytes()))
-    except FileNotFoundError as err:
-        raise ConfigError(
-            f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint; "
-            f"{_use_older(folder)}"
-        ) from err
-    except (ValueError, MalformedError) as err:
-        raise ConfigError(
-            f"{path} is not a checkpoint manifest ({err}); {_use_older(folder)}"
-        ) from err
-    for name, record in manifest.files.items():
-        file = folder / name
-        size = file.stat().st_size if file.exists() else None
-        if size != record.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise ConfigError(
-                f"{file} {found}, its {MANIFEST_FILE} says {record.bytes} bytes; "
-                f"{_use_older(folder)}"
-            )
-    return manifest
-
-
-def _use_older(folder: Path) -> str:
-    return (
-        f"delete {folder} and write the name of an older checkpoint into "
-        f"{folder.parent / LATEST_FILE}."
-    )
-
-
-def verify_file(manifest: CheckpointManifest, path: Path) -> None:
-    """Compare a file with the checksum in its checkpoint's manifest before it is read."""
-    record = manifest.files.get(path.name)
-    if record is None or _sha256(path) != record.sha256:
-        raise ConfigError(
-            f"{path} does not match the checksum in its {MANIFEST_FILE}; {_use_older(path.parent)}"
-        )
-
-
-def verify_together(manifest: CheckpointManifest, folder: Path) -> None:
-    """Compare all files with their checksums, shared among the ranks. All ranks must call this.
-
-    Raises:
-        DamagedCheckpointError: on all ranks, naming the first file that differs.
-    """
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    error = None
-    try:
-        for name in sorted(manifest.files)[rank::world_size]:
-            verify_file(manifest, folder / name)
-    except ConfigError as err:
-        error = err
-    message = _agreed_error(error)
-    if message is not None:
-        raise DamagedCheckpointError(message)
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the folder that `latest` names, None before the first checkpoint."""
-    pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
-    if not pointer.exists():
-        return None
-    name = pointer.read_text(encoding="ascii", errors="replace").strip()
-    folders = {path.name: path for path in pointer.parent.glob("step-*")}
-    if name not in folders:
-        raise ConfigError(
-            f"{pointer} names {name!r}, which is no checkpoint in {pointer.parent}; write the name "
-            "of one that exists into it, or delete it to start afresh."
-        )
-    return folders[name]
-
-
-def check_resumable(manifest: CheckpointManifest, layout: Layout, data_hash: str) -> None:
-    """Refuse to resume on another layout or another data set."""
-    for name, saved in asdict(manifest.layout).items():
-        current = asdict(layout)[name]
-        if saved != current:
-            raise ConfigError(
-                f"--run-dir: its checkpoint {manifest.tag} was saved with {name} {saved}, this "
-                f"command has {current}; change {LAYOUT_OWNERS[name]} back to {saved}, or start "
-                "another --run-dir."
-            )
-    if manifest.data_hash != data_hash:
-        raise ConfigError(
-            f"--data: checkpoint {manifest.tag} of the --run-dir was trained on the data set whose "
-            f"dataset.json has sha256 {manifest.data_hash[:12]}, this one has {data_hash[:12]}; "
-            "give the original --data, or start another --run-dir."
-        )
+class NonFiniteWeightsError(ValueError):
+    """The weights to save hold NaN or infinity."""
 
 
 def _recording_engine() -> Any:
@@ -199,6 +51,7 @@ def _recording_engine() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.error: OSError | RuntimeError | None = None
+            self.files: dict[str, FileRecord] = {}  # written by this rank
 
         def save(self, state_dict: dict[str, Any], path: str) -> None:
             try:
@@ -206,6 +59,7 @@ def _recording_engine() -> Any:
                     torch.save(state_dict, file)
                     file.flush()
                     os.fsync(file.fileno())
+                self.files[os.path.basename(path)] = record_of(Path(path))
             except (OSError, RuntimeError) as err:  # torch's zip writer reports ENOSPC as Runtime
                 self.error = err
 
@@ -250,10 +104,14 @@ class Checkpointer:
             str(self.folder), tag=temporary.name, client_state=asdict(state), save_latest=False
         )
         self.engine.checkpoint_engine = previous
-        error = writer.error or self._save_consolidated(temporary)
-        message = _agreed_error(error)
+        # Gathering weights is collective: all ranks go there, or none.
+        message = _agreed_error(writer.error)
         if message is None:
-            message = _agreed_error(self._publish(temporary, tag, state) if self.is_main else None)
+            message = _agreed_error(self._save_consolidated(temporary, writer.files))
+        if message is None:
+            files = _merged(writer.files)
+            error = self._publish(temporary, tag, state, files) if self.is_main else None
+            message = _agreed_error(error)
         if message is not None and self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         return message
@@ -261,41 +119,49 @@ class Checkpointer:
     def _prepare(self, temporary: Path) -> OSError | None:
         if not self.is_main:
             return None
+        for stale in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+            shutil.rmtree(stale, ignore_errors=True)
         try:
-            for stale in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-                shutil.rmtree(stale)
             temporary.mkdir(parents=True)
         except OSError as err:
             return err
         return None
 
-    def _save_consolidated(self, temporary: Path) -> OSError | SafetensorError | None:
+    def _save_consolidated(
+        self, temporary: Path, files: dict[str, FileRecord]
+    ) -> OSError | SafetensorError | NonFiniteWeightsError | None:
         error = None
         for name, ema in ((EMA_FILE, True), (RAW_FILE, False)):
             weights = consolidated_weights(self.engine, ema=ema)
-            if self.is_main and error is None:
-                try:
-                    save_file(weights, temporary / name)
-                except (OSError, SafetensorError) as err:
-                    error = err
+            if not self.is_main or error is not None:
+                continue
+            damaged = [key for key, value in weights.items() if not value.isfinite().all()]
+            if damaged:  # ZeRO 0 applies a gradient that is not finite; a later loss shows it
+                error = NonFiniteWeightsError(f"{damaged[0]} holds values that are not finite")
+                continue
+            try:
+                save_file(weights, temporary / name)
+                _sync(temporary / name)
+                files[name] = record_of(temporary / name)
+            except (OSError, SafetensorError) as err:
+                error = err
         return error
 
-    def _publish(self, temporary: Path, tag: str, state: TrainState) -> OSError | None:
+    def _publish(
+        self, temporary: Path, tag: str, state: TrainState, files: dict[str, FileRecord]
+    ) -> OSError | None:
+        manifest = CheckpointManifest(tag, state, self.layout, self.data_hash, ORDER_VERSION, files)
         try:
-            files = {
-                path.name: FileRecord(path.stat().st_size, _sha256(path))
-                for path in sorted(temporary.iterdir())
-            }
-            manifest = CheckpointManifest(tag, state, self.layout, self.data_hash, files)
             _write_durably(temporary / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1))
             final = self.folder / tag
             if final.exists():  # saved before, then trained on without publishing anything newer
                 shutil.rmtree(final)
             os.rename(temporary, final)
             _write_durably(self.folder / LATEST_FILE, tag + "\n")
-            self._prune(tag)
+            _sync(self.folder)
         except OSError as err:
             return err
+        self._prune(tag)
         return None
 
     def _prune(self, newest: str) -> None:
@@ -303,7 +169,7 @@ class Checkpointer:
         # out this line's, and are overwritten when their step is reached.
         complete = sorted(p for p in self.folder.glob("step-*") if p.name <= newest)
         for old in complete[: -self.keep_last]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # published all the same; tried again next time
 
     def load(self, folder: Path) -> TrainState:
         """Load a checkpoint whose manifest was checked. All ranks must call this."""
@@ -311,6 +177,13 @@ class Checkpointer:
         assert path is not None, f"DeepSpeed loaded nothing from {folder}"
         fields = TrainState.__dataclass_fields__
         return TrainState(**{name: client_state[name] for name in fields})
+
+
+def _merged(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    """Put together what every rank wrote: a listing may lag behind on a network file system."""
+    parts: list[dict[str, FileRecord]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, files)
+    return {name: record for part in parts for name, record in sorted(part.items())}
 
 
 def _agreed_error(error: Exception | None) -> str | None:
@@ -327,12 +200,13 @@ def _describe(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 from data_tools.loader import Batch, LatentStream
-from training.checkpoint import Checkpointer, TrainState
+from training.checkpoint import Checkpointer
+from training.checkpoint_manifest import TrainState
 from training.config import Config
 from training.engine import learning_rate, set_learning_rate
 from training.metrics import MetricSums
@@ -75,6 +76,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
     if message := agreed_message(step_data.error):
         raise DataError(message)
     started, first_step = time.monotonic(), state.step
+    training.sums.restart_clock()
     saved_step, signal_number = state.step, 0
     while state.step < run.max_steps:
         gate_table = train_step(training, step_data, state.step)
@@ -85,24 +87,27 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         step_data = read_step(training) if state.step < run.max_steps else StepData()
         signal_number = stop.agreed(step_data.error is not None)
         is_last = state.step == run.max_steps or signal_number != 0
-
-        if state.step % run.log_every == 0 or is_last:
+        is_save_due = state.step % run.save_every == 0 or is_last
+        is_sample_due = run.sample_every and (
+            state.step % run.sample_every == 0 or state.step == run.max_steps
+        )
+        # Whatever interrupts training ends an interval first: nothing unchecked is saved, and
+        # saving and sampling do not count as training time.
+        if state.step % run.log_every == 0 or is_save_due or is_sample_due:
             metrics = log_interval(training, state)
             if training.is_main:
                 speed = (state.step - first_step) / (time.monotonic() - started)
                 print_progress(metrics, state.step, run.max_steps, speed)
-
-        if run.sample_every and (state.step % run.sample_every == 0 or state.step == run.max_steps):
-            training.monitor.image(
-                state.step,
-                "moe/timestep_to_expert",
-                expert_map(gate_table, training.engine.module.top_k),
-            )
-            training.draw_samples(state.step)
-
-        if state.step % run.save_every == 0 or is_last:
+        if is_save_due:
             save(training, state, is_last)
             saved_step = state.step
+        if is_sample_due and not signal_number:  # a launcher that stops the job waits seconds only
+            if training.is_main:
+                picture = expert_map(gate_table, training.engine.module.top_k)
+                training.monitor.image(state.step, "moe/timestep_to_expert", picture)
+            training.draw_samples(state.step)
+        if is_save_due or is_sample_due:
+            training.sums.restart_clock()
         if signal_number:
             break
     assert saved_step == state.step, "the state reached is always saved"
@@ -144,16 +149,18 @@ def train_step(training: Training, data: StepData, step: int) -> torch.Tensor:
 def log_interval(training: Training, state: TrainState) -> dict[str, float]:
     """Reduce, check and record the metrics since the last call. All ranks must call this."""
     metrics = training.sums.reduce()
-    metrics["optim/lr"] = learning_rate(training.config.optim, state.step - 1)
-    norm = training.engine.get_global_grad_norm()
-    if norm is not None:  # ZeRO 0 without clipping computes none
-        metrics["optim/grad_norm"] = float(norm)
-    training.monitor.scalars(state.step, metrics)
     if not math.isfinite(metrics["loss/total"]):  # reduced, so all ranks agree
         raise NonFiniteLossError(
             f"loss is {metrics['loss/total']} at step {state.step}; the checkpoints before it are "
             "intact. Lower --lr, raise --warmup-steps or set --gradient-clipping."
         )
+    metrics["optim/lr"] = learning_rate(training.config.optim, state.step - 1)
+    # ZeRO 1 to 3 leave out an update whose gradient is not finite; the norm is then not finite.
+    metrics["optim/skipped_steps"] = float(training.engine.skipped_steps)
+    norm = training.engine.get_global_grad_norm()
+    if norm is not None and math.isfinite(norm):  # ZeRO 0 without clipping computes none
+        metrics["optim/grad_norm"] = float(norm)
+    training.monitor.scalars(state.step, metrics)
     return metrics
 
 

@@ -20,9 +20,9 @@ import torch
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
 from data_tools.errors import exit_on_config_error
 from data_tools.shards import MANIFEST_NAME, DatasetManifest
-from data_tools.vae import Vae, load_vae
+from data_tools.vae import Vae, load_decoder
 from training import processes
-from training.checkpoint import (
+from training.checkpoint_manifest import (
     CheckpointManifest,
     Layout,
     TrainState,
@@ -80,7 +80,7 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     check_free_space(run_dir, checkpoint_bytes(config))
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
-        vae = load_vae(config.run.vae or manifest.vae.id, expected_sha256=manifest.vae.sha256)
+        vae = load_decoder(config.run.vae, manifest.vae)
     return Job(config, deepspeed_config, manifest, layout, folder, resume_manifest, vae)
 
 
@@ -122,6 +122,16 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
 
     run_dir = Path(job.config.run.run_dir)
     state = TrainState() if job.resume_manifest is None else job.resume_manifest.state
+    processes.check_agreement(
+        {
+            "the configuration": job.config.to_dict(),
+            "the DeepSpeed configuration": job.deepspeed_config,
+            "the data set's hash": job.manifest.hash,
+            "the layout": job.layout,
+            "the checkpoint": str(job.resume_from),
+            "the state": state,
+        }
+    )
     if job.resume_from is not None:
         verify_together(job.resume_manifest, job.resume_from)
     problem = None

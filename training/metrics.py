@@ -39,7 +39,12 @@ class MetricSums:
         self._bucket_mse, self._bucket_count = (zeros(NUM_TIMESTEP_BUCKETS) for _ in range(2))
         self._expert_count = zeros(self.depth, self.num_experts)
         self._wait_sec = 0.0
-        self._started = time.monotonic()
+        self._clock_started = time.monotonic()
+
+    def restart_clock(self) -> None:
+        """Start timing an interval that holds no step yet: what came before was not training."""
+        assert self._num_samples == 0, "the interval has begun; reduce it first"
+        self._clock_started = time.monotonic()
 
     def add(
         self, terms: LossTerms, mse: Tensor, t: Tensor, plan: RoutingPlan, wait_sec: float
@@ -66,7 +71,7 @@ class MetricSums:
 
     def reduce(self) -> dict[str, float]:
         """Sum over ranks, name the results and start a new interval. All ranks must call this."""
-        elapsed = time.monotonic() - self._started
+        elapsed = time.monotonic() - self._clock_started
         host = [self._num_samples, self._wait_sec / elapsed, elapsed]
         parts = [
             torch.tensor(host, dtype=torch.float64, device=self.device),

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -126,6 +127,27 @@ def agreed_message(error: Exception | str | None) -> str | None:
     messages: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(messages, None if error is None else str(error))
     return next((message for message in messages if message is not None), None)
+
+
+def check_agreement(decisions: dict[str, Any]) -> None:
+    """Compare what the ranks decided before they could talk. All ranks must call this.
+
+    Args:
+        decisions: what was decided, by the name a user knows it by.
+
+    Raises:
+        RunError: on all ranks, naming the first decision that differs from rank 0's: a node with
+            an old copy of a file, other software, or other hardware.
+    """
+    everyone: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, decisions)
+    for rank, other in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if other[name] != value:
+                raise RunError(
+                    f"rank {rank} has {name} {other[name]}, rank 0 has {value}; make the nodes "
+                    "see the same files, software and hardware, and start again."
+                )
 
 
 def select_accelerator(ranks: Ranks, env: MutableMapping[str, str] = os.environ) -> torch.device:

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_tools.errors import ConfigError
 from data_tools.shards import MANIFEST_NAME, DatasetManifest, replace_file
-from training.checkpoint import CHECKPOINT_DIR
+from training.checkpoint_manifest import CHECKPOINT_DIR
 from training.config import Config, differences, load_preset
 
 CONFIG_FILE = "config.yaml"

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.shards import DatasetManifest
-from data_tools.vae import Vae, decode_pixels, load_vae
+from data_tools.vae import Vae, decode_pixels, load_decoder
 from models.diffusion import Diffusion
-from training.checkpoint import (
+from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
     RAW_FILE,
@@ -157,8 +157,7 @@ def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
     manifest = load_manifest(args.run_dir)
     plan = plan_images(args, config, manifest)
     weights = find_weights(args)
-    source = args.vae or config.run.vae or manifest.vae.id
-    vae = load_vae(source, device=device, expected_sha256=manifest.vae.sha256)
+    vae = load_decoder(args.vae or config.run.vae, manifest.vae, device)
     output = args.output or args.run_dir / SAMPLES_DIR / weights.parent.name
     try:
         output.mkdir(parents=True, exist_ok=True)
