@@ -3,14 +3,12 @@
 import multiprocessing
 import os
 import socket
-import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
 
 MASTER_ADDR = "127.0.0.1"
-SHARED_MEMORY = Path("/dev/shm")
 
 
 def run_ranks(fn, world_size, *args, timeout_sec=300):
@@ -37,9 +35,6 @@ def run_ranks(fn, world_size, *args, timeout_sec=300):
                     process.kill()
                 if process.pid is not None:
                     process.join()
-            # DeepSpeed's shared-memory collective leaves 69 MB a rank; the name holds the port.
-            for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-                buffer.unlink(missing_ok=True)
 
 
 def _wait(processes, folder, deadline):
@@ -66,13 +61,13 @@ def _rank_main(fn, rank, world_size, port, folder, args):
         MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu",
         OMP_NUM_THREADS="1",
-        # ninja, which builds DeepSpeed's collective at first use, lies beside the interpreter
-        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     )
     import deepspeed
     import torch
 
     torch.set_num_threads(1)
+    # As in training/processes.py: no compiler, nothing left in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         fn(rank, world_size, *args)
