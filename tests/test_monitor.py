@@ -6,7 +6,16 @@ import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.monitor import METRICS_FILE, TENSORBOARD_DIR, Monitor, expert_map, read_metrics
+from training.monitor import (
+    MAP_BELOW_PIXELS,
+    MAP_LEFT_PIXELS,
+    MAP_ROW_PIXELS,
+    METRICS_FILE,
+    TENSORBOARD_DIR,
+    Monitor,
+    expert_map,
+    read_metrics,
+)
 
 
 def scalars_in_tensorboard(run_dir):
@@ -68,7 +77,7 @@ def test_the_expert_map_shows_chosen_experts_only():
 
     picture = expert_map(gate_table, top_k=2)
 
-    rows = picture.reshape(2, -1, 4, 3)
+    rows = picture[:-MAP_BELOW_PIXELS, MAP_LEFT_PIXELS:].reshape(2, -1, 4, 3)
     assert picture.dtype == np.uint8
-    assert (rows[:, 0] > rows[:, 8]).any(), "a larger gate value is brighter"
-    assert (rows[:, 16] == 0).all(), "an expert outside the top k is black"
+    assert (rows[:, 0] > rows[:, MAP_ROW_PIXELS]).any(), "a larger gate value is brighter"
+    assert (rows[:, 2 * MAP_ROW_PIXELS] == 0).all(), "an expert outside the top k is black"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -20,7 +20,8 @@ from data_tools.shards import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
-MAP_ROW_PIXELS = 8
+MAP_ROW_PIXELS, MAP_GAP_PIXELS = 10, 4
+MAP_LEFT_PIXELS, MAP_BELOW_PIXELS = 58, 18  # room for the axes' texts
 
 
 class Monitor:
@@ -125,9 +126,9 @@ def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
         top_k: experts kept per timestep.
 
     Returns:
-        (L * (E rows + 1 separator), S, 3) uint8. One row per block and expert from the first block
-        at the top, timestep 0 (clean) on the left; brightness is the gate value of a chosen
-        expert, black is an expert that the timestep does not meet.
+        (height, width, 3) uint8. One row per block and expert, the first block at the top, with
+        timestep 0 (clean) on the left; brightness is the gate value of a chosen expert, black is
+        an expert that the timestep does not meet.
     """
     L, S, E = gate_table.shape
     table = gate_table.detach().float().cpu()
@@ -136,9 +137,27 @@ def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
     rows = brightness.numpy()  # (L, E * pixels, S)
     # Warm ramp from black through orange to white.
     ramp = np.stack([np.clip(rows * 3.0 - shift, 0.0, 1.0) for shift in (0.0, 1.0, 2.0)], axis=-1)
-    picture = np.full((L, E * MAP_ROW_PIXELS + 2, S, 3), 90, dtype=np.uint8)
-    picture[:, :-2] = np.round(ramp * 255.0).astype(np.uint8)
-    return picture.reshape(-1, S, 3)
+    blocks = np.full((L, E * MAP_ROW_PIXELS + MAP_GAP_PIXELS, S, 3), 255, dtype=np.uint8)
+    blocks[:, :-MAP_GAP_PIXELS] = np.round(ramp * 255.0).astype(np.uint8)
+    return _with_axes(blocks.reshape(-1, S, 3), L)
+
+
+def _with_axes(rows: np.ndarray, num_blocks: int) -> np.ndarray:
+    """Name the blocks on the left of the rows, and timesteps below them."""
+    height, S, _ = rows.shape
+    canvas = Image.new("RGB", (MAP_LEFT_PIXELS + S, height + MAP_BELOW_PIXELS), "white")
+    canvas.paste(Image.fromarray(rows), (MAP_LEFT_PIXELS, 0))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    for block in range(num_blocks):
+        middle = (block + 0.5) * height / num_blocks - MAP_GAP_PIXELS / 2
+        draw.text((2, middle), f"block {block}", fill="black", font=font, anchor="lm")
+    for tick in range(5):
+        t = tick * (S - 1) // 4
+        anchor = "la" if tick == 0 else "ra" if tick == 4 else "ma"
+        draw.text(
+            (MAP_LEFT_PIXELS + t, height + 2), f"t = {t}", fill="black", font=font, anchor=anchor
+        )
+    return np.asarray(canvas)
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
