@@ -132,7 +132,7 @@ class TestData:
         assert sentence in stderr
 
 
-PRESET = (REPOSITORY / "training" / "presets" / "demo.yaml").read_text()
+PRESET = (REPOSITORY / "tests" / "small.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ class TestResuming:
     """The same --run-dir again."""
 
     def test_with_another_configuration(self, train, run_dir):
-        stderr = train("--lr", 3e-4, num_ranks=2)
+        stderr = train("--num-experts", 4, num_ranks=2)
 
-        assert "was started with another configuration: lr (0.001 -> 0.0003); use a new" in stderr
+        assert "was started with another configuration: num_experts (3 -> 4); use a new" in stderr
 
     @pytest.mark.parametrize(
         ("num_ranks", "argv", "sentence"),

@@ -70,7 +70,7 @@ def test_one_rank_keeps_everything():
 
 
 def test_the_dry_run_shows_configuration_sizes_memory_and_steps():
-    config = parse_command_line(["--micro-batch-size", "8"]).config
+    config = parse_command_line(["--micro-batch-size", "8", "--global-batch-size", "64"]).config
     path = ROOT / "ds_configs/zero2_offload.json"
     merged = merge_deepspeed(path, config, 2, Hardware("a GPU", True))
     data = SimpleNamespace(num_samples=1600, num_classes=10)

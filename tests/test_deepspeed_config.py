@@ -18,7 +18,7 @@ WITH_BF16, WITHOUT_BF16 = Hardware("a new GPU", True), Hardware("an old CPU", Fa
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_preset("demo")
+    return load_preset(str(ROOT / "tests/small.yaml"))
 
 
 @pytest.fixture
