@@ -57,6 +57,8 @@ def runs(tmp_path_factory, demo_latents):
         return job(name, shipped(file, precision, True), "--patch-size", 8, *GRIDS, *flags)
 
     ep2, ep4 = ("--expert-parallel-size", 2), ("--expert-parallel-size", 4)
+    # ZeRO 3 comes last: it replaces torch's linear layer for the rest of the process by one that
+    # rounds differently.
     run_jobs(
         1,
         [
@@ -65,13 +67,13 @@ def runs(tmp_path_factory, demo_latents):
             job("w1-accumulation", 2, "--micro-batch-size", 2),
             job("w1-recomputed", 2, "--activation-checkpointing"),
             job("w1-z1", 1),
-            job("w1-z3", 3),
             job("w1-z0-unclipped", 0),
             job("w1-offload", shipped("zero2_offload", "bf16", False)),
             job("resumed", 2, "--max-steps", 3),
             job("resumed", 2),
             job("four-tokens", 2, "--patch-size", 8),
             job("sampled", 2, *GRIDS),
+            job("w1-z3", 3),
         ],
         folder,
     )
@@ -79,8 +81,6 @@ def runs(tmp_path_factory, demo_latents):
         2,
         [
             job("w2-z2", 2),
-            job("w2-z3", 3),
-            job("w2-z3-sampled", 3, *GRIDS),
             job("w2-z0-ep2-unclipped", 0, *ep2),
             job("w2-z1-ep2", 1, *ep2),
             job("w2-z2-ep2", 2, *ep2),
@@ -91,12 +91,14 @@ def runs(tmp_path_factory, demo_latents):
             bf16("bf16-z0", "zero0", "--gradient-clipping", 0, precision="torch_autocast"),
             bf16("bf16-z1", "zero1"),
             bf16("bf16-z2", "zero2"),
-            bf16("bf16-z3", "zero3"),
             bf16("bf16-offload", "zero2_offload"),
             bf16("bf16-z1-ep2", "zero1", *ep2),
             bf16("bf16-z2-ep2", "zero2", *ep2),
             bf16("bf16-z2-ep2-resumed", "zero2", *ep2, "--max-steps", 3),
             bf16("bf16-z2-ep2-resumed", "zero2", *ep2),
+            job("w2-z3", 3),
+            job("w2-z3-sampled", 3, *GRIDS),
+            bf16("bf16-z3", "zero3"),
         ],
         folder,
     )
