@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data_tools.order import ORDER_VERSION
+from data_tools.shards import replace_file
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
@@ -211,9 +212,4 @@ def _sync(path: Path) -> None:
 
 def _write_durably(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, lambda file: file.write(text.encode("ascii")))
