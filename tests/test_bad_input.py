@@ -22,8 +22,8 @@ from training.checkpoint_manifest import (
     latest_checkpoint,
     read_manifest,
 )
-from training.config import load_preset
 from training.monitor import read_metrics
+from training.preset import load_preset
 from training.processes import Ranks
 
 STEPS = 4

@@ -8,8 +8,9 @@ import pytest
 
 from data_tools.errors import ConfigError
 from training.command_line import parse_command_line
-from training.config import config_from_dict, differences, load_preset, options
+from training.config import config_from_dict, differences, options
 from training.deepspeed_config import plan_batch
+from training.preset import load_preset
 from training.validation import validate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ def test_paper_presets_hold_the_papers_numbers(name):
 
     assert config.model.size == name.upper()
     optim, model = config.optim, config.model
-    assert (optim.lr, optim.weight_decay, optim.ema_decay) == (1e-4, 0.0, 0.9999)
+    assert (optim.lr, optim.weight_decay, optim.ema_decays) == (1e-4, 0.0, (0.9999,))
     assert (optim.global_batch_size, optim.warmup_steps, optim.gradient_clipping) == (256, 0, 0)
     assert (model.patch_size, model.num_experts, model.top_k) == (2, 3, 2)
     assert (model.latent_size, model.latent_channels, model.num_classes) == (32, 4, 1000)
@@ -193,11 +194,20 @@ def test_every_leaf_can_be_given_as_a_flag():
     values = demo.to_dict()
     for leaf in options():
         value = values[leaf.section][leaf.name]
-        if leaf.kind is bool:
+        if leaf.kind is bool and value is None:
+            argv = []  # stays null unless it is switched
+        elif leaf.kind is bool:
             argv = [leaf.flag if value else leaf.flag.replace("--", "--no-", 1)]
         else:
-            argv = [leaf.flag, "null" if value is None else str(value)]
+            texts = value if leaf.is_list else [value]
+            argv = [leaf.flag, "none" if value in (None, []) else ",".join(map(str, texts))]
         assert parse_command_line(argv).config == demo
+
+
+def test_a_list_is_given_with_commas_or_as_none():
+    optim = parse_command_line(["--ema-decays", "0.9, 0.99", "--ema-stds", "none"]).config.optim
+
+    assert (optim.ema_decays, optim.ema_stds) == ((0.9, 0.99), ())
 
 
 @pytest.mark.parametrize(
@@ -205,6 +215,9 @@ def test_every_leaf_can_be_given_as_a_flag():
     [
         ("--lr fast", "--lr must be a number, not 'fast'."),
         ("--top-k 1.5", "--top-k must be a whole number, not '1.5'."),
+        ("--ema-decays 0.9,x", "--ema-decays must be a number, not 'x'."),
+        ("--ema-decays 0.9,1", "--ema-decays must be >=0 and <1, not 1.0."),
+        ("--ema-stds 0.1,0.1", "--ema-stds names a value twice: [0.1, 0.1]."),
         ("--top-k 0", "--top-k must be >=1, not 0."),
         ("--beta1 1", "--beta1 must be >=0 and <1, not 1.0."),
         ("--class-dropout-prob 1.1", "--class-dropout-prob must be >=0 and <=1, not 1.1."),

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from training.command_line import parse_command_line
-from training.config import load_preset
 from training.count import ParameterCount, count_parameters, describe, memory_per_rank
 from training.deepspeed_config import merge_deepspeed
 from training.precision import Hardware
+from training.preset import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = ParameterCount(total=100, trainable=100, experts=40, parts={})

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from training.config import load_preset
 from training.deepspeed_config import load_deepspeed_json, merge_deepspeed, stage_of
 from training.precision import Hardware, detect_hardware, explain_precision, precision_of
+from training.preset import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))

@@ -6,17 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ArgumentParser, ConfigError
-from training.config import (
-    EXPECTED,
-    SECTIONS,
-    Config,
-    Option,
-    check_value,
-    config_from_dict,
-    did_you_mean,
-    load_preset,
-    options,
-)
+from training.config import SECTIONS, Config, config_from_dict, options
+from training.option import EXPECTED, Option, check_value, did_you_mean
+from training.preset import load_preset
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DEEPSPEED = Path("ds_configs/zero2.json")
@@ -83,23 +75,32 @@ def _add_flag(group: Any, leaf: Option) -> None:
         group.add_argument(leaf.flag, action=argparse.BooleanOptionalAction, **common)
     else:
         metavar = "|".join(meta["choices"]) or {int: "N", float: "X", str: "TEXT"}[leaf.kind]
+        metavar += ",..." if leaf.is_list else ""
         group.add_argument(leaf.flag, metavar=metavar, **common)
 
 
 def _value_of_flag(leaf: Option, text: str | bool) -> Any:
-    """Turn a flag's text into the leaf's type; "null" and "none" mean null where it is allowed."""
+    """Turn a flag's text into the leaf's type; "none" is null, or the empty list."""
     value: Any = text
     if isinstance(text, str):
-        if leaf.is_nullable and text.lower() in ("null", "none"):
+        is_none = text.lower() in ("null", "none")
+        if leaf.is_list:
+            parts = [] if is_none else text.split(",")
+            value = [_value_of_text(leaf, part.strip()) for part in parts]
+        elif leaf.is_nullable and is_none:
             return None
-        if leaf.kind is not str:
-            try:
-                value = leaf.kind(text)
-            except ValueError:
-                raise ConfigError(
-                    f"{leaf.flag} must be {EXPECTED[leaf.kind]}, not '{text}'."
-                ) from None
+        else:
+            value = _value_of_text(leaf, text)
     return check_value(leaf, value, leaf.flag)
+
+
+def _value_of_text(leaf: Option, text: str) -> Any:
+    if leaf.kind is str:
+        return text
+    try:
+        return leaf.kind(text)
+    except ValueError:
+        raise ConfigError(f"{leaf.flag} must be {EXPECTED[leaf.kind]}, not '{text}'.") from None
 
 
 def parse_command_line(argv: list[str] | None = None) -> CommandLine:

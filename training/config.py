@@ -6,46 +6,17 @@ belong to ds_configs/*.json, machines to slurm/*.sh.
 """
 
 import dataclasses
-import difflib
-import math
-import operator
-import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import MISSING, dataclass
+from typing import Any
 
 import yaml
 
 from data_tools.errors import ConfigError
 from models.switch_dit import MODEL_SIZES
-
-PRESET_FOLDER = Path(__file__).parent / "presets"
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-
-
-def option(
-    help_text: str,
-    default: Any = MISSING,
-    *,
-    choices: tuple[str, ...] = (),
-    bounds: str = "",
-    may_change: bool = False,
-) -> Any:
-    """Declare one key.
-
-    Args:
-        help_text: one line: meaning, unit, what null or 0 means.
-        default: without one, every preset must state the key.
-        choices: the allowed texts, where there are few.
-        bounds: comparisons that the value must satisfy, such as ">=0 <1".
-        may_change: a run directory may be continued with another value.
-    """
-    metadata = {"help": help_text, "choices": choices, "bounds": bounds, "may_change": may_change}
-    return field(default=default, metadata=metadata)
+from training.option import Option, check_value, did_you_mean, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,25 +26,87 @@ class ModelConfig:
     size: str = option("depth and width, as in the paper", choices=tuple(MODEL_SIZES))
     patch_size: int = option("side of a patch, in latent pixels", bounds=">=1")
     latent_channels: int = option("channels of the VAE's latents", bounds=">=1")
-    latent_size: int = option("height and width of the latents, in latent pixels", bounds=">=1")
+    latent_size: int = option("height of the latents, in latent pixels", bounds=">=1")
+    latent_width: int | None = option(
+        "width of the latents, in latent pixels; null = as the height", None, bounds=">=1"
+    )
     num_classes: int = option("number of classes; 0 = unconditional", bounds=">=0")
+    routing: str = option(
+        "switch = experts gated by the timestep; dtr = fixed channel masks; dense = plain DiT",
+        "switch",
+        choices=("switch", "dtr", "dense"),
+    )
     num_experts: int = option("experts per block (E)", 3, bounds=">=1")
     top_k: int = option("experts that serve one timestep (k)", 2, bounds=">=1")
+    renormalize_gates: bool = option("divide the k gate values by their sum", False)
+    expert_kind: str = option(
+        "affine = one linear map, as in the paper; mlp = two layers",
+        "affine",
+        choices=("affine", "mlp"),
+    )
+    expert_hidden_ratio: float = option(
+        "hidden width of an mlp expert, relative to the model's", 1.0, bounds=">0"
+    )
+    expert_dispatch: str = option(
+        "affine experts: merged = one matrix per sample; dispatched = samples sorted by expert; "
+        "auto = the cheaper one",
+        "auto",
+        choices=("auto", "merged", "dispatched"),
+        may_change=True,
+    )
+    dtr_alpha: float = option(
+        "dtr: exponent of the mask's position over timesteps", 4.0, bounds=">0"
+    )
+    dtr_beta: float = option("dtr: fraction of channels open at a timestep", 0.8, bounds=">0 <=1")
+    qk_norm: bool = option("normalise queries and keys, against growing attention logits", False)
     activation_checkpointing: bool = option(
         "recompute block activations in backward: less memory, about a third more time",
         False,
         may_change=True,
     )
+    compile_blocks: bool = option(
+        "compile every block (torch.compile): slower start, faster steps", False, may_change=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """The diffusion process and the prior on routing."""
+    """The diffusion process, its loss, and the prior on routing."""
 
+    objective: str = option(
+        "what the network predicts: the noise, v, the clean latents, or rectified flow's velocity",
+        "epsilon",
+        choices=("epsilon", "v", "x0", "flow"),
+    )
+    learned_variance: bool | None = option(
+        "also learn the variance of a reverse step; null = with objective epsilon only", None
+    )
     noise_schedule: str = option("noise schedule", "cosine", choices=("cosine", "linear"))
     num_timesteps: int = option("diffusion timesteps", 1000, bounds=">=2")
+    timestep_sampling: str = option(
+        "density of the training timesteps",
+        "uniform",
+        choices=("uniform", "logit_normal", "mode"),
+    )
+    timestep_stratified: bool = option(
+        "spread the timesteps of a global batch evenly over the density", False
+    )
+    timestep_mean: float = option("logit-normal: mean, above 0 = more noise", 0.0)
+    timestep_std: float = option("logit-normal: standard deviation", 1.0, bounds=">0")
+    mode_scale: float = option("mode: scale; 0 = uniform", 1.29)
+    timestep_shift: float = option("shift towards noise; 1 = none", 1.0, bounds=">0")
+    loss_weight: str = option(
+        "weight of a timestep in the loss",
+        "constant",
+        choices=("constant", "min_snr", "p2", "uncertainty", "sigma_sqrt", "cosmap"),
+    )
+    min_snr_gamma: float = option("min_snr: largest signal-to-noise ratio", 5.0, bounds=">0")
+    p2_gamma: float = option("p2: exponent", 1.0, bounds=">=0")
     prior_loss_weight: float = option("weight of the diffusion prior's loss", 1.0, bounds=">=0")
     prior_alpha: float = option("exponent of the prior's window over timesteps", 4.0, bounds=">0")
+    prior_matching_every: int = option(
+        "steps between two matchings of experts to the prior", 1, bounds=">=1"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +123,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, the average of the weights, and the batch."""
+    """AdamW, the averages of the weights, and the batch."""
 
     lr: float = option("learning rate", bounds=">0")
     beta1: float = option("Adam's decay of the first moment", 0.9, bounds=">=0 <1")
@@ -98,8 +131,35 @@ class OptimConfig:
     weight_decay: float = option("AdamW's weight decay", 0.0, bounds=">=0")
     warmup_steps: int = option("steps over which the learning rate rises", bounds=">=0")
     gradient_clipping: float = option("largest global gradient norm; 0 = off", bounds=">=0")
-    ema_decay: float = option("decay of the weights' average, per step", 0.9999, bounds=">=0 <1")
-    ema_warmup: bool = option("limit the decay to (1 + step) / (10 + step) in early steps")
+    max_skipped_steps: int = option(
+        "steps in a row that may be skipped for a loss or gradient that is not finite",
+        10,
+        bounds=">=0",
+        may_change=True,
+    )
+    spike_threshold: float = option(
+        "report a loss this many standard deviations above its recent mean; 0 = off",
+        6.0,
+        bounds=">=0",
+        may_change=True,
+    )
+    ema_decays: tuple[float, ...] = option(
+        "decays per step of the weights' averages; the first average is sampled from",
+        (0.9999,),
+        bounds=">=0 <1",
+    )
+    ema_warmup: bool = option("limit these decays to (1 + step) / (10 + step) in early steps")
+    ema_stds: tuple[float, ...] = option(
+        "relative widths of power-function averages (EDM2), e.g. 0.05,0.1",
+        (),
+        bounds=">0 <0.289",
+    )
+    ema_snapshot_every: int = option(
+        "steps between stored snapshots of the power-function averages; 0 = off",
+        0,
+        bounds=">=0",
+        may_change=True,
+    )
     global_batch_size: int = option("samples per step, over all ranks", bounds=">=1")
     micro_batch_size: int | None = option(
         "samples per rank and forward pass; null = no accumulation",
@@ -115,6 +175,10 @@ class RunConfig:
 
     run_dir: str = option("folder of the run; starting again continues it", may_change=True)
     seed: int = option("seed of everything random", bounds=">=0")
+    init_from: str | None = option(
+        "weights to start from: a run, a .safetensors file, or a DiT, DTR or Switch-DiT checkpoint",
+        None,
+    )
     max_steps: int = option("steps to train", bounds=">=1", may_change=True)
     expert_parallel_size: int = option(
         "ranks that share one set of experts", 1, bounds=">=1", may_change=True
@@ -124,6 +188,12 @@ class RunConfig:
     keep_last: int = option("newest checkpoints kept", bounds=">=1", may_change=True)
     sample_every: int = option("steps between sample grids; 0 = off", bounds=">=0", may_change=True)
     sample_count: int = option("images in a sample grid", bounds=">=1", may_change=True)
+    sample_method: str | None = option(
+        "sampler of the grid; null = ddim, or euler for flow",
+        None,
+        choices=("ddpm", "ddim", "dpmpp-2m", "euler", "heun"),
+        may_change=True,
+    )
     sample_steps: int = option("sampling steps of the grid", bounds=">=1", may_change=True)
     sample_cfg_scale: float = option(
         "classifier-free guidance of the grid; 1 = none", bounds=">=0", may_change=True
@@ -146,27 +216,15 @@ class Config:
     run: RunConfig
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return plain nested dicts: section, key, value."""
-        return dataclasses.asdict(self)
+        """Return plain nested dicts: section, key, value; as YAML and JSON know them."""
+        return {
+            section: {k: list(v) if isinstance(v, tuple) else v for k, v in keys.items()}
+            for section, keys in dataclasses.asdict(self).items()
+        }
 
     def to_yaml(self) -> str:
         """Return a text that `load_preset` reads back to an equal Config."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-class Option(NamedTuple):
-    """One leaf of the tree."""
-
-    section: str
-    name: str
-    kind: type  # int, float, bool or str
-    is_nullable: bool
-    field: dataclasses.Field
-
-    @property
-    def flag(self) -> str:
-        """The leaf's command-line spelling."""
-        return "--" + self.name.replace("_", "-")
 
 
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
@@ -179,50 +237,8 @@ def options() -> Iterator[Option]:
         for leaf in dataclasses.fields(cls):
             kinds = typing.get_args(hints[leaf.name]) or (hints[leaf.name],)
             kind = next(k for k in kinds if k is not types.NoneType)
-            yield Option(section, leaf.name, kind, types.NoneType in kinds, leaf)
-
-
-def did_you_mean(wrong: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """Return "; did you mean 'x'?" for the closest known word.
-
-    Args:
-        wrong: what was given.
-        known: the words to choose from.
-        otherwise: returned when no word is close; None = a list of all words.
-    """
-    known = list(known)
-    lower = {word.lower(): word for word in known}
-    close = difflib.get_close_matches(wrong.lower(), lower, n=1)
-    if close:
-        return f"; did you mean '{lower[close[0]]}'?"
-    return f"; choose one of: {', '.join(known)}." if otherwise is None else otherwise
-
-
-def check_value(leaf: Option, value: Any, where: str) -> Any:
-    """Return `value` if it has the leaf's type and is allowed, else raise ConfigError.
-
-    Args:
-        leaf: the key.
-        value: from YAML or a parsed flag.
-        where: the key as the user knows it: "file.yaml: optim.lr" or "--lr".
-    """
-    if value is None and leaf.is_nullable:
-        return None
-    if leaf.kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not leaf.kind:
-        null = " or null" if leaf.is_nullable else ""
-        raise ConfigError(f"{where} must be {EXPECTED[leaf.kind]}{null}, not {value!r}.")
-    if value == "":
-        raise ConfigError(f"{where} is empty; give a text.")
-    choices = leaf.field.metadata["choices"]
-    if choices and value not in choices:
-        raise ConfigError(f"{where}: unknown value '{value}'{did_you_mean(value, choices)}")
-    bounds = leaf.field.metadata["bounds"]
-    for sign, limit in re.findall(r"([<>]=?)([\d.]+)", bounds):
-        if not (_COMPARE[sign](value, float(limit)) and math.isfinite(value)):
-            raise ConfigError(f"{where} must be {bounds.replace(' ', ' and ')}, not {value}.")
-    return value
+            is_list = typing.get_origin(hints[leaf.name]) is tuple
+            yield Option(section, leaf.name, kind, types.NoneType in kinds, is_list, leaf)
 
 
 def config_from_dict(values: Any, source: str) -> Config:
@@ -262,46 +278,6 @@ def _hint_for_key(section: str, key: str, known: Iterable[tuple[str, str]]) -> s
     if homes:
         return f"; it belongs in section '{homes[0]}'."
     return did_you_mean(key, [name for home, name in known if home == section])
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key and reads 1e-4 as a number, as YAML 1.2 does."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' is given twice", key_node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def load_preset(name_or_path: str) -> Config:
-    """Read a preset by name (demo, s, b, l, xl) or any YAML file of the same form."""
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        names = [p.stem for p in sorted(PRESET_FOLDER.glob("*.yaml"))]
-        if name_or_path not in names:
-            raise ConfigError(
-                f"--preset: unknown preset '{name_or_path}'{did_you_mean(name_or_path, names)}"
-            )
-        path = PRESET_FOLDER / f"{name_or_path}.yaml"
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except OSError as err:
-        raise ConfigError(f"--preset {name_or_path}: {err.strerror}; give a YAML file.") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        reason = " ".join(str(err).split())
-        raise ConfigError(f"--preset {name_or_path} is not valid YAML: {reason}.") from err
-    return config_from_dict(values, name_or_path if path.parent != PRESET_FOLDER else path.name)
 
 
 def differences(old: Config, new: Config) -> list[str]:

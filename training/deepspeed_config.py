@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import pydantic
 
 from data_tools.errors import ConfigError
-from training.config import Config, did_you_mean
+from training.config import Config
+from training.option import did_you_mean
 from training.precision import PRECISION_BLOCKS, Hardware, detect_hardware
 
 MAX_STAGE = 3

@@ -61,7 +61,7 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any]) -> Any:
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         weight_decay=optim.weight_decay,
-        ema_decay=optim.ema_decay,
+        ema_decay=optim.ema_decays[0],
         ema_warmup=optim.ema_warmup,
     )
     engine, *_ = deepspeed.initialize(

@@ -15,7 +15,8 @@ from typing import Any
 from data_tools.errors import ConfigError
 from data_tools.shards import MANIFEST_NAME, DatasetManifest, replace_file
 from training.checkpoint_manifest import CHECKPOINT_DIR
-from training.config import Config, differences, load_preset
+from training.config import Config, differences
+from training.preset import load_preset
 
 CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"

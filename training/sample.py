@@ -33,9 +33,10 @@ from training.checkpoint_manifest import (
     read_manifest,
     verify_file,
 )
-from training.config import Config, did_you_mean
+from training.config import Config
 from training.engine import build_model
 from training.monitor import save_png
+from training.option import did_you_mean
 from training.processes import (
     Ranks,
     discover_ranks,

@@ -1,0 +1,105 @@
+"""One key of the configuration: how it is declared, and what its values must be."""
+
+import dataclasses
+import difflib
+import math
+import operator
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, field
+from typing import Any, NamedTuple
+
+from data_tools.errors import ConfigError
+
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def option(
+    help_text: str,
+    default: Any = MISSING,
+    *,
+    choices: tuple[str, ...] = (),
+    bounds: str = "",
+    may_change: bool = False,
+) -> Any:
+    """Declare one key.
+
+    Args:
+        help_text: one line: meaning, unit, what null or 0 means.
+        default: without one, every preset must state the key.
+        choices: the allowed texts, where there are few.
+        bounds: comparisons that the value must satisfy, such as ">=0 <1".
+        may_change: a run directory may be continued with another value.
+    """
+    metadata = {"help": help_text, "choices": choices, "bounds": bounds, "may_change": may_change}
+    return field(default=default, metadata=metadata)
+
+
+class Option(NamedTuple):
+    """One leaf of the tree."""
+
+    section: str
+    name: str
+    kind: type  # int, float, bool or str; of the elements, if it is a list
+    is_nullable: bool
+    is_list: bool
+    field: dataclasses.Field
+
+    @property
+    def flag(self) -> str:
+        """The leaf's command-line spelling."""
+        return "--" + self.name.replace("_", "-")
+
+
+def did_you_mean(wrong: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """Return "; did you mean 'x'?" for the closest known word.
+
+    Args:
+        wrong: what was given.
+        known: the words to choose from.
+        otherwise: returned when no word is close; None = a list of all words.
+    """
+    known = list(known)
+    lower = {word.lower(): word for word in known}
+    close = difflib.get_close_matches(wrong.lower(), lower, n=1)
+    if close:
+        return f"; did you mean '{lower[close[0]]}'?"
+    return f"; choose one of: {', '.join(known)}." if otherwise is None else otherwise
+
+
+def check_value(leaf: Option, value: Any, where: str) -> Any:
+    """Return `value` if it has the leaf's type and is allowed, else raise ConfigError.
+
+    Args:
+        leaf: the key.
+        value: from YAML or a parsed flag; for a list, one value stands for a list of one.
+        where: the key as the user knows it: "file.yaml: optim.lr" or "--lr".
+    """
+    if value is None and leaf.is_nullable:
+        return None
+    if leaf.is_list:
+        values = value if isinstance(value, list | tuple) else [value]
+        checked = tuple(_check_one(leaf, one, where) for one in values)
+        if len(set(checked)) < len(checked):
+            raise ConfigError(f"{where} names a value twice: {list(values)}.")
+        return checked
+    return _check_one(leaf, value, where)
+
+
+def _check_one(leaf: Option, value: Any, where: str) -> Any:
+    if leaf.kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not leaf.kind:
+        null = " or null" if leaf.is_nullable else ""
+        raise ConfigError(f"{where} must be {EXPECTED[leaf.kind]}{null}, not {value!r}.")
+    if value == "":
+        raise ConfigError(f"{where} is empty; give a text.")
+    choices = leaf.field.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{where}: unknown value '{value}'{did_you_mean(value, choices)}")
+    bounds = leaf.field.metadata["bounds"]
+    for sign, limit in re.findall(r"([<>]=?)([\d.]+)", bounds):
+        if not (_COMPARE[sign](value, float(limit)) and math.isfinite(value)):
+            raise ConfigError(f"{where} must be {bounds.replace(' ', ' and ')}, not {value}.")
+    return value
