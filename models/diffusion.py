@@ -1,8 +1,14 @@
-"""Gaussian diffusion with a learned variance: schedules, noising, the two loss terms.
+"""The diffusion process and what the network predicts about it: targets, conversions, losses.
 
-Ho et al. 2020 (DDPM) for the process, Nichol and Dhariwal 2021 (improved DDPM) for the cosine
-schedule and the learned variance. The model predicts the noise and, per element, where its
-log-variance lies between the smallest and the largest sensible one.
+Every process is x_t = signal[t] * x_0 + sigma[t] * noise. The network predicts one of
+
+    epsilon  the noise (DDPM, Ho et al. 2020)
+    v        signal * noise - sigma * x_0 (Salimans and Ho 2022)
+    x0       the clean latents
+    flow     noise - x_0, the velocity of rectified flow (Liu et al. 2022), on a straight line
+
+and, except with flow, possibly how large the variance of a reverse step is (Nichol and Dhariwal
+2021, improved DDPM).
 
 N batch, C latent channels, H W latent size, S timesteps of the chain.
 """
@@ -15,13 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-NOISE_SCHEDULES = ("cosine", "linear")
+from models.schedule import betas, reverse_tables, straight_line
+from models.variational import binned_log_likelihood, gaussian_kl
 
-MAX_BETA = 0.999  # keeps the last step of the cosine schedule away from a division by zero
-COSINE_OFFSET = 0.008  # s of improved DDPM, Eq. 17: beta does not vanish at t = 0
-LINEAR_BETA_START, LINEAR_BETA_END = 1e-4, 2e-2  # of DDPM, for 1,000 timesteps
-PIXEL_HALF_WIDTH = 1.0 / 255.0  # half a bin of 8-bit data scaled to [-1, 1]
-LOG_FLOOR = 1e-12  # smallest probability inside a logarithm
+OBJECTIVES = ("epsilon", "v", "x0", "flow")
 
 
 class LossTerms(NamedTuple):
@@ -33,6 +36,13 @@ class LossTerms(NamedTuple):
     prior: Tensor
 
 
+class Denoised(NamedTuple):
+    """The x_0 and the noise that a prediction implies, both (N, C, H, W) float32."""
+
+    x_start: Tensor
+    noise: Tensor
+
+
 class GaussianStep(NamedTuple):
     """The model's p(x_{t-1} | x_t) and the x_0 it implies, all (N, C, H, W) float32."""
 
@@ -42,15 +52,24 @@ class GaussianStep(NamedTuple):
     noise: Tensor
 
 
+def learns_variance(objective: str, learned_variance: bool | None) -> bool:
+    """Resolve the choice "learned variance or not"; None means with epsilon only."""
+    return objective == "epsilon" if learned_variance is None else learned_variance
+
+
 class Diffusion(nn.Module):
-    """A noise schedule as float64 tables, and what is computed from them.
+    """A process as float64 tables, and what is computed from them in float32.
 
     The tables are buffers: move the object to a device with `.to(device)`. It has no parameters
     and nothing in it is saved.
 
     Attributes:
+        objective: what the network predicts, one of OBJECTIVES.
+        learned_variance: whether a prediction has variance channels.
         num_steps: S, the number of timesteps of the chain.
         timesteps: (S,) int64, the original timestep of every step of the chain.
+        signal: (S,) float64, factor of x_0 in x_t.
+        sigma: (S,) float64, factor of the noise in x_t.
     """
 
     def __init__(
@@ -58,71 +77,141 @@ class Diffusion(nn.Module):
         noise_schedule: str = "cosine",
         num_timesteps: int = 1000,
         timesteps: Sequence[int] | None = None,
+        objective: str = "epsilon",
+        learned_variance: bool | None = None,
     ) -> None:
         """Build the tables.
 
         Args:
-            noise_schedule: one of NOISE_SCHEDULES.
+            noise_schedule: "cosine" or "linear"; flow does not use it.
             num_timesteps: length of the full chain.
             timesteps: the increasing original timesteps of a shorter chain; all when None. The
                 argument `t` of the methods counts along this chain.
+            objective: one of OBJECTIVES.
+            learned_variance: see `learns_variance`; never with flow.
         """
         super().__init__()
-        self.noise_schedule = noise_schedule
-        self.num_timesteps = num_timesteps
+        assert objective in OBJECTIVES, f"unknown objective {objective}"
+        self.noise_schedule, self.num_timesteps = noise_schedule, num_timesteps
+        self.objective = objective
+        self.learned_variance = learns_variance(objective, learned_variance)
         kept = np.arange(num_timesteps) if timesteps is None else np.asarray(timesteps)
         self.num_steps = len(kept)
         self.register_buffer("timesteps", torch.from_numpy(kept.astype(np.int64)), persistent=False)
-        full = np.cumprod(1.0 - _betas(noise_schedule, num_timesteps))
-        for name, table in _tables(full[kept]).items():
+        if objective == "flow":
+            assert not self.learned_variance, "rectified flow has no variance to learn"
+            sigma = straight_line(num_timesteps)[kept]
+            tables = {"signal": 1.0 - sigma, "sigma": sigma}
+        else:
+            power = np.cumprod(1.0 - betas(noise_schedule, num_timesteps))[kept]
+            tables = {"signal": np.sqrt(power), "sigma": np.sqrt(1.0 - power)}
+            tables |= reverse_tables(power)
+        for name, table in tables.items():
             self.register_buffer(name, torch.from_numpy(table), persistent=False)
 
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Noise x_start to timestep t: DDPM, Eq. 4; (N, C, H, W) float32."""
-        signal = _at(self.sqrt_alphas_cumprod, t)
-        return signal * x_start.float() + _at(self.sqrt_one_minus_alphas_cumprod, t) * noise.float()
+    def respaced(self, timesteps: Sequence[int]) -> "Diffusion":
+        """Return a chain of these original timesteps, with everything else equal."""
+        chain = Diffusion(
+            self.noise_schedule,
+            self.num_timesteps,
+            timesteps,
+            self.objective,
+            self.learned_variance,
+        )
+        return chain.to(self.timesteps.device)
 
-    def p_mean_variance(self, prediction: Tensor, x: Tensor, t: Tensor) -> GaussianStep:
-        """Turn a prediction into p(x_{t-1} | x_t).
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Noise x_start to timestep t (DDPM, Eq. 4), (N, C, H, W) float32."""
+        return _at(self.signal, t) * x_start.float() + _at(self.sigma, t) * noise.float()
+
+    def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return what the network should predict, (N, C, H, W) float32."""
+        x_start, noise = x_start.float(), noise.float()
+        if self.objective == "epsilon":
+            return noise
+        if self.objective == "x0":
+            return x_start
+        if self.objective == "flow":
+            return noise - x_start
+        return _at(self.signal, t) * noise - _at(self.sigma, t) * x_start
+
+    def split(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Split a prediction into its C main channels and its C variance channels, if any."""
+        if not self.learned_variance:
+            return prediction, None
+        main, variance_channels = prediction.chunk(2, dim=1)
+        return main, variance_channels
+
+    def denoised(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+        """Convert a prediction to the x_0 and the noise it implies.
+
+        Finite at every timestep. Two conversions divide by something small and so enlarge errors,
+        rounding included: epsilon by the signal, which is 4.9e-5 at the last step of the cosine
+        schedule (x_0 is then as uncertain as 2e4 times the noise), and x0 by sigma, which is
+        6.4e-3 at its first step. v and flow divide by nothing.
 
         Args:
-            prediction: (N, 2C, H, W) noise | variance channels; -1 in the latter means the
-                posterior's log-variance, 1 means log beta (improved DDPM, Eq. 15).
-            x: (N, C, H, W) x_t.
-            t: (N,) int64.
+            prediction: (N, C, H, W), or (N, 2C, H, W) with variance channels, which are ignored.
+            x_t: (N, C, H, W).
+            t: (N,) int64, or (1,) for all.
         """
+        main, x_t = self.split(prediction)[0].float(), x_t.float()
+        signal, sigma = _at(self.signal, t), _at(self.sigma, t)
+        if self.objective == "epsilon":
+            return Denoised((x_t - sigma * main) / signal, main)
+        if self.objective == "x0":
+            return Denoised(main, (x_t - signal * main) / sigma)
+        if self.objective == "flow":
+            return Denoised(x_t - sigma * main, x_t + signal * main)
+        return Denoised(signal * x_t - sigma * main, sigma * x_t + signal * main)
+
+    def p_mean_variance(self, prediction: Tensor, x: Tensor, t: Tensor) -> GaussianStep:
+        """Turn a prediction into p(x_{t-1} | x_t); not for flow, which is no Gaussian chain.
+
+        A learned variance lies between the posterior's (-1) and beta (1), in logarithms (improved
+        DDPM, Eq. 15); a fixed one is the larger of the two, as in DiT.
+
+        Args:
+            prediction: as for `denoised`.
+            x: (N, C, H, W) x_t.
+            t: (N,) int64, or (1,) for all.
+        """
+        assert self.objective != "flow", "rectified flow has no Gaussian reverse step"
         x = x.float()
-        noise, variance_channels = prediction.float().chunk(2, dim=1)
-        fraction = (variance_channels + 1.0) / 2.0
-        log_variance = fraction * _at(self.log_betas, t) + (1.0 - fraction) * _at(
-            self.posterior_log_variance, t
-        )
-        pred_x_start = (
-            _at(self.sqrt_recip_alphas_cumprod, t) * x
-            - _at(self.sqrt_recipm1_alphas_cumprod, t) * noise
-        )
-        mean = self._posterior_mean(pred_x_start, x, t)
-        return GaussianStep(mean, log_variance, pred_x_start, noise)
+        variance_channels = self.split(prediction)[1]
+        if variance_channels is None:
+            log_variance = _at(self.large_log_variance, t).expand_as(x)
+        else:
+            fraction = (variance_channels.float() + 1.0) / 2.0
+            low, high = _at(self.posterior_log_variance, t), _at(self.log_betas, t)
+            log_variance = fraction * high + (1.0 - fraction) * low
+        implied = self.denoised(prediction, x, t)
+        mean = self._posterior_mean(implied.x_start, x, t)
+        return GaussianStep(mean, log_variance, implied.x_start, implied.noise)
 
     def loss_terms(
         self, prediction: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute the two loss terms of every sample.
+        """Compute the two loss terms of every sample, without any weight.
 
         Args:
-            prediction: (N, 2C, H, W), any float dtype; the loss is computed in float32.
+            prediction: (N, C or 2C, H, W), any float dtype; the loss is computed in float32.
             x_start: (N, C, H, W) final latents; x_t and noise are of the same shape.
             t: (N,) int64.
 
         Returns:
-            mse (N,): mean squared error of the predicted noise.
+            mse (N,): mean squared error of what the network predicts.
             vlb (N,): variational bound in bits per element, which trains the variance channels
                 only: KL to the posterior, or the decoder's likelihood at t = 0. It is not
-                multiplied by S (nor divided by 1,000), as in the official code.
+                multiplied by S (nor divided by 1,000), as in the official code. Zero with a fixed
+                variance.
         """
-        predicted_noise, variance_channels = prediction.float().chunk(2, dim=1)
-        mse = (predicted_noise - noise.float()).square().flatten(1).mean(1)
-        frozen = torch.cat((predicted_noise.detach(), variance_channels), dim=1)
+        prediction = prediction.float()
+        main, variance_channels = self.split(prediction)
+        mse = (main - self.target(x_start, noise, t)).square().flatten(1).mean(1)
+        if variance_channels is None:
+            return mse, torch.zeros_like(mse)
+        frozen = torch.cat((main.detach(), variance_channels), dim=1)
         return mse, self._variational_bound(frozen, x_start.float(), x_t.float(), t)
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -135,80 +224,17 @@ class Diffusion(nn.Module):
     ) -> Tensor:
         """L_{t-1}, or L_0 where t = 0, in bits per element, (N,)."""
         step = self.p_mean_variance(prediction, x_t, t)
-        kl = _gaussian_kl(
+        kl = gaussian_kl(
             self._posterior_mean(x_start, x_t, t),
             _at(self.posterior_log_variance, t),
             step.mean,
             step.log_variance,
         )
-        nll = -_binned_log_likelihood(x_start, step.mean, 0.5 * step.log_variance)
+        nll = -binned_log_likelihood(x_start, step.mean, 0.5 * step.log_variance)
         nats = torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))
         return nats / math.log(2.0)
-
-
-def _betas(noise_schedule: str, num_timesteps: int) -> np.ndarray:
-    """Return beta_t of the full chain, (num_timesteps,) float64."""
-    assert noise_schedule in NOISE_SCHEDULES, f"unknown noise schedule {noise_schedule}"
-    if noise_schedule == "linear":
-        scale = 1000 / num_timesteps  # the same total noise for any number of timesteps
-        return np.linspace(scale * LINEAR_BETA_START, scale * LINEAR_BETA_END, num_timesteps)
-    time = np.arange(num_timesteps + 1) / num_timesteps
-    level = np.cos((time + COSINE_OFFSET) / (1.0 + COSINE_OFFSET) * math.pi / 2.0) ** 2
-    return np.minimum(1.0 - level[1:] / level[:-1], MAX_BETA)
-
-
-def _tables(alphas_cumprod: np.ndarray) -> dict[str, np.ndarray]:
-    """Derive every table from the signal power that is left after each step of the chain."""
-    previous = np.append(1.0, alphas_cumprod[:-1])
-    alphas = alphas_cumprod / previous
-    betas = 1.0 - alphas
-    posterior_variance = betas * (1.0 - previous) / (1.0 - alphas_cumprod)
-    if len(betas) > 1:
-        posterior_variance[0] = posterior_variance[1]  # it is 0, which has no logarithm
-    else:
-        posterior_variance[0] = betas[0]
-    return {
-        "alphas_cumprod": alphas_cumprod,
-        "alphas_cumprod_prev": previous,
-        "log_betas": np.log(betas),
-        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
-        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - alphas_cumprod),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / alphas_cumprod),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / alphas_cumprod - 1.0),
-        "posterior_log_variance": np.log(posterior_variance),
-        "posterior_mean_of_x_start": betas * np.sqrt(previous) / (1.0 - alphas_cumprod),
-        "posterior_mean_of_x_t": (1.0 - previous) * np.sqrt(alphas) / (1.0 - alphas_cumprod),
-    }
 
 
 def _at(table: Tensor, t: Tensor) -> Tensor:
     """Look up (S,) at t (N,), as (N, 1, 1, 1) float32."""
     return table[t].float()[:, None, None, None]
-
-
-def _gaussian_kl(
-    mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor
-) -> Tensor:
-    """Return KL(q || p) of two diagonal Gaussians, element by element, in nats."""
-    log_ratio = log_variance_q - log_variance_p
-    squared_distance = (mean_q - mean_p).square() * torch.exp(-log_variance_p)
-    return 0.5 * (torch.exp(log_ratio) - 1.0 - log_ratio + squared_distance)
-
-
-def _binned_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Return the log probability of x's bin of width 2/255 under a Gaussian, in nats.
-
-    The outermost bins reach to infinity (DDPM, Eq. 13). Latents are no 8-bit pixels; the term is
-    kept as it is in the reference models, because it sets the scale of the variance at t = 0.
-    """
-    inverse_std = torch.exp(-log_std)
-    below_upper = _normal_cdf((x - mean + PIXEL_HALF_WIDTH) * inverse_std)
-    below_lower = _normal_cdf((x - mean - PIXEL_HALF_WIDTH) * inverse_std)
-    probability = torch.where(x > 0.999, 1.0 - below_lower, below_upper - below_lower)
-    probability = torch.where(x < -0.999, below_upper, probability)
-    return torch.log(probability.clamp(min=LOG_FLOOR))
-
-
-def _normal_cdf(z: Tensor) -> Tensor:
-    """Approximate the standard normal distribution function as tanh-GELU does."""
-    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
