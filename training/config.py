@@ -68,6 +68,12 @@ class ModelConfig:
         "compile every block (torch.compile): slower start, faster steps", False, may_change=True
     )
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, H, W of the latents."""
+        width = self.latent_size if self.latent_width is None else self.latent_width
+        return self.latent_channels, self.latent_size, width
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:

@@ -23,7 +23,7 @@ def build_model(config: Config, *, expert_parallel_size: int = 1) -> SwitchDiT:
     model = config.model
     depth, hidden_size, num_heads = MODEL_SIZES[model.size]
     return SwitchDiT(
-        input_size=(model.latent_size, model.latent_size),
+        input_size=model.latent_shape[1:],
         patch_size=model.patch_size,
         in_channels=model.latent_channels,
         hidden_size=hidden_size,

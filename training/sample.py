@@ -181,7 +181,7 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
         device
     )
     settings = SamplerSettings(args.sampler, args.steps, args.cfg_scale, args.seed)
-    shape = (config.model.latent_channels, config.model.latent_size, config.model.latent_size)
+    shape = config.model.latent_shape
     mine = list(range(ranks.rank, len(plan.labels), ranks.world_size))
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     progress = tqdm(

@@ -56,7 +56,7 @@ class SampleGrid:
                 settings,
                 indices=indices,
                 labels=labels,
-                latent_shape=(model.latent_channels, model.latent_size, model.latent_size),
+                latent_shape=model.latent_shape,
                 null_class=model.num_classes,
                 group_size=run.expert_parallel_size,
             )

@@ -52,11 +52,12 @@ def _check_model(config: Config) -> None:
             f"--top-k {model.top_k} is more than --num-experts {model.num_experts}; "
             f"use 1 to {model.num_experts}."
         )
-    if model.latent_size % model.patch_size:
-        raise ConfigError(
-            f"--patch-size {model.patch_size} does not divide --latent-size {model.latent_size}; "
-            "use 2, 4 or 8 on a latent size that is a multiple of it."
-        )
+    for flag, side in zip(("--latent-size", "--latent-width"), model.latent_shape[1:], strict=True):
+        if side % model.patch_size:
+            raise ConfigError(
+                f"--patch-size {model.patch_size} does not divide {flag} {side}; use 2, 4 or 8 on "
+                "a latent size that is a multiple of it."
+            )
     if config.run.sample_steps > diffusion.num_timesteps:
         raise ConfigError(
             f"--sample-steps {config.run.sample_steps} is more than --num-timesteps "
@@ -103,12 +104,12 @@ def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: 
 def _check_data(config: Config, manifest: Dataset) -> None:
     model, where = config.model, f"--data {config.data.data}"
     holds = (manifest.latent_channels, manifest.latent_height, manifest.latent_width)
-    takes = (model.latent_channels, model.latent_size, model.latent_size)
+    takes = model.latent_shape
     if holds != takes:
         raise ConfigError(
             f"{where} holds latents of {_shape(holds)} (channels x height x width) but the model "
-            f"takes {_shape(takes)}; set --latent-channels and --latent-size, or encode the "
-            "images at another size."
+            f"takes {_shape(takes)}; set --latent-channels, --latent-size and, unless they are "
+            "square, --latent-width, or encode the images at another size."
         )
     if manifest.num_classes > model.num_classes > 0:
         raise ConfigError(
