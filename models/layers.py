@@ -187,9 +187,9 @@ class FinalLayer(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v for (N, heads, T, d), by the faster of two ways."""
-    if CPU_HAS_BF16 and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        if q.shape[-2] <= MAX_TOKENS_OF_STORED_SCORES:
-            return attend_by_products(q, k, v)
+    is_bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if CPU_HAS_BF16 and is_bf16_on_cpu and q.shape[-2] <= MAX_TOKENS_OF_STORED_SCORES:
+        return attend_by_products(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 

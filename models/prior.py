@@ -50,7 +50,8 @@ def match_units(gate_table: Tensor, top_k: int, prior: Tensor, seed: int) -> Ten
     chosen = gate_table.topk(top_k, dim=-1).indices  # (L, S, K)
     uses = torch.zeros_like(gate_table).scatter(-1, chosen, 1.0)  # (L, S, E)
     assignment = assign_units(_by_timestep(uses), prior, gate_order, prior_order)
-    return torch.from_numpy(assignment).to(gate_table.device)
+    # non_blocking: an ordinary copy to the device would wait for it a second time.
+    return torch.from_numpy(assignment).to(gate_table.device, non_blocking=True)
 
 
 def assign_units(
