@@ -34,6 +34,7 @@ class Stream(IntEnum):
     NOISE = 4
     SAMPLE_START = 5
     SAMPLE_STEP = 6
+    TIMESTEP_STRATUM = 7
 
 
 def uniform(seed: int, stream: Stream, positions: Tensor, count: int) -> Tensor:

@@ -102,6 +102,7 @@ def test_stream_values_never_change():
         "NOISE": 4,
         "SAMPLE_START": 5,
         "SAMPLE_STEP": 6,
+        "TIMESTEP_STRATUM": 7,
     }
 
 

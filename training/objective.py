@@ -8,7 +8,7 @@ N samples of a micro-batch, C H W latent, S diffusion timesteps, R ranks of an e
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from torch import Tensor
 from data_tools.loader import Batch
 from models.diffusion import Diffusion, LossTerms
 from models.latents import final_latents
+from models.loss_weights import loss_weight_table, uncertainty_weighted
 from models.prior import diffusion_prior, match_units, prior_loss
-from models.randomness import Stream, integers, normal, uniform
+from models.randomness import Stream, normal, uniform
 from models.switch_dit import MODEL_SIZES, SwitchDiTOutput
+from models.timestep_sampling import TimestepSampling
 from training.config import Config
 
 
@@ -31,6 +33,32 @@ class MicroBatch(NamedTuple):
     t: Tensor  # (N,) int64
     y: Tensor  # (N,) int64, dropped labels are the null class
     group_t: Tensor | None  # (R * N,) int64, None without expert parallelism
+
+
+def build_diffusion(config: Config) -> Diffusion:
+    """Build the process that a run trains and samples with."""
+    diffusion = config.diffusion
+    return Diffusion(
+        diffusion.noise_schedule,
+        diffusion.num_timesteps,
+        objective=diffusion.objective,
+        learned_variance=diffusion.learned_variance,
+    )
+
+
+def build_timestep_sampling(config: Config) -> TimestepSampling:
+    """Build the density that a run draws its timesteps from."""
+    diffusion = config.diffusion
+    return TimestepSampling(
+        num_timesteps=diffusion.num_timesteps,
+        density=diffusion.timestep_sampling,
+        is_stratified=diffusion.timestep_stratified,
+        global_batch_size=config.optim.global_batch_size,
+        mean=diffusion.timestep_mean,
+        std=diffusion.timestep_std,
+        mode_scale=diffusion.mode_scale,
+        shift=diffusion.timestep_shift,
+    )
 
 
 @dataclass
@@ -53,16 +81,42 @@ class Objective:
 
     def __post_init__(self) -> None:
         diffusion, model = self.config.diffusion, self.config.model
-        self.diffusion = Diffusion(diffusion.noise_schedule, diffusion.num_timesteps)
-        self.diffusion.to(self.device)
-        self.prior = diffusion_prior(
-            diffusion.num_timesteps,
-            MODEL_SIZES[model.size].depth,
-            model.num_experts,
-            model.top_k,
-            alpha=diffusion.prior_alpha,
-        ).to(self.device)
-        self._assignment: tuple[int, Tensor] | None = None
+        self.diffusion = build_diffusion(self.config).to(self.device)
+        self.timesteps = build_timestep_sampling(self.config)
+        self._learns_weights = diffusion.loss_weight == "uncertainty"
+        self._loss_weight = loss_weight_table(
+            "constant" if self._learns_weights else diffusion.loss_weight,
+            self.diffusion,
+            min_snr_gamma=diffusion.min_snr_gamma,
+            p2_gamma=diffusion.p2_gamma,
+        ).float()
+        self.prior = None  # only gates have one
+        if model.routing == "switch":
+            self.prior = diffusion_prior(
+                diffusion.num_timesteps,
+                MODEL_SIZES[model.size].depth,
+                model.num_experts,
+                model.top_k,
+                alpha=diffusion.prior_alpha,
+            ).to(self.device)
+        self._assignment: tuple[int, Tensor] | None = None  # with the step it is of
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside the step: plain values, equal on all ranks.
+
+        The matching of a step in between two matchings cannot be found again from its gates.
+        """
+        if self._assignment is None or self.config.diffusion.prior_matching_every == 1:
+            return {}
+        step, units = self._assignment
+        return {"matched_step": step, "matched_units": units.tolist()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned; without it the next step matches anew."""
+        self._assignment = None
+        if self.prior is not None and "matched_units" in state:
+            units = torch.tensor(state["matched_units"], device=self.device)
+            self._assignment = (state["matched_step"], units)
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """Draw everything random about a batch of stored latents from its stream positions."""
@@ -86,16 +140,14 @@ class Objective:
         return MicroBatch(x_start, noise, self.diffusion.q_sample(x_start, t, noise), t, y, group_t)
 
     def _timesteps(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        seed, num_timesteps = self.config.run.seed, self.config.diffusion.num_timesteps
-        group_size = self.config.run.expert_parallel_size
+        seed, group_size = self.config.run.seed, self.config.run.expert_parallel_size
         if group_size == 1:
-            return integers(seed, Stream.TIMESTEP, positions, num_timesteps), None
+            return self.timesteps.draw(seed, positions), None
         # Ranks of a group are consecutive and so are their slices of the stream.
         N = len(positions)
         mine = (self.rank % group_size) * N
         span = torch.arange(group_size * N, device=self.device)
-        group_positions = positions[0] - mine + span
-        group_t = integers(seed, Stream.TIMESTEP, group_positions, num_timesteps)
+        group_t = self.timesteps.draw(seed, positions[0] - mine + span)
         return group_t[mine : mine + N], group_t
 
     def loss(
@@ -106,30 +158,39 @@ class Objective:
         Args:
             output: of the model on `micro_batch`.
             micro_batch: what was put in.
-            step: the optimizer step; the gates are matched to the prior once per step.
+            step: the optimizer step; the gates are matched to the prior in the first micro-step of
+                every step that `prior_matching_every` divides.
 
         Returns:
             The loss terms (fp32 scalars, attached to the graph) and the detached mse of each
-            sample, (N,).
+            sample, (N,). Both mse and vlb are without the loss weight, so that runs with different
+            weights can be compared; the total is what is trained.
         """
+        t = micro_batch.t
         mse, vlb = self.diffusion.loss_terms(
-            output.prediction.float(),
-            micro_batch.x_start,
-            micro_batch.x_t,
-            micro_batch.t,
-            micro_batch.noise,
+            output.prediction, micro_batch.x_start, micro_batch.x_t, t, micro_batch.noise
         )
-        assignment = self._matched_units(output.gate_table.detach(), step)
-        prior = prior_loss(output.gate_table, self.prior, micro_batch.t, assignment)
-        weight = self.config.diffusion.prior_loss_weight
-        total = mse.mean() + vlb.mean() + weight * prior
+        if self._learns_weights:
+            weighted = uncertainty_weighted(mse + vlb, output.loss_log_variance[t])
+        else:
+            weighted = self._loss_weight[t] * mse + vlb
+        prior = self._prior_loss(output.gate_table, t, step)
+        total = weighted.mean() + self.config.diffusion.prior_loss_weight * prior
         return LossTerms(total, mse.mean(), vlb.mean(), prior), mse.detach()
+
+    def _prior_loss(self, gate_table: Tensor | None, t: Tensor, step: int) -> Tensor:
+        if self.prior is None:
+            return torch.zeros((), device=self.device)
+        assignment = self._matched_units(gate_table.detach(), step)
+        return prior_loss(gate_table, self.prior, t, assignment)
 
     def _matched_units(self, gate_table: Tensor, step: int) -> Tensor:
         # The gates change once per optimizer step, not per micro-step. Seeding the tie-breaks by
-        # the step makes all ranks, and a resumed run, choose the same assignment.
-        if self._assignment is None or self._assignment[0] != step:
-            seed = self.config.run.seed * 1_000_003 + step
+        # the step makes all ranks, and a resumed run, choose the same assignment. Matching waits
+        # for the device; the steps in between do not.
+        due = step - step % self.config.diffusion.prior_matching_every
+        if self._assignment is None or self._assignment[0] != due:
+            seed = self.config.run.seed * 1_000_003 + due
             units = match_units(gate_table, self.config.model.top_k, self.prior, seed=seed)
-            self._assignment = (step, units.to(self.device))
+            self._assignment = (due, units.to(self.device))
         return self._assignment[1]

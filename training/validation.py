@@ -4,10 +4,13 @@ From plain values, cheap, and the same on every rank. Each mistake is one senten
 the flag or the file at fault.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_tools.errors import ConfigError
+from models.loss_weights import FLOW_ONLY, NUM_CLUSTERS
+from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config import Config
 from training.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
 
@@ -39,6 +42,7 @@ def validate(
         manifest: the data's description; None = not looked at.
     """
     _check_model(config)
+    _check_objective(config)
     _check_expert_parallelism(config, deepspeed_path, world_size)
     plan_batch(config, world_size)
     if manifest is not None:
@@ -63,6 +67,34 @@ def _check_model(config: Config) -> None:
             f"--sample-steps {config.run.sample_steps} is more than --num-timesteps "
             f"{diffusion.num_timesteps}; use at most that many."
         )
+
+
+def _check_objective(config: Config) -> None:
+    diffusion = config.diffusion
+    weight, sampling = diffusion.loss_weight, diffusion.timestep_sampling
+    if diffusion.objective == "flow" and diffusion.learned_variance:
+        raise ConfigError(
+            "--learned-variance does not go with --objective flow, whose sampling steps have no "
+            "variance; use --no-learned-variance or another objective."
+        )
+    if weight in FLOW_ONLY and diffusion.objective != "flow":
+        raise ConfigError(
+            f"--loss-weight {weight} is defined for --objective flow, not "
+            f"{diffusion.objective}; use constant, min_snr, p2 or uncertainty."
+        )
+    if weight == "uncertainty" and diffusion.num_timesteps < NUM_CLUSTERS:
+        raise ConfigError(
+            f"--loss-weight uncertainty needs at least {NUM_CLUSTERS} timesteps, one for each of "
+            f"its clusters, not --num-timesteps {diffusion.num_timesteps}."
+        )
+    scale = diffusion.mode_scale
+    if sampling == "mode" and not MODE_SCALE_MIN <= scale <= MODE_SCALE_MAX:
+        raise ConfigError(
+            f"--mode-scale {scale} is not between {MODE_SCALE_MIN:g} and {MODE_SCALE_MAX:.4f}, "
+            "outside of which mode sampling is no density; choose one inside."
+        )
+    if sampling == "logit_normal" and not math.isfinite(diffusion.timestep_mean):
+        raise ConfigError(f"--timestep-mean must be finite, not {diffusion.timestep_mean}.")
 
 
 def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: int) -> None:
