@@ -24,9 +24,9 @@ def test_losses_are_means_over_samples_not_over_micro_steps(single_process_group
     sums = MetricSums(depth=1, num_experts=2, num_timesteps=100, device=CPU)
     one, three = torch.tensor([5]), torch.tensor([5, 5, 95])
 
-    sums.add(terms(8.0), torch.tensor([8.0]), one, plan([[[0]]]), wait_sec=0.0)
-    sums.add(terms(4.0), torch.tensor([2.0, 4.0, 6.0]), three, plan([[[0], [1], [1]]]), 0.0)
-    metrics = sums.reduce()
+    sums.add(0, terms(8.0), torch.tensor([8.0]), one, plan([[[0]]]), wait_sec=0.0)
+    sums.add(1, terms(4.0), torch.tensor([2.0, 4.0, 6.0]), three, plan([[[0], [1], [1]]]), 0.0)
+    metrics = sums.reduce().metrics
 
     assert metrics["loss/total"] == pytest.approx((8.0 + 3 * 4.0) / 4)
     assert metrics["mse_by_timestep/000-009"] == pytest.approx((8.0 + 2.0 + 4.0) / 3)
@@ -38,11 +38,11 @@ def test_losses_are_means_over_samples_not_over_micro_steps(single_process_group
 def test_an_interval_starts_empty(single_process_group):
     sums = MetricSums(depth=1, num_experts=2, num_timesteps=100, device=CPU)
     t = torch.tensor([5])
-    sums.add(terms(100.0), torch.tensor([100.0]), t, plan([[[0]]]), 0.0)
+    sums.add(0, terms(100.0), torch.tensor([100.0]), t, plan([[[0]]]), 0.0)
     sums.reduce()
 
-    sums.add(terms(1.0), torch.tensor([1.0]), t, plan([[[1]]]), 0.0)
-    metrics = sums.reduce()
+    sums.add(0, terms(1.0), torch.tensor([1.0]), t, plan([[[1]]]), 0.0)
+    metrics = sums.reduce().metrics
 
     assert metrics["loss/total"] == pytest.approx(1.0)
     assert metrics["moe_load/block_00/expert_0"] == 0.0

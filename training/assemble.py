@@ -17,6 +17,7 @@ from training.monitor import Monitor
 from training.objective import Objective
 from training.processes import Ranks
 from training.sample_grid import SampleGrid
+from training.stability import SpikeDetector
 
 if TYPE_CHECKING:
     from training.main import Job
@@ -65,6 +66,7 @@ def assemble(
             ),
             draw_samples=grid.draw,
             is_main=ranks.is_main,
+            spikes=SpikeDetector(config.optim.spike_threshold),
         )
     finally:
         stream.close()

@@ -56,7 +56,11 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any]) -> Any:
         {"params": list(model.parameters()), "name": DENSE_GROUP}
     )
     optim = config.optim
-    optimizer = EMAAdamW(
+    from training.deepspeed_config import stage_of
+    from training.stability import AgreeingEMAAdamW
+
+    optimizer_class = AgreeingEMAAdamW if stage_of(deepspeed_config) == 0 else EMAAdamW
+    optimizer = optimizer_class(
         groups,
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),

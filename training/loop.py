@@ -19,10 +19,16 @@ from training.metrics import MetricSums
 from training.monitor import Monitor, expert_map
 from training.objective import Objective
 from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
+from training.stability import (
+    MicroStepRecord,
+    SpikeDetector,
+    describe_non_finite,
+    poison_non_finite,
+)
 
 
 class NonFiniteLossError(RunError):
-    """The loss of an interval is not a finite number."""
+    """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
 class CheckpointError(RunError):
@@ -48,6 +54,14 @@ class Training:
     checkpointer: Checkpointer
     draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
     is_main: bool
+    spikes: SpikeDetector
+    skipped_in_a_row: int = 0  # steps left out since the last one that was not
+
+    def report(self, step: int, event: str) -> None:
+        """Tell the person who watches, and TensorBoard, of an event. Of rank 0 only."""
+        if self.is_main:
+            sys.stderr.write(f"warning: {event}\n")
+            self.monitor.event(step, event)
 
 
 @dataclass
@@ -67,52 +81,58 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         The state reached.
 
     Raises:
-        NonFiniteLossError: on all ranks, at the end of the interval in which it happened.
+        NonFiniteLossError: on all ranks, when too many steps in a row were left out.
         CheckpointError: on all ranks, when the final checkpoint fails; earlier ones are intact.
         DataError: on all ranks, after saving, when one of them cannot read its samples.
     """
     run = training.config.run
-    step_data = read_step(training)
-    if message := agreed_message(step_data.error):
-        raise DataError(message)
-    started, first_step = time.monotonic(), state.step
+    first_step = saved_step = logged_step = state.step
+    # Read and posted one step ahead: all ranks know of damaged data, and of a signal, before they
+    # start a step, and none waits for the device to learn it.
+    following = read_step(training)
+    stop.post(following.error is not None)
+    started = time.monotonic()
     training.sums.restart_clock()
-    saved_step, signal_number = state.step, 0
     while state.step < run.max_steps:
+        signal_number = stop.read()
+        # A signal during the start still gets a step, so that there is something to save.
+        if signal_number == RANK_FAILED or (signal_number and state.step > first_step):
+            break
+        step_data, following = following, StepData()
+        if state.step + 1 < run.max_steps:
+            following = read_step(training)
+        stop.post(following.error is not None)
         gate_table = train_step(training, step_data, state.step)
         state = TrainState(
             state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
         )
-        # Read ahead of the step, so that all ranks learn of damaged data before they start it.
-        step_data = read_step(training) if state.step < run.max_steps else StepData()
-        signal_number = stop.agreed(step_data.error is not None)
-        is_last = state.step == run.max_steps or signal_number != 0
-        is_save_due = state.step % run.save_every == 0 or is_last
-        is_sample_due = run.sample_every and (
-            state.step % run.sample_every == 0 or state.step == run.max_steps
-        )
-        # Whatever interrupts training ends an interval first: nothing unchecked is saved, and
-        # saving and sampling do not count as training time.
+        is_last = state.step == run.max_steps
+        is_save_due = is_last or state.step % run.save_every == 0
+        is_sample_due = run.sample_every and (is_last or state.step % run.sample_every == 0)
+        # Whatever interrupts training ends an interval first: saving and sampling do not count as
+        # training time.
         if state.step % run.log_every == 0 or is_save_due or is_sample_due:
-            metrics = log_interval(training, state)
-            if training.is_main:
-                speed = (state.step - first_step) / (time.monotonic() - started)
-                print_progress(metrics, state.step, run.max_steps, speed)
+            speed = (state.step - first_step) / (time.monotonic() - started)
+            end_interval(training, state, speed)
+            logged_step = state.step
         if is_save_due:
             save(training, state, is_last)
             saved_step = state.step
-        if is_sample_due and not signal_number:  # a launcher that stops the job waits seconds only
-            if training.is_main:
-                picture = expert_map(gate_table, training.engine.module.top_k)
+        # A launcher that stops the job waits for seconds only.
+        if is_sample_due and not stop.read():
+            if training.is_main and gate_table is not None:
+                picture = expert_map(gate_table, training.config.model.top_k)
                 training.monitor.image(state.step, "moe/timestep_to_expert", picture)
             training.draw_samples(state.step)
         if is_save_due or is_sample_due:
             training.sums.restart_clock()
-        if signal_number:
-            break
-    assert saved_step == state.step, "the state reached is always saved"
-    if signal_number == RANK_FAILED:
-        raise DataError(agreed_message(step_data.error))
+    if logged_step != state.step:
+        speed = (state.step - first_step) / (time.monotonic() - started)
+        end_interval(training, state, speed)
+    if saved_step != state.step:
+        save(training, state, is_last=True)
+    if message := agreed_message(following.error):
+        raise DataError(message)
     return state
 
 
@@ -128,40 +148,72 @@ def read_step(training: Training) -> StepData:
     return data
 
 
-def train_step(training: Training, data: StepData, step: int) -> torch.Tensor:
+def train_step(training: Training, data: StepData, step: int) -> torch.Tensor | None:
     """Run one optimizer step: every micro-step's forward and backward, then the update.
 
     Returns:
-        The gate table of the last micro-step, (L, S, E), detached.
+        The gate table of the last micro-step, (L, S, E), detached; None without experts.
+
+    Raises:
+        NonFiniteLossError: on all ranks, when this step and too many before it were left out.
     """
     engine, objective = training.engine, training.objective
     set_learning_rate(engine, learning_rate(training.config.optim, step))
+    skipped_before, records = engine.skipped_steps, []
     for batch, wait_sec in data.batches:
         micro_batch = objective.micro_batch(batch)
         output = engine(micro_batch.x_t, micro_batch.t, micro_batch.y, micro_batch.group_t)
         terms, mse = objective.loss(output, micro_batch, step)
-        engine.backward(terms.total)
+        engine.backward(poison_non_finite(terms.total))
         engine.step()
-        training.sums.add(terms, mse, micro_batch.t, output.plan, wait_sec)
-    return output.gate_table.detach()
-
-
-def log_interval(training: Training, state: TrainState) -> dict[str, float]:
-    """Reduce, check and record the metrics since the last call. All ranks must call this."""
-    metrics = training.sums.reduce()
-    if not math.isfinite(metrics["loss/total"]):  # reduced, so all ranks agree
-        raise NonFiniteLossError(
-            f"loss is {metrics['loss/total']} at step {state.step}; the checkpoints before it are "
-            "intact. Lower --lr, raise --warmup-steps or set --gradient-clipping."
+        records.append(MicroStepRecord(terms, mse, micro_batch.t))
+        training.sums.add(
+            *(step, terms, mse, micro_batch.t, output.plan, wait_sec), len(data.batches)
         )
+    if engine.skipped_steps > skipped_before:  # the gradient's norm is reduced, so all ranks agree
+        training.skipped_in_a_row += 1
+        handle_skipped_step(training, step, describe_non_finite(records))
+    else:
+        training.skipped_in_a_row = 0
+    return None if output.gate_table is None else output.gate_table.detach()
+
+
+def handle_skipped_step(training: Training, step: int, cause: str) -> None:
+    """Report a step that changed nothing; end the run after too many in a row."""
+    event = f"step {step + 1} left out: {cause}"
+    training.report(step + 1, event)
+    count, limit = training.skipped_in_a_row, training.config.optim.max_skipped_steps
+    if count > limit:
+        raise NonFiniteLossError(
+            f"{event}; {count} step(s) in a row were left out and --max-skipped-steps is {limit}. "
+            "The checkpoints before it are intact: lower --lr, raise --warmup-steps, set "
+            "--gradient-clipping or --qk-norm, or look at the data of these steps."
+        )
+
+
+def end_interval(training: Training, state: TrainState, speed: float) -> None:
+    """Reduce and record the metrics since the last call. All ranks must call this.
+
+    Args:
+        training: the run's parts.
+        state: reached.
+        speed: steps per second since this process started.
+    """
+    metrics, step_losses = training.sums.reduce()
+    num_spikes = 0
+    for step, loss in step_losses.items():
+        if math.isfinite(loss) and (spike := training.spikes.add(step + 1, loss)):
+            training.report(spike.step, str(spike))
+            num_spikes += 1
+    metrics["loss/spikes"] = float(num_spikes)
     metrics["optim/lr"] = learning_rate(training.config.optim, state.step - 1)
-    # ZeRO 1 to 3 leave out an update whose gradient is not finite; the norm is then not finite.
     metrics["optim/skipped_steps"] = float(training.engine.skipped_steps)
     norm = training.engine.get_global_grad_norm()
     if norm is not None and math.isfinite(norm):  # ZeRO 0 without clipping computes none
         metrics["optim/grad_norm"] = float(norm)
     training.monitor.scalars(state.step, metrics)
-    return metrics
+    if training.is_main:
+        print_progress(metrics, state.step, training.config.run.max_steps, speed)
 
 
 def save(training: Training, state: TrainState, is_last: bool) -> None:
@@ -190,10 +242,14 @@ def print_progress(metrics: dict[str, float], step: int, max_steps: int, speed: 
     """
     left = round((max_steps - step) / speed)
     clock = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+    losses = "every step was left out"
+    if "loss/total" in metrics:
+        losses = (
+            f"loss {metrics['loss/total']:.4f} (mse {metrics['loss/mse']:.4f} vlb "
+            f"{metrics['loss/vlb']:.4f} prior {metrics['loss/prior']:.4f})"
+        )
     sys.stdout.write(
-        f"step {step}/{max_steps}  loss {metrics['loss/total']:.4f} (mse {metrics['loss/mse']:.4f}"
-        f" vlb {metrics['loss/vlb']:.4f} prior {metrics['loss/prior']:.4f})"
-        f"  lr {metrics['optim/lr']:.2e}  {metrics['speed/samples_per_sec']:.1f} samples/s"
-        f"  left {clock}\n"
+        f"step {step}/{max_steps}  {losses}  lr {metrics['optim/lr']:.2e}  "
+        f"{metrics['speed/samples_per_sec']:.1f} samples/s  left {clock}\n"
     )
     sys.stdout.flush()

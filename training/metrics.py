@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,25 @@ from models.gate import RoutingPlan
 NUM_TIMESTEP_BUCKETS = 10
 
 
+class Interval(NamedTuple):
+    """What happened since the last `reduce`, over all ranks."""
+
+    metrics: dict[str, float]
+    step_losses: dict[int, float]  # total loss of each step, NaN where it is not finite
+
+
 class MetricSums:
-    """Running sums of one rank over the micro-steps since the last `reduce`."""
+    """Running sums of one rank over the micro-steps since the last `reduce`.
+
+    A micro-step whose loss is not finite is left out, except from `step_losses`: its step changed
+    nothing.
+
+    Args:
+        depth: L.
+        num_experts: E; 0 = a model without experts.
+        num_timesteps: S.
+        device: of the training.
+    """
 
     def __init__(
         self, depth: int, num_experts: int, num_timesteps: int, device: torch.device
@@ -34,8 +52,9 @@ class MetricSums:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
-        self._num_samples = 0
+        self._num_samples, self._num_finite = 0, zeros(1)
         self._terms = zeros(len(LossTerms._fields))
+        self._step_loss: dict[int, Tensor] = {}  # step -> mean over this rank's samples
         self._bucket_mse, self._bucket_count = (zeros(NUM_TIMESTEP_BUCKETS) for _ in range(2))
         self._expert_count = zeros(self.depth, self.num_experts)
         self._wait_sec = 0.0
@@ -47,35 +66,53 @@ class MetricSums:
         self._clock_started = time.monotonic()
 
     def add(
-        self, terms: LossTerms, mse: Tensor, t: Tensor, plan: RoutingPlan, wait_sec: float
+        self,
+        step: int,
+        terms: LossTerms,
+        mse: Tensor,
+        t: Tensor,
+        plan: RoutingPlan | None,
+        wait_sec: float,
+        num_micro_steps: int = 1,
     ) -> None:
         """Add one micro-step; nothing here waits for the device.
 
         Args:
+            step: the optimizer step that it belongs to.
             terms: scalars, means over the micro-batch.
             mse: (N,) detached.
             t: (N,) int64.
-            plan: this micro-step's routing; its expert_index is (L, N, K) for this rank's samples.
+            plan: this micro-step's routing; its expert_index is (L, N, K) for this rank's
+                samples; None without experts.
             wait_sec: time this rank waited for the batch.
+            num_micro_steps: equal micro-steps of a step.
         """
         N = t.shape[0]
         self._num_samples += N
-        self._terms += torch.stack([term.detach() for term in terms]).double() * N
+        values = torch.stack([term.detach() for term in terms]).double()
+        is_finite = torch.isfinite(values).all()
+        self._num_finite += N * is_finite
+        self._terms += N * torch.where(is_finite, values, 0.0)
+        total = values[LossTerms._fields.index("total")]
+        self._step_loss[step] = self._step_loss.get(step, 0.0) + total / num_micro_steps
         bucket = t * NUM_TIMESTEP_BUCKETS // self.num_timesteps  # (N,)
-        self._bucket_mse.index_add_(0, bucket, mse.double())
-        self._bucket_count.index_add_(0, bucket, torch.ones_like(mse, dtype=torch.float64))
-        chosen = plan.expert_index.flatten(1)  # (L, N * K)
-        ones = torch.ones_like(chosen, dtype=torch.float64)
-        self._expert_count.scatter_add_(1, chosen, ones)
+        ones = is_finite.double().expand(N)
+        self._bucket_mse.index_add_(0, bucket, torch.where(is_finite, mse.double(), 0.0))
+        self._bucket_count.index_add_(0, bucket, ones)
+        if plan is not None:
+            chosen = plan.expert_index.flatten(1)  # (L, N * K)
+            self._expert_count.scatter_add_(1, chosen, is_finite.double().expand(chosen.shape))
         self._wait_sec += wait_sec
 
-    def reduce(self) -> dict[str, float]:
+    def reduce(self) -> Interval:
         """Sum over ranks, name the results and start a new interval. All ranks must call this."""
         elapsed = time.monotonic() - self._clock_started
         host = [self._num_samples, self._wait_sec / elapsed, elapsed]
         parts = [
             torch.tensor(host, dtype=torch.float64, device=self.device),
+            self._num_finite,
             self._terms,
+            torch.stack(list(self._step_loss.values())),
             self._bucket_mse,
             self._bucket_count,
             self._expert_count.flatten(),
@@ -83,20 +120,26 @@ class MetricSums:
         sums = torch.cat(parts)
         torch.distributed.all_reduce(sums)
         parts = sums.cpu().split([len(part) for part in parts])
-        (num_samples, wait, elapsed), terms, bucket_mse, bucket_count, expert_count = parts
+        (num_samples, wait, elapsed), num_finite, terms, steps, *buckets, expert_count = parts
         world_size = torch.distributed.get_world_size()
-        num_samples, mean_elapsed = float(num_samples), float(elapsed) / world_size
-        metrics = {
-            f"loss/{name}": float(value) / num_samples
-            for name, value in zip(LossTerms._fields, terms, strict=True)
-        }
-        metrics |= _bucket_metrics(bucket_mse, bucket_count, self.num_timesteps)
-        metrics |= load_metrics(expert_count.view(self.depth, self.num_experts), num_samples)
-        metrics["speed/samples_per_sec"] = num_samples / mean_elapsed
+        num_finite = float(num_finite)
+        metrics = {}
+        if num_finite > 0:
+            metrics |= {
+                f"loss/{name}": float(value) / num_finite
+                for name, value in zip(LossTerms._fields, terms, strict=True)
+            }
+            metrics |= _bucket_metrics(*buckets, self.num_timesteps)
+            if self.num_experts:
+                expert_count = expert_count.view(self.depth, self.num_experts)
+                metrics |= load_metrics(expert_count, num_finite)
+        metrics["speed/samples_per_sec"] = float(num_samples) / (float(elapsed) / world_size)
         metrics["speed/data_wait_pct"] = 100.0 * float(wait) / world_size
         metrics |= _memory_metrics(self.device)
+        step_losses = (steps / world_size).tolist()
+        interval = Interval(metrics, dict(zip(self._step_loss, step_losses, strict=True)))
         self._clear()
-        return metrics
+        return interval
 
 
 def _bucket_metrics(mse: Tensor, count: Tensor, num_timesteps: int) -> dict[str, float]:

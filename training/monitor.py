@@ -59,12 +59,16 @@ class Monitor:
             with self.surviving_disk_errors():
                 self._writer.add_image(name, picture, step, dataformats="HWC")
 
-    def text(self, name: str, text: str) -> None:
+    def text(self, name: str, text: str, step: int | None = None) -> None:
         """Record a text, shown as preformatted."""
         if self._writer is not None:
             indented = "\n".join(f"    {line}" for line in text.splitlines())
             with self.surviving_disk_errors():
-                self._writer.add_text(name, indented)
+                self._writer.add_text(name, indented, step)
+
+    def event(self, step: int, text: str) -> None:
+        """Record something out of the ordinary that happened at a step."""
+        self.text("events", text, step)
 
     def close(self) -> None:
         """Flush and close both files."""

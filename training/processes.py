@@ -217,10 +217,16 @@ def stop_process_group() -> None:
 
 
 class StopSignal:
-    """SIGINT or SIGTERM on any rank becomes one decision of all ranks at a step boundary."""
+    """SIGINT or SIGTERM on any rank becomes one decision of all ranks at a step boundary.
+
+    What is posted before a step is read before the next one, when the device has long computed it:
+    reading what was posted just now would wait for everything queued before.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self._on_host = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._copied: torch.cuda.Event | None = None
         self._received = 0
         self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
 
@@ -228,15 +234,24 @@ class StopSignal:
         # A launcher often repeats the signal while the checkpoint is being written.
         self._received = number
 
-    def agreed(self, has_failed: bool = False) -> int:
-        """Return what any rank received, 0 if nothing. All ranks must call this.
+    def post(self, has_failed: bool = False) -> None:
+        """Send what this rank received to all ranks. All ranks must call this.
 
         Args:
-            has_failed: this rank cannot go on; then all ranks return RANK_FAILED.
+            has_failed: this rank cannot go on; then all ranks read RANK_FAILED.
         """
         self._flag.fill_(RANK_FAILED if has_failed else self._received)
         torch.distributed.all_reduce(self._flag, op=torch.distributed.ReduceOp.MAX)
-        return int(self._flag.item())
+        self._on_host.copy_(self._flag, non_blocking=True)
+        if self._flag.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> int:
+        """Return what any rank had received at the last `post`, 0 if nothing; all get the same."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return int(self._on_host)
 
     def restore(self) -> None:
         """Give the signals back to the handlers that had them."""

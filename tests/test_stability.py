@@ -1,0 +1,167 @@
+"""Losses that are not finite or jump: what is left out, what is reported, what ends the run."""
+
+import math
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_tools.order import StreamOrder
+from data_tools.records import RecordLayout
+from data_tools.shards import DatasetManifest
+from models.diffusion import LossTerms
+from tests.launch import run, run_jobs
+from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
+from training.monitor import read_metrics
+from training.stability import (
+    MicroStepRecord,
+    SpikeDetector,
+    describe_non_finite,
+    poison_non_finite,
+)
+
+NAN_FLOAT16 = b"\x00\x7e"
+STEPS = 5
+BATCH = 8
+COMMON = [
+    *("--num-experts", 4, "--global-batch-size", BATCH, "--warmup-steps", 2, "--max-steps", STEPS),
+    *("--log-every", 1, "--save-every", 100, "--sample-every", 0, "--seed", 0),
+]
+
+
+def with_nan_at(latents, folder, positions):
+    """A copy of a data set in which the samples at these stream positions hold NaN."""
+    shutil.copytree(latents, folder)
+    manifest = DatasetManifest.load(folder)
+    sizes = [shard.num_samples for shard in manifest.shards]
+    layout = RecordLayout((8, 16, 16), has_flip=True)
+    for position in positions:
+        sample = int(StreamOrder(sizes, seed=0, window=16).sample_ids(position, position + 1)[0])
+        shard = next(i for i in range(len(sizes)) if sample < sum(sizes[: i + 1]))
+        start = (sample - sum(sizes[:shard])) * layout.stride
+        with open(folder / manifest.shards[shard].name, "r+b") as file:
+            for offset in (layout.moments_offset, layout.flip_offset):
+                file.seek(start + offset + 512 + len(layout.npy_header))  # after the tar header
+                file.write(NAN_FLOAT16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, demo_latents):
+    """Five steps on every ZeRO stage; one sample of the third step, on the last rank, is NaN."""
+    folder = tmp_path_factory.mktemp("stability")
+    data = with_nan_at(demo_latents, folder / "data", [2 * BATCH + 7])
+
+    def job(name, stage, *flags):
+        common = ["--deepspeed", f"ds_configs/zero{stage}.json", "--run-dir", folder / name]
+        clipping = ["--gradient-clipping", 0]
+        return [*common, "--data", data, *COMMON, *clipping, *flags]
+
+    run_jobs(1, [job("reference", 2)], folder)
+    output = run_jobs(
+        2,
+        [
+            job("z0", 0),
+            job("z0-ep2", 0, "--expert-parallel-size", 2),
+            job("z1", 1),
+            job("z2-ep2", 2, "--expert-parallel-size", 2, "--micro-batch-size", 2),
+            job("z3", 3),
+        ],
+        folder,
+    )
+    return folder, output
+
+
+@pytest.mark.ranks
+def test_the_step_is_reported_with_rank_and_timesteps(runs):
+    _, output = runs
+    lines = [line for line in output.splitlines() if "step 3 left out" in line]
+
+    assert len(lines) == 5
+    for line in lines:
+        assert "rank 1: total is nan, mse is nan" in line and "at timesteps" in line
+        assert "rank 0" not in line
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["z0", "z0-ep2", "z1", "z2-ep2", "z3"])
+def test_every_layout_leaves_the_same_step_out_on_all_ranks(runs, name):
+    folder, _ = runs
+    expected, got = read_metrics(folder / "reference"), read_metrics(folder / name)
+
+    assert [record["optim/skipped_steps"] for record in got] == [0, 0, 1, 1, 1]
+    for wanted, record in zip(expected, got, strict=True):
+        if record["step"] != 3:  # of which only the ranks with finite losses are counted
+            assert record["loss/total"] == pytest.approx(wanted["loss/total"], rel=1e-5)
+    for file in (EMA_FILE, RAW_FILE):
+        expected = load_file(latest_checkpoint(folder / "reference") / file)
+        got = load_file(latest_checkpoint(folder / name) / file)
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=2e-5, msg=key)
+
+
+@pytest.mark.ranks
+def test_too_many_steps_in_a_row_end_the_run_in_one_sentence(demo_latents, tmp_path):
+    data = with_nan_at(demo_latents, tmp_path / "data", [BATCH * step for step in range(STEPS)])
+
+    output = run(
+        *("python", "training/main.py", "--data", data, "--run-dir", tmp_path / "run", *COMMON),
+        *("--max-skipped-steps", 1),
+        expect=1,
+    )
+
+    assert "error: step 2 left out: rank 0: total is nan, mse is nan" in output
+    assert "2 step(s) in a row were left out and --max-skipped-steps is 1." in output
+    assert "Traceback" not in output and not (tmp_path / "run/checkpoints/latest").exists()
+
+
+def record(total, mse, t):
+    terms = LossTerms(*(torch.tensor(total if n == 0 else 1.0) for n in range(4)))
+    return MicroStepRecord(terms, torch.tensor(mse), torch.tensor(t))
+
+
+def test_a_cause_names_the_timesteps_that_were_not_finite(single_process_group):
+    records = [record(1.0, [1.0], [7]), record(math.inf, [1.0, math.inf, math.nan], [3, 4, 5])]
+
+    assert describe_non_finite(records) == "rank 0: total is inf at timesteps 4, 5"
+    assert describe_non_finite(records[:1]) == "a gradient is not finite although every loss is"
+    many = describe_non_finite([record(math.nan, [math.nan] * 11, list(range(11)))])
+    assert many.endswith("at timesteps 0, 1, 2, 3, 4, 5, 6, 7 and 3 more")
+
+
+def test_an_infinite_loss_has_gradients_that_are_not_finite():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+
+    poison_non_finite(x.sum() + math.inf).backward()
+    assert x.grad.isnan().all()
+    x.grad = None
+    poison_non_finite(x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones(2))
+
+
+def losses(count):
+    generator = random.Random(0)
+    return [1.0 + 0.1 * generator.gauss(0.0, 1.0) for _ in range(count)]
+
+
+def test_a_spike_is_found_and_ordinary_losses_are_not():
+    detector = SpikeDetector(threshold=6.0)
+
+    found = [detector.add(step, loss) for step, loss in enumerate([*losses(1000), 2.5, 3.0])]
+
+    assert not any(found[:1000])
+    assert found[1000].step == 1000 and 12 < found[1000].deviations < 18
+    assert found[1001] is not None, "the first does not hide the second"
+    assert str(found[1000]).startswith("loss spike at step 1000: 2.5 is 1")
+
+
+def test_a_falling_loss_an_early_jump_and_threshold_zero_report_nothing():
+    falling = [math.exp(-step / 100) + 0.01 * loss for step, loss in enumerate(losses(500))]
+    early = [1.0, 1.1, 0.9, 50.0]
+
+    assert not any(SpikeDetector(6.0).add(step, loss) for step, loss in enumerate(falling))
+    assert not any(SpikeDetector(6.0).add(step, loss) for step, loss in enumerate(early))
+    off = SpikeDetector(0.0)
+    assert not any(off.add(step, loss) for step, loss in enumerate([*losses(200), 99.0]))
