@@ -112,8 +112,9 @@ class Attention(nn.Module):
         """Attend within each sample of (N, T, D)."""
         N, T, D = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, D / heads)
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        # Taken apart where it lies: the gradient is then put together in the layout of qkv.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (N, heads, T, D / heads)
+        y = attend(self.q_norm(q), self.k_norm(k), v)
         return self.proj(y.transpose(1, 2).reshape(N, T, D))
 
 
