@@ -100,9 +100,13 @@ def signal_power(noise_schedule, num_timesteps):
     return np.array(powers)
 
 
-def variational_bound(prediction, x_start, x_t, step, powers):
-    """Bits per element of one sample (2C, H, W) at one step of the chain with these powers."""
-    noise, channels = np.split(np.asarray(prediction, np.float64), 2)
+def variational_bound(implied_start, channels, x_start, x_t, step, powers):
+    """Bits per element of one sample at one step of the chain with these powers.
+
+    All arrays are (C, H, W): the x_0 that the prediction implies, its variance channels, the truth.
+    """
+    implied_start = np.asarray(implied_start, np.float64)
+    channels = np.asarray(channels, np.float64)
     x_start, x_t = np.asarray(x_start, np.float64), np.asarray(x_t, np.float64)
     power, previous = powers[step], powers[step - 1] if step else 1.0
 
@@ -118,7 +122,7 @@ def variational_bound(prediction, x_start, x_t, step, powers):
     low = math.log(posterior_variance(max(step, 1)))
     high = math.log(1 - power / previous)
     log_variance = low + (channels + 1) / 2 * (high - low)
-    mean = posterior_mean((x_t - math.sqrt(1 - power) * noise) / math.sqrt(power))
+    mean = posterior_mean(implied_start)
     if step > 0:
         distance = (posterior_mean(x_start) - mean) ** 2
         ratio = np.exp(low - log_variance)
@@ -144,3 +148,25 @@ def ddim(denoise, x, timesteps, powers):
         start = (x - math.sqrt(1 - power) * noise) / math.sqrt(power)
         x = math.sqrt(previous) * start + math.sqrt(1 - previous) * noise
     return x
+
+
+def exponential_average(trajectory, decay, warmup):
+    """Average of a start and the values after each step, by every value's own weight."""
+    decays = [
+        min(decay, (1 + step) / (10 + step)) if warmup else decay
+        for step in range(len(trajectory) - 1)
+    ]
+    total = math.prod(decays) * trajectory[0]
+    for step, value in enumerate(trajectory[1:]):
+        total = total + (1 - decays[step]) * math.prod(decays[step + 1 :]) * value
+    return total
+
+
+def power_function_average(trajectory, gamma):
+    """Integral of tau^gamma over each step's unit of time, as its value's weight."""
+    steps = len(trajectory) - 1
+    total = 0.0
+    for step, value in enumerate(trajectory[1:]):
+        weight = ((step + 1) / steps) ** (gamma + 1) - (step / steps) ** (gamma + 1)
+        total = total + weight * value
+    return total
