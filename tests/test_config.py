@@ -10,6 +10,7 @@ from data_tools.errors import ConfigError
 from training.command_line import parse_command_line
 from training.config import config_from_dict, differences, options
 from training.deepspeed_config import plan_batch
+from training.options_table import README, with_table
 from training.preset import load_preset
 from training.validation import validate
 
@@ -244,6 +245,13 @@ def test_help_shows_every_flag(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(leaf.flag in text for leaf in options())
+
+
+def test_the_readmes_table_of_options_is_the_configurations():
+    readme = README.read_text(encoding="utf-8")
+
+    assert with_table(readme) == readme, "run python -m training.options_table --write"
+    assert all(f"| `{leaf.flag}` |" in readme for leaf in options())
 
 
 def test_differences_name_what_makes_another_run(demo):

@@ -80,7 +80,7 @@ class DiffusionConfig:
     """The diffusion process, its loss, and the prior on routing."""
 
     objective: str = option(
-        "what the network predicts: the noise, v, the clean latents, or rectified flow's velocity",
+        "what is predicted: epsilon (noise), v, x0 (latents), or flow (rectified flow's velocity)",
         "epsilon",
         choices=("epsilon", "v", "x0", "flow"),
     )
