@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from data_tools.order import ORDER_VERSION
 from data_tools.shards import replace_file
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
-    EMA_FILE,
     LATEST_FILE,
     MANIFEST_FILE,
     RAW_FILE,
@@ -30,14 +28,11 @@ from training.checkpoint_manifest import (
     record_of,
     tag_of,
 )
-from training.ema import consolidated_weights
 from training.processes import agreed_message
+from training.weight_files import NonFiniteWeightsError, average_file, write_weights
+from training.weights import base_optimizer, consolidated_weights
 
 TEMPORARY_PREFIX = ".tmp-"
-
-
-class NonFiniteWeightsError(ValueError):
-    """The weights to save hold NaN or infinity."""
 
 
 def _recording_engine() -> Any:
@@ -132,19 +127,15 @@ class Checkpointer:
         self, temporary: Path, files: dict[str, FileRecord]
     ) -> OSError | SafetensorError | NonFiniteWeightsError | None:
         error = None
-        for name, ema in ((EMA_FILE, True), (RAW_FILE, False)):
-            weights = consolidated_weights(self.engine, ema=ema)
+        for key in (*base_optimizer(self.engine).profiles, None):
+            weights = consolidated_weights(self.engine, key)
             if not self.is_main or error is not None:
                 continue
-            damaged = [key for key, value in weights.items() if not value.isfinite().all()]
-            if damaged:  # ZeRO 0 applies a gradient that is not finite; a later loss shows it
-                error = NonFiniteWeightsError(f"{damaged[0]} holds values that are not finite")
-                continue
+            path = temporary / (RAW_FILE if key is None else average_file(key))
             try:
-                save_file(weights, temporary / name)
-                _sync(temporary / name)
-                files[name] = record_of(temporary / name)
-            except (OSError, SafetensorError) as err:
+                write_weights(path, weights)
+                files[path.name] = record_of(path)
+            except (OSError, SafetensorError, NonFiniteWeightsError) as err:
                 error = err
         return error
 
@@ -188,10 +179,10 @@ def _merged(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
 
 
 def _agreed_error(error: Exception | None) -> str | None:
-    return agreed_message(None if error is None else _describe(error))
+    return agreed_message(None if error is None else describe_disk_error(error))
 
 
-def _describe(error: Exception) -> str:
+def describe_disk_error(error: Exception) -> str:
     """Return one line; what the system said, where torch's zip writer hides it."""
     cause: BaseException | None = error
     while cause is not None:

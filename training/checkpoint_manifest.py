@@ -3,6 +3,7 @@
     checkpoints/latest                    the newest complete step, one line
     checkpoints/step-0001000/             DeepSpeed's files
                      ema.safetensors      averaged weights, fp32, experts in global order
+                     ema-NAME.safetensors likewise, of the further averages
                      weights.safetensors  raw weights, likewise
                      manifest.json        files with sizes and sha256, layout, progress
 

@@ -1,171 +1,147 @@
-"""Exponential moving average of the weights, kept as optimizer state.
+"""Averages of the weights, kept as optimizer state: their profiles, and the optimizer.
 
-The average lives beside Adam's moments, one fp32 value per fp32 master weight, so ZeRO shards,
-saves and restores it like any other optimizer state, experts included.
+A profile says how much each past step counts. An average lives beside Adam's moments, one fp32
+value per fp32 master weight, so ZeRO shards, saves and restores it like any other optimizer state,
+experts included.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-EMA_KEY = "ema"
+from training.config import OptimConfig
+
+EMA_KEY = "ema"  # state of the first average, the one that is sampled from
+
+
+@dataclass(frozen=True)
+class TraditionalProfile:
+    """An exponential moving average: a step counts `decay` times as much as the one after it.
+
+    Attributes:
+        decay: weight of the old average, per step.
+        has_warmup: use min(decay, (1 + step) / (10 + step)), step from 0, so that the random
+            start is forgotten early.
+    """
+
+    decay: float
+    has_warmup: bool = False
+
+    @property
+    def name(self) -> str:
+        """What commands and file names call it."""
+        return f"{self.decay:g}" if float(f"{self.decay:g}") == self.decay else repr(self.decay)
+
+    def new_weight(self, steps: Tensor) -> Tensor | float:
+        """Return the weight of the newest parameters after `steps` (P,) float64 steps, from 1."""
+        if not self.has_warmup:
+            return 1.0 - self.decay
+        return 1.0 - (steps / (9.0 + steps)).clamp(max=self.decay)
+
+
+@dataclass(frozen=True)
+class PowerProfile:
+    """The power function of EDM2 (arXiv 2312.02696, section 3.1): time i of n counts as i^gamma.
+
+    Attributes:
+        std: relative width sigma_rel, the profile's standard deviation as a part of the training.
+    """
+
+    std: float
+
+    @property
+    def name(self) -> str:
+        """What commands and file names call it."""
+        short = f"{self.std:.3f}"
+        return f"std{short if float(short) == self.std else repr(self.std)}"
+
+    @property
+    def gamma(self) -> float:
+        """The exponent."""
+        return gamma_of_std(self.std)
+
+    def new_weight(self, steps: Tensor) -> Tensor:
+        """Return the weight of the newest parameters after `steps` (P,) float64 steps, from 1.
+
+        1 - (1 - 1 / n)^(gamma + 1), written so that no digits are lost at large n.
+        """
+        return -torch.expm1((self.gamma + 1) * torch.log1p(-1 / steps))
+
+
+Profile = TraditionalProfile | PowerProfile
+
+
+def gamma_of_std(std: float) -> float:
+    """Return the exponent of the power function with relative width `std`, in (0, 0.289).
+
+    The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / std^2.
+    """
+    power = std**-2.0
+    roots = np.roots([1.0, 7.0, 16.0 - power, 12.0 - power])
+    return float(roots[np.isreal(roots)].real.max())
+
+
+def std_of_gamma(gamma: float) -> float:
+    """Return the relative width of the power function with this exponent."""
+    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
+
+
+def profiles_of(optim: OptimConfig) -> dict[str, Profile]:
+    """List a run's averages, decays first, by the key of their state and the stem of their file.
+
+    The first is `ema`, whatever its profile, the others `ema-<name>`.
+    """
+    profiles: list[Profile] = [TraditionalProfile(d, optim.ema_warmup) for d in optim.ema_decays]
+    profiles += [PowerProfile(std) for std in optim.ema_stds]
+    return {
+        EMA_KEY if i == 0 else f"{EMA_KEY}-{profile.name}": profile
+        for i, profile in enumerate(profiles)
+    }
 
 
 class EMAAdamW(torch.optim.AdamW):
-    """AdamW whose state also holds an average of each parameter under `EMA_KEY`.
+    """AdamW whose state also holds averages of each parameter.
+
+    The average of no steps is the start itself: before its first step a parameter has no state.
 
     Args:
         params: parameters or groups, as for AdamW.
-        ema_decay: weight of the old average per optimizer step.
-        ema_warmup: use min(ema_decay, (1 + step) / (10 + step)), so that the random start is
-            forgotten early (step counts from 0).
+        profiles: from `profiles_of`: how to average, by the key of the state.
         kwargs: AdamW's.
     """
 
-    def __init__(
-        self, params: Any, *, ema_decay: float, ema_warmup: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, params: Any, *, profiles: dict[str, Profile], **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
-        for group in self.param_groups:
-            group["ema_decay"], group["ema_warmup"] = ema_decay, ema_warmup
-        self.defaults.update(ema_decay=ema_decay, ema_warmup=ema_warmup)
+        assert profiles, "at least one average"
+        self.profiles = dict(profiles)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Update the parameters, then their averages.
 
-        ZeRO calls this once per parameter group, so the decay is read from each parameter's own
-        step count and never from a counter of calls.
+        ZeRO calls this once per parameter group, so the weight of the new parameters is computed
+        from their own step counts and never from a counter of calls.
         """
         assert closure is None, "DeepSpeed passes no closure"
-        touched = [
-            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        # Adam initialises only an empty state, so the first average is kept aside until it has.
-        first = {p: p.detach().clone() for p, _ in touched if EMA_KEY not in self.state[p]}
+        touched = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not touched:
+            return
+        # Adam initialises only an empty state, so the first averages are kept aside until it has.
+        first = {
+            p: {key: p.detach().clone() for key in self.profiles}
+            for p in touched
+            if EMA_KEY not in self.state[p]
+        }
         super().step()
-        for p, group in touched:
-            state = self.state[p]
-            if p in first:
-                state[EMA_KEY] = first[p]
-            state[EMA_KEY].lerp_(p, 1.0 - _decay(group, state["step"]))
-
-
-def _decay(group: dict[str, Any], steps_done: Tensor) -> float:
-    if not group["ema_warmup"]:
-        return group["ema_decay"]
-    step = int(steps_done) - 1
-    return min(group["ema_decay"], (1 + step) / (10 + step))
-
-
-@contextmanager
-def ema_weights(engine: Any) -> Iterator[None]:
-    """Let the engine's module compute with the averaged weights. All ranks must enter and leave.
-
-    fp32 masters and optimizer state stay untouched; afterwards the weights are bit-identical to
-    before. Must not be entered before the first optimizer step, nor around a checkpoint.
-    """
-    stage = engine.zero_optimization_stage()
-    swap = {0: _swap_stage_0, 3: _swap_stage_3}.get(stage, _swap_stage_1_2)
-    with torch.no_grad():
-        yield from swap(engine.optimizer)
-
-
-def _swap_stage_0(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [p.detach().clone() for p in params]
-    for p in params:
-        p.copy_(optimizer.state[p][EMA_KEY])
-    try:
-        yield
-    finally:
-        for p, old in zip(params, kept, strict=True):
-            p.copy_(old)
-
-
-def _swap_stage_1_2(optimizer: Any) -> Iterator[None]:
-    from deepspeed.runtime.utils import all_gather_dp_groups
-
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2
-        masters = optimizer.single_partition_of_fp32_groups
-        partitions, flat = optimizer.parallel_partitioned_bit16_groups, optimizer.bit16_groups_flat
-    else:  # BF16_Optimizer: ZeRO 1 with bf16 weights and fp32 gradient accumulation
-        masters = optimizer.fp32_groups_flat_partition
-        partitions, flat = optimizer.bf16_partitioned_groups, optimizer.bf16_groups_flat
-    for i, master in enumerate(masters):
-        mine = torch.distributed.get_rank(group=optimizer.real_dp_process_group[i])
-        partitions[i][mine].data.copy_(optimizer.state[master][EMA_KEY])
-    all_gather_dp_groups(
-        groups_flat=flat,
-        partitioned_param_groups=partitions,
-        dp_process_group=optimizer.real_dp_process_group,
-        start_alignment_factor=optimizer.nccl_start_alignment_factor,
-        allgather_bucket_size=optimizer.allgather_bucket_size,
-    )
-    try:
-        yield
-    finally:
-        optimizer.update_lp_params()
-
-
-def _swap_stage_3(optimizer: Any) -> Iterator[None]:
-    masters = optimizer.fp32_partitioned_groups_flat
-
-    def install(values: list[Tensor]) -> None:
-        optimizer.checkpoint_event_prologue()  # partitions parameters that were kept whole
-        for i, (master, value) in enumerate(zip(masters, values, strict=True)):
-            master.data.copy_(value)
-            optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        optimizer.checkpoint_event_epilogue()
-
-    kept = [master.detach().clone() for master in masters]
-    install([optimizer.optimizer.state[master][EMA_KEY] for master in masters])
-    try:
-        yield
-    finally:
-        install(kept)
-
-
-def consolidated_weights(engine: Any, *, ema: bool) -> dict[str, Tensor]:
-    """Gather full fp32 weights, averaged or raw, experts in global order. All ranks must call this.
-
-    Returns:
-        On rank 0 every parameter by its own name on the CPU (experts stacked: (E, D, D)); empty on
-        the other ranks. Names are those of a model built without expert parallelism.
-    """
-    from deepspeed.moe.utils import is_moe_param
-    from deepspeed.utils import groups
-
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "_hp_optimizer_states_linked"):
-        # DeepSpeed links states to parameters once, after the first group's step, and so leaves
-        # later groups (the experts) unlinked; linking again is harmless.
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
-    weights = {}
-    is_main = torch.distributed.get_rank() == 0
-    for name, param in engine.module.named_parameters():
-        value = _full_value(engine, param, ema)
-        if is_moe_param(param):
-            group = groups._get_expert_parallel_group(param.group_name)
-            parts = [torch.empty_like(value) for _ in range(group.size())]
-            torch.distributed.all_gather(parts, value, group=group)
-            value = torch.cat(parts)
-        if is_main:
-            weights[name] = value.detach().to("cpu", torch.float32, copy=True)
-    return weights
-
-
-def _full_value(engine: Any, param: Tensor, ema: bool) -> Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if engine.zero_optimization_stage() == 0:
-        value = engine.optimizer.state[param][EMA_KEY] if ema else param.detach()
-    elif ema:
-        value = safe_get_full_optimizer_state(param, EMA_KEY)
-    else:
-        value = safe_get_full_fp32_param(param)
-    return value.float().contiguous()
+        for p, averages in first.items():
+            self.state[p].update(averages)
+        steps = torch.stack([self.state[p]["step"] for p in touched]).double()
+        for key, profile in self.profiles.items():
+            weight = profile.new_weight(steps)
+            if isinstance(weight, Tensor):
+                # Fused Adam counts steps on the device: reading them would wait for it.
+                weight = weight.tolist() if weight.is_cpu else weight.to(touched[0]).unbind()
+            torch._foreach_lerp_([self.state[p][key] for p in touched], touched, weight)

@@ -6,7 +6,7 @@ import torch
 
 from models.switch_dit import MODEL_SIZES, SwitchDiT
 from training.config import Config, OptimConfig
-from training.ema import EMAAdamW
+from training.ema import EMAAdamW, profiles_of
 
 DENSE_GROUP = "dense"
 
@@ -43,8 +43,8 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any]) -> Any:
 
     Args:
         config: the run's configuration.
-        deepspeed_config: the resolved DeepSpeed JSON; it names no optimizer, because the average
-            of the weights is state of ours.
+        deepspeed_config: the resolved DeepSpeed JSON; it names no optimizer, because the averages
+            of the weights are state of ours.
     """
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -65,8 +65,7 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any]) -> Any:
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         weight_decay=optim.weight_decay,
-        ema_decay=optim.ema_decays[0],
-        ema_warmup=optim.ema_warmup,
+        profiles=profiles_of(optim),
     )
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False

@@ -2,8 +2,9 @@
 
     python training/sample.py runs/demo
 
-Averaged (EMA) weights unless --raw. Image i depends on (seed, i) and its class alone, so any number
-of processes draws the same images: torchrun --nproc-per-node 2 training/sample.py runs/demo
+The first average of the weights, unless --ema, --raw or --weights names others. Image i depends on
+(seed, i) and its class alone, so any number of processes draws the same images:
+torchrun --nproc-per-node 2 training/sample.py runs/demo
 """
 
 import argparse
@@ -25,14 +26,6 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.shards import DatasetManifest
 from data_tools.vae import Vae, decode_pixels, load_decoder
 from models.diffusion import Diffusion
-from training.checkpoint_manifest import (
-    CHECKPOINT_DIR,
-    EMA_FILE,
-    RAW_FILE,
-    latest_checkpoint,
-    read_manifest,
-    verify_file,
-)
 from training.config import Config
 from training.engine import build_model
 from training.monitor import save_png
@@ -46,6 +39,7 @@ from training.processes import (
 )
 from training.run_directory import SAMPLES_DIR, load_config, load_manifest
 from training.sampling import SamplerSettings, image_grid, sample_latents
+from training.weight_files import find_weights
 
 DEFAULT_MAX_CLASSES = 10
 
@@ -75,7 +69,13 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run_dir", type=Path, help="a run directory, e.g. runs/demo")
     parser.add_argument("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
-    parser.add_argument("--raw", action="store_true", help="raw weights instead of the EMA")
+    parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
+    parser.add_argument(
+        "--ema", metavar="NAME", help="an average by name, e.g. 0.9999 or std0.050 (default: first)"
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="a file of reconstruct_ema.py, or alike"
+    )
     parser.add_argument(
         "--classes",
         metavar="LIST",
@@ -131,35 +131,23 @@ def check_arguments(args: argparse.Namespace, config: Config) -> None:
         raise ConfigError(f"--cfg-scale must be a number of at least 0, not {args.cfg_scale}.")
 
 
-def find_weights(args: argparse.Namespace) -> Path:
-    """Locate the checkpoint's weight file and check it against the manifest."""
-    if args.checkpoint is None:
-        folder = latest_checkpoint(args.run_dir)
-        if folder is None:
-            raise ConfigError(f"{args.run_dir} has no checkpoint yet; train first.")
-    else:
-        folder = args.run_dir / CHECKPOINT_DIR / args.checkpoint
-        if not folder.is_dir():
-            tags = [path.name for path in sorted(folder.parent.glob("step-*"))]
-            if not tags:
-                raise ConfigError(f"{args.run_dir} has no checkpoint yet; train first.")
-            raise ConfigError(
-                f"--checkpoint: no '{args.checkpoint}'{did_you_mean(args.checkpoint, tags)}"
-            )
-    path = folder / (RAW_FILE if args.raw else EMA_FILE)
-    verify_file(read_manifest(folder), path)
-    return path
-
-
 def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
     """Check everything before a process group exists; then, last, make the output folder."""
     config = load_config(args.run_dir)
     check_arguments(args, config)
     manifest = load_manifest(args.run_dir)
     plan = plan_images(args, config, manifest)
-    weights = find_weights(args)
+    weights = find_weights(
+        args.run_dir,
+        config,
+        checkpoint=args.checkpoint,
+        ema=args.ema,
+        is_raw=args.raw,
+        file=args.weights,
+    )
     vae = load_decoder(args.vae or config.run.vae, manifest.vae, device)
-    output = args.output or args.run_dir / SAMPLES_DIR / weights.parent.name
+    name = weights.parent.name if args.weights is None else weights.stem
+    output = args.output or args.run_dir / SAMPLES_DIR / name
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as err:

@@ -8,11 +8,11 @@ import torch
 from data_tools.vae import Vae, decode_pixels
 from models.diffusion import Diffusion
 from training.config import Config
-from training.ema import ema_weights
 from training.monitor import Monitor, save_png
 from training.processes import Ranks
 from training.run_directory import SAMPLES_DIR
 from training.sampling import SamplerSettings, image_grid, sample_latents
+from training.weights import ema_weights
 
 SAMPLE_SEED = 0  # the same images are drawn every time, so that progress can be seen
 

@@ -1,0 +1,103 @@
+"""Snapshots of the power-function averages, from which averages of other widths are made later.
+
+`ema_snapshots/std0.050-step-0001000.safetensors` holds one average at one step, in fp32.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from data_tools.errors import ConfigError
+from training.checkpoint import describe_disk_error
+from training.checkpoint_manifest import tag_of
+from training.ema import PowerProfile
+from training.processes import agreed_message
+from training.weight_files import NonFiniteWeightsError, write_weights
+from training.weights import base_optimizer, consolidated_weights, num_updates
+
+SNAPSHOT_DIR = "ema_snapshots"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stored average, as its file describes it."""
+
+    path: Path
+    step: int
+    num_updates: int  # the average is over; less than the step where updates were skipped
+    std: float
+    gamma: float
+
+
+def snapshot_file(profile: PowerProfile, step: int) -> str:
+    """Name the file of a profile's average at a step; names sort like steps."""
+    return f"{profile.name}-{tag_of(step)}.safetensors"
+
+
+class SnapshotWriter:
+    """Store the power-function averages of a running engine.
+
+    Args:
+        engine: the DeepSpeed engine.
+        run_dir: the run's directory.
+    """
+
+    def __init__(self, engine: Any, run_dir: Path) -> None:
+        self.engine, self.folder = engine, run_dir / SNAPSHOT_DIR
+        self.is_main = torch.distributed.get_rank() == 0
+
+    def save(self, step: int) -> str | None:
+        """Write a snapshot of each power-function average. All ranks must call this.
+
+        Returns:
+            None, or why one could not be written; those before it are intact. Before the first
+            update there is no average, and nothing is written.
+        """
+        updates = num_updates(self.engine)
+        if updates == 0:
+            return None
+        error: Exception | None = None
+        for key, profile in base_optimizer(self.engine).profiles.items():
+            if not isinstance(profile, PowerProfile):
+                continue
+            weights = consolidated_weights(self.engine, key)  # collective, whatever the disk says
+            if not self.is_main or error is not None:
+                continue
+            metadata = {
+                "step": str(step),
+                "num_updates": str(updates),
+                "std": repr(profile.std),
+                "gamma": repr(profile.gamma),
+            }
+            try:
+                self.folder.mkdir(exist_ok=True)
+                write_weights(self.folder / snapshot_file(profile, step), weights, metadata)
+            except (OSError, SafetensorError, NonFiniteWeightsError) as err:
+                error = err
+        return agreed_message(None if error is None else describe_disk_error(error))
+
+
+def list_snapshots(run_dir: Path) -> list[Snapshot]:
+    """Read what a run has stored, in the order of steps; refuse a run without snapshots."""
+    found = [_describe(path) for path in (run_dir / SNAPSHOT_DIR).glob("*.safetensors")]
+    if not found:
+        raise ConfigError(
+            f"{run_dir} has no {SNAPSHOT_DIR}; train with --ema-stds 0.05,0.1 and "
+            "--ema-snapshot-every to store some."
+        )
+    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.std))
+
+
+def _describe(path: Path) -> Snapshot:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+        step, updates = int(about["step"]), int(about["num_updates"])
+        return Snapshot(path, step, updates, float(about["std"]), float(about["gamma"]))
+    except (OSError, SafetensorError, KeyError, ValueError) as err:
+        raise ConfigError(
+            f"{path} is damaged or no snapshot; delete it, the others suffice."
+        ) from err

@@ -1,0 +1,127 @@
+"""Make an average of any width from the snapshots that a run has stored (EDM2's post-hoc EMA).
+
+    python training/reconstruct_ema.py runs/demo --std 0.08
+
+The run must have been trained with --ema-stds and --ema-snapshot-every. `sample.py runs/demo
+--weights FILE` draws from the result.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from training.checkpoint import describe_disk_error
+from training.ema import PowerProfile
+from training.ema_snapshots import Snapshot, list_snapshots, snapshot_file
+from training.option import did_you_mean
+from training.posthoc_ema import Fit, fit_profile
+from training.run_directory import load_config
+from training.weight_files import write_weights
+
+POSTHOC_DIR = "posthoc"
+MAX_STD = 0.289  # as optim.ema_stds
+GOOD_RESIDUAL = 0.05  # above it, say what would improve the fit
+
+
+class Reconstruction(NamedTuple):
+    """A checked command."""
+
+    snapshots: list[Snapshot]
+    profile: PowerProfile
+    step: int
+    fit: Fit
+    output: Path
+
+
+def build_parser() -> ArgumentParser:
+    """Build the command line."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run_dir", type=Path, help="a run directory, e.g. runs/demo")
+    parser.add_argument("--std", type=float, required=True, metavar="X", help="relative width")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="of a stored snapshot (default: the newest)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: RUN/posthoc/stdX-step-N.safetensors"
+    )
+    return parser
+
+
+def check(args: argparse.Namespace) -> Reconstruction:
+    """Find the snapshots and fit the profile; write nothing."""
+    load_config(args.run_dir)
+    if not 0 < args.std < MAX_STD:
+        raise ConfigError(f"--std must be >0 and <{MAX_STD}, not {args.std}.")
+    snapshots = list_snapshots(args.run_dir)
+    updates = {snapshot.step: snapshot.num_updates for snapshot in snapshots}
+    step = max(updates) if args.step is None else args.step
+    if step not in updates:
+        hint = did_you_mean(str(step), map(str, updates))
+        raise ConfigError(f"--step: no snapshot of step {step}{hint}")
+    profile = PowerProfile(args.std)
+    fit = fit_profile(
+        [snapshot.num_updates for snapshot in snapshots],
+        [snapshot.gamma for snapshot in snapshots],
+        updates[step],
+        profile.gamma,
+    )
+    output = args.output or args.run_dir / POSTHOC_DIR / snapshot_file(profile, step)
+    return Reconstruction(snapshots, profile, step, fit, output)
+
+
+def add_up(job: Reconstruction) -> dict[str, Tensor]:
+    """Add up the stored averages in float64, one file at a time."""
+    total: dict[str, Tensor] = {}
+    for snapshot, weight in zip(job.snapshots, job.fit.weights, strict=True):
+        if weight == 0:
+            continue
+        for name, value in load_file(snapshot.path).items():
+            if name not in total:
+                total[name] = torch.zeros(value.shape, dtype=torch.float64)
+            total[name].add_(value.double(), alpha=float(weight))
+    return {name: value.float() for name, value in total.items()}
+
+
+def reconstruct(job: Reconstruction) -> None:
+    """Write the average of the wanted width."""
+    metadata = {
+        "step": str(job.step),
+        "std": repr(job.profile.std),
+        "gamma": repr(job.profile.gamma),
+        "residual": repr(job.fit.residual),
+    }
+    try:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        write_weights(job.output, add_up(job), metadata)
+    except (OSError, SafetensorError) as err:
+        raise ConfigError(
+            f"--output {job.output}: {describe_disk_error(err)}; free some space or choose another."
+        ) from err
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the average that the command line asks for."""
+    with exit_on_config_error():
+        args = build_parser().parse_args(argv)
+        job = check(args)
+        reconstruct(job)
+    print(
+        f"{job.output}: average of relative width {job.profile.std} at step {job.step} from "
+        f"{len(job.snapshots)} snapshots; relative residual of its profile {job.fit.residual:.2%}"
+    )
+    if job.fit.residual > GOOD_RESIDUAL:
+        print("a smaller --ema-snapshot-every or a width nearer to the stored ones fits better")
+
+
+if __name__ == "__main__":
+    main()
