@@ -1,5 +1,6 @@
 """Small data sets whose content tells which sample was read, without any VAE."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +32,32 @@ def moments_of(sample_id: int, is_flip: bool = False) -> np.ndarray:
     return np.full(SHAPE, -(sample_id + 1) if is_flip else sample_id, np.float16)
 
 
+def random_moments(shape: tuple[int, int, int]) -> Callable[..., np.ndarray]:
+    """Make moments (2C, H, W) that a model can be trained on: of unit size, almost no noise."""
+
+    def moments(sample_id: int, is_flip: bool = False) -> np.ndarray:
+        values = np.random.default_rng([sample_id, is_flip]).standard_normal(shape)
+        values[shape[0] // 2 :] = -8.0  # log-variances
+        return values.astype(np.float16)
+
+    return moments
+
+
 def make_dataset(
-    folder: Path, shard_sizes: list[int], has_flip: bool = True, num_classes: int = NUM_CLASSES
+    folder: Path,
+    shard_sizes: list[int],
+    has_flip: bool = True,
+    num_classes: int = NUM_CLASSES,
+    shape: tuple[int, int, int] = SHAPE,
+    moments: Callable[..., np.ndarray] = moments_of,
 ) -> DatasetManifest:
     """Write shards and dataset.json; the label of sample i is i % num_classes."""
     folder.mkdir(parents=True, exist_ok=True)
-    layout = RecordLayout(SHAPE, has_flip)
+    layout = RecordLayout(shape, has_flip)
     shards, first = [], 0
     for index, size in enumerate(shard_sizes):
         samples = [
-            Sample(
-                i, i % max(1, num_classes), moments_of(i), moments_of(i, True) if has_flip else None
-            )
+            Sample(i, i % max(1, num_classes), moments(i), moments(i, True) if has_flip else None)
             for i in range(first, first + size)
         ]
         path = folder / f"{index:05d}.tar"
@@ -56,9 +71,9 @@ def make_dataset(
         format_version=FORMAT_VERSION,
         num_samples=first,
         shards=shards,
-        latent=LatentFormat("moments", list(SHAPE), "float16", "mean | log-variance", has_flip),
+        latent=LatentFormat("moments", list(shape), "float16", "mean | log-variance", has_flip),
         vae=VaeReference("data_tools/demo_vae", "0" * 64, 0.5, 0.0),
-        statistics=ChannelStatistics([0.0] * 4, [1.0] * 4),
+        statistics=ChannelStatistics([0.0] * (shape[0] // 2), [1.0] * (shape[0] // 2)),
         image=ImageFormat(16, "adm-center"),
         source=SourceList(first, 0, "0" * 64),
         order_seed=0,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.diffusion import Diffusion
-from models.official import convert_official_state_dict
+from models.import_weights import import_weights
 from models.prior import diffusion_prior, match_units, prior_loss
 from models.sampler import guided_denoise, respaced, sample
 from models.switch_dit import SwitchDiT
@@ -43,7 +43,7 @@ def model(official_weights):
         num_experts=4,
         top_k=2,
     )
-    model.load_state_dict(convert_official_state_dict(official_weights))
+    model.load_state_dict(import_weights(official_weights).weights)
     return model
 
 
@@ -159,26 +159,3 @@ def test_ddim_sample(predict, recorded):
     )
 
     assert_same(found, recorded["ddim10_sample"])
-
-
-def test_converted_names_are_exactly_those_of_the_model(model, official_weights):
-    derived = {"full_time": torch.arange(1000), "prior._unit_mapping": torch.zeros(1000, 12)}
-
-    converted = convert_official_state_dict({**official_weights, **derived})
-
-    assert set(converted) == set(model.state_dict())
-
-
-def test_weights_with_another_positional_table_are_refused(official_weights):
-    changed = {**official_weights, "pos_embed": official_weights["pos_embed"] + 0.1}
-
-    with pytest.raises(ValueError, match=r"pos_embed differs by 0\.1 from the fixed"):
-        convert_official_state_dict(changed)
-
-
-def test_unknown_and_missing_names_are_refused(official_weights):
-    with pytest.raises(ValueError, match=r"head\.weight is not a name of the official"):
-        convert_official_state_dict({**official_weights, "head.weight": torch.zeros(1)})
-    without = {k: v for k, v in official_weights.items() if k != "routers.1.f_gate.1.bias"}
-    with pytest.raises(ValueError, match=r"routers\.I\.f_gate\.1\.bias .* blocks \[0, 2\] only"):
-        convert_official_state_dict(without)

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +11,7 @@ from data_tools.loader import LatentStream
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.engine import build_engine
+from training.job import Job
 from training.loop import Training
 from training.metrics import MetricSums
 from training.monitor import Monitor
@@ -18,19 +19,16 @@ from training.objective import Objective
 from training.processes import Ranks
 from training.sample_grid import SampleGrid
 from training.stability import SpikeDetector
-
-if TYPE_CHECKING:
-    from training.main import Job
+from training.warm_start import load_warm_start
 
 
 @contextmanager
-def assemble(
-    job: "Job", ranks: Ranks, device: torch.device, state: TrainState
-) -> Iterator[Training]:
+def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) -> Iterator[Training]:
     """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this."""
     config, manifest = job.config, job.manifest
     run_dir = Path(config.run.run_dir)
-    engine = build_engine(config, job.deepspeed_config)
+    load = job.warm_start and partial(load_warm_start, job.warm_start, rank=ranks.rank)
+    engine = build_engine(config, job.deepspeed_config, load)
     objective = Objective(
         config, ranks.rank, manifest.vae.scaling_factor, manifest.vae.shift_factor, device
     )

@@ -1,5 +1,6 @@
 """The DeepSpeed engine of a run: model, optimizer groups, ZeRO, learning rate."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,18 +39,25 @@ def build_model(config: Config, *, expert_parallel_size: int = 1) -> SwitchDiT:
     )
 
 
-def build_engine(config: Config, deepspeed_config: dict[str, Any]) -> Any:
+def build_engine(
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    load_initial: Callable[[SwitchDiT], None] | None = None,
+) -> Any:
     """Wrap the model for training. All ranks must call this, after the process group exists.
 
     Args:
         config: the run's configuration.
         deepspeed_config: the resolved DeepSpeed JSON; it names no optimizer, because the averages
             of the weights are state of ours.
+        load_initial: puts other weights into the freshly initialised model.
     """
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     model = build_model(config, expert_parallel_size=config.run.expert_parallel_size)
+    if load_initial is not None:
+        load_initial(model)
     # ZeRO needs experts in groups of their own, named by DeepSpeed; without expert parallelism
     # this is one group.
     groups = split_params_into_different_moe_groups_for_optimizer(

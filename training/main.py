@@ -8,9 +8,7 @@ exists and before anything is written.
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,69 +17,23 @@ import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
 from data_tools.errors import exit_on_config_error
-from data_tools.shards import MANIFEST_NAME, DatasetManifest
-from data_tools.vae import Vae, load_decoder
+from data_tools.shards import MANIFEST_NAME
 from training import processes
 from training.checkpoint_manifest import (
-    CheckpointManifest,
-    Layout,
     TrainState,
-    check_resumable,
-    latest_checkpoint,
-    read_manifest,
     verify_together,
 )
 from training.command_line import CommandLine, parse_command_line
 from training.config import Config
-from training.count import checkpoint_bytes, describe
-from training.deepspeed_config import load_deepspeed_json, merge_deepspeed, stage_of
-from training.precision import explain_precision, precision_of
+from training.count import describe
+from training.deepspeed_config import load_deepspeed_json, merge_deepspeed
+from training.job import Job, check
+from training.precision import explain_precision
 from training.processes import Ranks
-from training.run_directory import check_free_space, check_run_directory, create_run_directory
+from training.run_directory import check_run_directory, create_run_directory
 from training.validation import validate
 
-
-@dataclass(frozen=True)
-class Job:
-    """A checked command: what training needs, from plain values and files."""
-
-    config: Config
-    deepspeed_config: dict[str, Any]
-    manifest: DatasetManifest
-    layout: Layout
-    resume_from: Path | None
-    resume_manifest: CheckpointManifest | None
-    vae: Vae | None  # on rank 0, if grids of samples are wanted
-
-
-def check(command: CommandLine, ranks: Ranks) -> Job:
-    """Check everything that can be checked before a process group exists; write nothing.
-
-    Raises:
-        ConfigError: for the first mistake found.
-    """
-    config = command.config
-    run_dir = Path(config.run.run_dir)
-    deepspeed_config = merge_deepspeed(command.deepspeed, config, ranks.world_size)
-    manifest = DatasetManifest.load(config.data.data)
-    validate(config, command.deepspeed, ranks.world_size, manifest)
-    check_run_directory(run_dir, config)
-    layout = Layout(
-        ranks.world_size,
-        config.run.expert_parallel_size,
-        stage_of(deepspeed_config),
-        precision_of(deepspeed_config),
-    )
-    folder = latest_checkpoint(run_dir)
-    resume_manifest = None
-    if folder is not None:
-        resume_manifest = read_manifest(folder)
-        check_resumable(resume_manifest, layout, manifest.hash)
-    check_free_space(run_dir, checkpoint_bytes(config))
-    vae = None
-    if config.run.sample_every and ranks.is_main and not command.dry_run:
-        vae = load_decoder(config.run.vae, manifest.vae)
-    return Job(config, deepspeed_config, manifest, layout, folder, resume_manifest, vae)
+MODEL_NAMES = {"switch": "Switch-DiT", "dtr": "DTR", "dense": "DiT"}  # by routing
 
 
 def is_demo_missing(config: Config) -> bool:
@@ -105,7 +57,8 @@ def dry_run(command: CommandLine, ranks: Ranks) -> str:
     """Return what --dry-run prints; write nothing. The data set need not exist yet."""
     if Path(command.config.data.data).exists() and not is_demo_missing(command.config):
         job = check(command, ranks)
-        return describe(job.config, job.deepspeed_config, ranks.world_size, job.manifest)
+        text = describe(job.config, job.deepspeed_config, ranks.world_size, job.manifest)
+        return text if job.warm_start is None else f"{text}\n\n{job.warm_start.report()}"
     merged = merge_deepspeed(command.deepspeed, command.config, ranks.world_size)
     validate(command.config, command.deepspeed, ranks.world_size)
     return describe(command.config, merged, ranks.world_size)
@@ -130,13 +83,20 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
             "the layout": job.layout,
             "the checkpoint": str(job.resume_from),
             "the state": state,
+            "the initial weights' sha256": job.warm_start and job.warm_start.sha256,
         }
     )
     if job.resume_from is not None:
         verify_together(job.resume_manifest, job.resume_from)
     problem = None
     if ranks.is_main:
-        problem = create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest)
+        problem = create_run_directory(
+            run_dir,
+            job.config,
+            job.deepspeed_config,
+            job.manifest,
+            None if job.warm_start is None else job.warm_start.to_dict(),
+        )
     if problem := processes.agreed_message(problem):
         raise processes.RunError(problem)
     stop = processes.StopSignal(device)
@@ -146,7 +106,7 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
             loaded = training.checkpointer.load(job.resume_from)
             assert loaded == state, f"{job.resume_from} holds {loaded}, its manifest says {state}"
         if ranks.is_main:
-            print(_start_line(job, ranks, state), flush=True)
+            print(_start_text(job, ranks, state), flush=True)
         state = train(training, state, stop)
     stop.restore()
     if ranks.is_main:
@@ -154,13 +114,20 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
     return state
 
 
-def _start_line(job: Job, ranks: Ranks, state: TrainState) -> str:
+def _start_text(job: Job, ranks: Ranks, state: TrainState) -> str:
+    model, run = job.config.model, job.config.run
+    lines = []
+    if job.warm_start is not None:
+        lines.append(job.warm_start.report())
+    elif run.init_from is not None:
+        lines.append(f"continuing {run.run_dir}; --init-from was applied when it started")
     begin = f"resuming {job.resume_from} at" if job.resume_from else "starting at"
-    return (
-        f"{begin} step {state.step} of {job.config.run.max_steps}: Switch-DiT "
-        f"{job.config.model.size}/{job.config.model.patch_size}, {ranks.world_size} rank(s), "
+    lines.append(
+        f"{begin} step {state.step} of {run.max_steps}: {MODEL_NAMES[model.routing]} "
+        f"{model.size}/{model.patch_size}, {ranks.world_size} rank(s), "
         f"ZeRO {job.layout.zero_stage}, {job.layout.precision}, {job.manifest.num_samples} samples"
     )
+    return "\n".join(lines)
 
 
 def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:

@@ -3,6 +3,7 @@
 config.yaml      the resolved configuration, written before the first step
 deepspeed.json   the resolved DeepSpeed configuration
 dataset.json     a copy of the data set's manifest (classes, VAE, scaling)
+init.json        where the initial weights came from, if they are another model's
 checkpoints/  tensorboard/  metrics.jsonl  samples/
 """
 
@@ -20,6 +21,7 @@ from training.preset import load_preset
 
 CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
+INIT_FILE = "init.json"
 SAMPLES_DIR = "samples"
 
 
@@ -64,9 +66,20 @@ def _existing_folder(run_dir: Path) -> Path:
 
 
 def create_run_directory(
-    run_dir: Path, config: Config, deepspeed_config: dict[str, Any], manifest: DatasetManifest
+    run_dir: Path,
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    manifest: DatasetManifest,
+    initial_weights: dict[str, Any] | None = None,
 ) -> str | None:
     """Write what the run was started with. Only rank 0 calls this.
+
+    Args:
+        run_dir: the run.
+        config: the resolved configuration.
+        deepspeed_config: the resolved DeepSpeed configuration.
+        manifest: of the data.
+        initial_weights: what to say of another model's weights; None leaves what is said.
 
     Returns:
         None, or why it could not be written.
@@ -76,6 +89,8 @@ def create_run_directory(
         DEEPSPEED_FILE: json.dumps(deepspeed_config, indent=2) + "\n",
         MANIFEST_NAME: (manifest.folder / MANIFEST_NAME).read_text(encoding="utf-8"),
     }
+    if initial_weights is not None:
+        files[INIT_FILE] = json.dumps(initial_weights, indent=1) + "\n"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():

@@ -1,0 +1,352 @@
+"""Starting points: what --init-from takes, refuses and reports, and that training begins there."""
+
+import argparse
+import fractions
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_tools.errors import ConfigError
+from tests.launch import REPOSITORY, run_jobs
+from tests.synthetic import make_dataset, random_moments
+from training.checkpoint_manifest import EMA_FILE, latest_checkpoint
+from training.config import Config
+from training.engine import build_model
+from training.monitor import read_metrics
+from training.preset import load_preset
+from training.run_directory import INIT_FILE
+from training.warm_start import check_is_elsewhere, check_warm_start, load_warm_start
+
+SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
+
+
+def configured(source=None, **model) -> Config:
+    run = replace(SMALL.run, init_from=None if source is None else str(source))
+    return replace(SMALL, run=run, model=replace(SMALL.model, **model))
+
+
+def random_weights(**model):
+    """Parameters of a model of small.yaml, changed and random, by name."""
+    torch.manual_seed(1)
+    return {
+        name: torch.randn_like(parameter) * 0.1
+        for name, parameter in build_model(configured(**model)).named_parameters()
+    }
+
+
+def without_routing(weights):
+    return {k: v for k, v in weights.items() if not k.startswith("gate.") and "mixture" not in k}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights()
+
+
+@pytest.fixture(scope="module")
+def safetensors(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "own.safetensors"
+    save_file(weights, path)
+    return path
+
+
+class TestWhatIsLoaded:
+    """From files of several kinds into a fresh model."""
+
+    def test_a_file_of_the_same_model(self, weights, safetensors):
+        config = configured(safetensors)
+        warm_start, model = check_warm_start(config), build_model(config)
+
+        load_warm_start(warm_start, model, rank=0)
+
+        loaded = dict(model.named_parameters())
+        assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+        assert warm_start.matched_parameters == sum(p.numel() for p in model.parameters())
+        assert warm_start.freshly_initialised == warm_start.unused == []
+        assert "freshly initialised  nothing" in warm_start.report()
+
+    @pytest.mark.parametrize("rank", range(4))
+    def test_each_rank_takes_its_share_of_the_experts(self, tmp_path, rank):
+        weights = random_weights(num_experts=4)
+        save_file(weights, tmp_path / "own.safetensors")
+        config = configured(tmp_path / "own.safetensors", num_experts=4)
+        model = build_model(config, expert_parallel_size=2)
+
+        load_warm_start(check_warm_start(config), model, rank)
+
+        share = slice(0, 2) if rank % 2 == 0 else slice(2, 4)
+        for name, parameter in model.named_parameters():
+            expected = weights[name][share] if ".experts." in name else weights[name]
+            assert torch.equal(parameter, expected), name
+
+    def test_the_averaged_weights_of_a_training_script_with_arguments(self, weights, tmp_path):
+        """As DiT's train.py writes them."""
+        path = tmp_path / "0400000.pt"
+        trunk = without_routing(weights)
+        shifted = {name: value + 1 for name, value in trunk.items()}
+        args = argparse.Namespace(model="DiT-S/2", lr=1e-4)
+        torch.save({"model": shifted, "ema": trunk, "opt": {"state": {}}, "args": args}, path)
+        config = configured(path)
+        warm_start, model = check_warm_start(config), build_model(config)
+        fresh = {name: value.clone() for name, value in model.named_parameters()}
+
+        load_warm_start(warm_start, model, rank=0)
+
+        expected = fresh | trunk
+        assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+        assert warm_start.entry == "ema"
+        assert set(warm_start.freshly_initialised) == fresh.keys() - trunk.keys()
+        report = warm_start.report()
+        assert f"--init-from {path}: DiT or DTR (this program), entry 'ema'" in report
+        assert (
+            "freshly initialised  gate.weight, gate.bias, "
+            "blocks.*.mixture.deepspeed_moe.experts.weight x 6" in report
+        )
+
+    def test_a_bare_file_of_torch_in_half_precision_and_in_the_old_format(self, weights, tmp_path):
+        half = {name: value.half() for name, value in weights.items()}
+        torch.save(half, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+        config = configured(tmp_path / "old.pth")
+        model = build_model(config)
+
+        load_warm_start(check_warm_start(config), model, rank=0)
+
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, half[name].float()), name
+
+    def test_a_folder_of_diffusers(self, weights, tmp_path):
+        (tmp_path / "transformer").mkdir()
+        file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+        save_file(without_routing(weights), file)
+
+        assert check_warm_start(configured(tmp_path)).file == str(file)
+
+    def test_other_shapes_stay_fresh_and_are_named(self, safetensors):
+        table, patch = "y_embedder.embedding_table.weight", "x_embedder.proj.weight"
+
+        classes = check_warm_start(configured(safetensors, num_classes=20))
+        experts = check_warm_start(configured(safetensors, num_experts=4))
+        patches = check_warm_start(configured(safetensors, patch_size=4, latent_channels=16))
+
+        assert classes.freshly_initialised == [table]
+        assert f"{table} (11x128 there, 21x128 here)" in classes.report()
+        assert {name.split(".")[-1] for name in experts.other_shape} == {"weight", "bias"}
+        assert len(experts.other_shape) == 2 + 2 * 6
+        assert patches.other_shape[patch] == "128x4x2x2 there, 128x16x4x4 here"
+        assert set(patches.other_shape) == {
+            patch,
+            "final_layer.linear.weight",
+            "final_layer.linear.bias",
+        }
+
+    def test_names_that_the_model_lacks_are_reported(self, weights, tmp_path):
+        save_file(weights | {"blocks.6.mlp.fc1.bias": torch.zeros(512)}, tmp_path / "7.safetensors")
+
+        warm_start = check_warm_start(configured(tmp_path / "7.safetensors"))
+
+        assert warm_start.unused == ["blocks.6.mlp.fc1.bias"]
+        assert "not used             blocks.*.mlp.fc1.bias" in warm_start.report()
+
+
+def refusal(path, **model):
+    with pytest.raises(ConfigError) as error:
+        check_warm_start(configured(path, **model))
+    message = str(error.value)
+    assert message.startswith(f"--init-from {path}")
+    assert "\n" not in message
+    return message
+
+
+class TestWhatIsRefused:
+    """In one sentence, before anything starts."""
+
+    def test_what_is_not_there_or_no_file_of_weights(self, tmp_path):
+        (tmp_path / "weights.npz").touch()
+
+        assert f"there is no {tmp_path}/none; give a run" in refusal(tmp_path / "none")
+        assert "is neither a run, a diffusers folder nor a" in refusal(tmp_path / "weights.npz")
+        assert "is neither a run, a diffusers folder nor a" in refusal(tmp_path)
+
+    @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+    def test_a_truncated_file(self, safetensors, weights, tmp_path, suffix):
+        path = tmp_path / f"short.{suffix}"
+        if suffix == "pt":
+            torch.save(weights, path)
+        else:
+            path.write_bytes(safetensors.read_bytes())
+        path.write_bytes(path.read_bytes()[:100_000])
+
+        assert "is damaged or no" in refusal(path)
+
+    def test_objects_besides_tensors(self, weights, tmp_path):
+        path = tmp_path / "official.pt"
+        torch.save({"ema": weights, "config": fractions.Fraction(1, 2)}, path)
+
+        message = refusal(path)
+
+        assert "holds fractions.Fraction besides tensors and is not opened, because" in message
+        assert f"torch.load('{path}', weights_only=False)['ema'], 'weights.pt')" in message
+
+    def test_entries_that_are_no_weights(self, tmp_path):
+        torch.save({"optimizer": {}, "step": 3}, tmp_path / "a.pt")
+        torch.save([torch.zeros(1)], tmp_path / "b.pt")
+        save_file({"conv.weight": torch.zeros(1)}, tmp_path / "c.safetensors")
+
+        assert "holds the entries optimizer, step, but no tensors" in refusal(tmp_path / "a.pt")
+        assert "holds list, but no tensors by name" in refusal(tmp_path / "b.pt")
+        assert "no tensor is of a diffusion tr" in refusal(tmp_path / "c.safetensors")
+
+    def test_blocks_of_another_size(self, safetensors):
+        message = refusal(safetensors, size="S")
+
+        assert "none of its blocks fits the model (blocks.0." in message
+        assert "use the --size that it was trained in." in message
+
+    def test_values_that_are_not_finite(self, weights, tmp_path):
+        name = "blocks.3.attn.qkv.weight"
+        save_file(weights | {name: weights[name] / 0}, tmp_path / "nan.safetensors")
+
+        assert f"{name} holds values that are not finite" in refusal(tmp_path / "nan.safetensors")
+
+    def test_another_positional_table(self, weights, tmp_path):
+        torch.save(
+            without_routing(weights) | {"pos_embed": torch.zeros(1, 64, 128)}, tmp_path / "p.pt"
+        )
+
+        assert "its pos_embed differs by 1 from the fixed" in refusal(tmp_path / "p.pt")
+        assert check_warm_start(configured(tmp_path / "p.pt", latent_width=32)).other_shape == {}
+
+    def test_the_run_itself(self, tmp_path):
+        for source in (".", "checkpoints/step-0000001", ".:step-0000001"):
+            config = configured(tmp_path / source)
+            config = replace(config, run=replace(config.run, run_dir=str(tmp_path)))
+            with pytest.raises(ConfigError, match="itself; to continue that run leave --init-from"):
+                check_is_elsewhere(config)
+        check_is_elsewhere(configured(tmp_path))
+
+
+NUM_SAMPLES = 16
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Train on two ranks: dense and sparse runs, and runs that start from them."""
+    folder = tmp_path_factory.mktemp("runs")
+    data, wide = folder / "data", folder / "wide"
+    make_dataset(data, [NUM_SAMPLES], moments=random_moments((8, 4, 4)), shape=(8, 4, 4))
+    shape = (32, 4, 6)
+    make_dataset(wide, [8], num_classes=0, moments=random_moments(shape), shape=shape)
+    zero3 = folder / "zero3.json"
+    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    zero2 = folder / "zero2.json"
+    zero2.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+
+    def job(name, source, *flags, file=zero2, steps=1):
+        return [
+            *("--preset", "tests/small.yaml", "--deepspeed", file, "--run-dir", folder / name),
+            *("--data", data, "--latent-size", 4, "--num-classes", 3, "--num-experts", 4),
+            *("--global-batch-size", 8, "--warmup-steps", 0, "--max-steps", steps),
+            *("--log-every", 1, "--save-every", 2, "--sample-every", 0, "--ema-decays", 0.5),
+            *(() if source is None else ("--init-from", source)),
+            *flags,
+        ]
+
+    dense, ep2 = ("--routing", "dense"), ("--expert-parallel-size", 2)
+    output = run_jobs(
+        2,
+        [
+            job("dense", None, *dense, steps=4),
+            job("dense-again", folder / "dense", *dense),
+            job("upcycled", folder / "dense"),
+            job("upcycled-ep2", folder / "dense", *ep2),
+            job("sparse", folder / "upcycled", steps=4),
+            job("sparse-earlier", f"{folder / 'sparse'}:step-0000002"),
+            job("sparse-again", folder / "sparse"),
+            job("sparse-ep2", folder / "sparse", *ep2),
+            job("sparse-ep2", folder / "sparse", *ep2, steps=2),
+            job("unconditional", None, "--data", wide, *WIDE),
+            job("sparse-z3", folder / "sparse", file=zero3),
+        ],
+        folder,
+    )
+    (folder / "output.txt").write_text(output)
+    return folder
+
+
+WIDE = ("--latent-width", 6, "--latent-channels", 16, "--num-classes", 0)
+LOSSES = ("loss/mse", "loss/vlb")
+
+
+def first_losses(run_dir):
+    return [read_metrics(run_dir)[0][key] for key in LOSSES]
+
+
+@pytest.mark.ranks
+def test_upcycling_a_trained_dit_is_exact_at_step_0(runs):
+    """The same batch through the dense model and through the one with new experts."""
+    expected = first_losses(runs / "dense-again")
+
+    assert expected != first_losses(runs / "dense")
+    for name in ("upcycled", "upcycled-ep2"):
+        assert first_losses(runs / name) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.ranks
+def test_every_layout_starts_from_the_same_experts(runs):
+    expected = first_losses(runs / "sparse-again")
+
+    assert expected != first_losses(runs / "sparse-earlier")
+    for name in ("sparse-ep2", "sparse-z3"):
+        assert first_losses(runs / name) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.ranks
+def test_a_warm_start_counts_from_zero_and_averages_from_the_loaded_weights(runs):
+    source = latest_checkpoint(runs / "sparse") / EMA_FILE
+    started = latest_checkpoint(runs / "sparse-again")
+    before, raw, ema = (
+        load_file(path) for path in (source, started / "weights.safetensors", started / EMA_FILE)
+    )
+
+    assert started.name == "step-0000001"
+    moved = 0
+    for name, value in before.items():
+        torch.testing.assert_close(ema[name], 0.5 * value + 0.5 * raw[name])
+        moved += not torch.equal(raw[name], value)
+    assert moved > len(before) / 2
+
+
+@pytest.mark.ranks
+def test_the_report_is_printed_and_written(runs):
+    source = latest_checkpoint(runs / "dense") / EMA_FILE
+    record = json.loads((runs / "upcycled" / INIT_FILE).read_text())
+    output = (runs / "output.txt").read_text()
+
+    assert record["file"] == str(source)
+    assert record["kind"] == "DiT or DTR (this program)"
+    assert record["matched_tensors"] == len(load_file(source))
+    assert len(record["freshly_initialised"]) == 2 + 2 * 6
+    assert "routing (dense -> switch)" in record["differing_options"]
+    assert f"--init-from {runs / 'dense'}: DiT or DTR (this program)\n" in output
+    assert not (runs / "dense" / INIT_FILE).exists()
+
+
+@pytest.mark.ranks
+def test_resuming_does_not_read_the_source_again(runs):
+    output = (runs / "output.txt").read_text()
+
+    assert f"continuing {runs / 'sparse-ep2'}; --init-from was applied when it started" in output
+    assert output.count(f"--init-from {runs / 'sparse'}: ") == 3  # again, ep2 once, z3
+    assert [record["step"] for record in read_metrics(runs / "sparse-ep2")] == [1, 2]
+
+
+@pytest.mark.ranks
+def test_wide_unconditional_latents_of_16_channels_train(runs):
+    weights = load_file(latest_checkpoint(runs / "unconditional") / EMA_FILE)
+
+    assert weights["x_embedder.proj.weight"].shape == (128, 16, 2, 2)
+    assert weights["y_embedder.embedding_table.weight"].shape == (1, 128)

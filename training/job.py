@@ -1,0 +1,71 @@
+"""A checked command: what a run needs, found out before any process group exists."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.shards import DatasetManifest
+from data_tools.vae import Vae, load_decoder
+from training.checkpoint_manifest import (
+    CheckpointManifest,
+    Layout,
+    check_resumable,
+    latest_checkpoint,
+    read_manifest,
+)
+from training.command_line import CommandLine
+from training.config import Config
+from training.count import checkpoint_bytes
+from training.deepspeed_config import merge_deepspeed, stage_of
+from training.precision import precision_of
+from training.processes import Ranks
+from training.run_directory import check_free_space, check_run_directory
+from training.validation import validate
+from training.warm_start import WarmStart, check_is_elsewhere, check_warm_start
+
+
+@dataclass(frozen=True)
+class Job:
+    """What training needs, from plain values and files."""
+
+    config: Config
+    deepspeed_config: dict[str, Any]
+    manifest: DatasetManifest
+    layout: Layout
+    resume_from: Path | None
+    resume_manifest: CheckpointManifest | None
+    warm_start: WarmStart | None  # of a run that begins with another model's weights
+    vae: Vae | None  # on rank 0, if grids of samples are wanted
+
+
+def check(command: CommandLine, ranks: Ranks) -> Job:
+    """Check everything that can be checked before a process group exists; write nothing.
+
+    Raises:
+        ConfigError: for the first mistake found.
+    """
+    config = command.config
+    run_dir = Path(config.run.run_dir)
+    deepspeed_config = merge_deepspeed(command.deepspeed, config, ranks.world_size)
+    manifest = DatasetManifest.load(config.data.data)
+    validate(config, command.deepspeed, ranks.world_size, manifest)
+    check_is_elsewhere(config)
+    check_run_directory(run_dir, config)
+    layout = Layout(
+        ranks.world_size,
+        config.run.expert_parallel_size,
+        stage_of(deepspeed_config),
+        precision_of(deepspeed_config),
+    )
+    folder = latest_checkpoint(run_dir)
+    resume_manifest, warm_start = None, None
+    if folder is not None:
+        resume_manifest = read_manifest(folder)
+        check_resumable(resume_manifest, layout, manifest.hash)
+    elif config.run.init_from is not None:
+        warm_start = check_warm_start(config)
+    check_free_space(run_dir, checkpoint_bytes(config))
+    vae = None
+    if config.run.sample_every and ranks.is_main and not command.dry_run:
+        vae = load_decoder(config.run.vae, manifest.vae)
+    return Job(config, deepspeed_config, manifest, layout, folder, resume_manifest, warm_start, vae)

@@ -1,0 +1,250 @@
+"""Warm start: a new run that begins with the weights of another model (--init-from).
+
+Not to be confused with resuming, which continues a run where it was: a warm start has weights from
+elsewhere and everything else new: step 0, a fresh optimizer, averages that begin at these weights.
+What matched by name and shape is loaded, the rest stays freshly initialised, and both are said.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from data_tools.errors import ConfigError
+from models.import_weights import ImportedWeights, check_positions, import_weights
+from training.checkpoint_manifest import (
+    CHECKPOINT_DIR,
+    EMA_FILE,
+    MANIFEST_FILE,
+    latest_checkpoint,
+    read_manifest,
+    sha256_of,
+    verify_file,
+)
+from training.config import Config
+from training.engine import build_model
+from training.run_directory import CONFIG_FILE, load_config
+from training.state_dict_files import read_state_dict
+
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_FOLDERS = ("", "transformer")  # of the model alone, of a pipeline
+NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A checked source of initial weights; also what RUN/init.json says of it."""
+
+    source: str  # as given
+    file: str
+    sha256: str
+    kind: str  # which model it is of, and which program's names it has
+    entry: str | None  # of the file, such as "ema"
+    matched_tensors: int
+    matched_parameters: int
+    freshly_initialised: list[str]  # names of this model that the source lacks or has otherwise
+    other_shape: dict[str, str]  # those that it has in another shape: "11x384 there, 21x384 here"
+    unused: list[str]  # names of the source that this model lacks
+    differing_options: list[str]  # of model and diffusion, if the source is a run
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    def report(self) -> str:
+        """Describe in a few lines what was and what was not taken from the source."""
+        entry = f", entry {self.entry!r}" if self.entry else ""
+        fresh = [
+            f"{name} ({self.other_shape[name]})" if name in self.other_shape else name
+            for name in self.freshly_initialised
+        ]
+        lines = [
+            f"--init-from {self.source}: {self.kind}{entry}",
+            f"  file                 {self.file}, sha256 {self.sha256[:12]}",
+            f"  loaded               {self.matched_tensors} tensors, "
+            f"{self.matched_parameters:,} parameters",
+            f"  freshly initialised  {_listed(fresh)}",
+        ]
+        if self.unused:
+            lines.append(f"  not used             {_listed(self.unused)}")
+        if self.differing_options:
+            lines.append(f"  configured with      {', '.join(self.differing_options)}")
+        return "\n".join(lines)
+
+
+class Source(NamedTuple):
+    """A file of weights, and the run that it belongs to."""
+
+    path: Path
+    run_dir: Path | None
+
+
+def check_is_elsewhere(config: Config) -> None:
+    """Refuse a run that would start from itself."""
+    source, run_dir = config.run.init_from, Path(config.run.run_dir).resolve()
+    if source is None:
+        return
+    path = _split_tag(source)[0].resolve()
+    if run_dir in (path, *path.parents):
+        raise ConfigError(
+            f"--init-from {source} is --run-dir {config.run.run_dir} itself; to continue that run "
+            "leave --init-from as it was, to start another from it choose a new --run-dir."
+        )
+
+
+def check_warm_start(config: Config) -> WarmStart:
+    """Find the source of the initial weights and compare it with the model; change nothing.
+
+    Raises:
+        ConfigError: it cannot be read, or no block of the model is in it.
+    """
+    flag = f"--init-from {config.run.init_from}"
+    source = _locate(config.run.init_from)
+    imported, entry = _read(source.path, flag)
+    with torch.device("meta"):
+        model = build_model(config)
+    ours = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    theirs = {name: list(value.shape) for name, value in imported.weights.items()}
+    matched = {name for name, shape in ours.items() if theirs.get(name) == shape}
+    _check_blocks(ours, theirs, matched, flag)
+    _check_values(imported, matched, model, flag)
+    return WarmStart(
+        source=config.run.init_from,
+        file=str(source.path),
+        sha256=sha256_of(source.path),
+        kind=imported.kind,
+        entry=entry,
+        matched_tensors=len(matched),
+        matched_parameters=sum(imported.weights[name].numel() for name in matched),
+        freshly_initialised=[name for name in ours if name not in matched],
+        other_shape={
+            name: _both_shapes(theirs[name], shape)
+            for name, shape in ours.items()
+            if name in theirs and theirs[name] != shape
+        },
+        unused=[name for name in theirs if name not in ours],
+        differing_options=_differing_options(source.run_dir, config),
+    )
+
+
+def load_warm_start(warm_start: WarmStart, model: nn.Module, rank: int) -> None:
+    """Copy what matches into a freshly built model, before DeepSpeed takes it.
+
+    Args:
+        warm_start: as checked on this rank.
+        model: of this rank, under expert parallelism with its share of the experts.
+        rank: of this process among all; expert-parallel groups are consecutive ranks.
+    """
+    imported, _ = _read(Path(warm_start.file), f"--init-from {warm_start.source}")
+    is_fresh = set(warm_start.freshly_initialised)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in is_fresh:
+                continue
+            value = imported.weights[name]
+            if value.shape != parameter.shape:  # experts, stacked: this rank holds some of them
+                share = len(parameter)
+                value = value[rank * share % len(value) :][:share]
+            parameter.copy_(value)
+
+
+def _split_tag(source: str) -> tuple[Path, str | None]:
+    """Split RUN:TAG, unless a path has this very name."""
+    folder, colon, tag = source.rpartition(":")
+    if not colon or Path(source).exists():
+        return Path(source), None
+    return Path(folder), tag
+
+
+def _locate(source: str) -> Source:
+    path, tag = _split_tag(source)
+    if (path / CONFIG_FILE).exists():
+        folder = latest_checkpoint(path) if tag is None else path / CHECKPOINT_DIR / tag
+        if folder is None:
+            raise ConfigError(f"--init-from {source}: this run has no checkpoint yet; train first.")
+        return _averaged_weights(folder, path)
+    if tag is not None:
+        raise ConfigError(f"--init-from {source}: {path} is no run directory; give RUN:TAG or RUN.")
+    if (path / MANIFEST_FILE).exists():  # a checkpoint's folder
+        return _averaged_weights(path, path.parents[1])
+    for folder in DIFFUSERS_FOLDERS:
+        if (path / folder / DIFFUSERS_FILE).exists():
+            return Source(path / folder / DIFFUSERS_FILE, None)
+    return Source(path, None)
+
+
+def _averaged_weights(folder: Path, run_dir: Path) -> Source:
+    verify_file(read_manifest(folder), folder / EMA_FILE)
+    return Source(folder / EMA_FILE, run_dir)
+
+
+def _read(path: Path, flag: str) -> tuple[ImportedWeights, str | None]:
+    state_dict, entry = read_state_dict(path, flag)
+    try:
+        return import_weights(state_dict), entry
+    except ValueError as err:
+        raise ConfigError(f"{flag}: {err}; give weights of a DiT, DTR or Switch-DiT.") from err
+
+
+def _check_blocks(
+    ours: dict[str, list[int]], theirs: dict[str, list[int]], matched: Collection[str], flag: str
+) -> None:
+    if any(name.startswith("blocks.") for name in matched):
+        return
+    why = "it has none"
+    if both := [name for name in ours if name.startswith("blocks.") and name in theirs]:
+        name = both[0]
+        why = f"{name}: {_both_shapes(theirs[name], ours[name])}"
+    raise ConfigError(
+        f"{flag}: none of its blocks fits the model ({why}); use the --size that it was trained in."
+    )
+
+
+def _check_values(
+    imported: ImportedWeights, matched: Collection[str], model: nn.Module, flag: str
+) -> None:
+    for name in matched:
+        if not imported.weights[name].isfinite().all():
+            raise ConfigError(f"{flag}: {name} holds values that are not finite; choose another.")
+    if imported.positions is not None:
+        height, width = (side // model.patch_size for side in model.input_size)
+        try:
+            check_positions(imported.positions, (height, width))
+        except ValueError as err:
+            raise ConfigError(f"{flag}: its {err} that this model has; choose another.") from err
+
+
+def _differing_options(run_dir: Path | None, config: Config) -> list[str]:
+    """List what model and diffusion process are configured otherwise in the source's run."""
+    if run_dir is None or not (run_dir / CONFIG_FILE).exists():
+        return []
+    try:
+        before, after = load_config(run_dir).to_dict(), config.to_dict()
+    except ConfigError as err:
+        raise ConfigError(str(err).replace("--run-dir", "--init-from", 1)) from err
+    return [
+        f"{key} ({value} -> {after[section][key]})"
+        for section in ("model", "diffusion")
+        for key, value in before[section].items()
+        if value != after[section][key]
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    """Join names, those of all blocks as one."""
+    grouped: dict[str, int] = {}
+    for name in names:
+        key = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
+        grouped[key] = grouped.get(key, 0) + 1
+    texts = [f"{name} x {count}" if count > 1 else name for name, count in grouped.items()]
+    more = f" and {len(texts) - NAMES_SHOWN} more" if len(texts) > NAMES_SHOWN else ""
+    return ", ".join(texts[:NAMES_SHOWN]) + more or "nothing"
+
+
+def _both_shapes(theirs: list[int], ours: list[int]) -> str:
+    there, here = ("x".join(map(str, shape)) for shape in (theirs, ours))
+    return f"{there} there, {here} here"
