@@ -15,7 +15,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from models.gate import BlockPlan
-from models.moe import MixtureBody, StackedExperts
+from models.moe import ExpertOptions, MixtureBody, make_experts
 
 
 class ExpertParallelMixture(MoE):
@@ -25,17 +25,21 @@ class ExpertParallelMixture(MoE):
     gate, dispatch and experts are ours. DeepSpeed sets the process group when it starts.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, expert_parallel_size: int) -> None:
+    def __init__(self, hidden_size: int, options: ExpertOptions) -> None:
         nn.Module.__init__(self)  # not MoE's, which would build its own gate and experts
-        assert num_experts % expert_parallel_size == 0, "experts must divide evenly over ranks"
+        num_experts, ep_size = options.num_experts, options.parallel_size
+        assert num_experts % ep_size == 0, "experts must divide evenly over ranks"
         self.use_residual = False
         self.enable_expert_tensor_parallelism = False
-        self.ep_size = expert_parallel_size
-        self.expert_group_name = f"ep_size_{expert_parallel_size}"
+        self.ep_size = ep_size
+        self.expert_group_name = f"ep_size_{ep_size}"
         self.num_experts = num_experts
-        self.num_local_experts = num_experts // expert_parallel_size
-        self.deepspeed_moe = MixtureBody(StackedExperts(hidden_size, self.num_local_experts))
-        for parameter in self.deepspeed_moe.experts.parameters():
+        self.num_local_experts = num_experts // ep_size
+        # The groups do not exist yet; ranks of a group are consecutive, which is checked below.
+        self._group_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
+        experts = make_experts(hidden_size, options, self._group_rank)
+        self.deepspeed_moe = MixtureBody(experts)
+        for parameter in experts.parameters():
             parameter.allreduce = False  # averaged over the ranks with the same experts only
             parameter.group_name = self.expert_group_name
 
@@ -43,7 +47,9 @@ class ExpertParallelMixture(MoE):
         """Return this rank's place in the expert-parallel group and the group's size."""
         group = self.deepspeed_moe.ep_group
         assert group is not None, "deepspeed.initialize sets the group; call it before the model"
-        return dist.get_rank(group=group), self.ep_size
+        group_rank = dist.get_rank(group=group)
+        assert group_rank == self._group_rank, "ranks of an expert-parallel group are consecutive"
+        return group_rank, self.ep_size
 
     # Sizes differ from step to step, and torch.compile would specialise on each of them.
     @torch.compiler.disable
@@ -52,15 +58,15 @@ class ExpertParallelMixture(MoE):
 
         Args:
             x: (N, T, D) this rank's samples; N is equal on all ranks.
-            plan: with the gate values of the whole group and this rank's dispatch.
+            plan: with the gate values of the whole group, and this rank's dispatch and rows.
         """
         dispatch, group = plan.dispatch, self.deepspeed_moe.ep_group
         assert dispatch is not None, "the plan was made for one rank"
-        first = dist.get_rank(group=group) * self.num_local_experts
+        first = self._group_rank * self.num_local_experts
         gates = plan.expert_weight[dispatch.recv_rows, first : first + self.num_local_experts]
         rows = x.index_select(0, dispatch.send_rows)
         rows = _AllToAll.apply(group, rows, dispatch.send_splits, dispatch.recv_splits)
-        sums = self.deepspeed_moe.experts(rows, gates)
+        sums = self.deepspeed_moe.experts(rows, gates, plan.rows)
         sums = _AllToAll.apply(group, sums, dispatch.recv_splits, dispatch.send_splits)
         return torch.zeros_like(x).index_add(0, dispatch.send_rows, sums.to(x.dtype))
 

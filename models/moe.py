@@ -1,50 +1,32 @@
-"""The mixture of affine experts of a block (Switch-DiT, arXiv 2403.09176).
-
-An expert is one linear map, so the experts of a sample merge exactly: with gate values g,
-sum_e g_e (x W_e + b_e) = x (sum_e g_e W_e) + sum_e g_e b_e. One merged matrix per sample replaces
-K products and all sorting of samples. Every expert takes part in every merge, chosen or not, so
-its gradient is zero rather than missing: DeepSpeed's ZeRO needs the same gradients on every rank.
+"""The mixture of experts of a block, on one rank or shared out over several.
 
 N batch, T tokens, D width, E experts held by this rank.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from models.experts import AffineExperts, MlpExperts, StackedExperts
 from models.gate import BlockPlan
 
 
-class StackedExperts(nn.Module):
-    """The experts of one block as one weight and one bias, zero at initialisation.
+class ExpertOptions(NamedTuple):
+    """What the experts of a block are.
 
-    `state_dict()` shows them one by one as `deepspeed_experts.I.weight`: DeepSpeed's checkpoints
-    know experts by these names only. Loading takes both forms.
+    Attributes:
+        num_experts: of a block, over all ranks.
+        kind: "affine" or "mlp".
+        hidden_ratio: hidden width of an mlp, relative to the model's.
+        dispatch: "auto", "merged" or "dispatched" (affine experts).
+        parallel_size: ranks over which the experts of a block are shared out.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
-        super().__init__()
-        self.num_experts = num_experts
-        self.weight = nn.Parameter(
-            torch.zeros(num_experts, hidden_size, hidden_size)
-        )  # (E, in, out)
-        self.bias = nn.Parameter(torch.zeros(num_experts, hidden_size))
-        self.register_state_dict_post_hook(_unstack_experts)
-        self.register_load_state_dict_pre_hook(_stack_experts)
-
-    def forward(self, x: Tensor, expert_weight: Tensor) -> Tensor:
-        """Return sum_e g_e (x W_e + b_e).
-
-        Args:
-            x: (N, T, D); N may be 0, and every expert still gets a gradient, zero.
-            expert_weight: (N, E) gate values g, zero for experts that a sample does not use.
-        """
-        D = x.shape[-1]
-        gates = expert_weight.to(self.weight.dtype)
-        weight = (gates @ self.weight.flatten(1)).view(-1, D, D)  # one matrix per sample
-        bias = (gates @ self.bias).unsqueeze(1)  # (N, 1, D)
-        return torch.baddbmm(bias, x, weight)
+    num_experts: int
+    kind: str = "affine"
+    hidden_ratio: float = 1.0
+    dispatch: str = "auto"
+    parallel_size: int = 1
 
 
 class MixtureBody(nn.Module):
@@ -67,9 +49,9 @@ class MixtureBody(nn.Module):
 class Mixture(nn.Module):
     """A mixture whose experts are all on this rank, as ordinary parameters."""
 
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
+    def __init__(self, hidden_size: int, options: ExpertOptions) -> None:
         super().__init__()
-        self.deepspeed_moe = MixtureBody(StackedExperts(hidden_size, num_experts))
+        self.deepspeed_moe = MixtureBody(make_experts(hidden_size, options))
 
     def group_rank_and_size(self) -> tuple[int, int]:
         """Return this rank's place in the expert-parallel group and the group's size."""
@@ -77,36 +59,29 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, plan: BlockPlan) -> Tensor:
         """Return the weighted sum of the experts of each sample of (N, T, D)."""
-        return self.deepspeed_moe.experts(x, plan.expert_weight)
+        return self.deepspeed_moe.experts(x, plan.expert_weight, plan.rows)
 
 
-def make_mixture(hidden_size: int, num_experts: int, expert_parallel_size: int) -> nn.Module:
+def make_experts(hidden_size: int, options: ExpertOptions, group_rank: int = 0) -> StackedExperts:
+    """Build the experts that a rank holds.
+
+    Args:
+        hidden_size: D.
+        options: what they are.
+        group_rank: this rank's place in the expert-parallel group.
+    """
+    num_local = options.num_experts // options.parallel_size
+    if options.kind == "affine":
+        return AffineExperts(hidden_size, num_local, options.dispatch)
+    mlp_size = max(1, int(options.hidden_ratio * hidden_size))
+    return MlpExperts(hidden_size, num_local, mlp_size, group_rank * num_local, options.num_experts)
+
+
+def make_mixture(hidden_size: int, options: ExpertOptions) -> nn.Module:
     """Build the mixture of one block, with its experts shared out if asked for."""
-    if expert_parallel_size == 1:
-        return Mixture(hidden_size, num_experts)
+    if options.parallel_size == 1:
+        return Mixture(hidden_size, options)
     # Imported here: a model on one GPU, or on a machine that only samples, needs no DeepSpeed.
     from models.expert_parallel import ExpertParallelMixture
 
-    return ExpertParallelMixture(hidden_size, num_experts, expert_parallel_size)
-
-
-def _unstack_experts(
-    module: StackedExperts, state_dict: dict[str, Any], prefix: str, _metadata: Any
-) -> None:
-    for kind in ("weight", "bias"):
-        stacked = state_dict.get(prefix + kind)
-        # Under ZeRO 3 the parameter is an empty placeholder, which cannot be taken apart.
-        if stacked is None or stacked.shape[:1] != (module.num_experts,):
-            continue
-        del state_dict[prefix + kind]
-        for i, tensor in enumerate(stacked.unbind(0)):
-            state_dict[f"{prefix}deepspeed_experts.{i}.{kind}"] = tensor
-
-
-def _stack_experts(
-    module: StackedExperts, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    for kind in ("weight", "bias"):
-        names = [f"{prefix}deepspeed_experts.{i}.{kind}" for i in range(module.num_experts)]
-        if all(name in state_dict for name in names):
-            state_dict[prefix + kind] = torch.stack([state_dict.pop(name) for name in names])
+    return ExpertParallelMixture(hidden_size, options)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from models.gate import TimestepGate, build_plan
-from tests import reference
+from models.gate import ExpertProduct, TimestepGate, build_plan
+from tests import reference, reference_routing
 
 
 def random_table(depth=3, num_timesteps=20, num_experts=8, seed=0):
@@ -43,6 +43,20 @@ def test_the_plan_keeps_the_largest_gate_values_unchanged(top_k):
             weights = plan.expert_weight[block, n]
             assert set(plan.expert_index[block, n].tolist()) == set(chosen)
             assert all(weights[e] == chosen.get(e, 0.0) for e in range(8))
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_renormalised_gate_values_sum_to_one(top_k):
+    table, t = random_table().requires_grad_(), random_timesteps(7)
+
+    plain = build_plan(table, t, top_k)
+    plan = build_plan(table, t, top_k, renormalize=True)
+
+    assert torch.equal(plan.expert_index, plain.expert_index)
+    total = plain.expert_weight.sum(-1, keepdim=True)
+    torch.testing.assert_close(plan.expert_weight, plain.expert_weight / total)
+    gradient = torch.autograd.grad(plan.expert_weight.sum(), table)[0]
+    torch.testing.assert_close(gradient, torch.zeros_like(table), atol=1e-6, rtol=0)
 
 
 def test_gradients_reach_the_chosen_gate_values_only():
@@ -95,6 +109,31 @@ def test_dispatch_equals_the_loop(num_ranks, top_k, timesteps):
             send_rows, send_splits, recv_rows, recv_splits = dispatch
             found = send_rows.tolist(), send_splits, recv_rows.tolist(), recv_splits
             assert found == expected
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+@pytest.mark.parametrize("timesteps", ["random", "all equal"])
+@pytest.mark.parametrize("product", [ExpertProduct.GROUPED, ExpertProduct.LOOP])
+def test_samples_are_grouped_by_expert_as_in_the_loop(num_ranks, top_k, timesteps, product):
+    table, group_t = random_table(), random_timesteps(num_ranks * 5)
+    if timesteps == "all equal":
+        group_t[:] = 3
+    group_index = build_plan(table, group_t, top_k).expert_index
+
+    for rank in range(num_ranks):
+        own_t = group_t[rank * 5 : rank * 5 + 5]
+        group = (group_t, rank, num_ranks)
+        blocks = build_plan(table, own_t, top_k, *group, product=product).blocks()
+
+        held = range(rank * 8 // num_ranks, (rank + 1) * 8 // num_ranks)
+        for index, (_, dispatch, rows) in zip(group_index, blocks, strict=True):
+            received = dispatch.recv_rows.tolist() if dispatch else range(5)
+            expected = reference_routing.expert_rows(index, held, received)
+            assert (rows.samples.tolist(), rows.experts.tolist(), rows.ends.tolist()) == expected
+            counts = rows.experts.bincount(minlength=len(held))
+            assert rows.counts is None or torch.equal(rows.counts, counts)
+            assert (rows.counts is None) == (product is ExpertProduct.GROUPED)
 
 
 def test_unequal_batches_in_a_group_are_refused():

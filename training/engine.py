@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
+from models.diffusion import learns_variance
 from models.switch_dit import MODEL_SIZES, SwitchDiT
 from training.config import Config, OptimConfig
+from training.deepspeed_config import stage_of
 from training.ema import EMAAdamW, profiles_of
+from training.stability import AgreeingEMAAdamW
 
 DENSE_GROUP = "dense"
 
@@ -21,7 +24,7 @@ def build_model(config: Config, *, expert_parallel_size: int = 1) -> SwitchDiT:
             group, whatever the configuration trains with.
     """
     torch.manual_seed(config.run.seed)  # the same start on every rank
-    model = config.model
+    model, diffusion = config.model, config.diffusion
     depth, hidden_size, num_heads = MODEL_SIZES[model.size]
     return SwitchDiT(
         input_size=model.latent_shape[1:],
@@ -33,9 +36,20 @@ def build_model(config: Config, *, expert_parallel_size: int = 1) -> SwitchDiT:
         num_classes=model.num_classes,
         num_experts=model.num_experts,
         top_k=model.top_k,
-        num_timesteps=config.diffusion.num_timesteps,
+        num_timesteps=diffusion.num_timesteps,
         expert_parallel_size=expert_parallel_size,
         activation_checkpointing=model.activation_checkpointing,
+        learned_variance=learns_variance(diffusion.objective, diffusion.learned_variance),
+        routing=model.routing,
+        expert_kind=model.expert_kind,
+        expert_hidden_ratio=model.expert_hidden_ratio,
+        expert_dispatch=model.expert_dispatch,
+        renormalize_gates=model.renormalize_gates,
+        dtr_alpha=model.dtr_alpha,
+        dtr_beta=model.dtr_beta,
+        qk_norm=model.qk_norm,
+        has_loss_uncertainty=diffusion.loss_weight == "uncertainty",
+        compile_blocks=model.compile_blocks,
     )
 
 
@@ -64,9 +78,6 @@ def build_engine(
         {"params": list(model.parameters()), "name": DENSE_GROUP}
     )
     optim = config.optim
-    from training.deepspeed_config import stage_of
-    from training.stability import AgreeingEMAAdamW
-
     optimizer_class = AgreeingEMAAdamW if stage_of(deepspeed_config) == 0 else EMAAdamW
     optimizer = optimizer_class(
         groups,

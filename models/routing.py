@@ -1,0 +1,168 @@
+"""The kinds of routing: what timesteps share in a block, and what they do not.
+
+A kind chooses one thing, the mask m of every block (layers.py): m * x goes through the block,
+(1 - m) * x passes by.
+
+    dense    no mask: plain DiT
+    dtr      a fixed 0/1 mask of channels per timestep (Denoising Task Routing, arXiv 2310.07138)
+    switch   1 + a mixture of experts gated by the timestep (Switch-DiT, arXiv 2403.09176)
+
+A router makes a model's blocks and, in each forward pass, what each of them is given.
+
+N batch, T tokens, D width, L blocks, E experts, K experts per sample, S diffusion timesteps.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.gate import BlockPlan, RoutingPlan, TimestepGate, build_plan
+from models.layers import DiTBlock
+from models.moe import ExpertOptions, make_mixture
+from models.prior import diffusion_prior
+
+EmbedTimesteps = Callable[[Tensor], Tensor]  # (S,) -> (S, D) float32
+
+
+class Routes(NamedTuple):
+    """What a router gives to one forward pass.
+
+    Attributes:
+        t_emb: (N, D) float32 embedded timesteps; (1, D) if all samples share one.
+        per_block: the last argument of every block.
+        gate_table: (L, S, E) float32, or None.
+        plan: which experts serve which sample, or None.
+    """
+
+    t_emb: Tensor
+    per_block: Sequence[Any]
+    gate_table: Tensor | None
+    plan: RoutingPlan | None
+
+
+class DenseRouter(nn.Module):
+    """No routing: all timesteps share everything."""
+
+    num_experts = top_k = 0
+
+    def make_block(self, *trunk: Any) -> nn.Module:
+        """Build a block from the arguments of DiTBlock."""
+        return DiTBlock(*trunk)
+
+    def route(
+        self,
+        embed: EmbedTimesteps,
+        t: Tensor,
+        x: Tensor,
+        blocks: Sequence[nn.Module],
+        group_t: Tensor | None,
+    ) -> Routes:
+        """Route the samples of one forward pass.
+
+        Args:
+            embed: the timestep embedder.
+            t: (N,) int64 timesteps, or (1,) if all samples share one.
+            x: (N, T, D) stream that enters the first block.
+            blocks: all of the model's.
+            group_t: timesteps of the expert-parallel group, where there is one.
+        """
+        return Routes(embed(t), [None] * len(blocks), None, None)
+
+
+class ChannelRouter(DenseRouter):
+    """DTR: every timestep owns a window of channels, equal in all blocks, which slides over them.
+
+    The window has int(beta * D) channels and starts at ((t / (S - 1)) ** alpha) of the way.
+    """
+
+    def __init__(self, hidden_size: int, num_timesteps: int, alpha: float, beta: float) -> None:
+        super().__init__()
+        # Switch-DiT's prior slides the same window over experts; here the units are channels.
+        num_open = int(hidden_size * beta)
+        mask = diffusion_prior(num_timesteps, 1, hidden_size, num_open, alpha)  # (S, D) 0/1
+        mask_minus_one = (mask - 1).to(torch.get_default_device())
+        self.register_buffer("mask_minus_one", mask_minus_one, persistent=False)  # (S, D)
+
+    def route(
+        self,
+        embed: EmbedTimesteps,
+        t: Tensor,
+        x: Tensor,
+        blocks: Sequence[nn.Module],
+        group_t: Tensor | None,
+    ) -> Routes:
+        """Route the samples of one forward pass; the arguments are the base class's."""
+        mask_minus_one = self.mask_minus_one[t].unsqueeze(1).to(x.dtype)  # (N, 1, D)
+        return Routes(embed(t), [mask_minus_one] * len(blocks), None, None)
+
+
+class ExpertRouter(TimestepGate):
+    """Switch-DiT: a gate chooses the experts of every block by the timestep."""
+
+    def __init__(
+        self,
+        depth: int,
+        hidden_size: int,
+        num_timesteps: int,
+        top_k: int,
+        renormalize: bool,
+        experts: ExpertOptions,
+    ) -> None:
+        super().__init__(depth, hidden_size, experts.num_experts)
+        assert 1 <= top_k <= experts.num_experts, "top_k must be between 1 and num_experts"
+        self.num_timesteps, self.top_k, self.renormalize = num_timesteps, top_k, renormalize
+        self.num_experts, self.experts = experts.num_experts, experts
+
+    def make_block(self, *trunk: Any) -> nn.Module:
+        """Build a block from the arguments of DiTBlock."""
+        return SwitchDiTBlock(*trunk, experts=self.experts)
+
+    def route(
+        self,
+        embed: EmbedTimesteps,
+        t: Tensor,
+        x: Tensor,
+        blocks: Sequence[nn.Module],
+        group_t: Tensor | None,
+    ) -> Routes:
+        """Route the samples of one forward pass; the arguments are DenseRouter's."""
+        N, T, _ = x.shape
+        mixture = blocks[0].mixture  # it stands for all of them
+        group_rank, group_size = mixture.group_rank_and_size()
+        is_shared = len(t) == 1 < N
+        assert not (is_shared and group_size > 1), (
+            "expert parallelism needs a timestep per sample; repeat t"
+        )
+        # Without sharing, all timesteps at once: the prior loss needs the whole gate table, and the
+        # cost is that of a few tokens.
+        t_emb = embed(t if is_shared else torch.arange(self.num_timesteps, device=t.device))
+        gate_table = self(t_emb)
+        row = torch.zeros_like(t) if is_shared else t
+        plan = build_plan(
+            gate_table,
+            row,
+            self.top_k,
+            group_t,
+            group_rank,
+            group_size,
+            renormalize=self.renormalize,
+            product=mixture.deepspeed_moe.experts.choose_product(
+                T, self.top_k, is_shared=is_shared
+            ),
+        )
+        return Routes(t_emb[row], plan.blocks(), None if is_shared else gate_table, plan)
+
+
+class SwitchDiTBlock(DiTBlock):
+    """A DiT block behind a mixture of experts; the block itself is what all timesteps share."""
+
+    def __init__(self, hidden_size: int, *trunk: Any, experts: ExpertOptions) -> None:
+        super().__init__(hidden_size, *trunk)
+        self.mixture = make_mixture(hidden_size, experts)
+
+    def forward(self, x: Tensor, c: Tensor, plan: BlockPlan) -> Tensor:
+        """Run the block on the stream x (N, T, D), conditioned on c (N, D)."""
+        # The mask is m = 1 + mixture: the identity until the zero-initialised experts learn.
+        return super().forward(x, c, self.mixture(x, plan))
