@@ -323,6 +323,13 @@ def test_micro_batches_of_all_ranks_make_up_the_global_batch(demo, world_size, m
         ),
         ({"patch_size": 3}, 2, 1, "--patch-size 3 does not divide --latent-size 16;"),
         ({"sample_steps": 2000}, 2, 1, "--sample-steps 2000 is more than --num-timesteps 1000;"),
+        ({"ema_decays": ()}, 2, 1, "--ema-decays and --ema-stds are both empty, but samples"),
+        (
+            {"ema_snapshot_every": 100},
+            2,
+            1,
+            "--ema-snapshot-every 100 stores power-function averages, but --ema-stds names none;",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_run_is_refused(demo, values, stage, world_size, message):

@@ -14,7 +14,7 @@ P stored averages.
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 # Against snapshots so dense that their profiles hardly differ: rounding noise is not a direction.
 RELATIVE_CUTOFF = 1e-12
@@ -42,7 +42,7 @@ def inner_products(
     return scale * ratio * early / (times_a * times_b)
 
 
-def fit_profile(times: NDArray, gammas: NDArray, time: float, gamma: float) -> Fit:
+def fit_profile(times: ArrayLike, gammas: ArrayLike, time: float, gamma: float) -> Fit:
     """Find the sum of stored profiles that is nearest to a wanted one.
 
     Differs from EDM2: the sum's weights add up to exactly 1, because what they lack would scale

@@ -43,6 +43,7 @@ def validate(
     """
     _check_model(config)
     _check_objective(config)
+    _check_averages(config)
     _check_expert_parallelism(config, deepspeed_path, world_size)
     plan_batch(config, world_size)
     if manifest is not None:
@@ -95,6 +96,20 @@ def _check_objective(config: Config) -> None:
         )
     if sampling == "logit_normal" and not math.isfinite(diffusion.timestep_mean):
         raise ConfigError(f"--timestep-mean must be finite, not {diffusion.timestep_mean}.")
+
+
+def _check_averages(config: Config) -> None:
+    optim = config.optim
+    if not (optim.ema_decays or optim.ema_stds):
+        raise ConfigError(
+            "--ema-decays and --ema-stds are both empty, but samples are drawn from an average; "
+            "give one, e.g. --ema-decays 0.9999."
+        )
+    if optim.ema_snapshot_every and not optim.ema_stds:
+        raise ConfigError(
+            f"--ema-snapshot-every {optim.ema_snapshot_every} stores power-function averages, but "
+            "--ema-stds names none; use --ema-stds 0.05,0.1 or --ema-snapshot-every 0."
+        )
 
 
 def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: int) -> None:
