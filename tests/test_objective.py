@@ -30,8 +30,8 @@ def configuration(**values):
     return config
 
 
-def objective(rank=0, **values):
-    return Objective(configuration(**values), rank, 0.5, 0.1, torch.device("cpu"))
+def objective(rank=0, device="cpu", **values):
+    return Objective(configuration(**values), rank, 0.5, 0.1, torch.device(device))
 
 
 def stored(positions, label=0):
@@ -254,3 +254,30 @@ def test_every_combination_is_either_refused_or_computed(process, weight, learne
     terms, _ = subject.loss(output, batch, step=0)
 
     assert all(torch.isfinite(term) and term.dtype == torch.float32 for term in terms)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight", ["p2", "uncertainty"])
+def test_a_step_waits_for_the_gpu_only_to_match_units(weight):
+    subject = objective(
+        device="cuda",
+        loss_weight=weight,
+        timestep_sampling="logit_normal",
+        timestep_stratified=True,
+        prior_matching_every=2,
+    )
+    stored_batch = stored(torch.arange(8))
+    stored_batch = Batch(*(tensor.pin_memory() for tensor in stored_batch))
+    log_variance = torch.zeros(TIMESTEPS, device="cuda")
+    table = gates(0).cuda()
+    prediction = torch.zeros(8, 8, 4, 4, device="cuda")
+    output = SwitchDiTOutput(prediction, table, None, log_variance)
+    batch = subject.micro_batch(stored_batch)
+    subject.loss(output, batch, step=0)  # matches
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = subject.micro_batch(stored_batch)
+        subject.loss(output, batch, step=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

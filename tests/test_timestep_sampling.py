@@ -152,3 +152,15 @@ def test_strata_are_dealt_anew_in_every_batch_and_by_every_seed():
     expected = num_batches / batch
     assert ((counts - expected) ** 2 / expected).sum() < 240 + 4 * math.sqrt(480)
     assert (deal(1) == dealt).double().mean() < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("is_stratified", [False, True])
+def test_cpu_and_gpu_draw_the_same_timesteps(density, is_stratified):
+    positions = torch.arange(256)
+    drawing = sampling(
+        *density, num_timesteps=1000, is_stratified=is_stratified, global_batch_size=256
+    )
+
+    assert torch.equal(drawing.draw(0, positions.cuda()).cpu(), drawing.draw(0, positions))

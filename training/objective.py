@@ -136,7 +136,7 @@ class Objective:
         null_class = self.config.model.num_classes
         if null_class == 0:  # unconditional, whatever classes the data has
             y = torch.zeros_like(y)
-        y = torch.where(dropped < self.config.data.class_dropout_prob, null_class, y)
+        y = y.masked_fill(dropped < self.config.data.class_dropout_prob, null_class)
         return MicroBatch(x_start, noise, self.diffusion.q_sample(x_start, t, noise), t, y, group_t)
 
     def _timesteps(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
