@@ -7,22 +7,24 @@ import pytest
 import yaml
 
 from training.command_line import parse_command_line
-from training.count import ParameterCount, count_parameters, describe, memory_per_rank
+from training.count import checkpoint_bytes, count_parameters, describe, main
 from training.deepspeed_config import merge_deepspeed
+from training.memory import model_memory
 from training.precision import Hardware
 from training.preset import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNT = ParameterCount(total=100, trainable=100, experts=40, parts={})
 
 
-def memory(stage, precision="bf16", world_size=4, expert_parallel_size=1):
-    return memory_per_rank(
-        COUNT,
+def memory(stage, precision="bf16", world_size=4, expert_parallel_size=1, num_averages=1):
+    return model_memory(
+        100,
+        40,
         stage=stage,
         precision=precision,
         world_size=world_size,
         expert_parallel_size=expert_parallel_size,
+        num_averages=num_averages,
     )
 
 
@@ -42,6 +44,22 @@ def test_experts_are_one_affine_map_of_the_width_each(preset):
     depth, width = {"demo": (6, 128), "s": (12, 384)}[preset]
 
     assert count_parameters(load_preset(preset)).experts == depth * 3 * (width * width + width)
+
+
+def test_a_sample_meets_k_of_the_experts():
+    preset = load_preset("s")
+    other = parse_command_line(["--preset", "s", "--num-experts", "8", "--top-k", "3"]).config
+    of_one = 12 * (384 * 384 + 384)
+
+    assert count_parameters(preset).active == count_parameters(preset).total - of_one
+    assert count_parameters(other).active == count_parameters(other).total - 5 * of_one
+
+
+@pytest.mark.parametrize("routing", ["dtr", "dense"])
+def test_without_experts_every_parameter_is_active(routing):
+    count = count_parameters(parse_command_line(["--routing", routing]).config)
+
+    assert count.experts == 0 and count.active == count.total
 
 
 @pytest.mark.parametrize(
@@ -64,6 +82,21 @@ def test_expert_parallelism_divides_the_experts_that_are_held():
     assert memory(2, expert_parallel_size=4).optimizer == memory(2).optimizer
 
 
+def test_every_average_is_one_more_fp32_state():
+    for stage, shards in ((0, 1), (2, 4)):
+        more = memory(stage, num_averages=3).optimizer - memory(stage).optimizer
+        assert more == 2 * 4 * 100 / shards
+
+
+def test_a_checkpoint_holds_every_average_twice():
+    one = parse_command_line([]).config
+    three = parse_command_line(["--ema-decays", "0.9,0.99", "--ema-stds", "0.1"]).config
+
+    assert (
+        checkpoint_bytes(three) - checkpoint_bytes(one) == 2 * 2 * 4 * count_parameters(one).total
+    )
+
+
 def test_one_rank_keeps_everything():
     for stage in (1, 2, 3):
         assert sum(memory(stage, "fp32", world_size=1)) == 100 * (4 + 4 + 16)
@@ -83,7 +116,8 @@ def test_the_dry_run_shows_configuration_sizes_memory_and_steps():
     assert f"{count_parameters(config).total:,} parameters" in sections["model"]
     assert "2 rank(s), ZeRO stage 2, bf16 with fp32 master weights" in sections["memory per rank"]
     assert "offloaded" in sections["memory per rank"]
-    assert "Activations" in sections["memory per rank"]
+    assert "activations of a micro-batch of 8" in sections["memory per rank"]
+    assert "GFLOP per image, in micro-batches of 8" in sections["FLOPs"]
     assert "1,600 samples, 10 classes; 25.0 steps of 64 per epoch" in sections["data"]
 
 
@@ -92,3 +126,24 @@ def test_the_dry_run_works_before_there_is_data():
     merged = merge_deepspeed(ROOT / "ds_configs/zero2.json", config, 8, Hardware("a GPU", True))
 
     assert "datasets/imagenet256 is not there yet" in describe(config, merged, 8)
+
+
+def test_the_command_prints_sizes_for_ranks_that_are_not_here(capsys):
+    main(["--preset", "xl", "--world-size", "64", "--bf16", "--micro-batch-size", "4"])
+
+    text = capsys.readouterr().out
+    assert "786,505,076 parameters" in text
+    assert "forward and backward 771.89, experts merged" in text
+    assert "64 rank(s), ZeRO stage 2, bf16 with fp32 master weights" in text
+    assert "configuration" not in text
+
+
+def test_the_command_refuses_what_training_refuses(capsys):
+    for arguments, message in (
+        (["--world-size", "0"], "--world-size must be at least 1, not 0."),
+        (["--world-size", "3"], "--global-batch-size 32 is not divisible by 3 ranks"),
+        (["--top-k", "9"], "--top-k 9 is more than --num-experts 3"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err

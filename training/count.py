@@ -1,21 +1,33 @@
-"""What a configuration amounts to: parameters, memory per rank, steps per epoch (--dry-run)."""
+"""What a configuration amounts to: parameters, FLOPs, memory per rank, steps per epoch.
 
+    python -m training.count --preset xl --deepspeed ds_configs/zero2.json --world-size 64 --bf16
+
+Nothing is allocated. Every flag of training/main.py is understood; `training/main.py --dry-run`
+prints the same and the resolved configuration.
+"""
+
+import argparse
 import json
+import os
 from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from models.experts import merging_is_cheaper
+from models.flops import NetworkShape, forward_flops, training_flops
+from models.switch_dit import MODEL_SIZES, SwitchDiT
+from training.command_line import parse_command_line
 from training.config import Config
-from training.deepspeed_config import stage_of
+from training.deepspeed_config import merge_deepspeed, plan_batch, stage_of
 from training.engine import build_model
-from training.precision import PRECISION_NAMES, precision_of
-from training.validation import Dataset
+from training.memory import FP32_BYTES, NUM_ADAM_MOMENTS, Memory, activation_bytes, model_memory
+from training.precision import PRECISION_NAMES, Hardware, detect_hardware, precision_of
+from training.validation import Dataset, validate
 
-FP32_BYTES = 4
-WEIGHT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}
-NUM_ADAM_STATES = 3  # two moments and the averaged weights, fp32
 GIB = 2**30
+GIGA = 1e9
 
 
 class ParameterCount(NamedTuple):
@@ -23,70 +35,66 @@ class ParameterCount(NamedTuple):
 
     total: int
     trainable: int
+    active: int  # that one sample meets: k of E experts
     experts: int
     parts: dict[str, int]  # by top-level module, experts apart
 
 
 def count_parameters(config: Config) -> ParameterCount:
     """Count on the meta device: nothing is allocated, whatever the size."""
-    with torch.device("meta"):
-        model = build_model(config)
     parts: Counter[str] = Counter()
     trainable = 0
-    for name, param in model.named_parameters():
+    for name, param in _meta_model(config).named_parameters():
         parts["experts" if ".experts." in name else name.split(".")[0]] += param.numel()
         trainable += param.numel() if param.requires_grad else 0
-    return ParameterCount(parts.total(), trainable, parts["experts"], dict(parts))
+    experts, model = parts["experts"], config.model
+    idle = experts - experts // model.num_experts * model.top_k
+    return ParameterCount(parts.total(), trainable, parts.total() - idle, experts, dict(parts))
 
 
-class Memory(NamedTuple):
-    """Bytes of a rank that grow with the model: no activations, no communication buckets."""
-
-    weights: float
-    gradients: float
-    optimizer: float  # fp32 masters, Adam's moments, averaged weights
-
-
-def memory_per_rank(
-    count: ParameterCount,
-    *,
-    stage: int,
-    precision: str,
-    world_size: int,
-    expert_parallel_size: int,
-) -> Memory:
-    """Compute what ZeRO leaves on each rank.
-
-    With D dense and X expert parameters, W ranks and expert-parallel size R, a rank holds
-    D + X / R parameters. What ZeRO shards, it shards over W ranks (dense) or over the W / R ranks
-    that hold the same experts: (D + X) / W either way. Stage 1 shards the optimizer, 2 also the
-    gradients, 3 also the weights. Gradients accumulate in fp32. ZeRO keeps fp32 masters apart
-    from the weights even when those are fp32; stage 0 has fp32 weights and no others.
-
-    Args:
-        count: of the whole model.
-        stage: ZeRO stage.
-        precision: "bf16", "autocast" or "fp32".
-        world_size: W.
-        expert_parallel_size: R.
-    """
-    held = (count.total - count.experts) + count.experts / expert_parallel_size
-    shard = count.total / world_size
-    num_fp32_states = NUM_ADAM_STATES + (1 if stage > 0 else 0)
-    return Memory(
-        weights=WEIGHT_BYTES[precision] * (shard if stage >= 3 else held),
-        gradients=FP32_BYTES * (shard if stage >= 2 else held),
-        optimizer=FP32_BYTES * num_fp32_states * (shard if stage >= 1 else held),
+def shape_of(config: Config) -> NetworkShape:
+    """Return the sizes that the cost of a configuration's network depends on."""
+    model = config.model
+    depth, hidden_size, num_heads = MODEL_SIZES[model.size]
+    channels, height, width = model.latent_shape
+    network = _meta_model(config)
+    return NetworkShape(
+        num_tokens=(height // model.patch_size) * (width // model.patch_size),
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        patch_values=model.patch_size**2 * channels,
+        out_values=network.final_layer.linear.out_features,
+        mlp_hidden=network.blocks[0].mlp.fc1.out_features,
+        has_qk_norm=model.qk_norm,
+        routing=model.routing,
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        expert_kind=model.expert_kind,
+        expert_hidden=int(hidden_size * model.expert_hidden_ratio),
+        num_timesteps=config.diffusion.num_timesteps,
     )
+
+
+def _meta_model(config: Config) -> SwitchDiT:
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def num_averages(config: Config) -> int:
+    """Return how many averages of the weights a run keeps."""
+    return len(config.optim.ema_decays) + len(config.optim.ema_stds)
 
 
 def checkpoint_bytes(config: Config) -> int:
     """Return about how many bytes one checkpoint takes, over all ranks and at most.
 
-    fp32 weights, masters, two moments and the average as DeepSpeed writes them, and the weights
-    and their average once more, consolidated.
+    fp32 weights, masters, moments and averages as DeepSpeed writes them, and the weights and
+    their averages once more, consolidated.
     """
-    return (2 + 1 + NUM_ADAM_STATES + 1) * FP32_BYTES * count_parameters(config).total
+    averages = num_averages(config)
+    num_copies = 2 + NUM_ADAM_MOMENTS + averages + 1 + averages
+    return num_copies * FP32_BYTES * count_parameters(config).total
 
 
 def describe(
@@ -103,58 +111,134 @@ def describe(
         world_size: number of ranks.
         manifest: the data's description; None = the data is not there (yet).
     """
-    count = count_parameters(config)
-    sections = {
-        "configuration": config.to_yaml().rstrip(),
+    return _join(
+        {"configuration": config.to_yaml().rstrip()}
+        | cost_sections(config, deepspeed_config, world_size)
+        | {
+            "data": _describe_data(config, manifest),
+            "DeepSpeed": json.dumps(deepspeed_config, indent=2),
+        }
+    )
+
+
+def cost_sections(
+    config: Config, deepspeed_config: dict[str, Any], world_size: int
+) -> dict[str, str]:
+    """Describe parameters, FLOPs and memory, by title; the arguments are those of `describe`."""
+    count, shape = count_parameters(config), shape_of(config)
+    micro_batch_size = plan_batch(config, world_size).micro_batch_size
+    return {
         "model": _describe_model(config, count),
-        "memory per rank": _describe_memory(config, deepspeed_config, world_size, count),
-        "data": _describe_data(config, manifest),
-        "DeepSpeed": json.dumps(deepspeed_config, indent=2),
+        "FLOPs": _describe_flops(config, shape, micro_batch_size),
+        "memory per rank": _describe_memory(config, deepspeed_config, world_size, count, shape),
     }
+
+
+def _join(sections: dict[str, str]) -> str:
     return "\n\n".join(f"# {title}\n{text}" for title, text in sections.items())
 
 
 def _describe_model(config: Config, count: ParameterCount) -> str:
+    model = config.model
+    names = {"switch": "Switch-DiT", "dtr": "DTR", "dense": "DiT"}
     lines = [
-        f"Switch-DiT-{config.model.size}/{config.model.patch_size}: {count.total:,} parameters, "
+        f"{names[model.routing]}-{model.size}/{model.patch_size}: {count.total:,} parameters, "
         f"{count.trainable:,} of them trainable, {count.experts:,} in experts"
     ]
+    if count.experts:
+        lines.append(
+            f"active per sample ({model.top_k} of {model.num_experts} experts): {count.active:,}"
+        )
     lines += [f"  {part:<12} {number:>13,}" for part, number in count.parts.items()]
     return "\n".join(lines)
 
 
+def _describe_flops(config: Config, shape: NetworkShape, batch_size: int) -> str:
+    """Describe FLOPs per image; those of the gate table are shared by the micro-batch."""
+    ways = {"": True}
+    if shape.has_experts and shape.expert_kind == "affine":
+        ways = {", experts merged": True, ", experts dispatched": False}
+    lines = [f"GFLOP per image, in micro-batches of {batch_size} (2 per multiply-add)"]
+    for way, is_merged in ways.items():
+        forward = forward_flops(shape, batch_size, is_merged=is_merged).total()
+        training = training_flops(shape, batch_size, is_merged=is_merged)
+        lines.append(
+            f"  forward {forward / batch_size / GIGA:,.2f}, forward and backward "
+            f"{training / batch_size / GIGA:,.2f}{way}"
+        )
+    if config.model.activation_checkpointing:
+        lines.append("  one forward more, recomputed for activation checkpointing, on top")
+    for part, flops in forward_flops(shape, batch_size).items():
+        lines.append(f"  {part:<26} {flops / batch_size / GIGA:>10,.3f} forward")
+    return "\n".join(lines)
+
+
 def _describe_memory(
-    config: Config, deepspeed_config: dict[str, Any], world_size: int, count: ParameterCount
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    world_size: int,
+    count: ParameterCount,
+    shape: NetworkShape,
 ) -> str:
     stage, precision = stage_of(deepspeed_config), precision_of(deepspeed_config)
-    zero = deepspeed_config.get("zero_optimization", {})
     expert_parallel_size = config.run.expert_parallel_size
-    memory = memory_per_rank(
-        count,
+    memory = model_memory(
+        count.total,
+        count.experts,
         stage=stage,
         precision=precision,
         world_size=world_size,
         expert_parallel_size=expert_parallel_size,
+        num_averages=num_averages(config),
     )
-    offloaded = {
-        "weights": _is_offloaded(zero, "offload_param"),
-        "gradients": _is_offloaded(zero, "offload_optimizer"),
-        "optimizer": _is_offloaded(zero, "offload_optimizer"),
-    }
     lines = [
         f"{world_size} rank(s), ZeRO stage {stage}, {PRECISION_NAMES[precision]}, "
-        f"expert-parallel size {expert_parallel_size}"
+        f"expert-parallel size {expert_parallel_size}, averages: {num_averages(config)}"
     ]
-    for part, size in memory._asdict().items():
-        place = " (offloaded from the accelerator)" if offloaded[part] else ""
-        lines.append(f"  {part:<12} {size / GIB:>9.3f} GiB{place}")
-    lines.append(f"  {'sum':<12} {sum(memory) / GIB:>9.3f} GiB")
-    lines.append("Activations, communication buckets and the framework itself come on top.")
+    lines += _memory_lines(memory, deepspeed_config.get("zero_optimization", {}))
+    lines += _activation_lines(
+        config, shape, plan_batch(config, world_size).micro_batch_size, precision
+    )
+    lines.append("Communication buckets, the loss's own tensors and the framework come on top.")
     return "\n".join(lines)
 
 
-def _is_offloaded(zero: dict[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
+def _memory_lines(memory: Memory, zero: dict[str, Any]) -> list[str]:
+    keys = {
+        "weights": "offload_param",
+        "gradients": "offload_optimizer",
+        "optimizer": "offload_optimizer",
+    }
+    lines = []
+    for part, size in memory._asdict().items():
+        is_offloaded = (zero.get(keys[part]) or {}).get("device", "none") != "none"
+        place = " (offloaded from the accelerator)" if is_offloaded else ""
+        lines.append(f"  {part:<12} {size / GIB:>9.3f} GiB{place}")
+    lines.append(f"  {'sum':<12} {sum(memory) / GIB:>9.3f} GiB")
+    return lines
+
+
+def _activation_lines(
+    config: Config, shape: NetworkShape, batch_size: int, precision: str
+) -> list[str]:
+    lines = [f"activations of a micro-batch of {batch_size}, uncompiled (* = as configured)"]
+    for is_recomputing, name in ((False, "kept"), (True, "with activation checkpointing")):
+        size = activation_bytes(
+            shape,
+            batch_size,
+            precision=precision,
+            is_recomputing=is_recomputing,
+            is_merged=_is_merged(config.model.expert_dispatch, shape),
+        )
+        mark = "*" if is_recomputing == config.model.activation_checkpointing else " "
+        lines.append(f"{mark} {name:<30} {sum(size) / GIB:>9.3f} GiB")
+    return lines
+
+
+def _is_merged(expert_dispatch: str, shape: NetworkShape) -> bool:
+    if expert_dispatch == "auto":
+        return merging_is_cheaper(shape.num_tokens, shape.num_experts, shape.top_k)
+    return expert_dispatch == "merged"
 
 
 def _describe_data(config: Config, manifest: Dataset | None) -> str:
@@ -167,3 +251,37 @@ def _describe_data(config: Config, manifest: Dataset | None) -> str:
         f"{steps:,.1f} steps of {batch} per epoch, {max_steps:,} steps = "
         f"{max_steps / steps:,.1f} epochs"
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print what the command line amounts to on a number of ranks."""
+    parser = ArgumentParser(
+        prog="python -m training.count",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help='the ranks\' hardware multiplies bf16, for "auto" precision; default: as this machine',
+    )
+    # Nothing runs here, so DeepSpeed need not look for accelerators.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with exit_on_config_error():
+        own, rest = parser.parse_known_args(argv)
+        if own.world_size < 1:
+            raise ConfigError(f"--world-size must be at least 1, not {own.world_size}.")
+        command = parse_command_line(rest)
+        hardware = detect_hardware()
+        if own.bf16 is not None:
+            hardware = Hardware("the ranks' hardware", own.bf16)
+        merged = merge_deepspeed(command.deepspeed, command.config, own.world_size, hardware)
+        validate(command.config, command.deepspeed, own.world_size)
+        print(_join(cost_sections(command.config, merged, own.world_size)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Measuring instruments: the machine's matmul peak, FLOPs, bytes kept for backward, waits."""
+
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+aten = torch.ops.aten
+
+PEAK_REPEATS = 5
+MIN_PRODUCT_SEC = 0.02  # a product that takes less is too small to show the peak
+LARGEST_PRODUCT = {"cpu": 4096, "cuda": 16384}
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for everything that was started on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_seconds(
+    fn: Callable[[], Any], device: torch.device, repeats: int = PEAK_REPEATS, inner: int = 1
+) -> float:
+    """Return the shortest of several timings of fn, one call.
+
+    Args:
+        fn: what is timed; called once beforehand.
+        device: that it runs on.
+        repeats: timings.
+        inner: calls per timing, so that a launch's latency is hidden on an accelerator.
+    """
+    fn()
+    best = float("inf")
+    for _ in range(repeats):
+        synchronise(device)
+        started = time.perf_counter()
+        for _ in range(inner):
+            fn()
+        synchronise(device)
+        best = min(best, (time.perf_counter() - started) / inner)
+    return best
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure FLOP/s of a large square product, enlarged until it takes long enough to tell."""
+    size = 256
+    while True:
+        a = torch.randn(size, size, device=device).to(dtype)
+        b = torch.randn(size, size, device=device).to(dtype)
+        elapsed_sec = best_seconds(lambda a=a, b=b: a @ b, device)
+        if elapsed_sec > MIN_PRODUCT_SEC or size >= LARGEST_PRODUCT[device.type]:
+            return 2 * size**3 / elapsed_sec
+        size *= 2
+
+
+def model_product_rate(
+    device: torch.device, dtype: torch.dtype, num_rows: int, hidden_size: int, mlp_hidden: int
+) -> float:
+    """Measure FLOP/s of a block's linear layers, forward, weighted by their FLOPs.
+
+    Args:
+        device: where.
+        dtype: of the products.
+        num_rows: tokens of the batch, N * T.
+        hidden_size: D.
+        mlp_hidden: hidden width of the MLP.
+    """
+    D = hidden_size
+    flops = elapsed_sec = 0.0
+    for wide, narrow in ((D, 3 * D), (D, D), (D, mlp_hidden), (mlp_hidden, D)):
+        x = torch.randn(num_rows, wide, device=device).to(dtype)
+        weight = torch.randn(narrow, wide, device=device).to(dtype)
+        elapsed_sec += best_seconds(lambda x=x, w=weight: F.linear(x, w), device)
+        flops += 2 * num_rows * wide * narrow
+    return flops / elapsed_sec
+
+
+def counted_flops(fn: Callable[[], Any]) -> int:
+    """Run fn under torch's counter and return its floating-point operations.
+
+    The backward pass of attention counts twice the forward, as everything else; torch would add
+    the scores that the fused kernels compute a second time, and knows no kernel of the CPU.
+    """
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        aten._scaled_dot_product_flash_attention_backward: _attention_backward_flops,
+        aten._scaled_dot_product_efficient_attention_backward: _attention_backward_flops,
+        aten._scaled_dot_product_cudnn_attention_backward: _attention_backward_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+def _attention_backward_flops(_: Any, q: Any, k: Any, *__: Any, **___: Any) -> int:
+    return 8 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+class SavedTensors:
+    """The memory that a forward pass keeps for its backward pass.
+
+    Attributes:
+        num_bytes: of all storages kept, each once, parameters apart.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._sizes: dict[int, int] = {}
+        self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
+        self._kept: list[Tensor] = []  # so that no address is used twice
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._sizes[storage.data_ptr()] = storage.nbytes()
+            self._kept.append(tensor.detach())
+        return tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes kept."""
+        return sum(self._sizes.values())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the forward pass that runs inside."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Return the bytes that `forward` keeps for its backward pass, parameters apart."""
+    saved = SavedTensors(model.parameters())
+    with saved.watching():
+        output = forward()
+    del output
+    return saved.num_bytes
+
+
+HOST_READS = frozenset(
+    {"tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
+)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the calls whose result the host would wait for on an accelerator, by name.
+
+    It sees calls from Python on any device. What C++ waits for shows on CUDA only: `cuda_waits`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, then run."""
+        name = getattr(func, "__name__", "")
+        if name in HOST_READS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def cuda_waits(fn: Callable[[], Any]) -> Counter[str]:
+    """Run fn on CUDA and count by source line where the host waited for the device."""
+    torch.cuda.synchronize()
+    previous = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            fn()
+        finally:
+            torch.cuda.set_sync_debug_mode(previous)
+    return Counter(
+        f"{os.path.relpath(w.filename)}:{w.lineno}"
+        for w in caught
+        if "synchroniz" in str(w.message)
+    )
+
+
+def describe_machine(device: torch.device) -> str:
+    """Name the processor or accelerator, its instruction set and how busy it is."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return (
+            f"{torch.cuda.get_device_name(device)}, {total / 2**30:.0f} GiB "
+            f"({free / 2**30:.0f} free), torch {torch.__version__}"
+        )
+    bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
+    return (
+        f"CPU {torch.backends.cpu.get_cpu_capability()} {bf16} bf16 instructions, "
+        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.2f}, torch {torch.__version__}"
+    )
