@@ -1,24 +1,19 @@
-"""Starting points: what --init-from takes, refuses and reports, and that training begins there."""
+"""What --init-from takes, refuses and reports; that training begins there: test_starting_points."""
 
 import argparse
 import fractions
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from data_tools.errors import ConfigError
-from tests.launch import REPOSITORY, run_jobs
-from tests.synthetic import make_dataset, random_moments
-from training.checkpoint_manifest import EMA_FILE, latest_checkpoint
+from tests.launch import REPOSITORY
 from training.config import Config
 from training.engine import build_model
-from training.monitor import read_metrics
 from training.preset import load_preset
-from training.run_directory import INIT_FILE
-from training.warm_start import check_is_elsewhere, check_warm_start, load_warm_start
+from training.warm_start import check_is_elsewhere, check_warm_start, initial_values
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
 
@@ -41,6 +36,12 @@ def without_routing(weights):
     return {k: v for k, v in weights.items() if not k.startswith("gate.") and "mixture" not in k}
 
 
+def load(warm_start, model, rank=0):
+    with torch.no_grad():
+        for parameter, value in initial_values(warm_start, model, rank):
+            parameter.copy_(value)
+
+
 @pytest.fixture(scope="module")
 def weights():
     return random_weights()
@@ -60,7 +61,7 @@ class TestWhatIsLoaded:
         config = configured(safetensors)
         warm_start, model = check_warm_start(config), build_model(config)
 
-        load_warm_start(warm_start, model, rank=0)
+        load(warm_start, model)
 
         loaded = dict(model.named_parameters())
         assert all(torch.equal(loaded[name], value) for name, value in weights.items())
@@ -75,7 +76,7 @@ class TestWhatIsLoaded:
         config = configured(tmp_path / "own.safetensors", num_experts=4)
         model = build_model(config, expert_parallel_size=2)
 
-        load_warm_start(check_warm_start(config), model, rank)
+        load(check_warm_start(config), model, rank)
 
         share = slice(0, 2) if rank % 2 == 0 else slice(2, 4)
         for name, parameter in model.named_parameters():
@@ -93,7 +94,7 @@ class TestWhatIsLoaded:
         warm_start, model = check_warm_start(config), build_model(config)
         fresh = {name: value.clone() for name, value in model.named_parameters()}
 
-        load_warm_start(warm_start, model, rank=0)
+        load(warm_start, model)
 
         expected = fresh | trunk
         assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
@@ -112,7 +113,7 @@ class TestWhatIsLoaded:
         config = configured(tmp_path / "old.pth")
         model = build_model(config)
 
-        load_warm_start(check_warm_start(config), model, rank=0)
+        load(check_warm_start(config), model)
 
         for name, parameter in model.named_parameters():
             assert parameter.dtype == torch.float32
@@ -227,126 +228,3 @@ class TestWhatIsRefused:
             with pytest.raises(ConfigError, match="itself; to continue that run leave --init-from"):
                 check_is_elsewhere(config)
         check_is_elsewhere(configured(tmp_path))
-
-
-NUM_SAMPLES = 16
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Train on two ranks: dense and sparse runs, and runs that start from them."""
-    folder = tmp_path_factory.mktemp("runs")
-    data, wide = folder / "data", folder / "wide"
-    make_dataset(data, [NUM_SAMPLES], moments=random_moments((8, 4, 4)), shape=(8, 4, 4))
-    shape = (32, 4, 6)
-    make_dataset(wide, [8], num_classes=0, moments=random_moments(shape), shape=shape)
-    zero3 = folder / "zero3.json"
-    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    zero2 = folder / "zero2.json"
-    zero2.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-
-    def job(name, source, *flags, file=zero2, steps=1):
-        return [
-            *("--preset", "tests/small.yaml", "--deepspeed", file, "--run-dir", folder / name),
-            *("--data", data, "--latent-size", 4, "--num-classes", 3, "--num-experts", 4),
-            *("--global-batch-size", 8, "--warmup-steps", 0, "--max-steps", steps),
-            *("--log-every", 1, "--save-every", 2, "--sample-every", 0, "--ema-decays", 0.5),
-            *(() if source is None else ("--init-from", source)),
-            *flags,
-        ]
-
-    dense, ep2 = ("--routing", "dense"), ("--expert-parallel-size", 2)
-    output = run_jobs(
-        2,
-        [
-            job("dense", None, *dense, steps=4),
-            job("dense-again", folder / "dense", *dense),
-            job("upcycled", folder / "dense"),
-            job("upcycled-ep2", folder / "dense", *ep2),
-            job("sparse", folder / "upcycled", steps=4),
-            job("sparse-earlier", f"{folder / 'sparse'}:step-0000002"),
-            job("sparse-again", folder / "sparse"),
-            job("sparse-ep2", folder / "sparse", *ep2),
-            job("sparse-ep2", folder / "sparse", *ep2, steps=2),
-            job("unconditional", None, "--data", wide, *WIDE),
-            job("sparse-z3", folder / "sparse", file=zero3),
-        ],
-        folder,
-    )
-    (folder / "output.txt").write_text(output)
-    return folder
-
-
-WIDE = ("--latent-width", 6, "--latent-channels", 16, "--num-classes", 0)
-LOSSES = ("loss/mse", "loss/vlb")
-
-
-def first_losses(run_dir):
-    return [read_metrics(run_dir)[0][key] for key in LOSSES]
-
-
-@pytest.mark.ranks
-def test_upcycling_a_trained_dit_is_exact_at_step_0(runs):
-    """The same batch through the dense model and through the one with new experts."""
-    expected = first_losses(runs / "dense-again")
-
-    assert expected != first_losses(runs / "dense")
-    for name in ("upcycled", "upcycled-ep2"):
-        assert first_losses(runs / name) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.ranks
-def test_every_layout_starts_from_the_same_experts(runs):
-    expected = first_losses(runs / "sparse-again")
-
-    assert expected != first_losses(runs / "sparse-earlier")
-    for name in ("sparse-ep2", "sparse-z3"):
-        assert first_losses(runs / name) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.ranks
-def test_a_warm_start_counts_from_zero_and_averages_from_the_loaded_weights(runs):
-    source = latest_checkpoint(runs / "sparse") / EMA_FILE
-    started = latest_checkpoint(runs / "sparse-again")
-    before, raw, ema = (
-        load_file(path) for path in (source, started / "weights.safetensors", started / EMA_FILE)
-    )
-
-    assert started.name == "step-0000001"
-    moved = 0
-    for name, value in before.items():
-        torch.testing.assert_close(ema[name], 0.5 * value + 0.5 * raw[name])
-        moved += not torch.equal(raw[name], value)
-    assert moved > len(before) / 2
-
-
-@pytest.mark.ranks
-def test_the_report_is_printed_and_written(runs):
-    source = latest_checkpoint(runs / "dense") / EMA_FILE
-    record = json.loads((runs / "upcycled" / INIT_FILE).read_text())
-    output = (runs / "output.txt").read_text()
-
-    assert record["file"] == str(source)
-    assert record["kind"] == "DiT or DTR (this program)"
-    assert record["matched_tensors"] == len(load_file(source))
-    assert len(record["freshly_initialised"]) == 2 + 2 * 6
-    assert "routing (dense -> switch)" in record["differing_options"]
-    assert f"--init-from {runs / 'dense'}: DiT or DTR (this program)\n" in output
-    assert not (runs / "dense" / INIT_FILE).exists()
-
-
-@pytest.mark.ranks
-def test_resuming_does_not_read_the_source_again(runs):
-    output = (runs / "output.txt").read_text()
-
-    assert f"continuing {runs / 'sparse-ep2'}; --init-from was applied when it started" in output
-    assert output.count(f"--init-from {runs / 'sparse'}: ") == 3  # again, ep2 once, z3
-    assert [record["step"] for record in read_metrics(runs / "sparse-ep2")] == [1, 2]
-
-
-@pytest.mark.ranks
-def test_wide_unconditional_latents_of_16_channels_train(runs):
-    weights = load_file(latest_checkpoint(runs / "unconditional") / EMA_FILE)
-
-    assert weights["x_embedder.proj.weight"].shape == (128, 16, 2, 2)
-    assert weights["y_embedder.embedding_table.weight"].shape == (1, 128)

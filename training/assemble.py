@@ -19,7 +19,7 @@ from training.objective import Objective
 from training.processes import Ranks
 from training.sample_grid import SampleGrid
 from training.stability import SpikeDetector
-from training.warm_start import load_warm_start
+from training.warm_start import initial_values
 
 
 @contextmanager
@@ -27,8 +27,8 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
     """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this."""
     config, manifest = job.config, job.manifest
     run_dir = Path(config.run.run_dir)
-    load = job.warm_start and partial(load_warm_start, job.warm_start, rank=ranks.rank)
-    engine = build_engine(config, job.deepspeed_config, load)
+    initial = job.warm_start and partial(initial_values, job.warm_start, rank=ranks.rank)
+    engine = build_engine(config, job.deepspeed_config, initial)
     objective = Objective(
         config, ranks.rank, manifest.vae.scaling_factor, manifest.vae.shift_factor, device
     )

@@ -1,6 +1,6 @@
 """The DeepSpeed engine of a run: model, optimizer groups, ZeRO, learning rate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from training.ema import EMAAdamW, profiles_of
 from training.stability import AgreeingEMAAdamW
 
 DENSE_GROUP = "dense"
+
+# Gives a model's parameters, or some of them, the values to start with, this rank's share of each.
+InitialValues = Callable[[torch.nn.Module], Iterable[tuple[torch.nn.Parameter, torch.Tensor]]]
 
 
 def build_model(config: Config, *, expert_parallel_size: int = 1) -> SwitchDiT:
@@ -56,7 +59,7 @@ def build_model(config: Config, *, expert_parallel_size: int = 1) -> SwitchDiT:
 def build_engine(
     config: Config,
     deepspeed_config: dict[str, Any],
-    load_initial: Callable[[SwitchDiT], None] | None = None,
+    initial_values: InitialValues | None = None,
 ) -> Any:
     """Wrap the model for training. All ranks must call this, after the process group exists.
 
@@ -64,14 +67,16 @@ def build_engine(
         config: the run's configuration.
         deepspeed_config: the resolved DeepSpeed JSON; it names no optimizer, because the averages
             of the weights are state of ours.
-        load_initial: puts other weights into the freshly initialised model.
+        initial_values: what replaces the fresh initialisation.
     """
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     model = build_model(config, expert_parallel_size=config.run.expert_parallel_size)
-    if load_initial is not None:
-        load_initial(model)
+    if initial_values is not None:
+        with torch.no_grad():
+            for parameter, value in initial_values(model):
+                parameter.copy_(value)
     # ZeRO needs experts in groups of their own, named by DeepSpeed; without expert parallelism
     # this is one group.
     groups = split_params_into_different_moe_groups_for_optimizer(
@@ -89,7 +94,24 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
+    if initial_values is not None and next(model.parameters()).dtype != torch.float32:
+        # DeepSpeed has made the fp32 masters of weights that it had rounded to bf16 before.
+        for parameter, value in initial_values(model):
+            _set_master(parameter, value.float())
     return engine
+
+
+def _set_master(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Set this rank's part of a parameter's fp32 master to a whole value, under ZeRO 1 to 3."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    # Under ZeRO 3 the last rank's part is padded, which DeepSpeed's own split does not do.
+    share, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank()
+    flat = value.flatten()[rank * share :][:share]
+    safe_set_local_fp32_param(parameter, torch.nn.functional.pad(flat, (0, share - len(flat))))
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:

@@ -6,29 +6,22 @@ What matched by name and shape is loaded, the rest stays freshly initialised, an
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_tools.errors import ConfigError
 from models.import_weights import ImportedWeights, check_positions, import_weights
-from training.checkpoint_manifest import (
-    CHECKPOINT_DIR,
-    EMA_FILE,
-    MANIFEST_FILE,
-    latest_checkpoint,
-    read_manifest,
-    sha256_of,
-    verify_file,
-)
+from training.checkpoint_manifest import MANIFEST_FILE, sha256_of
 from training.config import Config
 from training.engine import build_model
 from training.run_directory import CONFIG_FILE, load_config
 from training.state_dict_files import read_state_dict
+from training.weight_files import find_weights
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_FOLDERS = ("", "transformer")  # of the model alone, of a pipeline
@@ -77,10 +70,10 @@ class WarmStart:
 
 
 class Source(NamedTuple):
-    """A file of weights, and the run that it belongs to."""
+    """A file of weights, and the configuration of the run that it belongs to."""
 
     path: Path
-    run_dir: Path | None
+    config: Config | None
 
 
 def check_is_elsewhere(config: Config) -> None:
@@ -127,12 +120,14 @@ def check_warm_start(config: Config) -> WarmStart:
             if name in theirs and theirs[name] != shape
         },
         unused=[name for name in theirs if name not in ours],
-        differing_options=_differing_options(source.run_dir, config),
+        differing_options=_differing_options(source.config, config),
     )
 
 
-def load_warm_start(warm_start: WarmStart, model: nn.Module, rank: int) -> None:
-    """Copy what matches into a freshly built model, before DeepSpeed takes it.
+def initial_values(
+    warm_start: WarmStart, model: nn.Module, rank: int
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """List the parameters that the source has, each with this rank's part of its value.
 
     Args:
         warm_start: as checked on this rank.
@@ -141,15 +136,15 @@ def load_warm_start(warm_start: WarmStart, model: nn.Module, rank: int) -> None:
     """
     imported, _ = _read(Path(warm_start.file), f"--init-from {warm_start.source}")
     is_fresh = set(warm_start.freshly_initialised)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in is_fresh:
-                continue
-            value = imported.weights[name]
-            if value.shape != parameter.shape:  # experts, stacked: this rank holds some of them
-                share = len(parameter)
-                value = value[rank * share % len(value) :][:share]
-            parameter.copy_(value)
+    for name, parameter in model.named_parameters():
+        if name in is_fresh:
+            continue
+        value = imported.weights[name]
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves it empty
+        if value.shape != shape:  # experts, stacked: this rank holds some of them
+            share = shape[0]
+            value = value[rank * share % len(value) :][:share]
+        yield parameter, value
 
 
 def _split_tag(source: str) -> tuple[Path, str | None]:
@@ -163,23 +158,24 @@ def _split_tag(source: str) -> tuple[Path, str | None]:
 def _locate(source: str) -> Source:
     path, tag = _split_tag(source)
     if (path / CONFIG_FILE).exists():
-        folder = latest_checkpoint(path) if tag is None else path / CHECKPOINT_DIR / tag
-        if folder is None:
-            raise ConfigError(f"--init-from {source}: this run has no checkpoint yet; train first.")
-        return _averaged_weights(folder, path)
+        return _averaged_weights(path, tag, source)
     if tag is not None:
         raise ConfigError(f"--init-from {source}: {path} is no run directory; give RUN:TAG or RUN.")
     if (path / MANIFEST_FILE).exists():  # a checkpoint's folder
-        return _averaged_weights(path, path.parents[1])
+        return _averaged_weights(path.parents[1], path.name, source)
     for folder in DIFFUSERS_FOLDERS:
         if (path / folder / DIFFUSERS_FILE).exists():
             return Source(path / folder / DIFFUSERS_FILE, None)
     return Source(path, None)
 
 
-def _averaged_weights(folder: Path, run_dir: Path) -> Source:
-    verify_file(read_manifest(folder), folder / EMA_FILE)
-    return Source(folder / EMA_FILE, run_dir)
+def _averaged_weights(run_dir: Path, tag: str | None, source: str) -> Source:
+    try:
+        config = load_config(run_dir)
+        return Source(find_weights(run_dir, config, checkpoint=tag), config)
+    except ConfigError as err:
+        reason = str(err).removeprefix("--checkpoint: ").removeprefix("--run-dir ")
+        raise ConfigError(f"--init-from {source}: {reason}") from err
 
 
 def _read(path: Path, flag: str) -> tuple[ImportedWeights, str | None]:
@@ -218,14 +214,11 @@ def _check_values(
             raise ConfigError(f"{flag}: its {err} that this model has; choose another.") from err
 
 
-def _differing_options(run_dir: Path | None, config: Config) -> list[str]:
+def _differing_options(theirs: Config | None, ours: Config) -> list[str]:
     """List what model and diffusion process are configured otherwise in the source's run."""
-    if run_dir is None or not (run_dir / CONFIG_FILE).exists():
+    if theirs is None:
         return []
-    try:
-        before, after = load_config(run_dir).to_dict(), config.to_dict()
-    except ConfigError as err:
-        raise ConfigError(str(err).replace("--run-dir", "--init-from", 1)) from err
+    before, after = theirs.to_dict(), ours.to_dict()
     return [
         f"{key} ({value} -> {after[section][key]})"
         for section in ("model", "diffusion")
