@@ -9,8 +9,13 @@ prints the same and the resolved configuration.
 import argparse
 import json
 import os
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
