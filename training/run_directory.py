@@ -4,7 +4,7 @@ config.yaml      the resolved configuration, written before the first step
 deepspeed.json   the resolved DeepSpeed configuration
 dataset.json     a copy of the data set's manifest (classes, VAE, scaling)
 init.json        where the initial weights came from, if they are another model's
-checkpoints/  tensorboard/  metrics.jsonl  samples/
+checkpoints/  tensorboard/  metrics.jsonl  samples/  ema_snapshots/  posthoc/
 """
 
 import json
