@@ -56,6 +56,15 @@ def runs(tmp_path_factory, demo_latents):
         # Four tokens a sample, because a CPU without bf16 instructions is very slow at it.
         return job(name, shipped(file, precision, True), "--patch-size", 8, *GRIDS, *flags)
 
+    # Together: whatever keeps state between steps beside weights and moments, and both densities.
+    options = [
+        *("--prior-matching-every", 4, "--loss-weight", "uncertainty", "--timestep-stratified"),
+        *("--timestep-sampling", "logit_normal", "--ema-stds", "0.05,0.1", "--qk-norm"),
+        *("--ema-snapshot-every", 3, "--renormalize-gates"),
+    ]
+    mlp = ("--expert-kind", "mlp", "--expert-hidden-ratio", 0.5)
+    flow = ("--objective", "flow", "--routing", "dense")
+    dtr = ("--objective", "v", "--routing", "dtr", "--learned-variance")
     ep2, ep4 = ("--expert-parallel-size", 2), ("--expert-parallel-size", 4)
     # ZeRO 3 comes last: it replaces torch's linear layer for the rest of the process by one that
     # rounds differently.
@@ -73,6 +82,12 @@ def runs(tmp_path_factory, demo_latents):
             job("resumed", 2),
             job("four-tokens", 2, "--patch-size", 8),
             job("sampled", 2, *GRIDS),
+            job("options", 2, *options),
+            job("options-resumed", 2, *options, "--max-steps", 3),
+            job("options-resumed", 2, *options),
+            job("mlp", 2, *mlp),
+            job("flow", 2, *flow),
+            job("dtr", 2, *dtr),
             job("w1-z3", 3),
         ],
         folder,
@@ -88,6 +103,10 @@ def runs(tmp_path_factory, demo_latents):
             job("w2-z2-ep2-recomputed", 2, *ep2, "--activation-checkpointing"),
             job("w2-z2-ep2-resumed", 2, *ep2, "--max-steps", 3),
             job("w2-z2-ep2-resumed", 2, *ep2),
+            job("w2-z2-ep2-options", 2, *ep2, *options, "--micro-batch-size", 2),
+            job("w2-z2-ep2-mlp", 2, *ep2, *mlp, *GRIDS),
+            job("w2-z1-flow", 1, *flow, *GRIDS),
+            job("w2-z2-dtr", 2, *dtr, "--activation-checkpointing"),
             bf16("bf16-z0", "zero0", "--gradient-clipping", 0, precision="torch_autocast"),
             bf16("bf16-z1", "zero1"),
             bf16("bf16-z2", "zero2"),
@@ -98,6 +117,8 @@ def runs(tmp_path_factory, demo_latents):
             bf16("bf16-z2-ep2-resumed", "zero2", *ep2),
             job("w2-z3", 3),
             job("w2-z3-sampled", 3, *GRIDS),
+            job("w2-z3-options", 3, *options),
+            job("w2-z3-mlp", 3, *mlp),
             bf16("bf16-z3", "zero3"),
         ],
         folder,
@@ -128,6 +149,9 @@ CLIPPED = [
 ]
 LAYOUTS = [("reference", name) for name in CLIPPED]
 LAYOUTS += [("unclipped", name) for name in ("w1-z0-unclipped", "w2-z0-ep2-unclipped")]
+LAYOUTS += [("options", name) for name in ("w2-z2-ep2-options", "w2-z3-options")]
+LAYOUTS += [("mlp", "w2-z2-ep2-mlp"), ("mlp", "w2-z3-mlp")]
+LAYOUTS += [("flow", "w2-z1-flow"), ("dtr", "w2-z2-dtr")]
 
 
 @pytest.mark.parametrize(("reference", "name"), LAYOUTS)
@@ -177,6 +201,7 @@ def test_training_moves_exactly_the_experts_that_saw_a_sample(runs):
     ("uninterrupted", "resumed"),
     [
         ("reference", "resumed"),
+        ("options", "options-resumed"),
         ("w2-z2-ep2", "w2-z2-ep2-resumed"),
         ("bf16-z2-ep2", "bf16-z2-ep2-resumed"),
     ],

@@ -10,6 +10,7 @@ import torch
 from data_tools.loader import LatentStream
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
+from training.ema_snapshots import SnapshotWriter
 from training.engine import build_engine
 from training.job import Job
 from training.loop import Training
@@ -54,14 +55,15 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
             objective=objective,
             sums=MetricSums(
                 len(engine.module.blocks),
-                config.model.num_experts,
+                engine.module.num_experts,
                 config.diffusion.num_timesteps,
                 device,
             ),
             monitor=monitor,
             checkpointer=Checkpointer(
-                engine, run_dir, job.layout, manifest.hash, config.run.keep_last
+                *(engine, run_dir, job.layout, manifest.hash, config.run.keep_last, objective)
             ),
+            snapshots=SnapshotWriter(engine, run_dir),
             draw_samples=grid.draw,
             is_main=ranks.is_main,
             spikes=SpikeDetector(config.optim.spike_threshold),

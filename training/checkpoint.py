@@ -28,6 +28,7 @@ from training.checkpoint_manifest import (
     record_of,
     tag_of,
 )
+from training.objective import Objective
 from training.processes import agreed_message
 from training.weight_files import NonFiniteWeightsError, average_file, write_weights
 from training.weights import base_optimizer, consolidated_weights
@@ -71,12 +72,20 @@ class Checkpointer:
         layout: of this job.
         data_hash: of the data set's manifest.
         keep_last: newest checkpoints to keep.
+        objective: has a small state of its own, equal on all ranks.
     """
 
     def __init__(
-        self, engine: Any, run_dir: Path, layout: Layout, data_hash: str, keep_last: int
+        self,
+        engine: Any,
+        run_dir: Path,
+        layout: Layout,
+        data_hash: str,
+        keep_last: int,
+        objective: Objective,
     ) -> None:
         self.engine, self.layout, self.data_hash = engine, layout, data_hash
+        self.objective = objective
         self.folder, self.keep_last = run_dir / CHECKPOINT_DIR, keep_last
         self.is_main = torch.distributed.get_rank() == 0
         # DeepSpeed copies two scripts beside the tags that cannot read experts.
@@ -96,8 +105,9 @@ class Checkpointer:
             return message
         writer = _recording_engine()
         previous, self.engine.checkpoint_engine = self.engine.checkpoint_engine, writer
+        client_state = asdict(state) | {"objective": self.objective.state()}
         self.engine.save_checkpoint(
-            str(self.folder), tag=temporary.name, client_state=asdict(state), save_latest=False
+            str(self.folder), tag=temporary.name, client_state=client_state, save_latest=False
         )
         self.engine.checkpoint_engine = previous
         # Gathering weights is collective: all ranks go there, or none.
@@ -167,6 +177,7 @@ class Checkpointer:
         """Load a checkpoint whose manifest was checked. All ranks must call this."""
         path, client_state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed loaded nothing from {folder}"
+        self.objective.load_state(client_state["objective"])
         fields = TrainState.__dataclass_fields__
         return TrainState(**{name: client_state[name] for name in fields})
 

@@ -5,15 +5,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 from data_tools.loader import Batch, LatentStream
+from models.loss_weights import cluster_log_variances
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.config import Config
+from training.ema_snapshots import SnapshotWriter
 from training.engine import learning_rate, set_learning_rate
 from training.metrics import MetricSums
 from training.monitor import Monitor, expert_map
@@ -52,6 +54,7 @@ class Training:
     sums: MetricSums
     monitor: Monitor
     checkpointer: Checkpointer
+    snapshots: SnapshotWriter
     draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
     is_main: bool
     spikes: SpikeDetector
@@ -85,7 +88,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         CheckpointError: on all ranks, when the final checkpoint fails; earlier ones are intact.
         DataError: on all ranks, after saving, when one of them cannot read its samples.
     """
-    run = training.config.run
+    run, snapshot_every = training.config.run, training.config.optim.ema_snapshot_every
     first_step = saved_step = logged_step = state.step
     # Read and posted one step ahead: all ranks know of damaged data, and of a signal, before they
     # start a step, and none waits for the device to learn it.
@@ -102,33 +105,37 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         if state.step + 1 < run.max_steps:
             following = read_step(training)
         stop.post(following.error is not None)
-        gate_table = train_step(training, step_data, state.step)
+        tables = train_step(training, step_data, state.step)
         state = TrainState(
             state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
         )
         is_last = state.step == run.max_steps
         is_save_due = is_last or state.step % run.save_every == 0
         is_sample_due = run.sample_every and (is_last or state.step % run.sample_every == 0)
+        is_snapshot_due = snapshot_every and state.step % snapshot_every == 0
+        is_interrupted = is_save_due or is_sample_due or is_snapshot_due
         # Whatever interrupts training ends an interval first: saving and sampling do not count as
         # training time.
-        if state.step % run.log_every == 0 or is_save_due or is_sample_due:
+        if state.step % run.log_every == 0 or is_interrupted:
             speed = (state.step - first_step) / (time.monotonic() - started)
-            end_interval(training, state, speed)
+            end_interval(training, state, tables, speed)
             logged_step = state.step
         if is_save_due:
             save(training, state, is_last)
             saved_step = state.step
+        if is_snapshot_due:
+            save_snapshots(training, state.step)
         # A launcher that stops the job waits for seconds only.
         if is_sample_due and not stop.read():
-            if training.is_main and gate_table is not None:
-                picture = expert_map(gate_table, training.config.model.top_k)
+            if training.is_main and tables.gates is not None:
+                picture = expert_map(tables.gates, training.config.model.top_k)
                 training.monitor.image(state.step, "moe/timestep_to_expert", picture)
             training.draw_samples(state.step)
-        if is_save_due or is_sample_due:
+        if is_interrupted:
             training.sums.restart_clock()
     if logged_step != state.step:
         speed = (state.step - first_step) / (time.monotonic() - started)
-        end_interval(training, state, speed)
+        end_interval(training, state, tables, speed)
     if saved_step != state.step:
         save(training, state, is_last=True)
     if message := agreed_message(following.error):
@@ -148,11 +155,15 @@ def read_step(training: Training) -> StepData:
     return data
 
 
-def train_step(training: Training, data: StepData, step: int) -> torch.Tensor | None:
-    """Run one optimizer step: every micro-step's forward and backward, then the update.
+class StepTables(NamedTuple):
+    """What the model says about all timesteps, detached; None where it says nothing."""
 
-    Returns:
-        The gate table of the last micro-step, (L, S, E), detached; None without experts.
+    gates: torch.Tensor | None  # (L, S, E)
+    loss_log_variance: torch.Tensor | None  # (S,)
+
+
+def train_step(training: Training, data: StepData, step: int) -> StepTables:
+    """Run one optimizer step: every micro-step's forward and backward, then the update.
 
     Raises:
         NonFiniteLossError: on all ranks, when this step and too many before it were left out.
@@ -175,7 +186,8 @@ def train_step(training: Training, data: StepData, step: int) -> torch.Tensor | 
         handle_skipped_step(training, step, describe_non_finite(records))
     else:
         training.skipped_in_a_row = 0
-    return None if output.gate_table is None else output.gate_table.detach()
+    tables = (output.gate_table, output.loss_log_variance)
+    return StepTables(*(None if table is None else table.detach() for table in tables))
 
 
 def handle_skipped_step(training: Training, step: int, cause: str) -> None:
@@ -191,12 +203,13 @@ def handle_skipped_step(training: Training, step: int, cause: str) -> None:
         )
 
 
-def end_interval(training: Training, state: TrainState, speed: float) -> None:
+def end_interval(training: Training, state: TrainState, tables: StepTables, speed: float) -> None:
     """Reduce and record the metrics since the last call. All ranks must call this.
 
     Args:
         training: the run's parts.
         state: reached.
+        tables: of the last step.
         speed: steps per second since this process started.
     """
     metrics, step_losses = training.sums.reduce()
@@ -211,6 +224,9 @@ def end_interval(training: Training, state: TrainState, speed: float) -> None:
     norm = training.engine.get_global_grad_norm()
     if norm is not None and math.isfinite(norm):  # ZeRO 0 without clipping computes none
         metrics["optim/grad_norm"] = float(norm)
+    if tables.loss_log_variance is not None:
+        for cluster, value in enumerate(cluster_log_variances(tables.loss_log_variance).tolist()):
+            metrics[f"uncertainty/cluster_{cluster}"] = value
     training.monitor.scalars(state.step, metrics)
     if training.is_main:
         print_progress(metrics, state.step, training.config.run.max_steps, speed)
@@ -229,6 +245,12 @@ def save(training: Training, state: TrainState, is_last: bool) -> None:
         )
     if training.is_main:
         sys.stderr.write(f"warning: {message}; training goes on, the one before it is intact.\n")
+
+
+def save_snapshots(training: Training, step: int) -> None:
+    """Store the power-function averages; a failure costs this snapshot only."""
+    if problem := training.snapshots.save(step):
+        training.report(step, f"snapshot of step {step} could not be written: {problem}")
 
 
 def print_progress(metrics: dict[str, float], step: int, max_steps: int, speed: float) -> None:
