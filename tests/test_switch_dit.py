@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from models.layers import Attention
 from models.switch_dit import MODEL_SIZES, SwitchDiT, SwitchDiTOutput
 from tests.ranks import run_ranks
 
@@ -148,6 +149,59 @@ def test_blocks_compile_without_graph_breaks():
     torch.testing.assert_close(model(*batch()).prediction, expected.prediction)
 
 
+@pytest.mark.parametrize(
+    ("channels", "patch_size", "input_size", "num_classes", "learned_variance"),
+    [
+        *((4, 1, (4, 6), 1, True), (16, 2, (4, 6), 10_000, False)),
+        *((32, 4, (8, 4), 10, True), (4, 8, (8, 24), 0, False)),
+    ],
+)
+def test_any_latents_and_any_classes(
+    channels, patch_size, input_size, num_classes, learned_variance
+):
+    model = tiny_model(
+        in_channels=channels,
+        patch_size=patch_size,
+        input_size=input_size,
+        num_classes=num_classes,
+        learned_variance=learned_variance,
+    )
+    x_t, t = torch.randn(3, channels, *input_size), torch.tensor([0, 7, 49])
+
+    labelled = model(x_t, t, torch.full((3,), max(num_classes - 1, 0))).prediction
+    without = model(x_t, t, torch.full((3,), num_classes)).prediction
+
+    assert labelled.shape == (3, channels * (1 + learned_variance), *input_size)
+    assert torch.equal(labelled, without) == (num_classes == 0)
+
+
+def test_queries_and_keys_are_normalised_if_asked_for():
+    names, plain = set(tiny_model(qk_norm=True).state_dict()), set(tiny_model().state_dict())
+    assert names - plain == {f"blocks.{i}.attn.{q}_norm.weight" for i in range(3) for q in "qk"}
+
+    torch.manual_seed(0)
+    attention, x = Attention(16, 2, qk_norm=True), torch.randn(3, 5, 16)
+    attention.q_norm.weight.data.uniform_()
+    expected = attention(x)
+    q, k, v = attention.qkv(x).view(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    q, k = (y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    scores = ((q * attention.q_norm.weight) @ k.mT / 8**0.5).softmax(-1)
+
+    by_hand = attention.proj((scores @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(by_hand, expected)
+    attention.bfloat16()
+    rounded = attention.q_norm(x.bfloat16().view(3, 5, 2, 8))
+    assert rounded.dtype == torch.bfloat16
+
+
+def test_learnt_weights_of_the_loss_come_out_of_the_forward_pass():
+    output = tiny_model(has_loss_uncertainty=True)(*batch())
+
+    assert output.loss_log_variance.shape == (50,)
+    assert output.loss_log_variance.requires_grad
+    assert tiny_model()(*batch()).loss_log_variance is None
+
+
 def test_an_unconditional_model_has_the_null_class_only():
     model = tiny_model(num_classes=0)
     x_t, t, _ = batch()
@@ -176,10 +230,15 @@ def test_names_are_those_of_checkpoints():
     assert not [name for name in names if "expert" in name.replace(marker, "")]
 
 
-def check_shared_out_model(rank, world_size):
-    """Predictions and averaged gradients of a model whose experts are shared out."""
-    single = tiny_model()
-    shared = tiny_model(expert_parallel_size=world_size, activation_checkpointing=True)
+def check_shared_out_models(rank, world_size):
+    """Initial values, predictions and averaged gradients with experts shared out over ranks."""
+    check_shared_out_model({"expert_dispatch": "merged"}, rank, world_size)
+    check_shared_out_model({"expert_kind": "mlp", "renormalize_gates": True}, rank, world_size)
+
+
+def check_shared_out_model(options, rank, world_size):
+    shared_out = {"expert_parallel_size": world_size, "activation_checkpointing": True, **options}
+    single, shared = tiny_model(**options), tiny_model(**shared_out)
     for module in shared.modules():
         if hasattr(module, "set_deepspeed_parallelism"):
             module.set_deepspeed_parallelism()
@@ -187,6 +246,12 @@ def check_shared_out_model(rank, world_size):
 
     def share(name, tensor):
         return tensor[held] if ".experts." in name else tensor
+
+    torch.manual_seed(1)
+    new = dict(SwitchDiT(**{**TINY, **options}).named_parameters())
+    torch.manual_seed(1)
+    for name, parameter in SwitchDiT(**{**TINY, **shared_out}).named_parameters():
+        assert torch.equal(parameter, share(name, new[name])), name
 
     parameters = dict(shared.named_parameters())
     for name, parameter in single.named_parameters():
@@ -211,14 +276,23 @@ def check_shared_out_model(rank, world_size):
 
 @pytest.mark.ranks
 def test_a_model_with_shared_out_experts_equals_one_process():
-    run_ranks(check_shared_out_model, 2)
+    run_ranks(check_shared_out_models, 2)
 
 
-def test_a_training_step_reads_no_value_of_a_tensor():
-    with FakeTensorMode():  # its tensors have no values; reading one is an error
+@pytest.mark.parametrize(
+    ("options", "has_autocast"),
+    [
+        ({"expert_dispatch": "merged"}, False),
+        ({"expert_dispatch": "dispatched"}, True),
+        ({"expert_kind": "mlp"}, True),
+    ],
+)
+def test_a_training_step_reads_no_value_of_a_tensor(options, has_autocast):
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_autocast)
+    with FakeTensorMode(), autocast:  # its tensors have no values; reading one is an error
         x_t = torch.zeros(5, 4, 4, 6)
         t = y = torch.zeros(5, dtype=torch.int64)
-        output = SwitchDiT(**TINY, expert_dispatch="merged")(x_t, t, y)
+        output = SwitchDiT(**TINY, **options)(x_t, t, y)
         loss_of(output).backward()
         with pytest.raises(DataDependentOutputException):
             output.prediction.sum().item()
