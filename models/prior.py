@@ -67,15 +67,22 @@ def assign_units(
     Returns:
         (U,) int64, the prior unit of every network unit.
     """
-    # sum_s |a - b| for 0/1 maps, without the (S, U, U) array. Counts up to S are exact in float32.
-    with torch.autocast(uses.device.type, enabled=False):
-        overlap = uses.float().T @ prior.float()
-    cost = uses.float().sum(0)[:, None] + prior.float().sum(0) - 2.0 * overlap
-    cost = cost.cpu().numpy()[np.ix_(gate_order, prior_order)]
+    cost = matching_cost(uses, prior).cpu().numpy()[np.ix_(gate_order, prior_order)]
     rows, columns = linear_sum_assignment(cost)
     assignment = np.empty_like(gate_order)
     assignment[gate_order[rows]] = prior_order[columns]
     return assignment
+
+
+def matching_cost(uses: Tensor, prior: Tensor) -> Tensor:
+    """Return sum_s |uses - prior| of every pair of units, (U, U) float32, from two (S, U) maps.
+
+    For 0/1 maps |a - b| = a + b - 2 a b, so there is no need for an (S, U, U) array. Counts up to
+    S are exact in float32.
+    """
+    with torch.autocast(uses.device.type, enabled=False):
+        overlap = uses.float().T @ prior.float()
+    return uses.float().sum(0)[:, None] + prior.float().sum(0) - 2.0 * overlap
 
 
 def prior_loss(gate_table: Tensor, prior: Tensor, t: Tensor, assignment: Tensor) -> Tensor:

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from models.prior import assign_units, diffusion_prior, match_units, prior_loss
+from benchmarks.prior_matching import cost_by_differences
+from models.prior import (
+    assign_units,
+    diffusion_prior,
+    match_units,
+    matching_cost,
+    prior_loss,
+)
 from tests import reference
 
 
@@ -112,3 +119,15 @@ def test_the_gradient_pulls_gates_towards_the_prior():
 
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_cost_of_a_pair_of_units_counts_the_timesteps_that_only_one_of_them_serves():
+    generator = torch.Generator().manual_seed(0)
+    uses, prior = (torch.randint(0, 2, (20, 6), generator=generator).float() for _ in range(2))
+
+    cost = matching_cost(uses, prior)
+
+    assert torch.equal(cost, cost_by_differences(uses, prior, num_slices=3))
+    for u in range(6):
+        for v in range(6):
+            assert cost[u, v] == sum(a != b for a, b in zip(uses[:, u], prior[:, v], strict=True))
