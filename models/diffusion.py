@@ -203,8 +203,9 @@ class Diffusion(nn.Module):
             mse (N,): mean squared error of what the network predicts.
             vlb (N,): variational bound in bits per element, which trains the variance channels
                 only: KL to the posterior, or the decoder's likelihood at t = 0. It is not
-                multiplied by S (nor divided by 1,000), as in the official code. Zero with a fixed
-                variance.
+                multiplied by S (nor divided by 1,000), as in the official code. It counts errors
+                of x_0 in units of the reverse step, which are tiny near t = 0: with objective x0 it
+                is in the hundreds there until x_0 is predicted well. Zero with a fixed variance.
         """
         prediction = prediction.float()
         main, variance_channels = self.split(prediction)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.diffusion import Diffusion
 
 WEIGHT_TABLES = ("constant", "min_snr", "p2", "sigma_sqrt", "cosmap")
+LOSS_WEIGHTS = (*WEIGHT_TABLES, "uncertainty")
 FLOW_ONLY = ("sigma_sqrt", "cosmap")
 P2_OFFSET = 1.0  # k of P2, Eq. 8
 

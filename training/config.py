@@ -15,7 +15,11 @@ from typing import Any
 import yaml
 
 from data_tools.errors import ConfigError
+from models.diffusion import OBJECTIVES
+from models.loss_weights import LOSS_WEIGHTS
+from models.schedule import NOISE_SCHEDULES
 from models.switch_dit import MODEL_SIZES
+from models.timestep_sampling import DENSITIES
 from training.option import Option, check_value, did_you_mean, option
 
 
@@ -82,29 +86,29 @@ class DiffusionConfig:
     objective: str = option(
         "what is predicted: epsilon (noise), v, x0 (latents), or flow (rectified flow's velocity)",
         "epsilon",
-        choices=("epsilon", "v", "x0", "flow"),
+        choices=OBJECTIVES,
     )
     learned_variance: bool | None = option(
         "also learn the variance of a reverse step; null = with objective epsilon only", None
     )
-    noise_schedule: str = option("noise schedule", "cosine", choices=("cosine", "linear"))
+    noise_schedule: str = option("noise schedule", "cosine", choices=NOISE_SCHEDULES)
     num_timesteps: int = option("diffusion timesteps", 1000, bounds=">=2")
     timestep_sampling: str = option(
         "density of the training timesteps",
         "uniform",
-        choices=("uniform", "logit_normal", "mode"),
+        choices=DENSITIES,
     )
     timestep_stratified: bool = option(
         "spread the timesteps of a global batch evenly over the density", False
     )
     timestep_mean: float = option("logit-normal: mean, above 0 = more noise", 0.0)
     timestep_std: float = option("logit-normal: standard deviation", 1.0, bounds=">0")
-    mode_scale: float = option("mode: scale; 0 = uniform", 1.29)
+    mode_scale: float = option("mode: scale, -1 to 1.75; 0 = uniform", 1.29)
     timestep_shift: float = option("shift towards noise; 1 = none", 1.0, bounds=">0")
     loss_weight: str = option(
         "weight of a timestep in the loss",
         "constant",
-        choices=("constant", "min_snr", "p2", "uncertainty", "sigma_sqrt", "cosmap"),
+        choices=LOSS_WEIGHTS,
     )
     min_snr_gamma: float = option("min_snr: largest signal-to-noise ratio", 5.0, bounds=">0")
     p2_gamma: float = option("p2: exponent", 1.0, bounds=">=0")
