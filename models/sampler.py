@@ -1,31 +1,83 @@
-"""From noise to latents: respaced chains, DDPM and DDIM steps, classifier-free guidance.
+"""From noise to latents: the grid of visited timesteps, and the solvers that follow it.
 
-N batch, C latent channels, H W latent size.
+For epsilon, v and x0: "ddim" (Song et al. 2021), "ddpm" (Ho et al. 2020), "dpmpp-2m" (DPM-Solver++
+2M, Lu et al. 2022, arXiv 2211.01095). For rectified flow: "euler" and "heun".
+
+dpmpp-2m, euler and heun are the schedulers of diffusers, which agree with a float64 reference once
+their noise levels are those of our grid. Its other two do not, so ddpm and ddim are ours:
+
+    DDPMScheduler draws the noise of a step from a generator, whereas an image here must not depend
+    on the batch it is drawn in; and its signal powers are a product in float32.
+    DDIMScheduler takes no timesteps: its steps are S // num_steps long, which is not this grid. Fed
+    with the betas of the shorter chain it computes 1 - beta in float32, which has no digits left
+    in the last steps of the cosine schedule.
+
+N batch, C latent channels, H W latent size, S timesteps of training.
 """
 
 from collections.abc import Callable
 
 import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from torch import Tensor
 
 from models.diffusion import Diffusion
+from models.guidance import Denoise
 
-SAMPLING_METHODS = ("ddpm", "ddim")
+GAUSSIAN_METHODS = ("ddim", "ddpm", "dpmpp-2m")
+FLOW_METHODS = ("euler", "heun")
+SAMPLING_METHODS = GAUSSIAN_METHODS + FLOW_METHODS
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+
+def methods_for(objective: str) -> tuple[str, ...]:
+    """Return the sampling methods that fit an objective, the default first."""
+    return FLOW_METHODS if objective == "flow" else GAUSSIAN_METHODS
 
 
-def respaced(diffusion: Diffusion, num_steps: int) -> Diffusion:
-    """Return the chain that visits num_steps evenly spaced timesteps, the first and last included.
+def visited_timesteps(
+    diffusion: Diffusion, num_steps: int, method: str = "ddim", shift: float = 1.0
+) -> list[int]:
+    """Spread num_steps increasing timesteps over training's, the last (noise only) included.
 
-    A single step starts from the last timestep, where there is noise only.
+    They are evenly spaced, rounded, and include the first, with two exceptions. Those of dpmpp-2m
+    are even in log(signal / sigma), the time of its equations: its second order shows in few steps
+    then, which evenly spaced timesteps with their uneven ends would hide. For flow, a shift moves
+    the noise fractions u = (t + 1) / S to shift * u / (1 + (shift - 1) * u) (SD3, arXiv
+    2403.03206, Eq. 23).
+
+    Always they are trained timesteps, the nearest ones that are free: the network and its gate see
+    no time that they were not trained at, and none twice.
     """
     last = diffusion.num_timesteps - 1
     assert 1 <= num_steps <= last + 1, "num_steps must be between 1 and the number of timesteps"
-    stride = last / max(num_steps - 1, 1)
-    timesteps = [last] if num_steps == 1 else [round(i * stride) for i in range(num_steps)]
-    chain = Diffusion(diffusion.noise_schedule, diffusion.num_timesteps, timesteps)
-    return chain.to(diffusion.timesteps.device)
+    if num_steps == 1:
+        return [last]
+    even = [i * last / (num_steps - 1) for i in range(num_steps)]
+    if method == "dpmpp-2m":
+        log_ratio = torch.log(diffusion.signal / diffusion.sigma).cpu()
+        wanted = torch.linspace(0.0, 1.0, num_steps, dtype=log_ratio.dtype)
+        wanted = torch.lerp(log_ratio[0], log_ratio[-1], wanted)
+        nearest = (wanted[:, None] - log_ratio).abs().argmin(1).tolist()
+    elif shift == 1.0:
+        nearest = [round(position) for position in even]
+    else:
+        fractions = [(position + 1.0) / (last + 1) for position in even]
+        moved = [shift * u / (1.0 + (shift - 1.0) * u) for u in fractions]
+        nearest = [round(u * (last + 1)) - 1 for u in moved]
+    for i in reversed(range(num_steps - 1)):
+        nearest[i] = min(nearest[i], nearest[i + 1] - 1)
+    return [max(t, i) for i, t in enumerate(nearest)]
+
+
+def respaced(
+    diffusion: Diffusion, num_steps: int, method: str = "ddim", shift: float = 1.0
+) -> Diffusion:
+    """Return the chain that visits `visited_timesteps`."""
+    return diffusion.respaced(visited_timesteps(diffusion, num_steps, method, shift))
 
 
 @torch.no_grad()
@@ -36,19 +88,21 @@ def sample(
     diffusion: Diffusion,
     method: str,
     num_steps: int,
+    shift: float = 1.0,
     step_noise: Callable[[int], Tensor] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Run the chain backwards from noise.
+    """Run the process backwards from noise.
 
     Args:
-        denoise: maps x_t (N, C, H, W) float32 and the original timesteps t (N,) int64 to a
-            prediction (N, 2C, H, W).
+        denoise: maps x_t (N, C, H, W) float32 and the original timestep t (1,) int64, which all
+            samples share, to a prediction (N, C or 2C, H, W) of the diffusion's objective.
         x_T: (N, C, H, W) standard normal numbers, on the device of `diffusion`.
-        diffusion: the chain of training; it is respaced here.
-        method: "ddpm" draws every step from p(x_{t-1} | x_t); "ddim" is the deterministic limit
-            (Song et al. 2021, Eq. 12 with sigma 0).
-        num_steps: how often the model is called.
+        diffusion: the process of training; it is respaced here.
+        method: one of `methods_for(diffusion.objective)`. "ddpm" draws every step from
+            p(x_{t-1} | x_t); the others are deterministic.
+        num_steps: steps; one call of `denoise` each, but two in heun's steps except the last.
+        shift: see `visited_timesteps`; for flow.
         step_noise: for ddpm, returns the (N, C, H, W) noise of a step. Steps count from 0, in the
             order in which they are taken; the last one has no noise.
         on_step: called with the number of every finished step.
@@ -56,54 +110,93 @@ def sample(
     Returns:
         x_0 (N, C, H, W) float32, final latents. Nothing is clipped.
     """
-    assert method in SAMPLING_METHODS, f"unknown sampling method {method}"
-    assert method == "ddim" or step_noise is not None, "ddpm draws noise at every step"
-    chain = respaced(diffusion, num_steps)
+    assert method in methods_for(diffusion.objective), f"{method} is for another objective"
+    assert method != "ddpm" or step_noise is not None, "ddpm draws noise at every step"
+    assert shift == 1.0 or method in FLOW_METHODS, "only the times of flow are shifted"
+    chain = respaced(diffusion, num_steps, method, shift)
+
+    def predict(x: Tensor, index: int) -> Tensor:
+        return denoise(x, chain.timesteps[index : index + 1])
+
+    scheduled = None if method in ("ddim", "ddpm") else _Scheduled(method, chain, predict)
     x = x_T.float()
     for step in range(num_steps):
         index = num_steps - 1 - step
-        t = torch.full((x.shape[0],), index, dtype=torch.int64, device=x.device)
-        p = chain.p_mean_variance(denoise(x, chain.timesteps[t]), x, t)
-        if method == "ddim":
-            signal = chain.alphas_cumprod_prev[index]
-            x = (signal.sqrt() * p.pred_x_start + (1.0 - signal).sqrt() * p.noise).float()
-        elif index > 0:
-            x = p.mean + torch.exp(0.5 * p.log_variance) * step_noise(step).to(x)
+        if scheduled is not None:
+            x = scheduled.step(x, index)
+        elif method == "ddim":
+            x = _ddim_step(chain, predict(x, index), x, index)
         else:
-            x = p.mean
+            noise = step_noise(step) if index > 0 else None
+            x = _ddpm_step(chain, predict(x, index), x, index, noise)
         if on_step is not None:
             on_step(step)
     return x
 
 
-def guided_denoise(
-    model_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
-    y: Tensor,
-    null_class: int,
-    cfg_scale: float,
-) -> Denoise:
-    """Wrap a model for `sample`, with classifier-free guidance (Ho and Salimans 2022).
+def _ddpm_step(
+    chain: Diffusion, prediction: Tensor, x: Tensor, index: int, noise: Tensor | None
+) -> Tensor:
+    """Draw x_{t-1} from p(x_{t-1} | x_t), or return its mean without noise (the last step)."""
+    p = chain.p_mean_variance(prediction, x, _shared(index, x))
+    return p.mean if noise is None else p.mean + torch.exp(0.5 * p.log_variance) * noise.to(x)
 
-    All noise channels are guided; the variance channels are the conditional ones. With cfg_scale
-    1 the unconditional half, which would cancel, is not computed.
 
-    Args:
-        model_fn: maps x_t (M, C, H, W), t (M,), labels (M,) to a prediction (M, 2C, H, W); M is N,
-            or 2N when guiding, conditional samples first.
-        y: (N,) int64 labels.
-        null_class: the label that means "no label".
-        cfg_scale: 1 is no guidance; larger follows the label more closely.
+def _ddim_step(chain: Diffusion, prediction: Tensor, x: Tensor, index: int) -> Tensor:
+    """Take the deterministic step: DDIM, Eq. 12 with sigma 0."""
+    implied = chain.denoised(prediction, x, _shared(index, x))
+    power = chain.alphas_cumprod_prev[index]
+    return (power.sqrt() * implied.x_start + (1.0 - power).sqrt() * implied.noise).float()
+
+
+def _shared(index: int, x: Tensor) -> Tensor:
+    return torch.full((1,), index, dtype=torch.int64, device=x.device)
+
+
+class _Scheduled:
+    """A scheduler of diffusers on the timesteps of a chain.
+
+    It is given x_0 (dpmpp-2m) or the velocity (euler, heun), so that what the network predicts is
+    converted in one place, `Diffusion.denoised`.
     """
-    if cfg_scale == 1.0:
-        return lambda x, t: model_fn(x, t, y)
-    labels = torch.cat((y, torch.full_like(y, null_class)))
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        prediction = model_fn(torch.cat((x, x)), torch.cat((t, t)), labels).float()
-        conditional, unconditional = prediction.chunk(2, dim=0)
-        noise, variance_channels = conditional.chunk(2, dim=1)
-        without_label = unconditional.chunk(2, dim=1)[0]
-        guided = without_label + cfg_scale * (noise - without_label)
-        return torch.cat((guided, variance_channels), dim=1)
+    def __init__(
+        self, method: str, chain: Diffusion, predict: Callable[[Tensor, int], Tensor]
+    ) -> None:
+        self.chain, self.predict = chain, predict
+        # On the CPU: the scheduler computes its coefficients from them without waiting for a GPU.
+        levels = chain.sigma.flip(0).cpu()
+        if method == "dpmpp-2m":
+            levels = levels / chain.signal.flip(0).cpu()
+            # The last step, to no noise at all, is of first order: log(signal / sigma) is infinite.
+            self.scheduler = DPMSolverMultistepScheduler(
+                solver_order=2, prediction_type="sample", final_sigmas_type="zero"
+            )
+        elif method == "euler":
+            self.scheduler = FlowMatchEulerDiscreteScheduler()
+        else:
+            self.scheduler = FlowMatchHeunDiscreteScheduler()
+            # It looks up the level of every call: the first, then predictor and corrector in turn.
+            levels = torch.cat((levels[:1], levels[1:].repeat_interleave(2)))
+        self.scheduler.set_timesteps(chain.num_steps)
+        self.scheduler.set_begin_index(0)
+        # Its own levels are float32 and, with heun, between the trained timesteps.
+        self.scheduler.sigmas = torch.cat((levels, levels.new_zeros(1)))
 
-    return denoise
+    def step(self, x: Tensor, index: int) -> Tensor:
+        """Go from x at step `index` of the chain to the step below it."""
+        x = self._evaluate(x, index)
+        if self.scheduler.order == 2 and index > 0:
+            x = self._evaluate(
+                x, index - 1
+            )  # sigma 0 was not trained, so the last has no corrector
+        return x
+
+    def _evaluate(self, x: Tensor, index: int) -> Tensor:
+        prediction = self.predict(x, index)
+        if self.chain.objective == "flow":
+            output = prediction.float()
+        else:
+            output = self.chain.denoised(prediction, x, _shared(index, x)).x_start
+        # The time is not looked at: the scheduler counts its calls.
+        return self.scheduler.step(output, 0.0, x).prev_sample

@@ -8,7 +8,6 @@ torchrun --nproc-per-node 2 training/sample.py runs/demo
 """
 
 import argparse
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,11 @@ from tqdm import tqdm
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.shards import DatasetManifest
 from data_tools.vae import Vae, decode_pixels, load_decoder
-from models.diffusion import Diffusion
+from models.switch_dit import SwitchDiT
 from training.config import Config
 from training.engine import build_model
 from training.monitor import save_png
+from training.objective import build_diffusion
 from training.option import did_you_mean
 from training.processes import (
     Ranks,
@@ -39,6 +39,12 @@ from training.processes import (
 )
 from training.run_directory import SAMPLES_DIR, load_config, load_manifest
 from training.sampling import SamplerSettings, image_grid, sample_latents
+from training.sampling_flags import (
+    WeakerRun,
+    add_sampling_flags,
+    find_weaker_run,
+    sampler_settings,
+)
 from training.weight_files import find_weights
 
 DEFAULT_MAX_CLASSES = 10
@@ -59,7 +65,9 @@ class SampleJob:
 
     config: Config
     plan: ImagePlan
+    settings: SamplerSettings
     weights: Path
+    weaker_run: WeakerRun | None
     vae: Vae
     output: Path  # exists
 
@@ -82,13 +90,10 @@ def build_parser() -> ArgumentParser:
         help="class names or indices, comma-separated (default: first 10)",
     )
     parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images per class")
-    parser.add_argument("--cfg-scale", type=float, default=2.0, metavar="X", help="1 = no guidance")
-    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="sampling steps")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--batch-size", type=int, default=40, metavar="N", help="images at a time")
     parser.add_argument("--vae", metavar="FOLDER|FILE|ID", help="default: the run's")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/samples/TAG")
+    add_sampling_flags(parser)
     return parser
 
 
@@ -116,25 +121,19 @@ def _class_index(text: str, names: dict[int, str]) -> int:
     return indices[text]
 
 
-def check_arguments(args: argparse.Namespace, config: Config) -> None:
+def check_counts(args: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant."""
-    for name in ("per_class", "steps", "batch_size"):
+    for name in ("per_class", "batch_size"):
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} must be at least 1, not {getattr(args, name)}.")
-    if args.steps > config.diffusion.num_timesteps:
-        raise ConfigError(
-            f"--steps {args.steps} exceeds the {config.diffusion.num_timesteps} timesteps of the "
-            "model; use fewer."
-        )
-    if not 0 <= args.cfg_scale < math.inf:
-        raise ConfigError(f"--cfg-scale must be a number of at least 0, not {args.cfg_scale}.")
 
 
 def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
     """Check everything before a process group exists; then, last, make the output folder."""
     config = load_config(args.run_dir)
-    check_arguments(args, config)
+    check_counts(args)
+    settings = sampler_settings(args, config)
     manifest = load_manifest(args.run_dir)
     plan = plan_images(args, config, manifest)
     weights = find_weights(
@@ -145,6 +144,9 @@ def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
         is_raw=args.raw,
         file=args.weights,
     )
+    weaker_run = None
+    if args.autoguidance is not None:
+        weaker_run = find_weaker_run(args.autoguidance, config, manifest)
     vae = load_decoder(args.vae or config.run.vae, manifest.vae, device)
     name = weights.parent.name if args.weights is None else weights.stem
     output = args.output or args.run_dir / SAMPLES_DIR / name
@@ -152,7 +154,7 @@ def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"--output {output}: {err.strerror}; choose another.") from err
-    return SampleJob(config, plan, weights, vae, output)
+    return SampleJob(config, plan, settings, weights, weaker_run, vae, output)
 
 
 def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.device) -> Path:
@@ -162,14 +164,10 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
         The path of the grid.
     """
     config, plan, output = job.config, job.plan, job.output
-    model = build_model(config)
-    model.load_state_dict(load_file(job.weights))
-    model.to(device).eval()
-    diffusion = Diffusion(config.diffusion.noise_schedule, config.diffusion.num_timesteps).to(
-        device
-    )
-    settings = SamplerSettings(args.sampler, args.steps, args.cfg_scale, args.seed)
-    shape = config.model.latent_shape
+    model = _load_model(config, job.weights, device)
+    weaker = job.weaker_run
+    weak_model = None if weaker is None else _load_model(weaker.config, weaker.weights, device)
+    diffusion = build_diffusion(config).to(device)
     mine = list(range(ranks.rank, len(plan.labels), ranks.world_size))
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     progress = tqdm(
@@ -179,11 +177,12 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
         latents = sample_latents(
             model,
             diffusion,
-            settings,
+            job.settings,
             indices=torch.tensor(batch, device=device),
             labels=torch.tensor([plan.labels[i] for i in batch], device=device),
-            latent_shape=shape,
+            latent_shape=config.model.latent_shape,
             null_class=config.model.num_classes,
+            weak_model=weak_model,
             on_step=lambda _step: progress.update(),
         )
         for i, picture in zip(batch, decode_pixels(job.vae, latents), strict=True):
@@ -197,6 +196,12 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
         pixels = np.stack([np.asarray(Image.open(file)) for file in files])
         _save(grid_path, image_grid(pixels, columns=plan.per_class, row_labels=plan.class_names))
     return grid_path
+
+
+def _load_model(config: Config, weights: Path, device: torch.device) -> SwitchDiT:
+    model = build_model(config)
+    model.load_state_dict(load_file(weights))
+    return model.to(device).eval()
 
 
 def _save(path: Path, picture: np.ndarray) -> None:

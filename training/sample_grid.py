@@ -7,14 +7,34 @@ import torch
 
 from data_tools.vae import Vae, decode_pixels
 from models.diffusion import Diffusion
+from models.guidance import Guidance
+from models.sampler import methods_for
 from training.config import Config
 from training.monitor import Monitor, save_png
 from training.processes import Ranks
 from training.run_directory import SAMPLES_DIR
-from training.sampling import SamplerSettings, image_grid, sample_latents
+from training.sampling import (
+    SamplerSettings,
+    can_guide_without_classifier,
+    image_grid,
+    sample_latents,
+)
 from training.weights import ema_weights
 
 SAMPLE_SEED = 0  # the same images are drawn every time, so that progress can be seen
+
+
+def grid_settings(config: Config) -> SamplerSettings:
+    """Say how a run's grids are drawn; without guidance where there is nothing to guide by."""
+    run, diffusion = config.run, config.diffusion
+    scale = run.sample_cfg_scale if can_guide_without_classifier(config) else 1.0
+    return SamplerSettings(
+        run.sample_method or methods_for(diffusion.objective)[0],
+        run.sample_steps,
+        SAMPLE_SEED,
+        guidance=Guidance(scale),
+        shift=diffusion.timestep_shift if diffusion.objective == "flow" else 1.0,
+    )
 
 
 class SampleGrid:
@@ -47,13 +67,12 @@ class SampleGrid:
         first = self.ranks.rank * per_rank
         indices = torch.arange(first, first + per_rank, device=self.device)
         labels = indices % model.num_classes if model.num_classes else torch.zeros_like(indices)
-        settings = SamplerSettings("ddim", run.sample_steps, run.sample_cfg_scale, SAMPLE_SEED)
         self.engine.eval()
         with ema_weights(self.engine):
             latents = sample_latents(
                 self.engine.module,
                 self.diffusion,
-                settings,
+                grid_settings(self.config),
                 indices=indices,
                 labels=labels,
                 latent_shape=model.latent_shape,

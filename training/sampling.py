@@ -7,7 +7,7 @@ N images, C H W latent.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from models.diffusion import Diffusion
+from models.guidance import Guidance, ModelFn, autoguided, classifier_free
 from models.randomness import Stream, normal
-from models.sampler import guided_denoise, sample
+from models.sampler import sample
+from training.config import Config
 
 GRID_MARGIN = 2
 LABEL_HEIGHT = 14
@@ -26,10 +28,16 @@ LABEL_HEIGHT = 14
 class SamplerSettings:
     """How images are drawn."""
 
-    method: str  # "ddpm" or "ddim"
+    method: str  # see models.sampler.methods_for
     num_steps: int
-    cfg_scale: float
     seed: int
+    guidance: Guidance = field(default_factory=Guidance)
+    shift: float = 1.0  # of the visited times towards noise, for flow
+
+
+def can_guide_without_classifier(config: Config) -> bool:
+    """Tell whether the null class stands for "no label": only if training has dropped labels."""
+    return config.model.num_classes > 0 and config.data.class_dropout_prob > 0
 
 
 def sample_latents(
@@ -41,23 +49,26 @@ def sample_latents(
     labels: Tensor,
     latent_shape: tuple[int, int, int],
     null_class: int,
+    weak_model: nn.Module | None = None,
     group_size: int = 1,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw final latents for images `indices` (N,) int64 with classes `labels` (N,) int64.
 
-    With group_size > 1 the model's experts are spread over that many ranks: all of them must call
-    this, each with the same number of images.
+    Guidance is classifier-free, or autoguidance if there is a weak model. With group_size > 1 the
+    model's experts are spread over that many ranks: all of them must call this, each with the same
+    number of images.
 
     Returns:
         (N, C, H, W) float32 on the device of `indices`.
     """
     count = latent_shape[0] * latent_shape[1] * latent_shape[2]
     seed, shape = settings.seed, (len(indices), *latent_shape)
-
-    def model_fn(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        group_t = t.repeat(group_size) if group_size > 1 else None
-        return model(x_t, t, y, group_t).prediction.float()
+    model_fn = _model_fn(model, group_size)
+    if weak_model is None:
+        denoise = classifier_free(model_fn, labels, null_class, settings.guidance)
+    else:
+        denoise = autoguided(model_fn, _model_fn(weak_model), labels, settings.guidance)
 
     def step_noise(step: int) -> Tensor:
         # One stream position per image and step.
@@ -67,14 +78,27 @@ def sample_latents(
     start = normal(seed, Stream.SAMPLE_START, indices, count).view(shape)
     with torch.no_grad():
         return sample(
-            guided_denoise(model_fn, labels, null_class, settings.cfg_scale),
+            denoise,
             start,
             diffusion=diffusion,
             method=settings.method,
             num_steps=settings.num_steps,
+            shift=settings.shift,
             step_noise=step_noise,
             on_step=on_step,
         )
+
+
+def _model_fn(model: nn.Module, group_size: int = 1) -> ModelFn:
+    """Wrap a network; t (1,) is the one timestep of all images."""
+
+    def call(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if group_size == 1:
+            return model(x_t, t, y).prediction.float()
+        t = t.expand(len(x_t))
+        return model(x_t, t, y, t.repeat(group_size)).prediction.float()
+
+    return call
 
 
 def image_grid(

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from data_tools.errors import ConfigError
 from models.loss_weights import FLOW_ONLY, NUM_CLUSTERS
+from models.sampler import methods_for
+from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config import Config
 from training.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
@@ -42,6 +44,7 @@ def validate(
         manifest: the data's description; None = not looked at.
     """
     _check_model(config)
+    _check_routing(config)
     _check_objective(config)
     _check_averages(config)
     _check_expert_parallelism(config, deepspeed_path, world_size)
@@ -52,11 +55,6 @@ def validate(
 
 def _check_model(config: Config) -> None:
     model, diffusion = config.model, config.diffusion
-    if model.top_k > model.num_experts:
-        raise ConfigError(
-            f"--top-k {model.top_k} is more than --num-experts {model.num_experts}; "
-            f"use 1 to {model.num_experts}."
-        )
     for flag, side in zip(("--latent-size", "--latent-width"), model.latent_shape[1:], strict=True):
         if side % model.patch_size:
             raise ConfigError(
@@ -67,6 +65,38 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f"--sample-steps {config.run.sample_steps} is more than --num-timesteps "
             f"{diffusion.num_timesteps}; use at most that many."
+        )
+    methods = methods_for(diffusion.objective)
+    if config.run.sample_method not in (None, *methods):
+        raise ConfigError(
+            f"--sample-method {config.run.sample_method} does not fit --objective "
+            f"{diffusion.objective}; use {' or '.join(methods)}."
+        )
+
+
+def _check_routing(config: Config) -> None:
+    model = config.model
+    if model.top_k > model.num_experts:
+        raise ConfigError(
+            f"--top-k {model.top_k} is more than --num-experts {model.num_experts}; "
+            f"use 1 to {model.num_experts}."
+        )
+    if model.expert_kind == "mlp" and model.expert_dispatch == "merged":
+        raise ConfigError(
+            "--expert-dispatch merged needs --expert-kind affine, since MLPs do not merge; use "
+            "--expert-dispatch auto."
+        )
+    hidden_size = MODEL_SIZES[model.size].hidden_size
+    if model.routing == "dtr" and hidden_size * model.dtr_beta < 1:
+        raise ConfigError(
+            f"--dtr-beta {model.dtr_beta} opens none of the {hidden_size} channels of --size "
+            f"{model.size}; use at least {1 / hidden_size:.4f}."
+        )
+    size = config.run.expert_parallel_size
+    if model.routing != "switch" and size > 1:
+        raise ConfigError(
+            f"--expert-parallel-size {size} needs --routing switch, since {model.routing} has no "
+            "experts to share out; use --expert-parallel-size 1."
         )
 
 

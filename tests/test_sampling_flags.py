@@ -1,0 +1,148 @@
+"""What the sampling flags mean together with a run's configuration."""
+
+import pytest
+
+from data_tools.errors import ArgumentParser, ConfigError
+from models.guidance import Guidance
+from models.sampler import SAMPLING_METHODS
+from training.command_line import DEFAULT_DEEPSPEED, parse_command_line
+from training.config import options
+from training.sample_grid import grid_settings
+from training.sampling import SamplerSettings
+from training.sampling_flags import add_sampling_flags, sampler_settings
+from training.validation import validate
+
+FLOW = ("--objective", "flow", "--timestep-shift", 3)
+UNCONDITIONAL = ("--num-classes", 0)
+NEVER_DROPPED = ("--class-dropout-prob", 0)
+
+
+def config_of(*training_flags):
+    return parse_command_line([str(flag) for flag in training_flags]).config
+
+
+def settings(*flags, training=()):
+    parser = ArgumentParser()
+    add_sampling_flags(parser)
+    args = parser.parse_args([str(flag) for flag in flags])
+    return sampler_settings(args, config_of(*training))
+
+
+def test_the_key_of_training_offers_the_methods_that_there_are():
+    (choices,) = [o.field.metadata["choices"] for o in options() if o.name == "sample_method"]
+
+    assert set(choices) == set(SAMPLING_METHODS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "training", "expected"),
+    [
+        ((), (), SamplerSettings("ddim", 50, 0, Guidance(2.0))),
+        ((), FLOW, SamplerSettings("euler", 50, 0, Guidance(2.0), shift=3.0)),
+        ((), UNCONDITIONAL, SamplerSettings("ddim", 50, 0, Guidance(1.0))),
+        ((), NEVER_DROPPED, SamplerSettings("ddim", 50, 0, Guidance(1.0))),
+        (("--shift", 1, "--cfg-scale", 1), FLOW, SamplerSettings("euler", 50, 0, Guidance(1.0))),
+        (
+            ("--sampler", "dpmpp-2m", "--steps", 9, "--seed", 7, "--cfg-channels", "three"),
+            (),
+            SamplerSettings("dpmpp-2m", 9, 7, Guidance(2.0, 3)),
+        ),
+        (
+            ("--guidance-interval", 0.25, 0.5, "--cfg-scale", 4),
+            (),
+            SamplerSettings("ddim", 50, 0, Guidance(4.0, None, (250.0, 500.0))),
+        ),
+        (
+            ("--autoguidance", "runs/weak", "--autoguidance-scale", 3),
+            UNCONDITIONAL,
+            SamplerSettings("ddim", 50, 0, Guidance(3.0)),
+        ),
+    ],
+)
+def test_flags_lie_over_the_defaults_of_the_run(flags, training, expected):
+    assert settings(*flags, training=training) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "training", "sentence"),
+    [
+        (("--steps", 0), (), "--steps must be at least 1, not 0."),
+        (("--steps", 1001), (), "--steps 1001 exceeds the 1000 timesteps of the model; use fewer."),
+        (
+            ("--sampler", "ddim"),
+            FLOW,
+            "--sampler ddim does not fit objective flow; use euler or heun.",
+        ),
+        (
+            ("--sampler", "heun"),
+            ("--objective", "v"),
+            "--sampler heun does not fit objective v; use ddim or ddpm or dpmpp-2m.",
+        ),
+        (("--shift", 2), (), "--shift 2.0 does not fit objective epsilon: only the times of flow"),
+        (("--shift", 0), FLOW, "--shift must be a number above 0, not 0.0."),
+        (("--cfg-scale", "nan"), (), "--cfg-scale must be a number of at least 0, not nan."),
+        (
+            ("--cfg-scale", 3),
+            UNCONDITIONAL,
+            "--cfg-scale 3.0 compares predictions with and without the label, but this run was "
+            "trained without classes; use --cfg-scale 1.",
+        ),
+        (("--cfg-scale", 3), NEVER_DROPPED, "was trained with --class-dropout-prob 0; use --cfg"),
+        (
+            ("--cfg-scale", 3, "--autoguidance", "run"),
+            (),
+            "--cfg-scale 3.0 and --autoguidance exclude each other; set the latter's strength",
+        ),
+        (
+            ("--autoguidance-scale", 3),
+            (),
+            "--autoguidance-scale 3.0 needs the run to guide by; add --autoguidance RUN.",
+        ),
+        (
+            ("--autoguidance", "run", "--autoguidance-scale", -1),
+            (),
+            "--autoguidance-scale must be a number of at least 0, not -1.0.",
+        ),
+        (
+            ("--guidance-interval", 0.5, 0.2),
+            (),
+            "--guidance-interval 0.5 0.2 is no interval within 0 and 1; give the lower end first.",
+        ),
+        (
+            ("--guidance-interval", 0.2, 0.5, "--cfg-scale", 1),
+            (),
+            "--guidance-interval has no effect without guidance, whose scale is 1; choose another",
+        ),
+        (("--cfg-channels", "all"), UNCONDITIONAL, "--cfg-channels has no effect without guidance"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, training, sentence):
+    with pytest.raises(ConfigError) as error:
+        settings(*flags, training=training)
+
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("training", "method", "scale", "shift"),
+    [
+        ((), "ddim", 2.0, 1.0),
+        (("--sample-method", "dpmpp-2m"), "dpmpp-2m", 2.0, 1.0),
+        (FLOW, "euler", 2.0, 3.0),
+        (UNCONDITIONAL, "ddim", 1.0, 1.0),
+        (NEVER_DROPPED, "ddim", 1.0, 1.0),
+    ],
+)
+def test_the_grid_of_training_is_drawn_as_the_objective_and_the_labels_allow(
+    training, method, scale, shift
+):
+    found = grid_settings(config_of(*training))
+
+    assert (found.method, found.guidance.scale, found.shift) == (method, scale, shift)
+
+
+def test_a_grid_that_does_not_fit_the_objective_is_refused_before_training():
+    config = config_of(*FLOW, "--sample-method", "ddpm")
+
+    with pytest.raises(ConfigError, match="--sample-method ddpm does not fit --objective flow; "):
+        validate(config, DEFAULT_DEEPSPEED, world_size=1)
