@@ -1,4 +1,4 @@
-"""Numbers recorded from the official Switch-DiT code (float32, CPU)."""
+"""Numbers recorded from the official code of Switch-DiT and of DTR (float32, CPU)."""
 
 from pathlib import Path
 
@@ -7,44 +7,57 @@ import pytest
 import torch
 
 from models.diffusion import Diffusion
+from models.guidance import Guidance, classifier_free
 from models.import_weights import import_weights
 from models.prior import diffusion_prior, match_units, prior_loss
-from models.sampler import guided_denoise, respaced, sample
+from models.routing import ChannelRouter
+from models.sampler import respaced, sample
 from models.switch_dit import SwitchDiT
 
+OPTIONS = {
+    "switch_tiny": {"depth": 3, "num_experts": 4, "top_k": 2},
+    "dtr_tiny": {"depth": 2, "routing": "dtr", "num_experts": 0, "top_k": 0},
+}
+NUM_PARAMETERS = {"switch_tiny": 53, "dtr_tiny": 31}
 TOLERANCE = 1e-4  # of the largest value of a tensor, or of a sample where samples differ in scale
 
 
-@pytest.fixture(scope="module")
-def recorded():
-    with np.load(Path(__file__).parent / "parity" / "switch_tiny.npz") as arrays:
+def load(name):
+    with np.load(Path(__file__).parent / "parity" / f"{name}.npz") as arrays:
         return {
             name: array if array.dtype.kind == "U" else torch.from_numpy(array)
             for name, array in arrays.items()
         }
 
 
-@pytest.fixture(scope="module")
-def official_weights(recorded):
-    prefix = "weights/"
-    return {k.removeprefix(prefix): v for k, v in recorded.items() if k.startswith(prefix)}
-
-
-@pytest.fixture(scope="module")
-def model(official_weights):
+def build(recorded, name):
     model = SwitchDiT(
         input_size=(8, 8),
         patch_size=2,
         in_channels=4,
         hidden_size=32,
-        depth=3,
         num_heads=4,
         num_classes=10,
-        num_experts=4,
-        top_k=2,
+        **OPTIONS[name],
     )
-    model.load_state_dict(import_weights(official_weights).weights)
+    weights = {k.removeprefix("weights/"): v for k, v in recorded.items() if "weights/" in k}
+    model.load_state_dict(import_weights(weights).weights)
     return model
+
+
+@pytest.fixture(scope="module", params=sorted(OPTIONS))
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def recorded(kind):
+    return load(kind)
+
+
+@pytest.fixture(scope="module")
+def model(recorded, kind):
+    return build(recorded, kind)
 
 
 @pytest.fixture
@@ -66,14 +79,22 @@ def test_prediction(model, recorded):
     assert_same(output.prediction, recorded["prediction"])
 
 
-def test_gate_table(model, recorded):
-    output = model(recorded["x_t"], recorded["t"], recorded["y"])
+def test_gate_table():
+    recorded = load("switch_tiny")
+
+    output = build(recorded, "switch_tiny")(recorded["x_t"], recorded["t"], recorded["y"])
 
     assert_same(output.gate_table, recorded["gate_probs"])
 
 
+def test_channel_masks():
+    router = ChannelRouter(hidden_size=32, num_timesteps=1000, alpha=4.0, beta=0.8)
+
+    assert torch.equal(router.mask_minus_one + 1, load("dtr_tiny")["channel_mask"])
+
+
 def test_guided_prediction(predict, recorded):
-    denoise = guided_denoise(predict, recorded["y"][:3], null_class=10, cfg_scale=1.5)
+    denoise = classifier_free(predict, recorded["y"][:3], 10, Guidance(1.5))
 
     found = denoise(recorded["x_t"][:3], recorded["t"][:3])
 
@@ -110,22 +131,23 @@ def official_gradient(model, name):
     return model.get_parameter(f"gate.{part.rsplit('.')[-1]}").grad[int(block)]
 
 
-def test_gradient_norm_of_every_parameter(model, recorded):
+def test_gradient_norm_of_every_parameter(model, recorded, kind):
     mse, vlb = loss_terms(model, recorded)
     model.zero_grad()
     (mse + vlb).mean().backward()
 
-    assert len(recorded["grad_norm_names"]) == 53
+    assert len(recorded["grad_norm_names"]) == NUM_PARAMETERS[kind]
     for name, expected in zip(recorded["grad_norm_names"], recorded["grad_norms"], strict=True):
         norm = official_gradient(model, str(name)).norm().item()
         assert norm == pytest.approx(expected.item(), rel=TOLERANCE), name
 
 
-def test_prior_map(recorded):
-    assert torch.equal(diffusion_prior(1000, 3, 4, 2), recorded["prior_mask"])
+def test_prior_map():
+    assert torch.equal(diffusion_prior(1000, 3, 4, 2), load("switch_tiny")["prior_mask"])
 
 
-def test_prior_loss_over_tie_breaks(recorded):
+def test_prior_loss_over_tie_breaks():
+    recorded = load("switch_tiny")
     lowest, mean, highest = recorded["prior_loss_over_tie_breaks"].tolist()
     table, prior = recorded["gate_probs"], recorded["prior_mask"]
 
@@ -152,7 +174,7 @@ def test_respaced_steps(predict, recorded):
 
 
 def test_ddim_sample(predict, recorded):
-    denoise = guided_denoise(predict, recorded["respaced_y"][:3], null_class=10, cfg_scale=1.0)
+    denoise = classifier_free(predict, recorded["respaced_y"][:3], 10, Guidance())
 
     found = sample(
         denoise, recorded["respaced_x"][:3], diffusion=Diffusion(), method="ddim", num_steps=10
