@@ -13,17 +13,6 @@ def top_k_experts(probs, top_k):
     return [(e, probs[e]) for e in sorted(order)]
 
 
-def mixture(x, probs, weight, bias, top_k):
-    """sum over the top k experts of g_e (x W_e + b_e), one sample and one expert at a time."""
-    outputs = []
-    for sample, sample_probs in zip(x, probs, strict=True):
-        total = torch.zeros_like(sample)
-        for e, value in top_k_experts(sample_probs, top_k):
-            total = total + value * (sample @ weight[e] + bias[e])
-        outputs.append(total)
-    return torch.stack(outputs)
-
-
 def dispatch(expert_index, num_experts, rank, num_ranks):
     """What one block exchanges: (send rows, send splits, recv rows, recv splits) as lists."""
     num_samples = expert_index.shape[0] // num_ranks
