@@ -37,8 +37,9 @@ def model_memory(
     With D dense and X expert parameters, a rank holds D + X / R parameters. What ZeRO shards, it
     shards over W ranks (dense) or over the W / R ranks that hold the same experts: (D + X) / W
     either way. Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights. Gradients
-    accumulate in fp32. ZeRO keeps fp32 masters apart from the weights even when those are fp32;
-    stage 0 has fp32 weights and no others.
+    accumulate in fp32; stage 1 in bf16 keeps the bf16 gradients beside them. ZeRO keeps fp32
+    masters apart from the weights even when those are fp32; stage 0 has fp32 weights and no
+    others.
 
     Args:
         num_parameters: of the whole model, all experts included.
@@ -51,10 +52,13 @@ def model_memory(
     """
     held = (num_parameters - num_in_experts) + num_in_experts / expert_parallel_size
     shard = num_parameters / world_size
+    gradient_bytes = FP32_BYTES
+    if stage == 1 and precision == "bf16":  # DeepSpeed's BF16_Optimizer
+        gradient_bytes += WEIGHT_BYTES["bf16"]
     num_fp32_states = NUM_ADAM_MOMENTS + num_averages + (1 if stage > 0 else 0)
     return Memory(
         weights=WEIGHT_BYTES[precision] * (shard if stage >= 3 else held),
-        gradients=FP32_BYTES * (shard if stage >= 2 else held),
+        gradients=gradient_bytes * (shard if stage >= 2 else held),
         optimizer=FP32_BYTES * num_fp32_states * (shard if stage >= 1 else held),
     )
 
