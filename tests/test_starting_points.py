@@ -1,17 +1,20 @@
 """Runs that start from other runs, and runs on unusual data: the real trainer on two ranks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_tools.errors import ConfigError
 from tests.launch import run_jobs
 from tests.synthetic import make_dataset, random_moments
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.engine import build_model
 from training.monitor import read_metrics
 from training.run_directory import INIT_FILE, load_config
+from training.warm_start import check_warm_start
 
 pytestmark = pytest.mark.ranks
 
@@ -59,11 +62,8 @@ def folder(tmp_path_factory):
         [
             job("dense", None, *dense, steps=4),
             job("dense-again", folder / "dense", *dense),
-            job("upcycled", folder / "dense"),
-            job("upcycled-ep2", folder / "dense", *ep2),
-            job("upcycled-mlp", folder / "dense", "--expert-kind", "mlp"),
-            job("sparse", folder / "upcycled", steps=4),
-            job("sparse-earlier", f"{sparse}:step-0000002"),
+            job("sparse", folder / "dense", steps=4),
+            job("sparse-from-dense-ep2", folder / "dense", *ep2),
             job("sparse-again", sparse),
             job("sparse-ep2", sparse, *ep2),
             job("sparse-ep2", sparse, *ep2, steps=2),
@@ -88,16 +88,29 @@ def test_upcycling_a_trained_dit_is_exact_at_step_0(folder):
     expected = first_losses(folder / "dense-again")
 
     assert expected != first_losses(folder / "dense")
-    for name in ("upcycled", "upcycled-ep2", "upcycled-mlp"):
+    for name in ("sparse", "sparse-from-dense-ep2"):
         assert first_losses(folder / name) == pytest.approx(expected, rel=1e-6), name
 
 
 def test_every_layout_starts_from_the_same_experts(folder):
     expected = first_losses(folder / "sparse-again")
 
-    assert expected != first_losses(folder / "sparse-earlier")
+    assert expected != first_losses(folder / "sparse")
     for name in ("sparse-ep2", "sparse-z3"):
         assert first_losses(folder / name) == pytest.approx(expected, rel=1e-5), name
+
+
+def test_an_older_checkpoint_can_be_chosen(folder):
+    config = load_config(folder / "sparse-again")
+
+    def start_from(tag):
+        source = f"{folder / 'sparse'}:{tag}"
+        return check_warm_start(replace(config, run=replace(config.run, init_from=source)))
+
+    checkpoints = folder / "sparse" / "checkpoints"
+    assert start_from("step-0000002").file == str(checkpoints / "step-0000002" / EMA_FILE)
+    with pytest.raises(ConfigError, match=r"sparse:step-0000003: no 'step-0000003'; did you mean"):
+        start_from("step-0000003")
 
 
 def test_a_warm_start_counts_from_zero_and_averages_from_the_loaded_weights(folder):
@@ -125,7 +138,7 @@ def test_bf16_training_starts_from_the_fp32_values(folder, name):
 
 def test_the_report_is_printed_and_written(folder):
     source = latest_checkpoint(folder / "dense") / EMA_FILE
-    record = json.loads((folder / "upcycled" / INIT_FILE).read_text())
+    record = json.loads((folder / "sparse" / INIT_FILE).read_text())
     output = (folder / "output.txt").read_text()
 
     assert record["file"] == str(source)

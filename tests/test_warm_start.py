@@ -13,6 +13,7 @@ from tests.launch import REPOSITORY
 from training.config import Config
 from training.engine import build_model
 from training.preset import load_preset
+from training.run_directory import CONFIG_FILE
 from training.warm_start import check_is_elsewhere, check_warm_start, initial_values
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
@@ -134,7 +135,7 @@ class TestWhatIsLoaded:
         patches = check_warm_start(configured(safetensors, patch_size=4, latent_channels=16))
 
         assert classes.freshly_initialised == [table]
-        assert f"{table} (11x128 there, 21x128 here)" in classes.report()
+        assert f"{table} (11x128 there, 21x128 here: a row per class and" in classes.report()
         assert {name.split(".")[-1] for name in experts.other_shape} == {"weight", "bias"}
         assert len(experts.other_shape) == 2 + 2 * 6
         assert patches.other_shape[patch] == "128x4x2x2 there, 128x16x4x4 here"
@@ -171,6 +172,10 @@ class TestWhatIsRefused:
         assert f"there is no {tmp_path}/none; give a run" in refusal(tmp_path / "none")
         assert "is neither a run, a diffusers folder nor a" in refusal(tmp_path / "weights.npz")
         assert "is neither a run, a diffusers folder nor a" in refusal(tmp_path)
+        (tmp_path / CONFIG_FILE).write_text(SMALL.to_yaml())
+        assert f"{tmp_path} has no checkpoint yet; train first." in refusal(tmp_path)
+        assert f"{tmp_path} is no run directory" not in refusal(f"{tmp_path}:step-0000001")
+        assert "is no run directory; give RUN:TAG" in refusal(f"{tmp_path}/none:step-0000001")
 
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
     def test_a_truncated_file(self, safetensors, weights, tmp_path, suffix):
@@ -183,12 +188,22 @@ class TestWhatIsRefused:
 
         assert "is damaged or no" in refusal(path)
 
+    def test_a_page_that_says_that_the_download_failed(self, tmp_path):
+        path = tmp_path / "page.pt"
+        path.write_text("<html>404</html>")
+
+        assert "is damaged or no torch file (it is no pickle); copy or down" in refusal(path)
+
     def test_objects_besides_tensors(self, weights, tmp_path):
         path = tmp_path / "official.pt"
         torch.save({"ema": weights, "config": fractions.Fraction(1, 2)}, path)
 
+        old_path = tmp_path / "old.pt"
+        torch.save(fractions.Fraction(1, 2), old_path, _use_new_zipfile_serialization=False)
+
         message = refusal(path)
 
+        assert "holds fractions.Fraction besides tensors" in refusal(old_path)
         assert "holds fractions.Fraction besides tensors and is not opened, because" in message
         assert f"torch.load('{path}', weights_only=False)['ema'], 'weights.pt')" in message
 

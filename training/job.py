@@ -21,7 +21,7 @@ from training.precision import precision_of
 from training.processes import Ranks
 from training.run_directory import check_free_space, check_run_directory
 from training.validation import validate
-from training.warm_start import WarmStart, check_is_elsewhere, check_warm_start
+from training.warm_start import WarmStart, check_initial_weights, check_is_elsewhere
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     validate(config, command.deepspeed, ranks.world_size, manifest)
     check_is_elsewhere(config)
     check_run_directory(run_dir, config)
+    warm_start = check_initial_weights(config)
     layout = Layout(
         ranks.world_size,
         config.run.expert_parallel_size,
@@ -58,12 +59,10 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         precision_of(deepspeed_config),
     )
     folder = latest_checkpoint(run_dir)
-    resume_manifest, warm_start = None, None
+    resume_manifest = None
     if folder is not None:
         resume_manifest = read_manifest(folder)
         check_resumable(resume_manifest, layout, manifest.hash)
-    elif config.run.init_from is not None:
-        warm_start = check_warm_start(config)
     check_free_space(run_dir, checkpoint_bytes(config))
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:

@@ -32,6 +32,7 @@ from training.precision import explain_precision
 from training.processes import Ranks
 from training.run_directory import check_run_directory, create_run_directory
 from training.validation import validate
+from training.warm_start import check_initial_weights, check_is_elsewhere
 
 MODEL_NAMES = {"switch": "Switch-DiT", "dtr": "DTR", "dense": "DiT"}  # by routing
 
@@ -47,7 +48,9 @@ def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
     if not is_demo_missing(command.config):
         return
     validate(command.config, command.deepspeed, ranks.world_size)
+    check_is_elsewhere(command.config)
     check_run_directory(Path(command.config.run.run_dir), command.config)
+    check_initial_weights(command.config)
     if ranks.is_main:
         print(f"{command.config.data.data} is missing: preparing the demo data set.", flush=True)
     prepare_demo(quiet=not ranks.is_main)
@@ -55,13 +58,16 @@ def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
 
 def dry_run(command: CommandLine, ranks: Ranks) -> str:
     """Return what --dry-run prints; write nothing. The data set need not exist yet."""
-    if Path(command.config.data.data).exists() and not is_demo_missing(command.config):
+    config, manifest = command.config, None
+    if Path(config.data.data).exists() and not is_demo_missing(config):
         job = check(command, ranks)
-        text = describe(job.config, job.deepspeed_config, ranks.world_size, job.manifest)
-        return text if job.warm_start is None else f"{text}\n\n{job.warm_start.report()}"
-    merged = merge_deepspeed(command.deepspeed, command.config, ranks.world_size)
-    validate(command.config, command.deepspeed, ranks.world_size)
-    return describe(command.config, merged, ranks.world_size)
+        merged, manifest, warm_start = job.deepspeed_config, job.manifest, job.warm_start
+    else:
+        merged = merge_deepspeed(command.deepspeed, config, ranks.world_size)
+        validate(config, command.deepspeed, ranks.world_size)
+        warm_start = check_initial_weights(config)
+    text = describe(config, merged, ranks.world_size, manifest)
+    return text if warm_start is None else f"{text}\n\n# initial weights\n{warm_start.report()}"
 
 
 def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:

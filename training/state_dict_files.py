@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -55,26 +56,29 @@ def _unpickle(path: Path, flag: str) -> Any:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as err:
-        entry = f"[{WEIGHT_ENTRIES[0]!r}]"
-        raise ConfigError(
-            f"{flag} holds {_objects_in(path)} besides tensors and is not opened, because pickled "
-            "objects can run programs; if you trust it, keep only its tensors, where that can be "
-            f'imported: python -c "import torch; torch.save(torch.load({str(path)!r}, '
-            f"weights_only=False){entry}, 'weights.pt')\"."
-        ) from err
+        if objects := _objects_in(path, str(err)):
+            raise ConfigError(
+                f"{flag} holds {objects} besides tensors and is not opened, because pickled "
+                "objects can run programs; if you trust it, keep only its tensors, where that can "
+                f'be imported: python -c "import torch; torch.save(torch.load({str(path)!r}, '
+                f"weights_only=False)[{WEIGHT_ENTRIES[0]!r}], 'weights.pt')\"."
+            ) from err
+        raise _damaged(flag, "it is no pickle") from err
     except (OSError, RuntimeError, EOFError, ValueError) as err:
-        reason = str(err).split("\n")[0].rstrip(".")
-        raise ConfigError(
-            f"{flag} is damaged or no torch file ({reason}); copy or download it again."
-        ) from err
+        raise _damaged(flag, str(err).split("\n")[0].rstrip(".")) from err
 
 
-def _objects_in(path: Path) -> str:
-    """Name the Python objects that keep a torch file from being opened."""
-    if not zipfile.is_zipfile(path):
-        return "Python objects"
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return ", ".join(sorted(set(names) - {"argparse.Namespace"})) or "Python objects"
+def _damaged(flag: str, reason: str) -> ConfigError:
+    return ConfigError(f"{flag} is damaged or no torch file ({reason}); copy or download it again.")
+
+
+def _objects_in(path: Path, refusal: str) -> str:
+    """Name the Python objects that kept a torch file from being opened; "" if it was not that."""
+    if not zipfile.is_zipfile(path):  # before torch 1.6 a file could not be searched for them
+        first = re.search(r"Unsupported global: GLOBAL (\S+)", refusal)
+        return first[1] if first else ""
+    names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    return ", ".join(sorted(names - {"argparse.Namespace"}))
 
 
 def _select_entry(content: Any, flag: str) -> tuple[dict[str, Tensor], str | None]:

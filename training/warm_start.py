@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data_tools.errors import ConfigError
 from models.import_weights import ImportedWeights, check_positions, import_weights
-from training.checkpoint_manifest import MANIFEST_FILE, sha256_of
+from training.checkpoint_manifest import MANIFEST_FILE, latest_checkpoint, sha256_of
 from training.config import Config
 from training.engine import build_model
 from training.run_directory import CONFIG_FILE, load_config
@@ -25,6 +25,7 @@ from training.weight_files import find_weights
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_FOLDERS = ("", "transformer")  # of the model alone, of a pipeline
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 NAMES_SHOWN = 8
 
 
@@ -78,15 +79,21 @@ class Source(NamedTuple):
 
 def check_is_elsewhere(config: Config) -> None:
     """Refuse a run that would start from itself."""
-    source, run_dir = config.run.init_from, Path(config.run.run_dir).resolve()
+    source, run_dir = config.run.init_from, Path(config.run.run_dir)
     if source is None:
         return
     path = _split_tag(source)[0].resolve()
-    if run_dir in (path, *path.parents):
+    if run_dir.resolve() in (path, *path.parents):
         raise ConfigError(
-            f"--init-from {source} is --run-dir {config.run.run_dir} itself; to continue that run "
-            "leave --init-from as it was, to start another from it choose a new --run-dir."
+            f"--init-from {source} is --run-dir {run_dir} itself; to continue that run leave "
+            "--init-from as it was, to start another from it choose a new --run-dir."
         )
+
+
+def check_initial_weights(config: Config) -> WarmStart | None:
+    """Check what a run begins with; None if it initialises all its weights, or is resumed."""
+    is_resumed = latest_checkpoint(Path(config.run.run_dir)) is not None
+    return None if config.run.init_from is None or is_resumed else check_warm_start(config)
 
 
 def check_warm_start(config: Config) -> WarmStart:
@@ -115,7 +122,7 @@ def check_warm_start(config: Config) -> WarmStart:
         matched_parameters=sum(imported.weights[name].numel() for name in matched),
         freshly_initialised=[name for name in ours if name not in matched],
         other_shape={
-            name: _both_shapes(theirs[name], shape)
+            name: _both_shapes(name, theirs[name], shape)
             for name, shape in ours.items()
             if name in theirs and theirs[name] != shape
         },
@@ -194,7 +201,7 @@ def _check_blocks(
     why = "it has none"
     if both := [name for name in ours if name.startswith("blocks.") and name in theirs]:
         name = both[0]
-        why = f"{name}: {_both_shapes(theirs[name], ours[name])}"
+        why = f"{name}: {_both_shapes(name, theirs[name], ours[name])}"
     raise ConfigError(
         f"{flag}: none of its blocks fits the model ({why}); use the --size that it was trained in."
     )
@@ -238,6 +245,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(texts[:NAMES_SHOWN]) + more or "nothing"
 
 
-def _both_shapes(theirs: list[int], ours: list[int]) -> str:
+def _both_shapes(name: str, theirs: list[int], ours: list[int]) -> str:
     there, here = ("x".join(map(str, shape)) for shape in (theirs, ours))
-    return f"{there} there, {here} here"
+    rows = ": a row per class and one for no label" if name == LABEL_TABLE else ""
+    return f"{there} there, {here} here{rows}"
