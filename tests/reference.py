@@ -127,18 +127,6 @@ def variational_bound(implied_start, channels, x_start, x_t, step, powers):
     return -np.log(np.maximum(upper - lower, 1e-12)).mean() / math.log(2)
 
 
-def ddim(denoise, x, timesteps, powers):
-    """Deterministic DDIM over the given increasing timesteps; powers of the full chain."""
-    for i in reversed(range(len(timesteps))):
-        t = timesteps[i]
-        power = powers[t]
-        previous = powers[timesteps[i - 1]] if i else 1.0
-        noise = denoise(x, t)
-        start = (x - math.sqrt(1 - power) * noise) / math.sqrt(power)
-        x = math.sqrt(previous) * start + math.sqrt(1 - previous) * noise
-    return x
-
-
 def exponential_average(trajectory, decay, warmup):
     """Average of a start and the values after each step, by every value's own weight."""
     decays = [

@@ -25,6 +25,7 @@ from training.checkpoint_manifest import (
 from training.monitor import read_metrics
 from training.preset import load_preset
 from training.processes import Ranks
+from training.run_directory import CONFIG_FILE
 
 STEPS = 4
 # One checkpoint of the demo on two ranks is 58 MiB, its largest file 17 MiB.
@@ -351,7 +352,8 @@ class TestSampling:
         [
             (("--stepz", 3), "unrecognized arguments: --stepz 3; see --help."),
             (("--steps", "many"), "--steps: invalid int value: 'many'; see --help."),
-            (("--sampler", "euler"), "--sampler: invalid choice: 'euler'"),
+            (("--sampler", "plms"), "--sampler: invalid choice: 'plms'"),
+            (("--sampler", "euler"), "euler does not fit objective epsilon; use ddim, ddpm or dpm"),
             (("--steps", 0), "--steps must be at least 1, not 0."),
             (("--steps", 1001), "--steps 1001 exceeds the 1000 timesteps of the model; use fewer."),
             (("--cfg-scale", "nan"), "--cfg-scale must be a number of at least 0, not nan."),
@@ -363,6 +365,29 @@ class TestSampling:
     )
     def test_wrong_flags(self, draw, trained, argv, sentence):
         assert sentence in draw(trained, *argv)
+
+    @pytest.mark.parametrize(
+        ("tag", "sentence"),
+        [
+            ("", "its num_timesteps is 500 and that of the run to guide is 1000; use a run that"),
+            (":step-9", " is no run directory"),
+        ],
+    )
+    def test_a_weaker_run_that_does_not_fit(self, draw, trained, run_dir, tag, sentence):
+        rewrite(
+            run_dir / CONFIG_FILE,
+            lambda data: data.replace(b"num_timesteps: 1000", b"num_timesteps: 500"),
+        )
+
+        stderr = draw(trained, "--autoguidance", f"{run_dir if not tag else run_dir / 'x'}{tag}")
+
+        assert stderr.startswith(f"error: --autoguidance {run_dir}")
+        assert sentence in stderr
+
+    def test_a_checkpoint_that_the_weaker_run_does_not_have(self, draw, trained):
+        stderr = draw(trained, "--autoguidance", f"{trained}:step-9")
+
+        assert f"error: --autoguidance {trained}:step-9: no 'step-9'; " in stderr
 
     def test_a_folder_that_is_no_run(self, draw, tmp_path):
         sentence = f"{tmp_path} is no run directory: it has no config.yaml; give the folder of a"

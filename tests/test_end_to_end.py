@@ -159,12 +159,22 @@ class TestSampling:
 
     def test_averaged_and_raw_weights_and_samplers_differ(self, trained, tmp_path):
         grids = {}
-        for name, flags in {"ema": (), "raw": ("--raw",), "ddpm": ("--sampler", "ddpm")}.items():
+        guided_by_earlier = (
+            *("--sampler", "dpmpp-2m", "--autoguidance", f"{trained[0]}:step-0000008"),
+            *("--guidance-interval", 0.1, 0.9, "--cfg-channels", "three"),
+        )
+        flags_of = {
+            "ema": (),
+            "raw": ("--raw",),
+            "ddpm": ("--sampler", "ddpm"),
+            "guided by an earlier checkpoint": guided_by_earlier,
+        }
+        for name, flags in flags_of.items():
             out = tmp_path / name
             run("python", "training/sample.py", trained[0], *self.ARGS, *flags, "--output", out)
             grids[name] = (out / "grid.png").read_bytes()
 
-        assert len(set(grids.values())) == 3
+        assert len(set(grids.values())) == len(flags_of)
 
 
 def test_a_real_tensorboard_serves_the_run(trained):

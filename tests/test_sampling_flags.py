@@ -7,6 +7,7 @@ from models.guidance import Guidance
 from models.sampler import SAMPLING_METHODS
 from training.command_line import DEFAULT_DEEPSPEED, parse_command_line
 from training.config import options
+from training.run_directory import CONFIG_FILE, load_config
 from training.sample_grid import grid_settings
 from training.sampling import SamplerSettings
 from training.sampling_flags import add_sampling_flags, sampler_settings
@@ -76,7 +77,7 @@ def test_flags_lie_over_the_defaults_of_the_run(flags, training, expected):
         (
             ("--sampler", "heun"),
             ("--objective", "v"),
-            "--sampler heun does not fit objective v; use ddim or ddpm or dpmpp-2m.",
+            "--sampler heun does not fit objective v; use ddim, ddpm or dpmpp-2m.",
         ),
         (("--shift", 2), (), "--shift 2.0 does not fit objective epsilon: only the times of flow"),
         (("--shift", 0), FLOW, "--shift must be a number above 0, not 0.0."),
@@ -139,6 +140,29 @@ def test_the_grid_of_training_is_drawn_as_the_objective_and_the_labels_allow(
     found = grid_settings(config_of(*training))
 
     assert (found.method, found.guidance.scale, found.shift) == (method, scale, shift)
+
+
+def test_the_configuration_of_a_run_of_an_older_version_is_read(tmp_path):
+    """It lacks the keys that came later, and knew one average only."""
+    first_version = """
+model: {size: demo, patch_size: 2, latent_channels: 4, latent_size: 16, num_classes: 10,
+  num_experts: 3, top_k: 2, activation_checkpointing: false}
+diffusion: {noise_schedule: linear, num_timesteps: 1000, prior_loss_weight: 1.0, prior_alpha: 4.0}
+data: {data: datasets/demo, shuffle_window: 16, horizontal_flip: true, class_dropout_prob: 0.1}
+optim: {lr: 0.002, beta1: 0.9, beta2: 0.999, weight_decay: 0.0, warmup_steps: 100,
+  gradient_clipping: 1.0, ema_decay: 0.999, ema_warmup: true, global_batch_size: 32,
+  micro_batch_size: null}
+run: {run_dir: runs/demo, seed: 0, max_steps: 1500, expert_parallel_size: 1, log_every: 20,
+  save_every: 500, keep_last: 2, sample_every: 500, sample_count: 40, sample_steps: 20,
+  sample_cfg_scale: 2.0, vae: null}
+"""
+    (tmp_path / CONFIG_FILE).write_text(first_version)
+
+    config = load_config(tmp_path)
+
+    assert config.optim.ema_decays == (0.999,)
+    assert (config.diffusion.objective, config.model.routing) == ("epsilon", "switch")
+    assert grid_settings(config).method == "ddim"
 
 
 def test_a_grid_that_does_not_fit_the_objective_is_refused_before_training():

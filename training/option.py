@@ -68,6 +68,12 @@ def did_you_mean(wrong: str, known: Iterable[str], otherwise: str | None = None)
     return f"; choose one of: {', '.join(known)}." if otherwise is None else otherwise
 
 
+def either(words: Iterable[str]) -> str:
+    """Write "a", "a or b", "a, b or c"."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def check_value(leaf: Option, value: Any, where: str) -> Any:
     """Return `value` if it has the leaf's type and is allowed, else raise ConfigError.
 

@@ -13,6 +13,10 @@ from training.option import did_you_mean
 PRESET_FOLDER = Path(__file__).parent / "presets"
 
 
+# A key that had another name in an older version, with what its value has become.
+_RENAMED = {("optim", "ema_decay"): ("ema_decays", lambda decay: [decay])}
+
+
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a repeated key and reads 1e-4 as a number, as YAML 1.2 does."""
 
@@ -50,4 +54,13 @@ def load_preset(name_or_path: str) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         reason = " ".join(str(err).split())
         raise ConfigError(f"--preset {name_or_path} is not valid YAML: {reason}.") from err
+    _rename(values)
     return config_from_dict(values, name_or_path if path.parent != PRESET_FOLDER else path.name)
+
+
+def _rename(values: Any) -> None:
+    """Give keys of older versions their present names, so that older runs can be used."""
+    for (section, old), (new, convert) in _RENAMED.items():
+        keys = values.get(section) if isinstance(values, dict) else None
+        if isinstance(keys, dict) and old in keys and new not in keys:
+            keys[new] = convert(keys.pop(old))

@@ -10,6 +10,7 @@ from data_tools.shards import DatasetManifest
 from models.guidance import OFFICIAL_CHANNELS, Guidance
 from models.sampler import SAMPLING_METHODS, methods_for
 from training.config import Config
+from training.option import either
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings, can_guide_without_classifier
 from training.weight_files import find_weights
@@ -87,7 +88,7 @@ def sampler_settings(args: argparse.Namespace, config: Config) -> SamplerSetting
     if method not in methods:
         raise ConfigError(
             f"--sampler {method} does not fit objective {config.diffusion.objective}; use "
-            f"{' or '.join(methods)}."
+            f"{either(methods)}."
         )
     return SamplerSettings(
         method, args.steps, args.seed, guidance=_guidance(args, config), shift=_shift(args, config)

@@ -15,6 +15,7 @@ from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config import Config
 from training.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+from training.option import either
 
 
 class Dataset(Protocol):
@@ -70,7 +71,7 @@ def _check_model(config: Config) -> None:
     if config.run.sample_method not in (None, *methods):
         raise ConfigError(
             f"--sample-method {config.run.sample_method} does not fit --objective "
-            f"{diffusion.objective}; use {' or '.join(methods)}."
+            f"{diffusion.objective}; use {either(methods)}."
         )
 
 
