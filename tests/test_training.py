@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from tests.launch import REPOSITORY, run_jobs
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
+from training.ema_snapshots import SNAPSHOT_DIR
 from training.monitor import read_metrics
 
 pytestmark = pytest.mark.ranks
@@ -19,6 +20,7 @@ BF16_RELATIVE = 1e-2  # bf16 keeps 8 bits: 0.4 % per rounding, averaged over man
 COMMON = [
     *("--num-experts", 4, "--global-batch-size", 8, "--warmup-steps", 2, "--max-steps", STEPS),
     *("--log-every", 1, "--save-every", 3, "--sample-every", 0),
+    *("--ema-stds", 0.05),  # a second average, beside the preset's
 ]
 
 # Averaged weights are swapped in and out in the middle of training.
@@ -131,6 +133,13 @@ def weights(run_dir, file):
     return load_file(latest_checkpoint(run_dir) / file)
 
 
+def weight_files(run_dir):
+    """Names of the newest checkpoint's weights and averages."""
+    names = sorted(path.name for path in latest_checkpoint(run_dir).glob("*.safetensors"))
+    assert {EMA_FILE, "ema-std0.050.safetensors", RAW_FILE} <= set(names)
+    return names
+
+
 CLIPPED = [
     "w1-accumulation",
     "w1-recomputed",
@@ -168,15 +177,30 @@ def test_losses_norms_and_loads_equal_one_process(runs, reference, name):
 
 
 @pytest.mark.parametrize(("reference", "name"), LAYOUTS)
-@pytest.mark.parametrize("file", [EMA_FILE, RAW_FILE])
-def test_weights_and_their_average_equal_one_process(runs, reference, name, file):
-    expected, got = weights(runs(reference), file), weights(runs(name), file)
+def test_weights_and_their_averages_equal_one_process(runs, reference, name):
+    files = weight_files(runs(reference))
 
-    assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        # Adam's first steps divide gradients of any size by themselves: rounding shows as a
-        # fraction of the learning rate (1e-3), not of the weight.
-        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=2e-5, msg=key)
+    assert weight_files(runs(name)) == files
+    for file in files:
+        expected, got = weights(runs(reference), file), weights(runs(name), file)
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            # Adam's first steps divide gradients of any size by themselves: rounding shows as a
+            # fraction of the learning rate (1e-3), not of the weight.
+            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=2e-5, msg=key)
+
+
+def test_snapshots_hold_the_averages_of_their_step(runs):
+    folder = runs("w2-z2-ep2-options") / SNAPSHOT_DIR
+
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [
+        f"std{std}-step-{step:07d}.safetensors" for std in ("0.050", "0.100") for step in (3, 6)
+    ]
+    for std in ("0.050", "0.100"):
+        stored = load_file(folder / f"std{std}-step-0000006.safetensors")
+        expected = weights(runs("w2-z2-ep2-options"), f"ema-std{std}.safetensors")
+        assert all(torch.equal(stored[key], value) for key, value in expected.items())
 
 
 def test_training_moves_exactly_the_experts_that_saw_a_sample(runs):
@@ -212,7 +236,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(runs, uninterrup
 
     expected, got = read_metrics(runs(uninterrupted)), read_metrics(runs(resumed))
     assert [exact(record) for record in got] == [exact(record) for record in expected]
-    for file in (EMA_FILE, RAW_FILE):
+    for file in weight_files(runs(uninterrupted)):
         expected, got = weights(runs(uninterrupted), file), weights(runs(resumed), file)
         assert all(torch.equal(got[key], value) for key, value in expected.items())
 
