@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from models.gate import ExpertProduct, ExpertRows
 
 # A merged matrix costs as much as the products of about this many tokens, forward and backward:
-# for each sample, and for each expert that goes into it. `benchmarks/experts.py` measures it.
-MERGE_TOKENS = 16
-MERGE_TOKENS_PER_EXPERT = 4
+# for each sample, and for each expert that goes into it. From benchmarks/experts.py in fp32 on one
+# CPU core: with K = 2 both ways are even at 40 to 60 tokens; at 16 tokens merging takes up to 4
+# times as long, from 256 tokens on half as long. With K = 1 it saves no product.
+MERGE_TOKENS = 32
+MERGE_TOKENS_PER_EXPERT = 2
 
 GROUPED_ALIGNMENT = 16  # bytes; torch's grouped product takes rows of multiples of it
 GROUPED_CAPABILITY = (9, 0)  # the first GPUs for which it is one kernel
