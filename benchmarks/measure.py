@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 aten = torch.ops.aten
 
 PEAK_REPEATS = 5
+CUDA_LAUNCHES = 20  # of a small product per timing, to hide what starting it costs
 MIN_PRODUCT_SEC = 0.02  # a product that takes less is too small to show the peak
 LARGEST_PRODUCT = {"cpu": 4096, "cuda": 16384}
 
@@ -50,15 +51,20 @@ def best_seconds(
     return best
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure FLOP/s of a large square product, enlarged until it takes long enough to tell."""
+def product_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Measure FLOP/s of large square products A B, A B^T and A^T B.
+
+    A linear layer's forward, backward to its input and backward to its weight have these layouts,
+    and libraries may favour one. The size grows until a product takes long enough to tell.
+    """
     size = 256
     while True:
         a = torch.randn(size, size, device=device).to(dtype)
         b = torch.randn(size, size, device=device).to(dtype)
-        elapsed_sec = best_seconds(lambda a=a, b=b: a @ b, device)
-        if elapsed_sec > MIN_PRODUCT_SEC or size >= LARGEST_PRODUCT[device.type]:
-            return 2 * size**3 / elapsed_sec
+        layouts = (lambda a=a, b=b: a @ b, lambda a=a, b=b: a @ b.T, lambda a=a, b=b: a.T @ b)
+        seconds = [best_seconds(product, device) for product in layouts]
+        if min(seconds) > MIN_PRODUCT_SEC or size >= LARGEST_PRODUCT[device.type]:
+            return tuple(2 * size**3 / elapsed_sec for elapsed_sec in seconds)
         size *= 2
 
 
@@ -79,7 +85,8 @@ def model_product_rate(
     for wide, narrow in ((D, 3 * D), (D, D), (D, mlp_hidden), (mlp_hidden, D)):
         x = torch.randn(num_rows, wide, device=device).to(dtype)
         weight = torch.randn(narrow, wide, device=device).to(dtype)
-        elapsed_sec += best_seconds(lambda x=x, w=weight: F.linear(x, w), device)
+        inner = CUDA_LAUNCHES if device.type == "cuda" else 1
+        elapsed_sec += best_seconds(lambda x=x, w=weight: F.linear(x, w), device, inner=inner)
         flops += 2 * num_rows * wide * narrow
     return flops / elapsed_sec
 

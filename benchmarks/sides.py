@@ -42,6 +42,7 @@ class Side(NamedTuple):
         loss: forward pass and loss, of a step's number.
         update: what follows the backward pass.
         is_merged: how experts are multiplied, for the closed form of the FLOPs.
+        is_compiled: its blocks are.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Side(NamedTuple):
     loss: Callable[[int], Tensor]
     update: Callable[[], None]
     is_merged: bool
+    is_compiled: bool
 
     def step(self, i: int) -> None:
         """Train one step."""
@@ -99,7 +101,8 @@ def our_side(config: Config, batch: Latents, dtype: torch.dtype) -> Side:
     name = "ours"
     name += ", compiled" if config.model.compile_blocks else ""
     name += ", recomputing" if config.model.activation_checkpointing else ""
-    return Side(name, model, loss, optimizer.step, is_merged=True)
+    is_compiled = config.model.compile_blocks
+    return Side(name, model, loss, optimizer.step, is_merged=True, is_compiled=is_compiled)
 
 
 def official_side(config: Config, batch: Latents, dtype: torch.dtype) -> Side:
@@ -128,7 +131,7 @@ def official_side(config: Config, batch: Latents, dtype: torch.dtype) -> Side:
             for average, p in zip(averages, parameters, strict=True):
                 average.mul_(decay).add_(p, alpha=1 - decay)
 
-    return Side(OFFICIAL, model, loss, update, is_merged=False)
+    return Side(OFFICIAL, model, loss, update, is_merged=False, is_compiled=False)
 
 
 class MasterOptimizer:
@@ -161,8 +164,9 @@ class MasterOptimizer:
         if self._masters is self._weights:
             self._optimizer.step()
         else:
-            for master, weight in zip(self._masters, self._weights, strict=True):
-                master.grad = weight.grad.float()
+            for master in self._masters:
+                master.grad = torch.empty_like(master)
+            torch._foreach_copy_([p.grad for p in self._masters], [p.grad for p in self._weights])
             self._optimizer.step()
             torch._foreach_copy_(self._weights, self._masters)
             for weight in self._weights:

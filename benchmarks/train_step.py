@@ -1,18 +1,22 @@
 """How fast is a training step, how close to the machine's limit, and against the official way?
 
-    python benchmarks/train_step.py                               # S/2, fp32, batch 8 and 32
+    python benchmarks/train_step.py                               # S/2, batch 8 and 32
     python benchmarks/train_step.py --peak-only                   # the rates of matrix products
     python benchmarks/train_step.py --device cuda --size XL --dtype bf16 --batch auto --compile
 
 A step is forward, loss with the prior's, backward, AdamW and the average of the weights, on latents
-made up beforehand. The sides take turns, and the best step of each counts: others may use the
-machine too. bf16 on a CPU without bf16 instructions takes minutes a step.
+made up beforehand. The best step of each side counts: others may use the machine too. On a CPU
+without bf16 instructions a step in bf16 takes minutes and is measured only if asked for.
 """
 
 import argparse
+import gc
 import math
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +31,7 @@ from benchmarks.measure import (
     cuda_waits,
     describe_machine,
     model_product_rate,
-    product_rate,
+    product_rates,
     saved_bytes,
     synchronise,
 )
@@ -45,22 +49,30 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from models.flops import training_flops
 from training.config import Config
 from training.count import shape_of
+from training.precision import detect_hardware
 
 GIGA, GIB = 1e9, 2**30
-LARGEST_BATCH = 512
+LARGEST_BATCH = 1024
 COLUMNS = (
-    f"{'side':<24} {'ms/step':>9} {'images/s':>9} {'GFLOP':>9} {'closed':>9} {'GFLOP/s':>9} "
-    f"{'peak':>6} {'GiB':>7} {'speed-up':>8}"
+    f"{'side':<18} {'ms/step':>9} {'images/s':>9} {'GFLOP':>9} {'counted':>9} {'GFLOP/s':>9} "
+    f"{'peak':>5} {'GiB':>7} {'speed-up':>8}"
 )
+LEGEND = """
+GFLOP: of the closed form, without recomputation; counted: by torch; peak: share of the large
+product's rate; GiB: {memory}; speed-up: over the official way"""
+
+SideMaker = Callable[[], Side]
 
 
 class Result(NamedTuple):
     """What was measured of one side."""
 
-    side: Side
+    side_name: str
+    is_merged: bool
     best_sec: float
-    flops: int  # of the step, counted by torch
-    memory_bytes: int  # peak on CUDA; on the CPU what is kept for the backward pass
+    flops: int  # of a step, counted by torch
+    memory_bytes: float  # peak on CUDA; on the CPU what is kept for the backward pass; nan unknown
+    waits: Counter[str]  # where the host waits for the device in a step; empty if not traced
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,7 +88,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N|auto",
         help="micro-batches; CUDA: auto",
     )
-    parser.add_argument("--dtype", nargs="+", default=["fp32"], choices=DTYPES)
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=None,
+        choices=DTYPES,
+        help="default: fp32, and bf16 where the hardware multiplies it",
+    )
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU; default: torch's")
@@ -106,105 +124,159 @@ def select_device(args: argparse.Namespace) -> torch.device:
             raise ConfigError(f"--batch must be a positive whole number or auto, not {batch}.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     return torch.device(args.device)
 
 
 def print_peaks(config: Config, device: torch.device, dtypes: list[str]) -> dict[str, float]:
-    """Measure and print the rates of matrix products; return those of large ones, FLOP/s."""
+    """Measure and print the rates of matrix products; return the best, FLOP/s, by dtype."""
     shape, peaks = shape_of(config), {}
-    print("matrix products, GFLOP/s       large square    of the blocks' linear layers, 8 images")
+    num_images = 64 if device.type == "cuda" else 8
+    print(f"matrix products, GFLOP/s: large ones by layout; {config.model.size}'s linear layers")
+    print(f"{'':<6} {'A B':>10} {'A B^T':>10} {'A^T B':>10} {f'{num_images} images':>12}")
     for name in dtypes:
-        dtype = DTYPES[name]
-        peaks[name] = product_rate(device, dtype)
-        rows = 8 * shape.num_tokens if peaks[name] > 10 * GIGA else shape.num_tokens
-        of_model = model_product_rate(device, dtype, rows, shape.hidden_size, shape.mlp_hidden)
-        print(f"  {name:<28} {peaks[name] / GIGA:>12,.1f} {of_model / GIGA:>15,.1f}")
+        rates = product_rates(device, DTYPES[name])
+        peaks[name] = max(rates)
+        rows = num_images * shape.num_tokens
+        of_model = model_product_rate(
+            device, DTYPES[name], rows, shape.hidden_size, shape.mlp_hidden
+        )
+        columns = " ".join(f"{rate / GIGA:>10,.1f}" for rate in rates)
+        print(f"{name:<6} {columns} {of_model / GIGA:>12,.1f}", flush=True)
     return peaks
 
 
-def make_sides(
-    config: Config, batch: Latents, dtype: torch.dtype, args: argparse.Namespace
-) -> list[Side]:
-    """Build what is compared; the first is ours as it is by default."""
-    sides = [our_side(config, batch, dtype)]
+def side_makers(
+    args: argparse.Namespace, config: Config, batch: Latents, dtype: torch.dtype
+) -> list[SideMaker]:
+    """Say how to build what is compared; the first is ours as it is by default."""
+    configs = [config]
     if args.compile:
-        compiled = config_of(args.size, compile_blocks=True)
-        sides.append(our_side(compiled, batch, dtype))
+        configs.append(config_of(args.size, compile_blocks=True))
     if args.checkpointing:
-        recomputing = config_of(args.size, checkpointing=True)
-        sides.append(our_side(recomputing, batch, dtype))
+        configs.append(config_of(args.size, checkpointing=True))
+    makers: list[SideMaker] = [partial(our_side, c, batch, dtype) for c in configs]
     if not args.no_official:
-        sides.append(official_side(config, batch, dtype))
-    return sides
+        makers.append(partial(official_side, config, batch, dtype))
+    return makers
 
 
-def measure(sides: list[Side], steps: int, device: torch.device) -> list[Result]:
-    """Time the sides in turn; the first step of each is counted, not timed."""
-    flops, memory = [], []
-    for side in sides:
-        if device.type == "cpu":
-            memory.append(saved_bytes(side.model, lambda side=side: side.loss(0)))
-        flops.append(counted_flops(lambda side=side: side.step(0)))
-    best, peak = [float("inf")] * len(sides), [0] * len(sides)
-    for i in range(1, steps + 1):
+def measure(
+    makers: list[SideMaker], args: argparse.Namespace, device: torch.device
+) -> list[Result]:
+    """Time the sides.
+
+    On a CPU they take turns, so that other load meets all alike; on a GPU they follow one another,
+    so that each has the memory for itself.
+    """
+    if device.type == "cpu":
+        return measure_in_turns([make() for make in makers], args, device)
+    results = []
+    for make in makers:
+        try:
+            results += measure_in_turns([make()], args, device)
+        except torch.cuda.OutOfMemoryError as err:
+            print(f"left out, no memory: {str(err).split('.')[0]}")
+        gc.collect()
+        torch.cuda.empty_cache()
+    return results
+
+
+def measure_in_turns(
+    sides: list[Side], args: argparse.Namespace, device: torch.device
+) -> list[Result]:
+    """Count the first step of each side and time the next ones; the best counts."""
+    flops, memory = zip(*(_count(side, device) for side in sides), strict=True)
+    best, peak = [math.inf] * len(sides), 0
+    for i in range(1, args.steps + 1):
         for k, side in enumerate(sides):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
             synchronise(device)
             started = time.perf_counter()
             side.step(i)
             synchronise(device)
             best[k] = min(best[k], time.perf_counter() - started)
-            if device.type == "cuda":
-                peak[k] = max(peak[k], torch.cuda.max_memory_allocated(device))
-    return [Result(*row) for row in zip(sides, best, flops, memory or peak, strict=True)]
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    return [
+        Result(
+            side.name,
+            side.is_merged,
+            best[k],
+            flops[k],
+            peak or memory[k],
+            _waits(side, device) if args.trace_syncs else Counter(),
+        )
+        for k, side in enumerate(sides)
+    ]
 
 
-def print_table(results: list[Result], batch_size: int, config: Config, peak: float) -> None:
+def _count(side: Side, device: torch.device) -> tuple[int, float]:
+    """Take the first step; return its FLOPs and, on a CPU, the bytes it keeps for backward."""
+    if side.is_compiled:  # torch counts no compiled operations, nor shows what they keep
+        torch.compiler.reset()  # else another batch size would be compiled as a variable one
+        side.step(0)
+        flops, memory = 0, math.nan
+    else:
+        flops = counted_flops(lambda: side.step(0))
+        is_on_cpu = device.type == "cpu"
+        memory = saved_bytes(side.model, lambda: side.loss(0)) if is_on_cpu else math.nan
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return flops, memory
+
+
+def _waits(side: Side, device: torch.device) -> Counter[str]:
+    if device.type == "cuda":
+        return cuda_waits(lambda: side.step(1))
+    with HostReads() as reads:  # without the optimizer, whose step counts live on the host
+        side.loss(1).backward()
+    return reads.counts
+
+
+def print_results(results: list[Result], batch_size: int, config: Config, peak: float) -> None:
     """Print a line per side."""
-    official = {r.side.name: r.best_sec for r in results}.get(OFFICIAL, math.nan)
+    official = {r.side_name: r.best_sec for r in results}.get(OFFICIAL, math.nan)
+    shape = shape_of(config)
     for r in results:
-        closed = training_flops(shape_of(config), batch_size, is_merged=r.side.is_merged)
+        flops = training_flops(shape, batch_size, is_merged=r.is_merged)
+        counted = f"{r.flops / GIGA:.1f}" if r.flops else "-"
         print(
-            f"{r.side.name:<24} {1e3 * r.best_sec:>9.1f} {batch_size / r.best_sec:>9.2f} "
-            f"{r.flops / GIGA:>9.1f} {closed / GIGA:>9.1f} {r.flops / r.best_sec / GIGA:>9.1f} "
-            f"{r.flops / r.best_sec / peak:>6.0%} {r.memory_bytes / GIB:>7.2f} "
+            f"{r.side_name:<18} {1e3 * r.best_sec:>9.1f} {batch_size / r.best_sec:>9.2f} "
+            f"{flops / GIGA:>9.1f} {counted:>9} {flops / r.best_sec / GIGA:>9.1f} "
+            f"{flops / r.best_sec / peak:>5.0%} {r.memory_bytes / GIB:>7.2f} "
             f"{official / r.best_sec:>8.2f}"
         )
+    for r in results:
+        if r.waits:
+            where = ", ".join(f"{place} x {count}" for place, count in r.waits.items())
+            print(f"{r.side_name} waits for the device {r.waits.total()} times a step: {where}")
 
 
 def largest_batch(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> int:
     """Find the largest power of two, or three quarters of one, that our step has memory for."""
-    config = config_of(args.size, compile_blocks=args.compile)
-    fits = 0
-    for exponent in range(3, LARGEST_BATCH.bit_length()):
+    config, fits = config_of(args.size), 0
+    for exponent in range(2, LARGEST_BATCH.bit_length()):
         for size in (3 * 2 ** (exponent - 2), 2**exponent):
-            try:
-                our_side(config, make_batch(config, size, device), dtype).step(0)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            if not _fits(config, size, dtype, device):
                 if not fits:
                     raise ConfigError(
                         f"--batch auto: {args.size} does not fit with {size} images; choose a "
                         "smaller --size."
-                    ) from None
+                    )
                 return fits
             fits = size
     return fits
 
 
-def print_waits(side: Side, device: torch.device) -> None:
-    """Print where one step of a side waits for the device."""
-    if device.type == "cuda":
-        waits = cuda_waits(lambda: side.step(1))
-    else:
-        with HostReads() as reads:
-            side.step(1)
-        waits = reads.counts
-    where = ", ".join(f"{place} x {count}" for place, count in waits.items()) or "nowhere"
-    print(f"waits of {side.name}: {waits.total()}: {where}")
+def _fits(config: Config, batch_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    try:
+        our_side(config, make_batch(config, batch_size, device), dtype).step(0)
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -216,25 +288,20 @@ def main(argv: list[str] | None = None) -> None:
         print(describe_machine(device))
         if device.type == "cuda":
             print(f"TF32 for fp32 products: {'on' if args.tf32 else 'off'}")
-        dtypes = list(DTYPES) if args.peak_only else args.dtype
-        peaks = print_peaks(config, device, dtypes)
+        dtypes = args.dtype or (list(DTYPES) if detect_hardware().has_bf16 else ["fp32"])
+        peaks = print_peaks(config, device, list(DTYPES) if args.peak_only else dtypes)
         if args.peak_only:
             return
-        for name in args.dtype:
+        for name in dtypes:
             for text in args.batch:
                 is_auto = text == "auto"
                 size = largest_batch(args, DTYPES[name], device) if is_auto else int(text)
-                sides = make_sides(config, make_batch(config, size, device), DTYPES[name], args)
+                batch = make_batch(config, size, device)
+                results = measure(side_makers(args, config, batch, DTYPES[name]), args, device)
                 print(f"\n{args.size}/{config.model.patch_size}, {name}, batch {size}\n{COLUMNS}")
-                print_table(measure(sides, args.steps, device), size, config, peaks[name])
-                if args.trace_syncs:
-                    for side in sides:
-                        print_waits(side, device)
+                print_results(results, size, config, peaks[name])
         memory = "peak" if device.type == "cuda" else "kept for the backward pass"
-        print(
-            "\nclosed: the closed form, without recomputation; peak: share of the large product's "
-            f"rate; GiB: {memory}; speed-up: over the official way"
-        )
+        print(LEGEND.format(memory=memory))
 
 
 if __name__ == "__main__":
