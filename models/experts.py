@@ -116,7 +116,7 @@ class AffineExperts(StackedExperts):
         D = x.shape[-1]
         weight = (gates @ self.weight.flatten(1)).view(-1, D, D)  # one matrix per row of gates
         if len(weight) == 1:
-            return F.linear(x, weight[0].T, bias[0, 0])
+            return _affine(x, weight[0], bias[0, 0])
         return torch.baddbmm(bias, x, weight)
 
 
@@ -169,10 +169,10 @@ class MlpExperts(StackedExperts):
 
     def _as_one_mlp(self, x: Tensor, gates: Tensor, bias: Tensor, experts: Tensor) -> Tensor:
         """Apply the K experts that all samples share, side by side: one MLP of width K * H."""
-        fc1 = self.fc1_weight[experts].permute(0, 2, 1).flatten(0, 1)  # (K * H, D)
+        fc1 = self.fc1_weight[experts].transpose(0, 1).flatten(1)  # (D, K * H)
         fc2 = (self.fc2_weight[experts] * gates[:, None, None]).flatten(0, 1)  # (K * H, D)
-        hidden = F.linear(x, fc1, self.fc1_bias[experts].flatten())
-        return F.linear(F.gelu(hidden, approximate="tanh"), fc2.T, bias)
+        hidden = _affine(x, fc1, self.fc1_bias[experts].flatten())
+        return _affine(F.gelu(hidden, approximate="tanh"), fc2, bias)
 
 
 def merging_is_cheaper(num_tokens: int, num_experts: int, top_k: int) -> bool:
@@ -206,6 +206,11 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return weight.dtype
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Map (N, T, in) by (in, out) to (N, T, out)."""
+    return torch.addmm(bias, x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
 
 
 def _product(samples: Tensor, weight: Tensor, rows: ExpertRows) -> Tensor:
