@@ -11,8 +11,11 @@ from data_tools.errors import ConfigError
 from tests.launch import run_jobs
 from tests.synthetic import make_dataset, random_moments
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
+from training.command_line import parse_command_line
 from training.engine import build_model
+from training.main import dry_run
 from training.monitor import read_metrics
+from training.processes import Ranks
 from training.run_directory import INIT_FILE, load_config
 from training.warm_start import check_warm_start
 
@@ -111,6 +114,17 @@ def test_an_older_checkpoint_can_be_chosen(folder):
     assert start_from("step-0000002").file == str(checkpoints / "step-0000002" / EMA_FILE)
     with pytest.raises(ConfigError, match=r"sparse:step-0000003: no 'step-0000003'; did you mean"):
         start_from("step-0000003")
+
+
+def test_a_dry_run_tells_what_would_be_loaded(folder):
+    flags = ["--preset", "tests/small.yaml", "--data", folder / "data" / "plain"]
+    flags += ["--latent-size", 4, "--num-classes", 3, "--init-from", folder / "dense"]
+    flags += ["--run-dir", folder / "none", "--dry-run"]
+
+    text = dry_run(parse_command_line([str(flag) for flag in flags]), Ranks(0, 1, 0))
+
+    assert f"\n# initial weights\n--init-from {folder / 'dense'}: DiT or DTR (this" in text
+    assert not (folder / "none").exists()
 
 
 def test_a_warm_start_counts_from_zero_and_averages_from_the_loaded_weights(folder):

@@ -12,7 +12,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from training import processes
 from training.command_line import parse_command_line
-from training.main import check, train_job
+from training.job import check
+from training.main import train_job
 
 
 def main():
