@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models.guidance import Guidance
 
 from data_tools.errors import ConfigError
 from data_tools.loader import Batch
 from models.diffusion import Diffusion
+from models.guidance import Guidance
 from models.switch_dit import SwitchDiT
 from tests.launch import REPOSITORY
 from training.objective import Objective
