@@ -173,7 +173,8 @@ def _describe_flops(config: Config, shape: NetworkShape, batch_size: int) -> str
         )
     if config.model.activation_checkpointing:
         lines.append("  one forward more, recomputed for activation checkpointing, on top")
-    for part, flops in forward_flops(shape, batch_size).items():
+    is_merged = _is_merged(config.model.expert_dispatch, shape)
+    for part, flops in forward_flops(shape, batch_size, is_merged=is_merged).items():
         lines.append(f"  {part:<26} {flops / batch_size / GIGA:>10,.3f} forward")
     return "\n".join(lines)
 
