@@ -75,7 +75,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     with exit_on_config_error():
-        check_device(args.device)
+        check(args.device, args.max_gflop)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     print(f"{describe_machine(device)}; {args.dtype}")
     heads = (f"E={E:<2} K={K}" for E, K in EXPERTS)
@@ -86,7 +86,7 @@ def main() -> None:
     for D, T, N in product(WIDTHS, TOKENS, BATCHES):
         row = [
             measure(N, T, D, E, K, device, dtype)
-            if args.max_gflop >= 6e-9 * K * N * T * D * D  # dispatched, forward and backward
+            if args.max_gflop >= dispatched_gflop(N, T, D, K)
             else None
             for E, K in EXPERTS
         ]
@@ -96,12 +96,22 @@ def main() -> None:
     print(summary(cells))
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that this machine has not."""
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: unknown device; use cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
+def dispatched_gflop(N: int, T: int, D: int, K: int) -> float:
+    """Count the dispatched products, forward and backward."""
+    return 6e-9 * K * N * T * D * D
+
+
+def check(device: str, max_gflop: float) -> None:
+    """Refuse a device that this machine has not, and an empty grid."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: unknown device; use cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu.")
+    smallest = dispatched_gflop(min(BATCHES), min(TOKENS), min(WIDTHS), 1)
+    if max_gflop < smallest:
+        raise ConfigError(
+            f"--max-gflop {max_gflop:g} leaves out every size; use at least {smallest:.4f}."
+        )
 
 
 def measure(

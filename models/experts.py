@@ -23,8 +23,9 @@ from models.gate import ExpertProduct, ExpertRows
 
 # A merged matrix costs as much as the products of about this many tokens, forward and backward:
 # for each sample, and for each expert that goes into it. From benchmarks/experts.py in fp32 on one
-# CPU core: with K = 2 both ways are even at 40 to 60 tokens; at 16 tokens merging takes up to 4
-# times as long, from 256 tokens on half as long. With K = 1 it saves no product.
+# CPU core, D = 384 and 768: with K = 2 both ways are even at 40 to 60 tokens; at 16 tokens merging
+# takes up to 4 times as long, at 256 tokens half as long. With K = 1 it saves no product, and at
+# 256 tokens both are even. At D = 128 merging is better still, but either is quick.
 MERGE_TOKENS = 32
 MERGE_TOKENS_PER_EXPERT = 2
 
