@@ -15,6 +15,7 @@ NOISE_SCHEDULES = ("cosine", "linear")
 MAX_BETA = 0.999  # keeps the last step of the cosine schedule away from a division by zero
 COSINE_OFFSET = 0.008  # s of improved DDPM, Eq. 17: beta does not vanish at t = 0
 LINEAR_BETA_START, LINEAR_BETA_END = 1e-4, 2e-2  # of DDPM, for 1,000 timesteps
+MIN_LINEAR_TIMESTEPS = 21  # with fewer, the last beta, 20 / S, leaves no signal
 
 
 def straight_line(num_timesteps: int) -> np.ndarray:
@@ -30,6 +31,7 @@ def betas(noise_schedule: str, num_timesteps: int) -> np.ndarray:
     """Return beta_t of a diffusion process, (num_timesteps,) float64."""
     assert noise_schedule in NOISE_SCHEDULES, f"unknown noise schedule {noise_schedule}"
     if noise_schedule == "linear":
+        assert num_timesteps >= MIN_LINEAR_TIMESTEPS, "beta must stay below 1"
         scale = 1000 / num_timesteps  # the same total noise for any number of timesteps
         return np.linspace(scale * LINEAR_BETA_START, scale * LINEAR_BETA_END, num_timesteps)
     time = np.arange(num_timesteps + 1) / num_timesteps

@@ -207,6 +207,11 @@ def test_a_run_without_a_stored_matching_matches_at_once():
             "p2 or uncertainty.",
         ),
         (
+            {"noise_schedule": "linear", "num_timesteps": 20, "sample_steps": 7},
+            "--num-timesteps 20 is too few for --noise-schedule linear, whose last step would hold "
+            "more than all noise; use 21 or more, or cosine.",
+        ),
+        (
             {"loss_weight": "uncertainty", "num_timesteps": 7, "sample_steps": 7},
             "--loss-weight uncertainty needs at least 8 timesteps, one for each of its clusters, "
             "not --num-timesteps 7.",

@@ -89,6 +89,7 @@ def build_engine(
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         weight_decay=optim.weight_decay,
+        fused=True,  # one pass over memory instead of a dozen
         profiles=profiles_of(optim),
     )
     engine, *_ = deepspeed.initialize(

@@ -112,7 +112,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         is_last = state.step == run.max_steps
         is_save_due = is_last or state.step % run.save_every == 0
         is_sample_due = run.sample_every and (is_last or state.step % run.sample_every == 0)
-        is_snapshot_due = snapshot_every and state.step % snapshot_every == 0
+        is_snapshot_due = snapshot_every and (is_last or state.step % snapshot_every == 0)
         is_interrupted = is_save_due or is_sample_due or is_snapshot_due
         # Whatever interrupts training ends an interval first: saving and sampling do not count as
         # training time.

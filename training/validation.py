@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from data_tools.errors import ConfigError
 from models.loss_weights import FLOW_ONLY, NUM_CLUSTERS
 from models.sampler import methods_for
+from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config import Config
@@ -118,6 +119,16 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             f"--loss-weight uncertainty needs at least {NUM_CLUSTERS} timesteps, one for each of "
             f"its clusters, not --num-timesteps {diffusion.num_timesteps}."
+        )
+    if (
+        diffusion.objective != "flow"
+        and diffusion.noise_schedule == "linear"
+        and diffusion.num_timesteps < MIN_LINEAR_TIMESTEPS
+    ):
+        raise ConfigError(
+            f"--num-timesteps {diffusion.num_timesteps} is too few for --noise-schedule linear, "
+            f"whose last step would hold more than all noise; use {MIN_LINEAR_TIMESTEPS} or more, "
+            "or cosine."
         )
     scale = diffusion.mode_scale
     if sampling == "mode" and not MODE_SCALE_MIN <= scale <= MODE_SCALE_MAX:
