@@ -24,7 +24,8 @@ class Hardware(NamedTuple):
 def detect_hardware() -> Hardware:
     """Ask torch whether this machine's accelerator, or else its CPU, multiplies bf16 natively.
 
-    A CPU without bf16 instructions emulates them: measured 1.3 GFLOP/s against 140 in fp32.
+    A CPU without bf16 instructions emulates them: measured 1 to 20 GFLOP/s, by the layout of the
+    product, against 140 in fp32 (benchmarks/train_step.py --peak-only).
     """
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -55,7 +56,7 @@ def explain_precision(
     setting = json.dumps(stated.get(name, {}).get("enabled", False))
     chosen = PRECISION_NAMES[precision_of(merged)]
     verb = "multiplies" if hardware.has_bf16 else "does not multiply"
-    slow = "" if chosen == "fp32" or hardware.has_bf16 else ", so it is about 100 times slower"
+    slow = "" if chosen == "fp32" or hardware.has_bf16 else ", so it is 7 to 100 times slower"
     return (
         f"precision: {chosen} ({path} sets {name}.enabled to {setting}; {hardware.name} {verb} "
         f"bf16 natively{slow})"
