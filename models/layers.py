@@ -17,11 +17,6 @@ NUM_FREQUENCIES = 128  # sines and cosines each, of the timestep features
 MAX_PERIOD = 10_000.0  # longest wavelength of timestep and position features, as in Vaswani et al.
 EMBEDDING_STD = 0.02  # initial spread of the embedding weights, as in DiT
 
-# torch's fused attention for the CPU does not use bf16 instructions (130 GFLOP/s where the products
-# reach 850), so up to some number of tokens it is slower than storing all scores.
-CPU_HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-MAX_TOKENS_OF_STORED_SCORES = 1024
-
 
 class LinearFloat32(nn.Linear):
     """A linear layer that computes in float32, whatever dtype its parameters are stored in.
@@ -114,7 +109,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
         # Taken apart where it lies: the gradient is then put together in the layout of qkv.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (N, heads, T, D / heads)
-        y = attend(self.q_norm(q), self.k_norm(k), v)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(y.transpose(1, 2).reshape(N, T, D))
 
 
@@ -184,20 +179,6 @@ class FinalLayer(nn.Module):
         """Map (N, T, D) and c (N, D) to (N, T, P * P * channels)."""
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=2)  # 2 x (N, 1, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v for (N, heads, T, d), by the faster of two ways."""
-    is_bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if CPU_HAS_BF16 and is_bf16_on_cpu and q.shape[-2] <= MAX_TOKENS_OF_STORED_SCORES:
-        return attend_by_products(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the same with all scores, (N, heads, T, T), in memory."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return scores.softmax(-1) @ v
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

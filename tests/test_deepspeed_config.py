@@ -145,6 +145,14 @@ ZERO_2 = {"zero_optimization": {"stage": 2}}
         ({"checkpoint": {"writer": {"type": "FAST"}}}, "remove checkpoint.writer; checkpoints are"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage must be 0, 1, 2 or 3, not"),
         ({"zero_optimization": {"stage": "2"}}, "stage must be 0, 1, 2 or 3, not '2'."),
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            "remove zero_optimization.compute_grad_norm; without it a gradient that is not finite",
+        ),
+        (
+            {**ZERO_2, "bf16": {"enabled": True, "check_grad_overflow": False}},
+            "remove bf16.check_grad_overflow; without it",
+        ),
         ({"zero_optimization": 2}, "'zero_optimization' must be an object, not 2."),
         (
             {"zero_optimization": {"stage": 2, "overlap_com": True}},

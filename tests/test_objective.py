@@ -97,7 +97,7 @@ def test_the_total_is_weighted_and_its_parts_are_not(process, weight):
     batch = subject.micro_batch(stored(torch.arange(16)))
     output = output_for(batch)
 
-    terms, mse = subject.loss(output, batch, step=0)
+    terms, (mse, _) = subject.loss(output, batch, step=0)
 
     signals, sigmas = reference_objectives.process(process, "cosine", TIMESTEPS)
     expected = 0.0
@@ -133,7 +133,7 @@ def test_uncertainty_weights_scale_the_loss_of_their_timesteps():
     batch = subject.micro_batch(stored(torch.arange(8)))  # not one of each cluster
     output = output_for(batch, log_variance=weights(), channels=8)
 
-    terms, mse = subject.loss(output, batch, step=0)
+    terms, (mse, _) = subject.loss(output, batch, step=0)
 
     _, vlb = subject.diffusion.loss_terms(
         output.prediction, batch.x_start, batch.x_t, batch.t, batch.noise

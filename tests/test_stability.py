@@ -1,8 +1,10 @@
 """Losses that are not finite or jump: what is left out, what is reported, what ends the run."""
 
+import json
 import math
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from data_tools.order import StreamOrder
 from data_tools.records import RecordLayout
 from data_tools.shards import DatasetManifest
 from models.diffusion import LossTerms
-from tests.launch import run, run_jobs
+from tests.launch import REPOSITORY, run, run_jobs
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.monitor import read_metrics
+from training.objective import SampleLosses
 from training.stability import (
     MicroStepRecord,
     SpikeDetector,
@@ -55,11 +58,20 @@ def runs(tmp_path_factory, demo_latents):
     data = with_nan_at(demo_latents, folder / "data", [2 * BATCH + 7])
 
     def job(name, stage, *flags):
-        common = ["--deepspeed", f"ds_configs/zero{stage}.json", "--run-dir", folder / name]
+        file = stage if isinstance(stage, Path) else f"ds_configs/zero{stage}.json"
+        common = ["--deepspeed", file, "--run-dir", folder / name]
         clipping = ["--gradient-clipping", 0]
         return [*common, "--data", data, *COMMON, *clipping, *flags]
 
-    run_jobs(1, [job("reference", 2)], folder)
+    def bf16(name, *flags):
+        # Four tokens a sample, because a CPU without bf16 instructions is very slow at it.
+        values = json.loads((REPOSITORY / f"ds_configs/{name}.json").read_text())
+        values["bf16"]["enabled"] = True
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(values))
+        return job(f"bf16-{name}", path, "--patch-size", 8, *flags)
+
+    run_jobs(1, [job("reference", 2), bf16("zero2_offload")], folder)
     output = run_jobs(
         2,
         [
@@ -67,7 +79,10 @@ def runs(tmp_path_factory, demo_latents):
             job("z0-ep2", 0, "--expert-parallel-size", 2),
             job("z1", 1),
             job("z2-ep2", 2, "--expert-parallel-size", 2, "--micro-batch-size", 2),
+            bf16("zero1"),
+            bf16("zero2", "--micro-batch-size", 2),
             job("z3", 3),
+            bf16("zero3"),
         ],
         folder,
     )
@@ -79,7 +94,7 @@ def test_the_step_is_reported_with_rank_and_timesteps(runs):
     _, output = runs
     lines = [line for line in output.splitlines() if "step 3 left out" in line]
 
-    assert len(lines) == 5
+    assert len(lines) == 8
     for line in lines:
         assert "rank 1: total is nan, mse is nan" in line and "at timesteps" in line
         assert "rank 0" not in line
@@ -103,6 +118,16 @@ def test_every_layout_leaves_the_same_step_out_on_all_ranks(runs, name):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3"])
+def test_bf16_leaves_the_step_out_and_trains_on(runs, name):
+    folder, _ = runs
+    records = read_metrics(folder / f"bf16-{name}")
+
+    assert [record["optim/skipped_steps"] for record in records] == [0, 0, 1, 1, 1]
+    assert all(math.isfinite(record["loss/total"]) for record in records[3:])
+
+
+@pytest.mark.ranks
 def test_too_many_steps_in_a_row_end_the_run_in_one_sentence(demo_latents, tmp_path):
     data = with_nan_at(demo_latents, tmp_path / "data", [BATCH * step for step in range(STEPS)])
 
@@ -117,16 +142,22 @@ def test_too_many_steps_in_a_row_end_the_run_in_one_sentence(demo_latents, tmp_p
     assert "Traceback" not in output and not (tmp_path / "run/checkpoints/latest").exists()
 
 
-def record(total, mse, t):
+def record(total, mse, t, vlb=0.0):
     terms = LossTerms(*(torch.tensor(total if n == 0 else 1.0) for n in range(4)))
-    return MicroStepRecord(terms, torch.tensor(mse), torch.tensor(t))
+    mse = torch.tensor(mse)
+    samples = SampleLosses(mse, torch.full_like(mse, vlb))
+    return MicroStepRecord(terms, samples, torch.tensor(t))
 
 
 def test_a_cause_names_the_timesteps_that_were_not_finite(single_process_group):
     records = [record(1.0, [1.0], [7]), record(math.inf, [1.0, math.inf, math.nan], [3, 4, 5])]
 
     assert describe_non_finite(records) == "rank 0: total is inf at timesteps 4, 5"
-    assert describe_non_finite(records[:1]) == "a gradient is not finite although every loss is"
+    assert describe_non_finite(records[:1]) == (
+        "a gradient is not finite although every loss is; rank 0 at timesteps 7"
+    )
+    only_vlb = describe_non_finite([record(math.inf, [1.0], [9], vlb=math.inf)])
+    assert only_vlb == "rank 0: total is inf at timesteps 9"
     many = describe_non_finite([record(math.nan, [math.nan] * 11, list(range(11)))])
     assert many.endswith("at timesteps 0, 1, 2, 3, 4, 5, 6, 7 and 3 more")
 

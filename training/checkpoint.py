@@ -177,7 +177,7 @@ class Checkpointer:
         """Load a checkpoint whose manifest was checked. All ranks must call this."""
         path, client_state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed loaded nothing from {folder}"
-        self.objective.load_state(client_state["objective"])
+        self.objective.load_state(client_state.get("objective", {}))  # older checkpoints have none
         fields = TrainState.__dataclass_fields__
         return TrainState(**{name: client_state[name] for name in fields})
 
@@ -190,7 +190,13 @@ def _merged(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
 
 
 def _agreed_error(error: Exception | None) -> str | None:
-    return agreed_message(None if error is None else describe_disk_error(error))
+    if error is None:
+        return agreed_message(None)
+    if isinstance(error, NonFiniteWeightsError):
+        advice = "lower --lr, raise --warmup-steps or set --gradient-clipping"
+    else:
+        advice = "free some space or choose another --run-dir"
+    return agreed_message(f"{describe_disk_error(error)}; {advice}")
 
 
 def describe_disk_error(error: Exception) -> str:

@@ -82,6 +82,7 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     _check_keys(values, path)
     _check_zero(values, path)
     _check_precision(values, path)
+    _check_guards(values, path)
     _check_against_deepspeed(values, path)
     return values
 
@@ -164,6 +165,16 @@ def _check_zero(values: dict[str, Any], path: Path) -> None:
         raise ConfigError(
             f"{path}: zero_optimization.offload_param needs stage 3, not {stage}; remove it."
         )
+
+
+def _check_guards(values: dict[str, Any], path: Path) -> None:
+    """Refuse what would let a gradient that is not finite reach the weights unseen."""
+    for block, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
+        if values.get(block, {}).get(key) is False:
+            raise ConfigError(
+                f"{path}: remove {block}.{key}; without it a gradient that is not finite is "
+                "applied, and all weights with it become NaN."
+            )
 
 
 def _check_against_deepspeed(values: dict[str, Any], path: Path) -> None:

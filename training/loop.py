@@ -25,6 +25,7 @@ from training.stability import (
     MicroStepRecord,
     SpikeDetector,
     describe_non_finite,
+    drop_skipped_gradients,
     poison_non_finite,
 )
 
@@ -174,15 +175,16 @@ def train_step(training: Training, data: StepData, step: int) -> StepTables:
     for batch, wait_sec in data.batches:
         micro_batch = objective.micro_batch(batch)
         output = engine(micro_batch.x_t, micro_batch.t, micro_batch.y, micro_batch.group_t)
-        terms, mse = objective.loss(output, micro_batch, step)
+        terms, samples = objective.loss(output, micro_batch, step)
         engine.backward(poison_non_finite(terms.total))
         engine.step()
-        records.append(MicroStepRecord(terms, mse, micro_batch.t))
+        records.append(MicroStepRecord(terms, samples, micro_batch.t))
         training.sums.add(
-            *(step, terms, mse, micro_batch.t, output.plan, wait_sec), len(data.batches)
+            *(step, terms, samples.mse, micro_batch.t, output.plan, wait_sec), len(data.batches)
         )
     if engine.skipped_steps > skipped_before:  # the gradient's norm is reduced, so all ranks agree
         training.skipped_in_a_row += 1
+        drop_skipped_gradients(engine)
         handle_skipped_step(training, step, describe_non_finite(records))
     else:
         training.skipped_in_a_row = 0
@@ -240,8 +242,7 @@ def save(training: Training, state: TrainState, is_last: bool) -> None:
     message = f"checkpoint of step {state.step} could not be written: {problem}"
     if is_last:
         raise CheckpointError(
-            f"{message}; free some space or choose another --run-dir, and run the same command "
-            "again: it continues from the checkpoint before."
+            f"{message}, and run the same command again: it continues from the checkpoint before."
         )
     if training.is_main:
         sys.stderr.write(f"warning: {message}; training goes on, the one before it is intact.\n")

@@ -24,6 +24,13 @@ from models.timestep_sampling import TimestepSampling
 from training.config import Config
 
 
+class SampleLosses(NamedTuple):
+    """Unweighted losses of every sample of a micro-batch, (N,) fp32, detached."""
+
+    mse: Tensor
+    vlb: Tensor
+
+
 class MicroBatch(NamedTuple):
     """The tensors of one forward and its loss, on the training device."""
 
@@ -90,8 +97,8 @@ class Objective:
             min_snr_gamma=diffusion.min_snr_gamma,
             p2_gamma=diffusion.p2_gamma,
         ).float()
-        self.prior = None  # only gates have one
-        if model.routing == "switch":
+        self.prior = None  # only gates have one; without its loss there is nothing to match for
+        if model.routing == "switch" and diffusion.prior_loss_weight > 0:
             self.prior = diffusion_prior(
                 diffusion.num_timesteps,
                 MODEL_SIZES[model.size].depth,
@@ -152,7 +159,7 @@ class Objective:
 
     def loss(
         self, output: SwitchDiTOutput, micro_batch: MicroBatch, step: int
-    ) -> tuple[LossTerms, Tensor]:
+    ) -> tuple[LossTerms, SampleLosses]:
         """Compare a forward's output with its batch.
 
         Args:
@@ -162,9 +169,9 @@ class Objective:
                 every step that `prior_matching_every` divides.
 
         Returns:
-            The loss terms (fp32 scalars, attached to the graph) and the detached mse of each
-            sample, (N,). Both mse and vlb are without the loss weight, so that runs with different
-            weights can be compared; the total is what is trained.
+            The loss terms (fp32 scalars, attached to the graph) and those of each sample. Both mse
+            and vlb are without the loss weight, so that runs with different weights can be
+            compared; the total is what is trained.
         """
         t = micro_batch.t
         mse, vlb = self.diffusion.loss_terms(
@@ -176,7 +183,8 @@ class Objective:
             weighted = self._loss_weight[t] * mse + vlb
         prior = self._prior_loss(output.gate_table, t, step)
         total = weighted.mean() + self.config.diffusion.prior_loss_weight * prior
-        return LossTerms(total, mse.mean(), vlb.mean(), prior), mse.detach()
+        terms = LossTerms(total, mse.mean(), vlb.mean(), prior)
+        return terms, SampleLosses(mse.detach(), vlb.detach())
 
     def _prior_loss(self, gate_table: Tensor | None, t: Tensor, step: int) -> Tensor:
         if self.prior is None:

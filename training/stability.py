@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.diffusion import LossTerms
 from training.ema import EMAAdamW
+from training.objective import SampleLosses
 
 MAX_TIMESTEPS_SHOWN = 8
 SPIKE_MEMORY_STEPS = 100  # time constant of the recent mean and variance
@@ -48,7 +49,7 @@ class MicroStepRecord(NamedTuple):
     """What is needed to say why a step was left out; on the device."""
 
     terms: LossTerms
-    mse: Tensor  # (N,)
+    samples: SampleLosses
     t: Tensor  # (N,) int64
 
 
@@ -58,20 +59,37 @@ def describe_non_finite(records: list[MicroStepRecord]) -> str:
     Args:
         records: of this rank's micro-steps.
     """
-    causes: list[str] = []
+    causes, timesteps = [], []
     for record in records:
+        timesteps += record.t.tolist()
         wrong = [
             f"{name} is {value.item()}"
             for name, value in record.terms._asdict().items()
             if not torch.isfinite(value)
         ]
         if wrong:
-            timesteps = record.t[~torch.isfinite(record.mse)].tolist()
-            causes.append(", ".join(wrong) + _at_timesteps(timesteps))
-    everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, causes)
-    lines = [f"rank {rank}: {cause}" for rank, causes in enumerate(everyone) for cause in causes]
-    return "; ".join(lines) or "a gradient is not finite although every loss is"
+            is_wrong = ~torch.isfinite(record.samples.mse + record.samples.vlb)
+            causes.append(", ".join(wrong) + _at_timesteps(record.t[is_wrong].tolist()))
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (causes, timesteps))
+    lines = [f"rank {rank}: {one}" for rank, (those, _) in enumerate(everyone) for one in those]
+    if lines:
+        return "; ".join(lines)
+    # Gradients are averaged before anybody looks at them, so the rank is not known any more.
+    trained = [f"rank {rank}{_at_timesteps(t)}" for rank, (_, t) in enumerate(everyone)]
+    return "a gradient is not finite although every loss is; " + ", ".join(trained)
+
+
+def drop_skipped_gradients(engine: Any) -> None:
+    """Forget the gradients of a step that ZeRO left out.
+
+    With an offloaded optimizer in bf16, ZeRO 2 of DeepSpeed 0.19.8 keeps them after such a step and
+    adds the next ones to them, so that no later step is finite either.
+    """
+    partitions = getattr(engine.optimizer, "averaged_gradients", None)
+    if partitions and hasattr(engine.optimizer, "accumulated_grads_in_cpu"):
+        for group in partitions:
+            partitions[group] = None
 
 
 def _at_timesteps(timesteps: list[int]) -> str:
