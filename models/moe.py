@@ -62,6 +62,11 @@ class Mixture(nn.Module):
         return self.deepspeed_moe.experts(x, plan.expert_weight, plan.rows)
 
 
+def mlp_expert_width(hidden_size: int, hidden_ratio: float) -> int:
+    """Return the hidden width of an mlp expert in a model of width hidden_size."""
+    return max(1, int(hidden_ratio * hidden_size))
+
+
 def make_experts(hidden_size: int, options: ExpertOptions, group_rank: int = 0) -> StackedExperts:
     """Build the experts that a rank holds.
 
@@ -73,7 +78,7 @@ def make_experts(hidden_size: int, options: ExpertOptions, group_rank: int = 0) 
     num_local = options.num_experts // options.parallel_size
     if options.kind == "affine":
         return AffineExperts(hidden_size, num_local, options.dispatch)
-    mlp_size = max(1, int(options.hidden_ratio * hidden_size))
+    mlp_size = mlp_expert_width(hidden_size, options.hidden_ratio)
     return MlpExperts(hidden_size, num_local, mlp_size, group_rank * num_local, options.num_experts)
 
 

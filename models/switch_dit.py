@@ -39,6 +39,8 @@ MODEL_SIZES = {
     "XL": ModelSize(28, 1152, 16),
 }
 
+MODEL_NAMES = {"switch": "Switch-DiT", "dtr": "DTR", "dense": "DiT"}  # by routing
+
 
 class SwitchDiTOutput(NamedTuple):
     """What a forward pass returns, in training and evaluation alike.

@@ -15,7 +15,7 @@ from tests.launch import REPOSITORY
 from training.objective import Objective
 from training.preset import load_preset
 from training.sampling import SamplerSettings, sample_latents
-from training.validation import validate
+from training.validation import check_data, validate
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
 DEEPSPEED = REPOSITORY / "ds_configs" / "zero2.json"
@@ -149,7 +149,8 @@ def check(model, **data):
     config = replace(SMALL, model=replace(SMALL.model, **model))
     fields = {"num_samples": 100, "num_classes": 10, "latent_channels": 4, "has_flip": True}
     sizes = {"latent_height": 16, "latent_width": 16, "folder": SMALL.data.data}
-    validate(config, DEEPSPEED, 1, SimpleNamespace(**{**fields, **sizes, **data}))
+    validate(config, DEEPSPEED, 1)
+    check_data(config, SimpleNamespace(**{**fields, **sizes, **data}))
 
 
 def test_latents_that_are_not_square_are_accepted_as_stated():

@@ -12,7 +12,7 @@ from training.config import config_from_dict, differences, options
 from training.deepspeed_config import plan_batch
 from training.options_table import README, with_table
 from training.preset import load_preset
-from training.validation import validate
+from training.validation import check_data, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted(path.stem for path in (ROOT / "training/presets").glob("*.yaml"))
@@ -334,7 +334,7 @@ def test_micro_batches_of_all_ranks_make_up_the_global_batch(demo, world_size, m
 )
 def test_a_configuration_that_cannot_run_is_refused(demo, values, stage, world_size, message):
     with pytest.raises(ConfigError) as error:
-        validate(changed(demo, **values), ZERO[stage], world_size, manifest())
+        validate(changed(demo, **values), ZERO[stage], world_size)
 
     assert message in str(error.value)
 
@@ -342,11 +342,11 @@ def test_a_configuration_that_cannot_run_is_refused(demo, values, stage, world_s
 def test_expert_parallelism_without_clipping_is_allowed_at_stage_0(demo):
     config = changed(demo, expert_parallel_size=2, num_experts=4, gradient_clipping=0.0)
 
-    validate(config, ZERO[0], 4, manifest())
+    validate(config, ZERO[0], 4)
 
 
 def test_clipping_at_stage_0_is_allowed_without_expert_parallelism(demo):
-    validate(demo, ZERO[0], 4, manifest())
+    validate(demo, ZERO[0], 4)
 
 
 @pytest.mark.parametrize(
@@ -371,14 +371,14 @@ def test_clipping_at_stage_0_is_allowed_without_expert_parallelism(demo):
 )
 def test_data_that_does_not_fit_the_model_is_refused(demo, data, values, message):
     with pytest.raises(ConfigError) as error:
-        validate(changed(demo, **values), ZERO[2], 1, manifest(**data))
+        check_data(changed(demo, **values), manifest(**data))
 
     assert message in str(error.value)
 
 
 def test_data_that_fits_is_accepted(demo):
-    validate(demo, ZERO[2], 2, manifest())
-    validate(demo, ZERO[2], 2, manifest(num_classes=7))
-    validate(changed(demo, num_classes=0), ZERO[2], 2, manifest(num_classes=7))
-    validate(changed(demo, num_classes=0), ZERO[2], 2, manifest(num_classes=0))
-    validate(changed(demo, horizontal_flip=False), ZERO[2], 2, manifest(has_flip=False))
+    check_data(demo, manifest())
+    check_data(demo, manifest(num_classes=7))
+    check_data(changed(demo, num_classes=0), manifest(num_classes=7))
+    check_data(changed(demo, num_classes=0), manifest(num_classes=0))
+    check_data(changed(demo, horizontal_flip=False), manifest(has_flip=False))

@@ -17,8 +17,9 @@ import yaml
 from data_tools.errors import ConfigError
 from models.diffusion import OBJECTIVES
 from models.loss_weights import LOSS_WEIGHTS
+from models.sampler import SAMPLING_METHODS
 from models.schedule import NOISE_SCHEDULES
-from models.switch_dit import MODEL_SIZES
+from models.switch_dit import MODEL_NAMES, MODEL_SIZES
 from models.timestep_sampling import DENSITIES
 from training.option import Option, check_value, did_you_mean, option
 
@@ -38,7 +39,7 @@ class ModelConfig:
     routing: str = option(
         "switch = experts gated by the timestep; dtr = fixed channel masks; dense = plain DiT",
         "switch",
-        choices=("switch", "dtr", "dense"),
+        choices=tuple(MODEL_NAMES),
     )
     num_experts: int = option("experts per block (E)", 3, bounds=">=1")
     top_k: int = option("experts that serve one timestep (k)", 2, bounds=">=1")
@@ -69,7 +70,10 @@ class ModelConfig:
         may_change=True,
     )
     compile_blocks: bool = option(
-        "compile every block (torch.compile): slower start, faster steps", False, may_change=True
+        "compile every block (torch.compile): slower start, faster steps; on a CPU this "
+        "needs a C++ compiler",
+        False,
+        may_change=True,
     )
 
     @property
@@ -184,7 +188,7 @@ class RunConfig:
     """The run directory and what is written to it when."""
 
     run_dir: str = option("folder of the run; starting again continues it", may_change=True)
-    seed: int = option("seed of everything random", bounds=">=0")
+    seed: int = option("seed of everything random", bounds=f">=0 <{2**63}")
     init_from: str | None = option(
         "weights to start from: a run, a .safetensors file, or a DiT, DTR or Switch-DiT checkpoint",
         None,
@@ -201,7 +205,7 @@ class RunConfig:
     sample_method: str | None = option(
         "sampler of the grid; null = ddim, or euler for flow",
         None,
-        choices=("ddpm", "ddim", "dpmpp-2m", "euler", "heun"),
+        choices=SAMPLING_METHODS,
         may_change=True,
     )
     sample_steps: int = option("sampling steps of the grid", bounds=">=1", may_change=True)
@@ -249,6 +253,11 @@ def options() -> Iterator[Option]:
             kind = next(k for k in kinds if k is not types.NoneType)
             is_list = typing.get_origin(hints[leaf.name]) is tuple
             yield Option(section, leaf.name, kind, types.NoneType in kinds, is_list, leaf)
+
+
+def option_named(name: str) -> Option:
+    """Return one leaf; names are unique."""
+    return next(leaf for leaf in options() if leaf.name == name)
 
 
 def config_from_dict(values: Any, source: str) -> Config:

@@ -22,7 +22,8 @@ import torch
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from models.experts import merging_is_cheaper
 from models.flops import NetworkShape, forward_flops, training_flops
-from models.switch_dit import MODEL_SIZES, SwitchDiT
+from models.moe import mlp_expert_width
+from models.switch_dit import MODEL_NAMES, MODEL_SIZES, SwitchDiT
 from training.command_line import parse_command_line
 from training.config import Config
 from training.deepspeed_config import merge_deepspeed, plan_batch, stage_of
@@ -76,7 +77,7 @@ def shape_of(config: Config) -> NetworkShape:
         num_experts=model.num_experts,
         top_k=model.top_k,
         expert_kind=model.expert_kind,
-        expert_hidden=int(hidden_size * model.expert_hidden_ratio),
+        expert_hidden=mlp_expert_width(hidden_size, model.expert_hidden_ratio),
         num_timesteps=config.diffusion.num_timesteps,
     )
 
@@ -145,10 +146,9 @@ def _join(sections: dict[str, str]) -> str:
 
 def _describe_model(config: Config, count: ParameterCount) -> str:
     model = config.model
-    names = {"switch": "Switch-DiT", "dtr": "DTR", "dense": "DiT"}
     lines = [
-        f"{names[model.routing]}-{model.size}/{model.patch_size}: {count.total:,} parameters, "
-        f"{count.trainable:,} of them trainable, {count.experts:,} in experts"
+        f"{MODEL_NAMES[model.routing]}-{model.size}/{model.patch_size}: {count.total:,} "
+        f"parameters, {count.trainable:,} of them trainable, {count.experts:,} in experts"
     ]
     if count.experts:
         lines.append(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_tools.shards import DatasetManifest
 from data_tools.vae import Vae, load_decoder
@@ -20,7 +20,7 @@ from training.deepspeed_config import merge_deepspeed, stage_of
 from training.precision import precision_of
 from training.processes import Ranks
 from training.run_directory import check_free_space, check_run_directory
-from training.validation import validate
+from training.validation import check_data, validate
 from training.warm_start import WarmStart, check_initial_weights, check_is_elsewhere
 
 
@@ -38,8 +38,15 @@ class Job:
     vae: Vae | None  # on rank 0, if grids of samples are wanted
 
 
-def check(command: CommandLine, ranks: Ranks) -> Job:
-    """Check everything that can be checked before a process group exists; write nothing.
+class Prepared(NamedTuple):
+    """What is known of a checked command before its data is looked at."""
+
+    deepspeed_config: dict[str, Any]
+    warm_start: WarmStart | None
+
+
+def check_without_data(command: CommandLine, ranks: Ranks) -> Prepared:
+    """Check everything that needs no data set, which may not exist yet; write nothing.
 
     Raises:
         ConfigError: for the first mistake found.
@@ -47,23 +54,34 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     config = command.config
     run_dir = Path(config.run.run_dir)
     deepspeed_config = merge_deepspeed(command.deepspeed, config, ranks.world_size)
-    manifest = DatasetManifest.load(config.data.data)
-    validate(config, command.deepspeed, ranks.world_size, manifest)
+    validate(config, command.deepspeed, ranks.world_size)
     check_is_elsewhere(config)
     check_run_directory(run_dir, config)
-    warm_start = check_initial_weights(config)
+    check_free_space(run_dir, checkpoint_bytes(config))
+    return Prepared(deepspeed_config, check_initial_weights(config))
+
+
+def check(command: CommandLine, ranks: Ranks) -> Job:
+    """Check everything that can be checked before a process group exists; write nothing.
+
+    Raises:
+        ConfigError: for the first mistake found.
+    """
+    config = command.config
+    deepspeed_config, warm_start = check_without_data(command, ranks)
+    manifest = DatasetManifest.load(config.data.data)
+    check_data(config, manifest)
     layout = Layout(
         ranks.world_size,
         config.run.expert_parallel_size,
         stage_of(deepspeed_config),
         precision_of(deepspeed_config),
     )
-    folder = latest_checkpoint(run_dir)
+    folder = latest_checkpoint(Path(config.run.run_dir))
     resume_manifest = None
     if folder is not None:
         resume_manifest = read_manifest(folder)
         check_resumable(resume_manifest, layout, manifest.hash)
-    check_free_space(run_dir, checkpoint_bytes(config))
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)

@@ -18,6 +18,7 @@ import torch
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
 from data_tools.errors import exit_on_config_error
 from data_tools.shards import MANIFEST_NAME
+from models.switch_dit import MODEL_NAMES
 from training import processes
 from training.checkpoint_manifest import (
     TrainState,
@@ -26,15 +27,12 @@ from training.checkpoint_manifest import (
 from training.command_line import CommandLine, parse_command_line
 from training.config import Config
 from training.count import describe
-from training.deepspeed_config import load_deepspeed_json, merge_deepspeed
-from training.job import Job, check
+from training.deepspeed_config import load_deepspeed_json
+from training.job import Job, check, check_without_data
 from training.precision import explain_precision
 from training.processes import Ranks
-from training.run_directory import check_run_directory, create_run_directory
-from training.validation import validate
-from training.warm_start import check_initial_weights, check_is_elsewhere
-
-MODEL_NAMES = {"switch": "Switch-DiT", "dtr": "DTR", "dense": "DiT"}  # by routing
+from training.run_directory import create_run_directory
+from training.validation import check_compiler
 
 
 def is_demo_missing(config: Config) -> bool:
@@ -47,10 +45,7 @@ def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
     """Make the demo data set if this command needs it and would otherwise be right."""
     if not is_demo_missing(command.config):
         return
-    validate(command.config, command.deepspeed, ranks.world_size)
-    check_is_elsewhere(command.config)
-    check_run_directory(Path(command.config.run.run_dir), command.config)
-    check_initial_weights(command.config)
+    check_without_data(command, ranks)
     if ranks.is_main:
         print(f"{command.config.data.data} is missing: preparing the demo data set.", flush=True)
     prepare_demo(quiet=not ranks.is_main)
@@ -63,9 +58,7 @@ def dry_run(command: CommandLine, ranks: Ranks) -> str:
         job = check(command, ranks)
         merged, manifest, warm_start = job.deepspeed_config, job.manifest, job.warm_start
     else:
-        merged = merge_deepspeed(command.deepspeed, config, ranks.world_size)
-        validate(config, command.deepspeed, ranks.world_size)
-        warm_start = check_initial_weights(config)
+        merged, warm_start = check_without_data(command, ranks)
     text = describe(config, merged, ranks.world_size, manifest)
     return text if warm_start is None else f"{text}\n\n# initial weights\n{warm_start.report()}"
 
@@ -153,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         device = processes.select_accelerator(ranks)
     with processes.one_sentence(ranks):
         command = parse_command_line(argv)
+        check_compiler(command.config, device)
         if command.dry_run:
             text = dry_run(command, ranks)
         else:

@@ -106,6 +106,7 @@ def _check_one(leaf: Option, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: unknown value '{value}'{did_you_mean(value, choices)}")
     bounds = leaf.field.metadata["bounds"]
     for sign, limit in re.findall(r"([<>]=?)([\d.]+)", bounds):
-        if not (_COMPARE[sign](value, float(limit)) and math.isfinite(value)):
+        is_infinite = isinstance(value, float) and not math.isfinite(value)
+        if is_infinite or not _COMPARE[sign](value, float(limit)):
             raise ConfigError(f"{where} must be {bounds.replace(' ', ' and ')}, not {value}.")
     return value

@@ -5,8 +5,13 @@ the flag or the file at fault.
 """
 
 import math
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from data_tools.errors import ConfigError
 from models.loss_weights import FLOW_ONLY, NUM_CLUSTERS
@@ -35,7 +40,6 @@ def validate(
     config: Config,
     deepspeed_path: Path,
     world_size: int,
-    manifest: Dataset | None = None,
 ) -> None:
     """Raise ConfigError for the first thing that does not fit.
 
@@ -43,7 +47,6 @@ def validate(
         config: the resolved configuration.
         deepspeed_path: the DeepSpeed JSON file.
         world_size: number of ranks.
-        manifest: the data's description; None = not looked at.
     """
     _check_model(config)
     _check_routing(config)
@@ -51,8 +54,28 @@ def validate(
     _check_averages(config)
     _check_expert_parallelism(config, deepspeed_path, world_size)
     plan_batch(config, world_size)
-    if manifest is not None:
-        _check_data(config, manifest)
+
+
+def lacks_compiler(config: Config, device: torch.device) -> bool:
+    """Tell whether torch.compile is wanted but would find no compiler for its C++ on the CPU."""
+    return (
+        config.model.compile_blocks and device.type == "cpu" and shutil.which(_compiler()) is None
+    )
+
+
+def check_compiler(config: Config, device: torch.device) -> None:
+    """Refuse to compile blocks for a CPU without a C++ compiler."""
+    if lacks_compiler(config, device):
+        raise ConfigError(
+            f"--compile-blocks needs a C++ compiler on the CPU and there is no {_compiler()}; "
+            "install one, name another in the environment variable CXX, or use "
+            "--no-compile-blocks."
+        )
+
+
+def _compiler() -> str:
+    """Name the one that torch.compile calls."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def _check_model(config: Config) -> None:
@@ -190,7 +213,13 @@ def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: 
             )
 
 
-def _check_data(config: Config, manifest: Dataset) -> None:
+def check_data(config: Config, manifest: Dataset) -> None:
+    """Refuse a data set that is not what the model takes.
+
+    Args:
+        config: the resolved configuration.
+        manifest: the data's description.
+    """
     model, where = config.model, f"--data {config.data.data}"
     holds = (manifest.latent_channels, manifest.latent_height, manifest.latent_width)
     takes = model.latent_shape
