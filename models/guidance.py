@@ -44,7 +44,7 @@ class Guidance:
 
     def combine(self, strong: Tensor, weak: Tensor, num_latent_channels: int) -> Tensor:
         """Guide the main channels of `strong` (N, C or 2C, H, W); the others stay as they are."""
-        num = self.num_channels or num_latent_channels
+        num = min(self.num_channels or num_latent_channels, num_latent_channels)
         strong, weak = strong.float(), weak.float()
         guided = weak[:, :num] + self.scale * (strong[:, :num] - weak[:, :num])
         return torch.cat((guided, strong[:, num:]), dim=1)

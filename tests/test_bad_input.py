@@ -142,6 +142,11 @@ PRESET = (REPOSITORY / "tests" / "small.yaml").read_text()
         (("--preset", "dmo"), "--preset: unknown preset 'dmo'; did you mean 'demo'?"),
         (("--max-step", 1), "--max-step: unknown flag; did you mean '--max-steps'?"),
         (("--lr", "fast"), "--lr must be a number, not 'fast'."),
+        (
+            ("--seed", 10**23),
+            "--seed must be >=0 and <9223372036854775808, not 1000000000000000000",
+        ),
+        (("--keep-last", "1" + 400 * "0", "--seed", -1), "--seed must be >=0 and <9"),
         (("--lr",), "--lr: expected one argument; see --help."),
         (("--run-dir", ""), "--run-dir is empty; give a text."),
         (("--micro-batch-size", 3), "--global-batch-size 8 is not divisible by 1 ranks x micro-ba"),
@@ -195,6 +200,24 @@ def test_a_wrong_deepspeed_file(train, tmp_path, text, sentence):
 )
 def test_layouts_that_do_not_divide(train, num_ranks, argv, sentence):
     assert sentence in train(*argv, num_ranks=num_ranks)
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_blocks_are_not_compiled_for_a_cpu_without_a_compiler(train, monkeypatch, flags):
+    monkeypatch.setenv("CXX", "no-compiler")
+
+    stderr = train("--compile-blocks", *flags)
+
+    assert "--compile-blocks needs a C++ compiler on the CPU and there is no no-compi" in stderr
+
+
+def test_a_dry_run_without_data_checks_the_run_directory_too(train, tmp_path):
+    (tmp_path / "file").touch()
+    flags = ("--data", tmp_path / "none", "--dry-run")
+
+    assert "/file is not a folder; choose" in train(*flags, "--run-dir", tmp_path / "file")
+    source = tmp_path / "run" / "checkpoints"
+    assert f"--init-from {source} is --run-dir" in train(*flags, "--init-from", source)
 
 
 class TestRunDirectoryBeforeTheFirstRun:
@@ -360,6 +383,11 @@ class TestSampling:
             (("--classes", "dog"), "--classes: unknown class 'dog'; choose one of: "),
             (("--classes", "10"), "--classes: unknown class '10'; choose one of: "),
             (("--checkpoint", "step-4"), "--checkpoint: no 'step-4'; "),
+            (
+                ("--checkpoint", ""),
+                "--checkpoint: no ''; choose one of: step-0000002, step-0000004.",
+            ),
+            (("--checkpoint", ".."), "--checkpoint: no '..'; choose one of: step-0000002, step-"),
             (("--vae", "none"), "--vae none: does not exist; give a diffusers folder"),
         ],
     )
@@ -388,6 +416,28 @@ class TestSampling:
         stderr = draw(trained, "--autoguidance", f"{trained}:step-9")
 
         assert f"error: --autoguidance {trained}:step-9: no 'step-9'; " in stderr
+
+    def test_a_weaker_run_that_is_the_run_itself(self, draw, trained, tmp_path):
+        latest = latest_checkpoint(trained)
+        itself = f"{trained}:{latest.name}"
+        copy = shutil.copytree(trained, tmp_path / "copy")
+
+        for text in (trained, itself, copy):
+            stderr = draw(trained, "--autoguidance", text)
+            assert f"error: --autoguidance {text} has the very weights that are to be" in stderr
+        assert "the very weights" in draw(
+            trained, "--autoguidance", itself, "--weights", latest / EMA_FILE
+        )
+
+    def test_a_weaker_run_on_other_classes(self, draw, trained, run_dir):
+        manifest = json.loads((run_dir / MANIFEST_NAME).read_text())
+        ours = manifest["classes"][3]["name"]
+        manifest["classes"][3]["name"] = manifest["classes"][4]["name"] = "boat"
+        rewrite(run_dir / MANIFEST_NAME, lambda _: json.dumps(manifest).encode())
+
+        stderr = draw(trained, "--autoguidance", run_dir)
+
+        assert f"its class 3 is boat and that of the run to guide is {ours}; use a run" in stderr
 
     def test_a_folder_that_is_no_run(self, draw, tmp_path):
         sentence = f"{tmp_path} is no run directory: it has no config.yaml; give the folder of a"

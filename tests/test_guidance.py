@@ -51,6 +51,15 @@ def test_classifier_free_guidance_moves_away_from_the_unlabelled(num_channels, n
     torch.testing.assert_close(found, expected)
 
 
+def test_three_guided_channels_are_no_more_than_the_latents_have():
+    x = latents(channels=2)
+
+    found = classifier_free(labelled_model, Y, 7, Guidance(2.0, 3))(x, AT_500)
+
+    expected = classifier_free(labelled_model, Y, 7, Guidance(2.0))(x, AT_500)
+    assert torch.equal(found, expected)
+
+
 def test_autoguidance_moves_away_from_the_weaker_model_with_the_same_label():
     x = latents()
 

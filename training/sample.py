@@ -9,7 +9,7 @@ torchrun --nproc-per-node 2 training/sample.py runs/demo
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
@@ -45,6 +45,7 @@ from training.sampling_flags import (
     find_weaker_run,
     sampler_settings,
 )
+from training.validation import lacks_compiler
 from training.weight_files import find_weights
 
 DEFAULT_MAX_CLASSES = 10
@@ -146,7 +147,7 @@ def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
     )
     weaker_run = None
     if args.autoguidance is not None:
-        weaker_run = find_weaker_run(args.autoguidance, config, manifest)
+        weaker_run = find_weaker_run(args.autoguidance, config, manifest, weights)
     vae = load_decoder(args.vae or config.run.vae, manifest.vae, device)
     name = weights.parent.name if args.weights is None else weights.stem
     output = args.output or args.run_dir / SAMPLES_DIR / name
@@ -199,6 +200,8 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
 
 
 def _load_model(config: Config, weights: Path, device: torch.device) -> SwitchDiT:
+    if lacks_compiler(config, device):  # trained elsewhere; compiling only saves time
+        config = replace(config, model=replace(config.model, compile_blocks=False))
     model = build_model(config)
     model.load_state_dict(load_file(weights))
     return model.to(device).eval()

@@ -36,8 +36,8 @@ class SamplerSettings:
 
 
 def can_guide_without_classifier(config: Config) -> bool:
-    """Tell whether the null class stands for "no label": only if training has dropped labels."""
-    return config.model.num_classes > 0 and config.data.class_dropout_prob > 0
+    """Tell whether training has seen both: labels, and the null class that means "no label"."""
+    return config.model.num_classes > 0 and 0 < config.data.class_dropout_prob < 1
 
 
 def sample_latents(

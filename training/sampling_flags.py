@@ -9,11 +9,11 @@ from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.shards import DatasetManifest
 from models.guidance import OFFICIAL_CHANNELS, Guidance
 from models.sampler import SAMPLING_METHODS, methods_for
-from training.config import Config
-from training.option import either
+from training.config import Config, option_named
+from training.option import check_value, either
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings, can_guide_without_classifier
-from training.weight_files import find_weights
+from training.weight_files import find_weights, is_same_file
 
 DEFAULT_SCALE = 2.0
 
@@ -90,6 +90,7 @@ def sampler_settings(args: argparse.Namespace, config: Config) -> SamplerSetting
             f"--sampler {method} does not fit objective {config.diffusion.objective}; use "
             f"{either(methods)}."
         )
+    check_value(option_named("seed"), args.seed, "--seed")
     return SamplerSettings(
         method, args.steps, args.seed, guidance=_guidance(args, config), shift=_shift(args, config)
     )
@@ -141,7 +142,8 @@ def _cfg_scale(args: argparse.Namespace, config: Config) -> float:
     is_possible = can_guide_without_classifier(config)
     scale = _number("--cfg-scale", args.cfg_scale, DEFAULT_SCALE if is_possible else 1.0)
     if scale != 1.0 and not is_possible:
-        reason = "with --class-dropout-prob 0" if config.model.num_classes else "without classes"
+        dropped = f"with --class-dropout-prob {config.data.class_dropout_prob:g}"
+        reason = dropped if config.model.num_classes else "without classes"
         raise ConfigError(
             f"--cfg-scale {scale} compares predictions with and without the label, but this run "
             f"was trained {reason}; use --cfg-scale 1."
@@ -169,13 +171,16 @@ def _interval(args: argparse.Namespace, num_timesteps: int) -> tuple[float, floa
     return low * num_timesteps, high * num_timesteps
 
 
-def find_weaker_run(text: str, config: Config, manifest: DatasetManifest) -> WeakerRun:
+def find_weaker_run(
+    text: str, config: Config, manifest: DatasetManifest, weights: Path
+) -> WeakerRun:
     """Locate the run of --autoguidance RUN[:TAG] and check that it denoises the same latents.
 
     Args:
         text: the flag's value.
         config: of the run that is guided.
         manifest: of the data that it was trained on.
+        weights: its file that is sampled from.
     """
     where = f"--autoguidance {text}"
     run_dir, tag = Path(text), None
@@ -186,10 +191,15 @@ def find_weaker_run(text: str, config: Config, manifest: DatasetManifest) -> Wea
         weak = load_config(run_dir)
         weak_manifest = load_manifest(run_dir)
         _check_same_process(weak, weak_manifest, config, manifest)
-        weights = find_weights(run_dir, weak, checkpoint=tag)
+        weak_weights = find_weights(run_dir, weak, checkpoint=tag)
     except ConfigError as err:
         raise ConfigError(f"{where}: {str(err).removeprefix('--checkpoint: ')}") from err
-    return WeakerRun(weak, weights)
+    if is_same_file(weak_weights, weights):
+        raise ConfigError(
+            f"{where} has the very weights that are to be guided ({weak_weights}), which changes "
+            "nothing at twice the cost; choose an earlier checkpoint with RUN:TAG, or another run."
+        )
+    return WeakerRun(weak, weak_weights)
 
 
 def _check_same_process(
@@ -206,12 +216,20 @@ def _check_same_process(
     if config.diffusion.objective != "flow":
         schedules = weak.diffusion.noise_schedule, config.diffusion.noise_schedule
         pairs.append(("noise_schedule", *schedules))
+    if config.model.num_classes:
+        names, weak_names = _class_names(manifest), _class_names(weak_manifest)
+        for i in sorted(names.keys() | weak_names.keys()):
+            pairs.append((f"class {i}", weak_names.get(i, "missing"), names.get(i, "missing")))
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise ConfigError(
                 f"its {name} is {theirs} and that of the run to guide is {ours}; use a run that "
                 "differs in size, routing or training only."
             )
+
+
+def _class_names(manifest: DatasetManifest) -> dict[int, str]:
+    return {entry.index: entry.name for entry in manifest.classes}
 
 
 def _latent_space(manifest: DatasetManifest) -> tuple[str, float, float]:

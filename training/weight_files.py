@@ -14,6 +14,7 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
+    MANIFEST_FILE,
     RAW_FILE,
     latest_checkpoint,
     read_manifest,
@@ -94,6 +95,21 @@ def find_weights(
     return path
 
 
+def is_same_file(path: Path, other: Path) -> bool:
+    """Tell whether two files of weights are one, or copies by the manifests beside them."""
+    if path.resolve() == other.resolve():
+        return True
+    sha256 = _recorded_sha256(path)
+    return sha256 is not None and sha256 == _recorded_sha256(other)
+
+
+def _recorded_sha256(path: Path) -> str | None:
+    if not (path.parent / MANIFEST_FILE).exists():  # not of a checkpoint
+        return None
+    record = read_manifest(path.parent).files.get(path.name)
+    return None if record is None else record.sha256
+
+
 def _file_of(config: Config, ema: str | None, is_raw: bool) -> str:
     if is_raw:
         return RAW_FILE
@@ -110,13 +126,12 @@ def find_checkpoint(run_dir: Path, tag: str | None) -> Path:
         if folder is None:
             raise ConfigError(f"{run_dir} has no checkpoint yet; train first.")
         return folder
-    folder = run_dir / CHECKPOINT_DIR / tag
-    if not folder.is_dir():
-        tags = [path.name for path in sorted(folder.parent.glob("step-*"))]
-        if not tags:
-            raise ConfigError(f"{run_dir} has no checkpoint yet; train first.")
-        raise ConfigError(f"--checkpoint: no '{tag}'{did_you_mean(tag, tags)}")
-    return folder
+    folders = {path.name: path for path in sorted((run_dir / CHECKPOINT_DIR).glob("step-*"))}
+    if not folders:
+        raise ConfigError(f"{run_dir} has no checkpoint yet; train first.")
+    if tag not in folders:  # not a path either, such as ".."
+        raise ConfigError(f"--checkpoint: no '{tag}'{did_you_mean(tag, folders)}")
+    return folders[tag]
 
 
 def check_weights(path: Path, config: Config) -> None:
