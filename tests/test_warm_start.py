@@ -177,6 +177,30 @@ class TestWhatIsRefused:
         assert f"{tmp_path} is no run directory" not in refusal(f"{tmp_path}:step-0000001")
         assert "is no run directory; give RUN:TAG" in refusal(f"{tmp_path}/none:step-0000001")
 
+    def test_urls(self):
+        url = "https://dl.example.org/DiT-XL-2-256x256.pt"
+
+        assert "URLs are not fetched; download the file and give its path." in refusal(url)
+
+    def test_parts_of_a_run_that_are_not_its_weights(self, tmp_path):
+        folder = tmp_path / "checkpoints"
+        folder.mkdir()
+        (folder / "latest").write_text("step-0000001\n")
+        (tmp_path / CONFIG_FILE).write_text(SMALL.to_yaml())
+
+        for path in (folder, folder / "latest"):
+            assert f"give the run, {tmp_path}, or one of its checkpoints," in refusal(path)
+
+    def test_files_of_deepspeed(self, tmp_path):
+        names = ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        for name in names:
+            (tmp_path / name).touch()
+            assert "own file for resuming, not a model's weights in one" in refusal(tmp_path / name)
+        (tmp_path / "weights.safetensors").touch()
+
+        for name in names:
+            assert f"in one file; give {tmp_path}/weights.safetensors." in refusal(tmp_path / name)
+
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
     def test_a_truncated_file(self, safetensors, weights, tmp_path, suffix):
         path = tmp_path / f"short.{suffix}"

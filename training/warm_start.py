@@ -16,13 +16,21 @@ from torch import Tensor, nn
 
 from data_tools.errors import ConfigError
 from models.import_weights import ImportedWeights, check_positions, import_weights
-from training.checkpoint_manifest import MANIFEST_FILE, latest_checkpoint, sha256_of
+from training.checkpoint_manifest import (
+    CHECKPOINT_DIR,
+    LATEST_FILE,
+    MANIFEST_FILE,
+    RAW_FILE,
+    latest_checkpoint,
+    sha256_of,
+)
 from training.config import Config
 from training.engine import build_model
 from training.run_directory import CONFIG_FILE, load_config
 from training.state_dict_files import read_state_dict
 from training.weight_files import find_weights
 
+DEEPSPEED_FILES = re.compile(r".*mp_rank_\d+_(model|optim)_states\.pt")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_FOLDERS = ("", "transformer")  # of the model alone, of a pipeline
 LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -163,6 +171,10 @@ def _split_tag(source: str) -> tuple[Path, str | None]:
 
 
 def _locate(source: str) -> Source:
+    if "://" in source:
+        raise ConfigError(
+            f"--init-from {source}: URLs are not fetched; download the file and give its path."
+        )
     path, tag = _split_tag(source)
     if (path / CONFIG_FILE).exists():
         return _averaged_weights(path, tag, source)
@@ -170,10 +182,28 @@ def _locate(source: str) -> Source:
         raise ConfigError(f"--init-from {source}: {path} is no run directory; give RUN:TAG or RUN.")
     if (path / MANIFEST_FILE).exists():  # a checkpoint's folder
         return _averaged_weights(path.parents[1], path.name, source)
+    _check_is_no_part(path, source)
     for folder in DIFFUSERS_FOLDERS:
         if (path / folder / DIFFUSERS_FILE).exists():
             return Source(path / folder / DIFFUSERS_FILE, None)
     return Source(path, None)
+
+
+def _check_is_no_part(path: Path, source: str) -> None:
+    """Refuse what lies in a run but is not its weights; say what to give instead."""
+    folder = path.parent if path.name == LATEST_FILE else path
+    if folder.name == CHECKPOINT_DIR and (folder.parent / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"--init-from {source} is a part of a run; give the run, {folder.parent}, or one of "
+            f"its checkpoints, {folder.parent}:TAG."
+        )
+    if DEEPSPEED_FILES.fullmatch(path.name) and path.exists():
+        whole = path.with_name(RAW_FILE)
+        advice = f"give {whole}" if whole.exists() else "make one of it by DeepSpeed's zero_to_fp32"
+        raise ConfigError(
+            f"--init-from {source} is DeepSpeed's own file for resuming, not a model's weights in "
+            f"one file; {advice}."
+        )
 
 
 def _averaged_weights(run_dir: Path, tag: str | None, source: str) -> Source:
