@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.reference import power_function_average
 from training import reconstruct_ema
@@ -158,12 +159,51 @@ def test_the_command_returns_a_stored_snapshot_bit_for_bit(run_dir):
     assert all(torch.equal(got[name], value) for name, value in snapshot.items())
 
 
-def test_what_cannot_be_reconstructed_is_refused(run_dir, capsys):
-    def refusal(*argv):
+@pytest.fixture
+def refusal(run_dir, capsys):
+    """Call the command with flags that are wrong; return its sentence."""
+
+    def call(*argv):
         with pytest.raises(SystemExit):
             reconstruct_ema.main([str(part) for part in (run_dir, *argv)])
+        assert not list(run_dir.glob("posthoc/*"))
         return capsys.readouterr().err
 
+    return call
+
+
+@pytest.mark.parametrize("std", [0.0001, 0.005])
+def test_a_width_that_the_snapshots_cannot_make_is_refused(refusal, std):
+    message = refusal("--std", std)
+
+    assert (
+        f"error: --std {std} cannot be made of the stored snapshots: the relative resi" in message
+    )
+    assert "choose a width nearer to the stored ones (0.05, 0.1), or train" in message
+
+
+def test_a_width_that_the_snapshots_make_badly_is_warned_of(run_dir, capsys):
+    reconstruct_ema.main([str(run_dir), "--std", "0.28"])
+
+    assert (run_dir / "posthoc" / "std0.280-step-0000403.safetensors").exists()
+    assert "warning: with a residual of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_a_snapshot_of_damaged_values_is_named(run_dir, refusal, value):
+    """What is finite in the file may overflow in the sum."""
+    path = run_dir / SNAPSHOT_DIR / "std0.100-step-0000403.safetensors"
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    save_file(load_file(path) | {"b": torch.full((2,), value)}, path, about)
+
+    message = refusal("--std", 0.015)
+
+    assert "damaged" in message
+    assert message.startswith(f"error: {run_dir / SNAPSHOT_DIR}")
+
+
+def test_what_cannot_be_reconstructed_is_refused(run_dir, refusal):
     assert "error: --std must be >0 and <0.289, not 0.3." in refusal("--std", 0.3)
     assert "error: --step: no snapshot of step 300; did you mean '3" in refusal(
         *("--std", 0.08, "--step", 300)

@@ -21,16 +21,18 @@ from torch import Tensor
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from training.checkpoint import describe_disk_error
+from training.config import option_named
 from training.ema import PowerProfile
 from training.ema_snapshots import Snapshot, list_snapshots, snapshot_file
-from training.option import did_you_mean
+from training.option import check_value, did_you_mean
 from training.posthoc_ema import Fit, fit_profile
 from training.run_directory import load_config
-from training.weight_files import write_weights
+from training.weight_files import NonFiniteWeightsError, write_weights
 
 POSTHOC_DIR = "posthoc"
-MAX_STD = 0.289  # as optim.ema_stds
-GOOD_RESIDUAL = 0.05  # above it, say what would improve the fit
+# Relative residuals of the fit: above the one it is warned of, above the other refused.
+ROUGH_RESIDUAL = 0.1
+MAX_RESIDUAL = 0.5
 
 
 class Reconstruction(NamedTuple):
@@ -60,8 +62,7 @@ def build_parser() -> ArgumentParser:
 def check(args: argparse.Namespace) -> Reconstruction:
     """Find the snapshots and fit the profile; write nothing."""
     load_config(args.run_dir)
-    if not 0 < args.std < MAX_STD:
-        raise ConfigError(f"--std must be >0 and <{MAX_STD}, not {args.std}.")
+    check_value(option_named("ema_stds"), args.std, "--std")
     snapshots = list_snapshots(args.run_dir)
     updates = {snapshot.step: snapshot.num_updates for snapshot in snapshots}
     step = max(updates) if args.step is None else args.step
@@ -75,8 +76,23 @@ def check(args: argparse.Namespace) -> Reconstruction:
         updates[step],
         profile.gamma,
     )
+    if fit.residual > MAX_RESIDUAL:
+        raise ConfigError(
+            f"--std {args.std} cannot be made of the stored snapshots: the relative residual of "
+            f"its profile is {fit.residual:.0%}, more than {MAX_RESIDUAL:.0%}; "
+            f"{_better(snapshots)}."
+        )
     output = args.output or args.run_dir / POSTHOC_DIR / snapshot_file(profile, step)
     return Reconstruction(snapshots, profile, step, fit, output)
+
+
+def _better(snapshots: list[Snapshot]) -> str:
+    """Say what would make the fit better."""
+    stds = sorted({snapshot.std for snapshot in snapshots})
+    return (
+        f"choose a width nearer to the stored ones ({', '.join(map(str, stds))}), or train with a "
+        "smaller --ema-snapshot-every or with --ema-stds nearer to it"
+    )
 
 
 def add_up(job: Reconstruction) -> dict[str, Tensor]:
@@ -85,11 +101,25 @@ def add_up(job: Reconstruction) -> dict[str, Tensor]:
     for snapshot, weight in zip(job.snapshots, job.fit.weights, strict=True):
         if weight == 0:
             continue
-        for name, value in load_file(snapshot.path).items():
+        for name, value in _load(snapshot.path).items():
             if name not in total:
                 total[name] = torch.zeros(value.shape, dtype=torch.float64)
             total[name].add_(value.double(), alpha=float(weight))
     return {name: value.float() for name, value in total.items()}
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        values = load_file(path)
+    except (OSError, SafetensorError) as err:
+        raise ConfigError(f"{path} is damaged ({err}); delete it, the others suffice.") from err
+    for name, value in values.items():
+        if not value.isfinite().all():
+            raise ConfigError(
+                f"{path} is damaged: {name} holds values that are not finite; delete it, the "
+                "others suffice."
+            )
+    return values
 
 
 def reconstruct(job: Reconstruction) -> None:
@@ -100,9 +130,15 @@ def reconstruct(job: Reconstruction) -> None:
         "gamma": repr(job.profile.gamma),
         "residual": repr(job.fit.residual),
     }
+    weights = add_up(job)
     try:
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        write_weights(job.output, add_up(job), metadata)
+        write_weights(job.output, weights, metadata)
+    except NonFiniteWeightsError as err:
+        raise ConfigError(
+            f"{job.snapshots[0].path.parent}: the sum's {err}, so a snapshot is damaged; restore "
+            "the snapshots."
+        ) from err
     except (OSError, SafetensorError) as err:
         raise ConfigError(
             f"--output {job.output}: {describe_disk_error(err)}; free some space or choose another."
@@ -119,8 +155,11 @@ def main(argv: list[str] | None = None) -> None:
         f"{job.output}: average of relative width {job.profile.std} at step {job.step} from "
         f"{len(job.snapshots)} snapshots; relative residual of its profile {job.fit.residual:.2%}"
     )
-    if job.fit.residual > GOOD_RESIDUAL:
-        print("a smaller --ema-snapshot-every or a width nearer to the stored ones fits better")
+    if job.fit.residual > ROUGH_RESIDUAL:
+        sys.stderr.write(
+            f"warning: with a residual of {job.fit.residual:.0%} this is only roughly the average "
+            f"of width {job.profile.std}; {_better(job.snapshots)}.\n"
+        )
 
 
 if __name__ == "__main__":
