@@ -79,9 +79,11 @@ def test_a_signal_is_kept_until_a_step_boundary_asks(single_process_group, numbe
     handler = signal.getsignal(number)
     stop = StopSignal(torch.device("cpu"))
     try:
-        assert stop.agreed() == 0
+        stop.post()
         os.kill(os.getpid(), number)
-        assert stop.agreed() == number
+        assert stop.read() == 0, "what was posted before the signal"
+        stop.post()
+        assert stop.read() == number
     finally:
         stop.restore()
     assert signal.getsignal(number) is handler
