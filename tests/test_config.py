@@ -311,12 +311,6 @@ def test_micro_batches_of_all_ranks_make_up_the_global_batch(demo, world_size, m
         ),
         (
             {"expert_parallel_size": 2, "num_experts": 4},
-            3,
-            2,
-            "--expert-parallel-size 2 does not work with ZeRO stage 3 (",
-        ),
-        (
-            {"expert_parallel_size": 2, "num_experts": 4},
             0,
             2,
             "--gradient-clipping 1.0 with --expert-parallel-size 2 at ZeRO stage 0 (",

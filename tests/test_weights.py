@@ -107,7 +107,7 @@ def check_snapshots(engine, run_dir, rank):
 
 
 def check_engine(rank, world_size, folder):
-    for stage, expert_parallel_size in ((0, 2), (2, 2), (3, 1)):
+    for stage, expert_parallel_size in ((0, 2), (2, 2), (3, 2)):
         run_dir = folder / f"z{stage}"
         config = small(expert_parallel_size=expert_parallel_size)
         path = folder / f"rank{rank}-z{stage}.json"

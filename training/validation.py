@@ -170,11 +170,6 @@ def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: 
             f"--expert-parallel-size {size} does not divide the {world_size} rank(s); start a "
             f"multiple of {size} ranks or lower it."
         )
-    if stage == 3:
-        raise ConfigError(
-            f"--expert-parallel-size {size} does not work with ZeRO stage 3 ({deepspeed_path}) "
-            "yet; use ds_configs/zero2.json or --expert-parallel-size 1."
-        )
     if stage == 0 and config.optim.gradient_clipping > 0:
         raise ConfigError(
             f"--gradient-clipping {config.optim.gradient_clipping} with --expert-parallel-size "
