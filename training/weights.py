@@ -113,31 +113,62 @@ def consolidated_weights(engine: Any, key: str | None = None) -> dict[str, Tenso
         the other ranks. Names are those of a model built without expert parallelism.
     """
     from deepspeed.moe.utils import is_moe_param
-    from deepspeed.utils import groups
 
     if not has_averages(engine):
         key = None
-    optimizer = engine.optimizer
-    if key is not None and hasattr(optimizer, "_hp_optimizer_states_linked"):
-        # DeepSpeed links states to parameters once, after the first group's step, and so leaves
-        # later groups (the experts) unlinked; linking again is harmless.
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
+    link_states(engine)
     weights = {}
     is_main = torch.distributed.get_rank() == 0
     for name, param in engine.module.named_parameters():
-        value = _full_value(engine, param, key)
+        value = full_value(engine, param, key)
         if is_moe_param(param):
-            group = groups._get_expert_parallel_group(param.group_name)
-            parts = [torch.empty_like(value) for _ in range(group.size())]
-            torch.distributed.all_gather(parts, value, group=group)
-            value = torch.cat(parts)
+            slots = engine.module.gate.slots[block_of(name)]
+            value = gathered_slots(value, param)[slots]
         if is_main:
             weights[name] = value.to("cpu", torch.float32, copy=True)
     return weights
 
 
-def _full_value(engine: Any, param: Tensor, key: str | None) -> Tensor:
+def block_of(name: str) -> int:
+    """Return the number of the block that a parameter is in, from its name: blocks.I.anything."""
+    return int(name.split(".")[1])
+
+
+def gathered_slots(value: Tensor, param: Tensor) -> Tensor:
+    """Put the slots of all ranks of a group together, (E, ...); all of them must call this.
+
+    Args:
+        value: (E / R, ...) of this rank.
+        param: the experts' parameter that it is of.
+    """
+    from deepspeed.utils import groups
+
+    group = groups._get_expert_parallel_group(param.group_name)
+    parts = [torch.empty_like(value) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, value, group=group)
+    return torch.cat(parts)
+
+
+def link_states(engine: Any) -> None:
+    """Let `full_value` find the optimizer state of every parameter.
+
+    DeepSpeed links states to parameters once, after the first group's step, and so leaves later
+    groups (the experts) unlinked; linking again is harmless.
+    """
+    optimizer = engine.optimizer
+    if has_averages(engine) and hasattr(optimizer, "_hp_optimizer_states_linked"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def full_value(engine: Any, param: Tensor, key: str | None) -> Tensor:
+    """Put together what ZeRO has taken apart, in fp32; all ranks must call this.
+
+    Args:
+        engine: the DeepSpeed engine, after `link_states`.
+        param: of its module.
+        key: of the optimizer's state; None = the parameter itself.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.zero_optimization_stage() == 0:
