@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
@@ -158,14 +159,21 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
 
 
 HOST_READS = frozenset(
-    {"tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
+    {"cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+    | {"is_nonzero", "equal", "allclose"}
+    | {"nonzero", "argwhere", "masked_select", "unique", "bincount"}  # sizes depend on values
 )
+HOST_MARK = "_benchmark_is_on_host"
+INDEXING = frozenset({"__getitem__", "__setitem__"})  # by a mask: its true values are counted
 
 
 class HostReads(TorchFunctionMode):
     """Counts the calls whose result the host would wait for on an accelerator, by name.
 
-    It sees calls from Python on any device. What C++ waits for shows on CUDA only: `cuda_waits`.
+    What `.cpu()` returns, and what is computed from nothing but such tensors, is on the host
+    already and read for free, as it would be beside an accelerator. It sees calls from Python on
+    any device, also in a backward pass that Tensor.backward starts. What C++ waits for shows on
+    CUDA only: `cuda_waits`.
     """
 
     def __init__(self) -> None:
@@ -173,11 +181,44 @@ class HostReads(TorchFunctionMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count, then run."""
+        """Run, and count unless all operands are on the host."""
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            with self:  # this method runs unwatched, and so would all of the backward pass
+                return _backward(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in HOST_READS:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        is_on_host = bool(operands) and all(hasattr(x, HOST_MARK) for x in operands)
+        is_copy = name == "cpu" or (name == "to" and _names_the_cpu(args[1:], kwargs))
+        is_mask_index = name in INDEXING and any(x.dtype == torch.bool for x in operands[1:])
+        if operands and not is_on_host and (name in HOST_READS or is_copy or is_mask_index):
+            self.counts["cpu" if is_copy else name] += 1
+        result = func(*args, **kwargs)
+        if is_copy and not is_on_host:
+            result = result.clone()  # on a CPU it is the tensor itself, which stays unread
+        if is_copy or is_on_host:
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor):
+                    setattr(x, HOST_MARK, True)
+        return result
+
+
+def _backward(
+    tensor: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None, **_: Any
+) -> None:
+    """Do what Tensor.backward does; torch's public ways there switch off the mode around them."""
+    gradient = torch.ones_like(tensor) if gradient is None else gradient
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        *((tensor,), (gradient,), bool(retain_graph), False, ()),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
+def _names_the_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether Tensor.to is asked for the CPU by name; a device object is some tensor's own."""
+    return "cpu" in [x for x in (*args, *kwargs.values()) if isinstance(x, str)]
 
 
 def cuda_waits(fn: Callable[[], Any]) -> Counter[str]:
