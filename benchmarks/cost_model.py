@@ -170,7 +170,8 @@ def ring(num_bytes: float, passes: int, group: Group, machine: Machine, count: i
     if group.size == 1 or num_bytes == 0:
         return Transfer()
     moved = passes * (group.size - 1) / group.size * num_bytes
-    nodes, share = group.num_nodes, 1.0 if passes == ALL_REDUCE else machine.all_gather_share
+    nodes = group.num_nodes
+    share = machine.all_reduce_share if passes == ALL_REDUCE else machine.all_gather_share
     node_bytes = moved if group.per_node > 1 else 0.0
     net_bytes = moved / group.per_node if nodes > 1 else 0.0
     hops_us = (group.size - nodes) * machine.node_latency_us
@@ -212,16 +213,13 @@ def exchange(
         return Transfer()
     in_node = min(R, machine.ranks_per_node)
     rank_bytes = num_samples * row_bytes
-    # (L, R): what a rank sends to the others, and what it receives from them.
-    sent = rank_bytes * (routing.arrivals.sum(1, keepdims=True) - routing.arrivals)
-    received = rank_bytes * (R - 1) * routing.arrivals
-    worst = np.maximum(sent, received).max(1)  # (L,)
+    worst = rank_bytes * np.maximum(routing.sent, routing.received).max(1)  # (L,)
     to_node = (in_node - 1) / (R - 1)  # share of the other ranks that are on the same node
     rate = GIGA * machine.all_to_all_share
     node_sec = to_node * worst / (rate * machine.node_link_gb_per_sec)
     net_sec = (1 - to_node) * worst / (rate * machine.net_link_gb_per_sec)
     latency = (in_node - 1) * machine.node_latency_us + (R - in_node) * machine.net_latency_us
-    mean_bytes = sent.mean(1).sum()
+    mean_bytes = rank_bytes * float(routing.sent.mean(1).sum())
     return Transfer(
         float(np.maximum(node_sec, net_sec).sum()) + len(worst) * latency * MICRO,
         to_node * mean_bytes,
@@ -305,9 +303,7 @@ def _row_bytes(shape: NetworkShape, layout: Layout) -> int:
     return shape.num_tokens * shape.hidden_size * (FP32_BYTES if layout.precision == "fp32" else 2)
 
 
-def predict(
-    work: Workload, layout: Layout, machine: Machine, routing: RoutingShares
-) -> Prediction:
+def predict(work: Workload, layout: Layout, machine: Machine, routing: RoutingShares) -> Prediction:
     """Predict a step of a layout."""
     machine = shared_machine(machine, layout.world_size)
     parts = _computing(work, layout, machine, routing)
@@ -409,9 +405,7 @@ def _gradients(work: Workload, layout: Layout, machine: Machine) -> Transfer:
     total = Transfer()
     for count, group in _groups(work, layout, machine):
         num_buckets = math.ceil(count / layout.bucket_size)
-        total = total.plus(
-            ring(layout.gradient_bytes * count, passes, group, machine, num_buckets)
-        )
+        total = total.plus(ring(layout.gradient_bytes * count, passes, group, machine, num_buckets))
     copied = BUCKET_PASSES * layout.gradient_bytes * _held(work, layout)
     return total._replace(sec=total.sec + copied / (GIGA * machine.memory_gb_per_sec))
 

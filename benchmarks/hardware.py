@@ -48,6 +48,7 @@ class Machine:
     node_latency_us: float = _constant("latency of that link, us")
     net_link_gb_per_sec: float = _constant("link of a rank between nodes, GB/s", math.inf)
     net_latency_us: float = _constant("latency of that link, us", 0.0)
+    all_reduce_share: float = _constant("share of a link that an all-reduce reaches", 1.0)
     all_to_all_share: float = _constant("share of a link that an all-to-all reaches", 1.0)
     all_gather_share: float = _constant("share of a link that an all-gather reaches", 1.0)
     overlap: float = _constant("share of ZeRO's traffic that can hide behind computing", 0.0)
@@ -79,6 +80,7 @@ ASSUMPTIONS = (
     "assumed by us: products reach 60 % of that peak less what small widths lose, links 80 % of "
     "their nominal rate, memory 85 %, all-to-all 60 % of what a ring reaches, overlap 0.8"
 )
+SHARES = ("matmul_share", "overlap", "all_reduce_share", "all_gather_share", "all_to_all_share")
 LINK_SHARE, MEMORY_SHARE = 0.8, 0.85
 
 
@@ -169,7 +171,7 @@ def overridden(machine: Machine, args: argparse.Namespace) -> Machine:
     for name in ("memory_gb_per_sec", "node_link_gb_per_sec", "net_link_gb_per_sec"):
         if changes.get(name) == 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be more than 0.")
-    for name in ("matmul_share", "overlap", "all_to_all_share", "all_gather_share"):
+    for name in SHARES:
         if not changes.get(name, 1.0) <= 1.0:
             raise ConfigError(f"--{name.replace('_', '-')} is a share; use 0 to 1.")
     return dataclasses.replace(machine, **changes)

@@ -54,7 +54,9 @@ def workload_of(config: Config) -> Workload:
     )
 
 
-def explore(config: Config, work: Workload, world_size: int, machine: Machine, search: Search):
+def explore(
+    config: Config, work: Workload, world_size: int, machine: Machine, search: Search
+) -> Outcome:
     """Predict every layout of a number of ranks.
 
     Args:
@@ -63,14 +65,12 @@ def explore(config: Config, work: Workload, world_size: int, machine: Machine, s
         world_size: ranks.
         machine: that they run on.
         search: what may be chosen.
-
-    Returns:
-        An Outcome.
     """
+    given = config
     if search.images_per_gpu is not None:
         batch = search.images_per_gpu * world_size
         config = _replace(config, "optim", global_batch_size=batch)
-    fitting, least, refusal = [], None, "no layout was tried"
+    fitting, least, refusal = [], None, ""
     for path in search.files:
         for size in search.group_sizes or _divisors(config.model.num_experts):
             one = _replace(config, "run", expert_parallel_size=size)
@@ -78,10 +78,10 @@ def explore(config: Config, work: Workload, world_size: int, machine: Machine, s
                 validate(one, path, world_size)
                 plan_batch(config, world_size)
             except ConfigError as err:
-                refusal = str(err)
+                refusal = refusal or str(err)
                 continue
             for layout in layouts_of(one, path, world_size, machine):
-                prediction = predict(work, layout, machine, prior_shares(one, size))
+                prediction = predict(work, layout, machine, prior_shares(given, size))
                 if fits(prediction, machine):
                     fitting.append(prediction)
                 elif least is None or prediction.memory_bytes < least:

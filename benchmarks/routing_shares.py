@@ -2,7 +2,7 @@
 
 The plan is that of models/gate.py for a gate that follows the diffusion prior: what training pulls
 every gate towards. N samples of a rank, L blocks, E experts, K experts per sample, S diffusion
-timesteps, U = L * E units, R ranks of a group.
+timesteps, U = L * E units, R ranks of a group, G = R * N samples of a group.
 """
 
 import dataclasses
@@ -13,25 +13,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.dealing import deal, served_at_home
 from models.gate import ExpertProduct, build_plan
+from models.placement import chosen_experts, place
 from models.prior import diffusion_prior
 from models.switch_dit import MODEL_SIZES
 from training.config import Config
 from training.objective import build_timestep_sampling
 
 NUM_SAMPLES = 4096  # of the timesteps' density, one from each of as many equal parts of it
+DEALT_TOGETHER = 256  # samples of a group among which timesteps are dealt
 
 
 class RoutingShares(NamedTuple):
-    """Expected routing, per sample of the group and by block.
+    """Expected routing by block and rank, each (L, R).
 
     Attributes:
-        arrivals: (L, R) chance that a sample uses an expert of a rank.
-        uses: (L, R) experts of a rank that a sample uses, on average.
+        arrivals: samples that use an expert of the rank, per sample of the group.
+        uses: experts of the rank that are used, per sample of the group.
+        sent: copies that the rank sends to others, per sample of its own.
+        received: copies that it gets from others, per sample of its own.
     """
 
     arrivals: np.ndarray
     uses: np.ndarray
+    sent: np.ndarray
+    received: np.ndarray
 
     @property
     def group_size(self) -> int:
@@ -41,13 +48,18 @@ class RoutingShares(NamedTuple):
     @property
     def copies(self) -> float:
         """Ranks other than its own that a sample is sent to, mean over samples and blocks."""
-        R = self.group_size
-        return float(self.arrivals.sum(1).mean()) * (R - 1) / R
+        return float(self.sent.mean())
 
     @property
     def imbalance(self) -> float:
-        """Samples of the busiest rank over the mean, mean over blocks."""
+        """Samples that the busiest rank serves over the mean, mean over blocks."""
         return float((self.arrivals.max(1) / self.arrivals.mean(1)).mean())
+
+
+def unshared(depth: int, top_k: int) -> RoutingShares:
+    """Return the shares of a rank that holds all experts."""
+    ones, zeros = np.ones((depth, 1)), np.zeros((depth, 1))
+    return RoutingShares(ones, top_k * ones, zeros, zeros)
 
 
 def prior_gate_table(prior: Tensor, depth: int) -> Tensor:
@@ -61,52 +73,69 @@ def prior_gate_table(prior: Tensor, depth: int) -> Tensor:
     return table / table.sum(-1, keepdim=True)
 
 
-def shares_of(gate_table: Tensor, t: Tensor, top_k: int, group_size: int) -> RoutingShares:
+def shares_of(gate_table: Tensor, t: Tensor, top_k: int, slots: Tensor, R: int) -> RoutingShares:
     """Count what the plans of all ranks of a group say about these timesteps.
 
     Args:
         gate_table: (L, S, E) float32.
-        t: (G,) int64, G a multiple of R.
+        t: (G,) int64, in rank order.
         top_k: K.
-        group_size: R.
+        slots: (L, E) int64, where experts sit (models/placement.py).
+        R: ranks of the group.
     """
-    L, G, N = gate_table.shape[0], len(t), len(t) // group_size
-    if group_size == 1:
-        return RoutingShares(np.ones((L, 1)), np.full((L, 1), float(top_k)))
-    arrivals, uses = np.empty((L, group_size)), np.empty((L, group_size))
-    for rank in range(group_size):
+    N = len(t) // R
+    counts = np.zeros((4, len(gate_table), R))
+    for rank in range(R):
+        own = t[rank * N : (rank + 1) * N]
         plan = build_plan(
-            gate_table,
-            t[rank * N : (rank + 1) * N],
-            top_k,
-            group_t=t,
-            group_rank=rank,
-            group_size=group_size,
+            *(gate_table, own, top_k, t, rank, R),
+            slot_of_expert=slots,
             product=ExpertProduct.LOOP,
         )
-        arrivals[:, rank] = [sum(block.recv_splits) / G for block in plan.dispatch]
-        uses[:, rank] = [int(block.counts.sum()) / G for block in plan.rows]
-    return RoutingShares(arrivals, uses)
+        for block, (dispatch, rows) in enumerate(zip(plan.dispatch, plan.rows, strict=True)):
+            served, kept = sum(dispatch.recv_splits), dispatch.recv_splits[rank]
+            sent = sum(dispatch.send_splits) - kept
+            counts[:, block, rank] = served / R, int(rows.counts.sum()) / R, sent, served - kept
+    return RoutingShares(*(counts / N))
+
+
+def configured_shares(config: Config, gate_table: Tensor, R: int) -> RoutingShares:
+    """Return the expected routing of gates, placed and dealt as configured.
+
+    Args:
+        config: with its density of timesteps, placement and dealing.
+        gate_table: (L, S, E) float32.
+        R: ranks of an expert-parallel group.
+    """
+    top_k, S = config.model.top_k, config.diffusion.num_timesteps
+    t = spread_timesteps(config, R)
+    weight = torch.bincount(t, minlength=S).numpy()
+    chosen = chosen_experts(gate_table, top_k)
+    slots = torch.from_numpy(place(config.run.placement, chosen, weight, R))
+    if config.diffusion.timestep_dealing == "affine":
+        at_home = served_at_home(gate_table, top_k, slots, R).numpy()
+        dealt = [deal(part.numpy(), at_home) for part in t.split(DEALT_TOGETHER // R * R)]
+        ranks = zip(*(np.split(part, R) for part in dealt), strict=True)  # each part by rank
+        t = torch.from_numpy(np.concatenate([np.concatenate(of_rank) for of_rank in ranks]))
+    return shares_of(gate_table, t, top_k, slots, R)
 
 
 @lru_cache(maxsize=64)
 def prior_shares(config: Config, group_size: int) -> RoutingShares:
     """Return the expected routing of a configuration whose gates follow its prior."""
-    depth = MODEL_SIZES[config.model.size].depth
-    if config.model.routing != "switch":
-        assert group_size == 1, "there are no experts to share out"
-        return RoutingShares(np.ones((depth, 1)), np.ones((depth, 1)))
-    model, diffusion = config.model, config.diffusion
+    model, depth = config.model, MODEL_SIZES[config.model.size].depth
+    if group_size == 1:
+        return unshared(depth, model.top_k)
     prior = diffusion_prior(
-        diffusion.num_timesteps, depth, model.num_experts, model.top_k, alpha=diffusion.prior_alpha
+        *(config.diffusion.num_timesteps, depth, model.num_experts, model.top_k),
+        alpha=config.diffusion.prior_alpha,
     )
-    table = prior_gate_table(prior, depth)
-    return shares_of(table, spread_timesteps(config, group_size), model.top_k, group_size)
+    return configured_shares(config, prior_gate_table(prior, depth), group_size)
 
 
 def spread_timesteps(config: Config, group_size: int) -> Tensor:
     """Draw timesteps that are spread evenly over the configured density, in random order."""
-    count = -(-NUM_SAMPLES // group_size) * group_size
+    count = NUM_SAMPLES // group_size * group_size
     density = dataclasses.replace(
         build_timestep_sampling(config), is_stratified=True, global_batch_size=count
     )

@@ -31,6 +31,7 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from training.command_line import parse_command_line
 from training.config import Config
 from training.monitor import save_png
+from training.validation import validate
 
 CPU = "cpu"
 GPU_COUNTS = [2**i for i in range(10)]
@@ -42,13 +43,13 @@ COLUMNS = (
 )
 LEGEND = """
 EP: expert-parallel size; micro: samples of a forward pass x passes of a step; effic.: images/s
-over {base} times those of {base} rank(s), per rank; GiB: of a rank, without buckets and framework;
+per rank, over those with {base} rank(s); GiB: of a rank, without buckets and framework;
 MB: what a rank sends in a step to ranks of its node and to other nodes.
 
-Assumed: gates follow the diffusion prior (experts contiguous on ranks), so the routing is that of
-models/gate.py for its map; a ring or tree at the link's rate, all-to-alls wait for their slowest
-rank; data, logging, checkpoints and the host's matching of the prior cost nothing. Against 2 and 4
-CPU processes the error is what --compare prints; no cluster has been measured."""
+Assumed: gates follow the diffusion prior, so the routing is that of models/gate.py for its map; a
+ring or tree at the link's rate; all-to-alls wait for their slowest rank; data, logging, checkpoints
+and the host's matching of the prior cost nothing. Against 2 and 4 CPU processes the error is what
+--compare prints; no cluster has been measured."""
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -138,6 +139,8 @@ def print_routing(config: Config, outcomes: dict[int, Outcome]) -> None:
 def print_table(args: argparse.Namespace, config: Config, machine: Machine) -> None:
     """Predict and print every number of ranks; draw it if asked to."""
     search = Search(args.deepspeed, args.expert_parallel_size, args.images_per_gpu)
+    for path in search.files:  # what is wrong on one rank is wrong on all
+        validate(config, path, 1)
     counts = args.gpus or (CPU_COUNTS if args.machine == CPU else GPU_COUNTS)
     work = workload_of(config)
     outcomes = {n: explore(config, work, n, machine, search) for n in sorted(set(counts))}

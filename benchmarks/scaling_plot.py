@@ -66,7 +66,7 @@ def _draw_speed(draw: ImageDraw.ImageDraw, best: list[Prediction]) -> None:
     ideal = [speeds[0] * n / counts[0] for n in counts]
     low = 10 ** math.floor(math.log10(min(speeds)))
     high = 10 ** math.ceil(math.log10(max(*ideal, *speeds, 1.01 * low)))
-    x = LogScale(counts[0], counts[-1], left + 25, right - 25)
+    x = LogScale(counts[0], counts[-1], left + 40, right - 40)
     y = LogScale(low, high, bottom, top)
     for exponent in range(round(math.log10(low)), round(math.log10(high)) + 1):
         value = 10.0**exponent
@@ -85,7 +85,7 @@ def _draw_speed(draw: ImageDraw.ImageDraw, best: list[Prediction]) -> None:
         label = f"Z{layout.stage}"
         if layout.expert_parallel_size > 1:
             label += f" EP{layout.expert_parallel_size}"
-        draw.text((px + 4, py + 10), label, fill=INK, font=_font(13), anchor="la")
+        draw.text((px, py + 10), label, fill=INK, font=_font(13), anchor="ma")
     draw.rectangle(LEFT_PANEL, outline=INK)
     draw.text((left + 12, top + 10), "images per second", fill=CURVE, font=_font(15), anchor="la")
     draw.text((left + 12, top + 32), "- - perfect scaling", fill=IDEAL, font=_font(15), anchor="la")
