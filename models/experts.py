@@ -116,7 +116,7 @@ class AffineExperts(StackedExperts):
             return _combine(products, gates, bias.expand_as(x), rows)
         D = x.shape[-1]
         weight = (gates @ self.weight.flatten(1)).view(-1, D, D)  # one matrix per row of gates
-        if len(weight) == 1:
+        if _are_shared(gates, x):
             return _affine(x, weight[0], bias[0, 0])
         return torch.baddbmm(bias, x, weight)
 
@@ -161,7 +161,7 @@ class MlpExperts(StackedExperts):
         assert rows is not None, "MLP experts cannot be merged"
         gates = expert_weight.to(self.fc1_weight.dtype)
         bias = (gates @ self.fc2_bias).unsqueeze(1)  # (N, 1, D)
-        if len(gates) == 1:
+        if _are_shared(gates, x):
             return self._as_one_mlp(x, gates[0, rows.experts], bias[0, 0], rows.experts)
         hidden = _product(x.index_select(0, rows.samples), self.fc1_weight, rows)  # (P, T, H)
         hidden = hidden + self.fc1_bias[rows.experts].unsqueeze(1).to(hidden.dtype)
@@ -174,6 +174,16 @@ class MlpExperts(StackedExperts):
         fc2 = (self.fc2_weight[experts] * gates[:, None, None]).flatten(0, 1)  # (K * H, D)
         hidden = _affine(x, fc1, self.fc1_bias[experts].flatten())
         return _affine(F.gelu(hidden, approximate="tanh"), fc2, bias)
+
+
+def _are_shared(gates: Tensor, x: Tensor) -> bool:
+    """Tell whether all samples have the same gate values.
+
+    Not if there is one sample: an expert-parallel rank that happens to receive one would compute
+    gradients in another order than its peers, and ZeRO 1 and 2 would average those of different
+    parameters with each other.
+    """
+    return len(gates) == 1 < len(x)
 
 
 def merging_is_cheaper(num_tokens: int, num_experts: int, top_k: int) -> bool:
