@@ -8,24 +8,33 @@ L blocks, E experts, S diffusion timesteps, R ranks of a group, N samples per ra
 """
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
-from models.placement import BoolArray, IntArray, reached_ranks
+from models.placement import IntArray
 
 DEALINGS = ("position", "affine")
 
 
-def served_at_home(chosen: BoolArray, slot_of_expert: IntArray, num_ranks: int) -> IntArray:
-    """Count the blocks in which a rank serves a timestep, (S, R).
+def served_at_home(
+    gate_table: Tensor, top_k: int, slot_of_expert: Tensor, num_ranks: int
+) -> Tensor:
+    """Count the blocks in which a rank serves a timestep, (S, R) int64.
 
-    A sample of timestep t on rank r is copied to as many other ranks as serve t, less [t, r].
+    In these a sample of the timestep need not be copied to the rank, if the rank is its own.
 
     Args:
-        chosen: (L, S, E) which experts serve which timestep.
-        slot_of_expert: (L, E) their placement.
+        gate_table: (L, S, E); with 0/1 entries, K of them 1, it is the choice itself.
+        top_k: K.
+        slot_of_expert: (L, E) int64 placement, on the device of gate_table.
         num_ranks: R.
     """
-    return reached_ranks(chosen, slot_of_expert, num_ranks).sum(0)
+    L, S, num_experts = gate_table.shape
+    chosen = gate_table.topk(top_k, dim=-1).indices  # (L, S, K)
+    slot = slot_of_expert.gather(1, chosen.flatten(1)).view_as(chosen)
+    serves = torch.zeros(L, S, num_ranks, dtype=torch.int64, device=gate_table.device)
+    return serves.scatter_(-1, slot // (num_experts // num_ranks), 1).sum(0)
 
 
 def deal(group_t: IntArray, at_home: IntArray) -> IntArray:
@@ -35,7 +44,7 @@ def deal(group_t: IntArray, at_home: IntArray) -> IntArray:
 
     Args:
         group_t: (G,) in rank order, N per rank.
-        at_home: (S, R) from `served_at_home`.
+        at_home: (S, R) from `served_at_home`; of older gates it deals less well, not wrongly.
 
     Returns:
         (G,) the same timesteps in another order.

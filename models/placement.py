@@ -21,8 +21,10 @@ import math
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 PLACEMENTS = ("contiguous", "strided", "balanced")
 
@@ -70,6 +72,12 @@ def place(
     share_out = _best_partition if is_few else _searched_partition
     ranks = np.stack([share_out(of_block, weight, num_ranks) for of_block in uses])
     return _slots(_align(ranks, uses, weight, num_ranks))
+
+
+def chosen_experts(gate_table: Tensor, top_k: int) -> BoolArray:
+    """Return which experts serve which timestep, (L, S, E), from the gate table (L, S, E)."""
+    chosen = torch.zeros(gate_table.shape, dtype=torch.bool)
+    return chosen.scatter_(-1, gate_table.cpu().topk(top_k, dim=-1).indices, True).numpy()
 
 
 def rank_of_expert(slot_of_expert: IntArray, num_ranks: int) -> IntArray:

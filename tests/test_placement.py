@@ -159,6 +159,12 @@ def test_a_plan_finds_experts_in_their_slots(num_ranks, product):
 # Dealing
 
 
+def home_table(chosen, slots, num_ranks):
+    top_k = chosen[0, 0].sum()
+    args = (torch.from_numpy(chosen).float(), int(top_k), torch.from_numpy(slots), num_ranks)
+    return served_at_home(*args).numpy()
+
+
 def copies(chosen, slots, group_t, num_ranks):
     """Copies that travel, by a loop over samples and blocks."""
     ranks, N, count = rank_of_expert(slots, num_ranks), len(group_t) // num_ranks, 0
@@ -177,7 +183,7 @@ def test_dealing_exchanges_timesteps_so_that_no_more_copies_travel(kind, top_k, 
         chosen = chosen_at_random(3, 8, top_k, seed)
         slots = place(kind, chosen, np.ones(TIMESTEPS, np.int64), num_ranks)
         group_t = np.random.default_rng(seed).integers(0, TIMESTEPS, 6 * num_ranks)
-        at_home = served_at_home(chosen, slots, num_ranks)
+        at_home = home_table(chosen, slots, num_ranks)
 
         dealt = deal(group_t, at_home)
 
@@ -196,7 +202,7 @@ def test_dealing_finds_the_fewest_copies_of_all_ways_to_deal():
         chosen = chosen_at_random(2, 4, 2, seed)
         slots, group_t = contiguous_slots(2, 4), np.random.default_rng(seed).integers(0, 50, 6)
 
-        dealt = deal(group_t, served_at_home(chosen, slots, 2))
+        dealt = deal(group_t, home_table(chosen, slots, 2))
 
         least = min(
             copies(chosen, slots, np.array(order), 2) for order in itertools.permutations(group_t)
@@ -211,7 +217,7 @@ def test_dealing_saves_a_third_of_the_copies_of_the_priors_routing():
     slots = contiguous_slots(depth, num_experts)
     group_t = np.random.default_rng(0).integers(0, 1000, 32 * num_ranks)
 
-    dealt = deal(group_t, served_at_home(chosen, slots, num_ranks))
+    dealt = deal(group_t, home_table(chosen, slots, num_ranks))
 
     assert (chosen.sum(-1) == 2).all(), "the premise: two experts for every timestep"
     before, after = (copies(chosen, slots, t, num_ranks) for t in (group_t, dealt))

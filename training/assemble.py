@@ -19,6 +19,7 @@ from training.metrics import MetricSums
 from training.monitor import Monitor, read_metrics
 from training.objective import Objective
 from training.processes import Ranks
+from training.rebalance import ExpertPlacement
 from training.sample_grid import SampleGrid
 from training.stability import SpikeDetector
 from training.warm_start import initial_values
@@ -34,6 +35,7 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
     objective = Objective(
         config, ranks.rank, manifest.vae.scaling_factor, manifest.vae.shift_factor, device
     )
+    placement = ExpertPlacement(config, engine, objective)
     stream = LatentStream(
         manifest,
         seed=config.run.seed,
@@ -69,8 +71,10 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
             loads=LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ()),
             monitor=monitor,
             checkpointer=Checkpointer(
-                *(engine, run_dir, job.layout, manifest.hash, config.run.keep_last, objective)
+                *(engine, run_dir, job.layout, manifest.hash, config.run.keep_last, objective),
+                placement,
             ),
+            placement=placement,
             snapshots=SnapshotWriter(engine, run_dir),
             draw_samples=grid.draw,
             is_main=ranks.is_main,

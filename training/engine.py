@@ -11,6 +11,7 @@ from training.config import Config, OptimConfig
 from training.deepspeed_config import MAX_STAGE, stage_of
 from training.ema import EMAAdamW, profiles_of
 from training.stability import AgreeingEMAAdamW
+from training.weights import set_full_value
 
 DENSE_GROUP = "dense"
 
@@ -107,23 +108,8 @@ def build_engine(
     if initial_values is not None and next(model.parameters()).dtype != torch.float32:
         # DeepSpeed has made the fp32 masters of weights that it had rounded to bf16 before.
         for parameter, value in initial_values(model):
-            _set_master(parameter, value.float())
+            set_full_value(engine, parameter, None, value.float())
     return engine
-
-
-def _set_master(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Set this rank's part of a parameter's fp32 master to a whole value, under ZeRO 1 to 3."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    if not hasattr(parameter, "ds_id"):
-        safe_set_full_fp32_param(parameter, value)
-        return
-    # Under ZeRO 3 the last rank's part is padded, which DeepSpeed's own split does not do.
-    share = parameter.ds_tensor.ds_numel
-    # Experts that are shared out are sharded over the ranks that hold the same ones.
-    rank = torch.distributed.get_rank(group=parameter.ds_process_group)
-    flat = value.flatten()[rank * share :][:share]
-    safe_set_local_fp32_param(parameter, torch.nn.functional.pad(flat, (0, share - len(flat))))
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:

@@ -22,6 +22,7 @@ from training.metrics import MetricSums
 from training.monitor import Monitor, expert_map, load_map
 from training.objective import Objective
 from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
+from training.rebalance import ExpertPlacement
 from training.stability import (
     MicroStepRecord,
     SpikeDetector,
@@ -56,6 +57,7 @@ class Training:
     loads: LoadHistory
     monitor: Monitor
     checkpointer: Checkpointer
+    placement: ExpertPlacement
     snapshots: SnapshotWriter
     draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
     is_main: bool
@@ -123,6 +125,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
             end_interval(training, state, tables, speed)
             logged_step = state.step
         if is_save_due:
+            rebalance(training, state.step)
             save(training, state, is_last)
             saved_step = state.step
         if is_snapshot_due:
@@ -246,6 +249,19 @@ def draw_experts(training: Training, step: int, gates: torch.Tensor | None) -> N
     if (counts := training.loads.take_counts()) is not None:
         picture = load_map(counts, len(gates[0]))
         training.monitor.image(step, "moe/load_by_timestep", picture)
+
+
+def rebalance(training: Training, step: int) -> None:
+    """Place the experts anew, if it is time to. All ranks must call this before they save.
+
+    Before the checkpoint, so that a resumed run has the placement of an uninterrupted one.
+    """
+    run = training.config.run
+    is_due = run.rebalance_every and step % run.rebalance_every == 0
+    if is_due and run.expert_parallel_size > 1:
+        report = training.placement.rebalance()
+        if training.is_main:
+            sys.stdout.write(f"step {step}: {report}\n")
 
 
 def save(training: Training, state: TrainState, is_last: bool) -> None:

@@ -111,6 +111,7 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
         if job.resume_from is not None:
             loaded = training.checkpointer.load(job.resume_from)
             assert loaded == state, f"{job.resume_from} holds {loaded}, its manifest says {state}"
+        training.placement.establish()
         if ranks.is_main:
             print(_start_text(job, ranks, state), flush=True)
         state = train(training, state, stop)

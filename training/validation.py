@@ -50,6 +50,7 @@ def validate(
     _check_objective(config)
     _check_averages(config)
     _check_expert_parallelism(config, deepspeed_path, world_size)
+    _check_rebalancing(config)
     plan_batch(config, world_size)
     if manifest is not None:
         _check_data(config, manifest)
@@ -183,6 +184,21 @@ def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: 
                 f"{deepspeed_path}: zero_optimization.{key} must be true with "
                 f"--expert-parallel-size {size}; remove the key."
             )
+
+
+def _check_rebalancing(config: Config) -> None:
+    run = config.run
+    if run.rebalance_every and run.placement != "balanced":
+        raise ConfigError(
+            f"--rebalance-every {run.rebalance_every} needs --placement balanced, since "
+            f"{run.placement} does not follow the gates; use --rebalance-every 0."
+        )
+    if run.rebalance_every % run.save_every:
+        raise ConfigError(
+            f"--rebalance-every {run.rebalance_every} is no multiple of --save-every "
+            f"{run.save_every}, but experts move only right before a checkpoint; use "
+            f"{-(-run.rebalance_every // run.save_every) * run.save_every}."
+        )
 
 
 def _check_data(config: Config, manifest: Dataset) -> None:

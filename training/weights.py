@@ -87,11 +87,9 @@ def _swap_stage_3(optimizer: Any) -> Iterator[None]:
     masters = optimizer.fp32_partitioned_groups_flat
 
     def install(values: list[Tensor]) -> None:
-        optimizer.checkpoint_event_prologue()  # partitions parameters that were kept whole
-        for i, (master, value) in enumerate(zip(masters, values, strict=True)):
+        for master, value in zip(masters, values, strict=True):
             master.data.copy_(value)
-            optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        optimizer.checkpoint_event_epilogue()
+        _reassign_stage_3(optimizer)
 
     kept = [master.detach().clone() for master in masters]
     install([optimizer.optimizer.state[master][EMA_KEY] for master in masters])
@@ -99,6 +97,13 @@ def _swap_stage_3(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         install(kept)
+
+
+def _reassign_stage_3(optimizer: Any) -> None:
+    optimizer.checkpoint_event_prologue()  # partitions parameters that were kept whole
+    for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(i)
+    optimizer.checkpoint_event_epilogue()
 
 
 def consolidated_weights(engine: Any, key: str | None = None) -> dict[str, Tensor]:
@@ -178,3 +183,46 @@ def full_value(engine: Any, param: Tensor, key: str | None) -> Tensor:
     else:
         value = safe_get_full_optimizer_state(param, key)
     return value.detach().float().contiguous()
+
+
+@torch.no_grad()
+def set_full_value(engine: Any, param: Tensor, key: str | None, value: Tensor) -> None:
+    """Set this rank's part of what `full_value` puts together; weights follow `renew_weights`.
+
+    Args:
+        engine: the DeepSpeed engine, after `link_states`.
+        param: of its module.
+        key: of the optimizer's state; None = the fp32 master.
+        value: whole, fp32.
+    """
+    from deepspeed import utils
+
+    if engine.zero_optimization_stage() == 0:
+        (param if key is None else engine.optimizer.state[param][key]).copy_(value)
+        return
+    set_master, set_state = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+    if hasattr(param, "ds_id"):
+        # Under ZeRO 3 the last rank's part is padded, which DeepSpeed's own split does not do.
+        share = param.ds_tensor.ds_numel
+        # Experts that are shared out are sharded over the ranks that hold the same ones.
+        rank = torch.distributed.get_rank(group=param.ds_process_group)
+        flat = value.flatten()[rank * share :][:share]
+        value = torch.nn.functional.pad(flat, (0, share - len(flat)))
+        set_master, set_state = (
+            utils.safe_set_local_fp32_param,
+            utils.safe_set_local_optimizer_state,
+        )
+    if key is None:
+        set_master(param, value)
+    else:
+        set_state(param, value, key)
+
+
+@torch.no_grad()
+def renew_weights(engine: Any) -> None:
+    """Make all weights from their fp32 masters, which were set. All ranks must call this."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        _reassign_stage_3(optimizer)
+    elif stage > 0:
+        optimizer.update_lp_params()
