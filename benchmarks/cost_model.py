@@ -1,12 +1,11 @@
 """A small cost model of a training step on many ranks: pure functions of sizes and constants.
 
 A step is products at a rate, memory-bound work at the memory's bandwidth, and collectives on links
-with a bandwidth and a latency. DeepSpeed 0.19.8 moves, with P bytes of weights or gradients: stage
-0 and 1 all-reduce the gradients once a step; stage 2 all-reduces them in every micro-step (each
-rank keeps its part of the sum); stage 3 reduce-scatters them in every micro-step and gathers the
-weights twice; stages 1 and 2 gather the weights after the step. A ring all-reduce over W ranks
-sends 2 (W - 1) / W P from each, a reduce-scatter or all-gather half of that. Gradients of experts
-go around the W / R ranks that hold the same ones.
+with a bandwidth and a latency. DeepSpeed 0.19.8 does this: stages 0 and 1 all-reduce the gradients
+once a step; stage 2 all-reduces them in every micro-step (each rank keeps its part of the sum);
+stage 3 reduce-scatters them in every micro-step and gathers the weights twice; stages 1 and 2
+gather the weights after the step. Gradients of experts go around the W / R ranks that hold the same
+ones.
 
 N samples of a micro-batch, T tokens, D width, L blocks, E experts, K experts per sample, W ranks,
 R ranks of an expert-parallel group.
@@ -17,15 +16,13 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
-from benchmarks.hardware import GIB, GIGA, MICRO, Machine
+from benchmarks.collectives import ALL_GATHER, ALL_REDUCE, Group, Transfer, exchange, group_of, ring
+from benchmarks.hardware import GIB, GIGA, MICRO, Machine, shared_machine
 from benchmarks.routing_shares import RoutingShares
 from models.experts import merging_is_cheaper
 from models.flops import NetworkShape, forward_flops, training_flops
 from training.memory import FP32_BYTES, WEIGHT_BYTES, activation_bytes, model_memory
 
-ALL_REDUCE, ALL_GATHER = 2, 1  # times that a ring sends (W - 1) / W of the data
 # Crossings of the memory bus, in units of the bytes of what is updated or copied.
 ACCUMULATION_PASSES = 3  # read the sum and the new gradient, write the sum
 BUCKET_PASSES = 5  # into a bucket, divided there, and its part out again
@@ -86,34 +83,6 @@ class Layout:
         return self.world_size * self.micro_batch_size * self.accumulation
 
 
-class Group(NamedTuple):
-    """Ranks that take part in a collective."""
-
-    size: int
-    per_node: int  # of them in a node
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes that they are on."""
-        return -(-self.size // self.per_node)
-
-
-class Transfer(NamedTuple):
-    """What one rank sends, and for how long its links are busy."""
-
-    sec: float = 0.0
-    node_bytes: float = 0.0  # to ranks of its node
-    net_bytes: float = 0.0  # through its link to other nodes
-
-    def times(self, count: float) -> "Transfer":
-        """Repeat it."""
-        return Transfer(*(count * value for value in self))
-
-    def plus(self, other: "Transfer") -> "Transfer":
-        """Do the other one after it."""
-        return Transfer(*(a + b for a, b in zip(self, other, strict=True)))
-
-
 class Prediction(NamedTuple):
     """What the model says about a layout.
 
@@ -147,86 +116,6 @@ class Prediction(NamedTuple):
         return max(self.parts, key=self.parts.__getitem__)
 
 
-def group_of(world_size: int, stride: int, ranks_per_node: int) -> Group:
-    """Return the group of every stride-th rank of the world; nodes hold consecutive ranks."""
-    size = world_size // stride
-    return Group(size, min(size, max(1, ranks_per_node // stride)))
-
-
-def ring(num_bytes: float, passes: int, group: Group, machine: Machine, count: int = 1) -> Transfer:
-    """Send data around a ring of the group's ranks, in `count` collectives.
-
-    The ranks of a node share the node's links to the others, one ring through each, so each link
-    carries their part only. An all-reduce has the latency of a ring or of a tree, whichever is
-    less, as NCCL chooses.
-
-    Args:
-        num_bytes: of the whole data.
-        passes: ALL_REDUCE or ALL_GATHER (also reduce-scatter).
-        group: who takes part.
-        machine: with the links.
-        count: collectives that the data is cut into.
-    """
-    if group.size == 1 or num_bytes == 0:
-        return Transfer()
-    moved = passes * (group.size - 1) / group.size * num_bytes
-    nodes = group.num_nodes
-    share = machine.all_reduce_share if passes == ALL_REDUCE else machine.all_gather_share
-    node_bytes = moved if group.per_node > 1 else 0.0
-    net_bytes = moved / group.per_node if nodes > 1 else 0.0
-    hops_us = (group.size - nodes) * machine.node_latency_us
-    hops_us += (nodes - 1) * machine.net_latency_us
-    if passes == ALL_REDUCE:
-        tree_us = (group.per_node - 1) * machine.node_latency_us
-        tree_us += math.ceil(math.log2(nodes)) * machine.net_latency_us
-        hops_us = min(hops_us, tree_us)
-    return Transfer(
-        count * passes * hops_us * MICRO
-        + max(
-            node_bytes / (share * GIGA * machine.node_link_gb_per_sec),
-            net_bytes / (share * GIGA * machine.net_link_gb_per_sec),
-        ),
-        node_bytes,
-        net_bytes,
-    )
-
-
-def exchange(
-    row_bytes: float, num_samples: int, routing: RoutingShares, machine: Machine
-) -> Transfer:
-    """Send the samples of a micro-batch to the ranks of their experts, once in every block.
-
-    The blocks follow one another, and each ends when its slowest rank has sent and received; the
-    way back and the backward pass move the same rows.
-
-    Args:
-        row_bytes: of a sample's tokens.
-        num_samples: N, of each rank.
-        routing: who needs what.
-        machine: with the links.
-
-    Returns:
-        Of all blocks: the slowest rank's time, and the mean bytes that a rank sends.
-    """
-    R = routing.group_size
-    if R == 1:
-        return Transfer()
-    in_node = min(R, machine.ranks_per_node)
-    rank_bytes = num_samples * row_bytes
-    worst = rank_bytes * np.maximum(routing.sent, routing.received).max(1)  # (L,)
-    to_node = (in_node - 1) / (R - 1)  # share of the other ranks that are on the same node
-    rate = GIGA * machine.all_to_all_share
-    node_sec = to_node * worst / (rate * machine.node_link_gb_per_sec)
-    net_sec = (1 - to_node) * worst / (rate * machine.net_link_gb_per_sec)
-    latency = (in_node - 1) * machine.node_latency_us + (R - in_node) * machine.net_latency_us
-    mean_bytes = rank_bytes * float(routing.sent.mean(1).sum())
-    return Transfer(
-        float(np.maximum(node_sec, net_sec).sum()) + len(worst) * latency * MICRO,
-        to_node * mean_bytes,
-        (1 - to_node) * mean_bytes,
-    )
-
-
 def is_merged(work: Workload, expert_parallel_size: int) -> bool:
     """Say whether affine experts merge on a rank, as models/experts.py chooses."""
     shape, num_local = work.shape, work.shape.num_experts // expert_parallel_size
@@ -250,23 +139,6 @@ def expert_flops(work: Workload, num_samples: int, routing: RoutingShares) -> tu
     per_sample = forward_flops(of_rank, 1, is_merged=merged)["experts"]
     flops = per_sample * counts
     return float(flops.mean(1).sum()), float(flops.max(1).sum())
-
-
-def shared_machine(machine: Machine, world_size: int) -> Machine:
-    """Slow a node's ranks down that have to share its cores and its memory bus."""
-    ranks = min(world_size, machine.ranks_per_node)
-    slower = max(1.0, ranks / machine.cores_per_node)
-    bandwidth = min(machine.memory_gb_per_sec / slower, machine.node_memory_gb_per_sec / ranks)
-    return dataclasses.replace(
-        machine,
-        matmul_share=machine.matmul_share / slower,
-        memory_gb_per_sec=bandwidth,
-        block_overhead_us=machine.block_overhead_us * slower,
-        step_overhead_us=machine.step_overhead_us * slower,
-        gather_overhead_us=machine.gather_overhead_us * slower,
-        node_link_gb_per_sec=machine.node_link_gb_per_sec / slower,
-        node_latency_us=machine.node_latency_us * slower,
-    )
 
 
 def memory_bytes(work: Workload, layout: Layout, routing: RoutingShares) -> float:

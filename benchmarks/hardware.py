@@ -181,3 +181,20 @@ def describe(machine: Machine) -> str:
     """Return the constants as the flags that would set them."""
     pairs = (f"{flag_of(f)} {getattr(machine, f.name):.4g}" for f in constants())
     return f"{machine.name}: {machine.source}\n" + "\n".join(f"  {pair}" for pair in pairs)
+
+
+def shared_machine(machine: Machine, world_size: int) -> Machine:
+    """Slow a node's ranks down that have to share its cores and its memory bus."""
+    ranks = min(world_size, machine.ranks_per_node)
+    slower = max(1.0, ranks / machine.cores_per_node)
+    bandwidth = min(machine.memory_gb_per_sec / slower, machine.node_memory_gb_per_sec / ranks)
+    return dataclasses.replace(
+        machine,
+        matmul_share=machine.matmul_share / slower,
+        memory_gb_per_sec=bandwidth,
+        block_overhead_us=machine.block_overhead_us * slower,
+        step_overhead_us=machine.step_overhead_us * slower,
+        gather_overhead_us=machine.gather_overhead_us * slower,
+        node_link_gb_per_sec=machine.node_link_gb_per_sec / slower,
+        node_latency_us=machine.node_latency_us * slower,
+    )

@@ -17,6 +17,7 @@ from benchmarks.hardware import GIB, GIGA, MICRO, TERA, Machine
 from benchmarks.layouts import layout_of, workload_of
 from benchmarks.rank_steps import LINK_BYTES, LinkTimes, RankRates, StepJob
 from benchmarks.routing_shares import prior_shares
+from benchmarks.start_ranks import run_on_ranks
 from training.config import Config
 from training.deepspeed_config import merge_deepspeed
 from training.precision import detect_hardware
@@ -36,8 +37,8 @@ def fit_cpu(config: Config) -> Machine:
     width, has_bf16 = work.shape.hidden_size, detect_hardware().has_bf16
     dtypes = ["float32", "bfloat16"] if has_bf16 else ["float32"]
     widths = [width // 2, width, 2 * width]
-    links = rank_steps.run_on_ranks(NUM_RANKS, rank_steps.measure_links)
-    rates = rank_steps.run_on_ranks(NUM_RANKS, rank_steps.measure_rates, widths, dtypes)
+    links = run_on_ranks(NUM_RANKS, rank_steps.measure_links)
+    rates = run_on_ranks(NUM_RANKS, rank_steps.measure_rates, widths, dtypes)
     cores = len(os.sched_getaffinity(0))
     machine = _from_rates(rates, _from_links(links), has_bf16, cores)
     return _with_steps(config, machine)
@@ -110,7 +111,7 @@ def _with_steps(config: Config, machine: Machine) -> Machine:
         StepJob(_one_process(config, micro), path)
         for micro, path in zip((*MICRO_BATCHES, MICRO_BATCHES[-1]), files, strict=True)
     ]
-    seconds = rank_steps.run_on_ranks(1, rank_steps.measure_steps, jobs, NUM_STEPS)
+    seconds = run_on_ranks(1, rank_steps.measure_steps, jobs, NUM_STEPS)
     left = [sec - _predicted(job, machine) for job, sec in zip(jobs, seconds, strict=True)]
     unit = dataclasses.replace(machine, pointwise_passes=1.0)  # what one pass adds
     passes = [_predicted(job, unit) - _predicted(job, machine) for job in jobs[:2]]

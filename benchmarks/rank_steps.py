@@ -5,20 +5,19 @@ others may use the machine too.
 """
 
 import gc
-import os
-import socket
 import time
-from collections.abc import Callable
-from multiprocessing.queues import SimpleQueue
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.start_ranks import slowest
 from data_tools.loader import Batch
 from training.config import Config
 
+CPU = torch.device("cpu")
 REPEATS = 5
 LINK_BYTES = (4_096, 262_144, 2_097_152, 8_388_608)
 MEMORY_BYTES = 64 * 2**20  # beyond the caches
@@ -57,46 +56,6 @@ class RankRates(NamedTuple):
     products_per_sec: dict[tuple[str, int], float]
     memory_bytes_per_sec: float
     shared_bytes_per_sec: float
-
-
-def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> Any:
-    """Run fn(rank, world_size, *args) in every process of a gloo group; return rank 0's result."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    everything = (world_size, port, results, fn, args)
-    torch.multiprocessing.spawn(_rank_main, everything, nprocs=world_size)
-    return results.get()
-
-
-def _rank_main(
-    rank: int,
-    world_size: int,
-    port: int,
-    results: SimpleQueue,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
-    )
-    torch.set_num_threads(1)
-    from training import processes  # reads the environment
-
-    ranks = processes.discover_ranks()
-    processes.start_process_group(ranks, torch.device("cpu"))
-    result = fn(rank, world_size, *args)
-    if rank == 0:
-        results.put(result)
-    processes.stop_process_group()
 
 
 def measure_links(_rank: int, world_size: int) -> LinkTimes:
@@ -143,14 +102,9 @@ def _best_together(call: Callable[[], Any], inner: int) -> float:
         started = time.perf_counter()
         for _ in range(inner):
             call()
-        best = min(best, _slowest((time.perf_counter() - started) / inner))
+        elapsed_sec = (time.perf_counter() - started) / inner
+        best = min(best, slowest(elapsed_sec, CPU))
     return best
-
-
-def _slowest(sec: float) -> float:
-    slowest = torch.tensor([sec], dtype=torch.float64)
-    torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-    return float(slowest)
 
 
 def measure_steps(rank: int, world_size: int, jobs: list[StepJob], num_steps: int) -> list[float]:
@@ -167,7 +121,7 @@ def _measure_job(rank: int, world_size: int, job: StepJob, num_steps: int) -> fl
     from training.objective import Objective
 
     engine = build_engine(job.config, merge_deepspeed(job.deepspeed, job.config, world_size))
-    objective = Objective(job.config, rank, 1.0, 0.0, torch.device("cpu"))
+    objective = Objective(job.config, rank, 1.0, 0.0, CPU)
     best = float("inf")
     for step in range(num_steps + 1):
         batches = list(_batches(job.config, engine, rank, world_size, step))
@@ -179,16 +133,16 @@ def _measure_job(rank: int, world_size: int, job: StepJob, num_steps: int) -> fl
             terms, _ = objective.loss(output, micro_batch, step)
             engine.backward(terms.total)
             engine.step()
-        slowest = _slowest(time.perf_counter() - started)
+        elapsed_sec = slowest(time.perf_counter() - started, CPU)
         if step > 0:  # the first one allocates
-            best = min(best, slowest)
+            best = min(best, elapsed_sec)
     engine.destroy()
     del engine, objective, output, terms
     gc.collect()
     return best
 
 
-def _batches(config: Config, engine: Any, rank: int, world_size: int, step: int) -> Any:
+def _batches(config: Config, engine: Any, rank: int, world_size: int, step: int) -> Iterator[Batch]:
     """Make up this rank's micro-batches of a step."""
     N, count = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     C, H, W = config.model.latent_shape

@@ -17,6 +17,7 @@ from benchmarks.link_fit import fit_cpu
 from benchmarks.measure import describe_machine
 from benchmarks.rank_steps import StepJob
 from benchmarks.routing_shares import RoutingShares, configured_shares, prior_shares
+from benchmarks.start_ranks import run_on_ranks
 from data_tools.errors import ConfigError
 from training.command_line import parse_command_line
 from training.config import Config
@@ -93,7 +94,7 @@ def compare(machine: Machine, plans: dict[int, list[StepJob]]) -> None:
     print(f"\n{'ranks':>5} {'ZeRO':>4} {'EP':>3} {'predicted':>10} {'measured':>9} {'error':>6}")
     rows = []
     for world_size, jobs in plans.items():
-        seconds = rank_steps.run_on_ranks(world_size, rank_steps.measure_steps, jobs, NUM_STEPS)
+        seconds = run_on_ranks(world_size, rank_steps.measure_steps, jobs, NUM_STEPS)
         for job, measured_sec in zip(jobs, seconds, strict=True):
             row = Comparison(predict_job(job, machine, world_size), measured_sec)
             layout = row.prediction.layout

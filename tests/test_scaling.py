@@ -11,18 +11,8 @@ import torch
 from PIL import Image
 
 from benchmarks import scaling
-from benchmarks.cost_model import (
-    ALL_GATHER,
-    ALL_REDUCE,
-    Group,
-    Layout,
-    exchange,
-    expert_flops,
-    group_of,
-    memory_bytes,
-    predict,
-    ring,
-)
+from benchmarks.collectives import ALL_GATHER, ALL_REDUCE, Group, exchange, group_of, ring
+from benchmarks.cost_model import Layout, expert_flops, memory_bytes, predict
 from benchmarks.hardware import MACHINES
 from benchmarks.layouts import Search, best_of_each_kind, explore, workload_of
 from benchmarks.link_fit import fit_line
