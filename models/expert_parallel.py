@@ -95,15 +95,16 @@ class ShardedExpertParallelMixture(SharedOutMixture):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Create the groups; the engine calls this before ZeRO shards. All ranks must call this."""
-        name = self.expert_group_name
+        parameters, name = list(self.deepspeed_moe.parameters()), self.expert_group_name
+        # Sharded by zero.Init they would be over all ranks already, mixing different experts.
+        is_sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
+        assert not is_sharded, "build the model outside of zero.Init"
         if name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
             )
         self.deepspeed_moe._set_ep_group(groups._get_expert_parallel_group(name))
-        for parameter in self.deepspeed_moe.parameters():
-            # Sharded by zero.Init they would be over all ranks already, mixing different experts.
-            assert not hasattr(parameter, "ds_id"), "build the model outside of zero.Init"
+        for parameter in parameters:
             # DeepSpeed finds this group itself for layers of its own only.
             parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
 

@@ -15,7 +15,8 @@ from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config import Config
-from training.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+from training.deepspeed_config import plan_batch
+from training.expert_parallel_checks import check_expert_parallelism
 from training.option import either
 
 
@@ -49,7 +50,7 @@ def validate(
     _check_routing(config)
     _check_objective(config)
     _check_averages(config)
-    _check_expert_parallelism(config, deepspeed_path, world_size)
+    check_expert_parallelism(config, deepspeed_path, world_size)
     _check_rebalancing(config)
     plan_batch(config, world_size)
     if manifest is not None:
@@ -94,12 +95,6 @@ def _check_routing(config: Config) -> None:
         raise ConfigError(
             f"--dtr-beta {model.dtr_beta} opens none of the {hidden_size} channels of --size "
             f"{model.size}; use at least {1 / hidden_size:.4f}."
-        )
-    size = config.run.expert_parallel_size
-    if model.routing != "switch" and size > 1:
-        raise ConfigError(
-            f"--expert-parallel-size {size} needs --routing switch, since {model.routing} has no "
-            "experts to share out; use --expert-parallel-size 1."
         )
 
 
@@ -153,37 +148,6 @@ def _check_averages(config: Config) -> None:
             f"--ema-snapshot-every {optim.ema_snapshot_every} stores power-function averages, but "
             "--ema-stds names none; use --ema-stds 0.05,0.1 or --ema-snapshot-every 0."
         )
-
-
-def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: int) -> None:
-    size, num_experts = config.run.expert_parallel_size, config.model.num_experts
-    deepspeed_json = load_deepspeed_json(deepspeed_path)
-    stage = stage_of(deepspeed_json)
-    if size == 1:
-        return
-    if num_experts % size:
-        raise ConfigError(
-            f"--expert-parallel-size {size} does not divide --num-experts {num_experts}; "
-            "use a divisor, so that every rank holds equally many."
-        )
-    if world_size % size:
-        raise ConfigError(
-            f"--expert-parallel-size {size} does not divide the {world_size} rank(s); start a "
-            f"multiple of {size} ranks or lower it."
-        )
-    if stage == 0 and config.optim.gradient_clipping > 0:
-        raise ConfigError(
-            f"--gradient-clipping {config.optim.gradient_clipping} with --expert-parallel-size "
-            f"{size} at ZeRO stage 0 ({deepspeed_path}) would clip by a wrong norm "
-            "(DeepSpeed #8475); use ds_configs/zero1.json or --gradient-clipping 0."
-        )
-    zero = deepspeed_json.get("zero_optimization", {})
-    for key in ("contiguous_gradients", "reduce_scatter"):
-        if zero.get(key) is False:
-            raise ConfigError(
-                f"{deepspeed_path}: zero_optimization.{key} must be true with "
-                f"--expert-parallel-size {size}; remove the key."
-            )
 
 
 def _check_rebalancing(config: Config) -> None:
