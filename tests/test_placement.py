@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.placement import copies_per_sample
 from models.dealing import deal, served_at_home
 from models.gate import ExpertProduct, build_plan
 from models.placement import (
@@ -157,6 +158,25 @@ def test_a_plan_finds_experts_in_their_slots(num_ranks, product):
 
 
 # Dealing
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_benchmark_counts_the_copies_that_a_plan_sends(num_ranks):
+    N, generator = 5, np.random.default_rng(0)
+    chosen = chosen_at_random(3, 8, 2, seed=0)
+    slots = place("strided", chosen, weights_at_random(0), num_ranks)
+    group_t = generator.integers(0, TIMESTEPS, N * num_ranks)
+
+    found = copies_per_sample(chosen, slots, group_t, num_ranks)
+
+    assert found * 3 * len(group_t) == pytest.approx(copies(chosen, slots, group_t, num_ranks))
+    sent, t = 0, torch.from_numpy(group_t)
+    for rank in range(num_ranks):
+        group = (t[rank * N : (rank + 1) * N], 2, t, rank, num_ranks)
+        gates, slot_of_expert = torch.from_numpy(chosen).float(), torch.from_numpy(slots)
+        for dispatch in build_plan(gates, *group, slot_of_expert=slot_of_expert).dispatch:
+            sent += sum(dispatch.send_splits) - dispatch.send_splits[rank]
+    assert sent == copies(chosen, slots, group_t, num_ranks)
 
 
 def home_table(chosen, slots, num_ranks):
