@@ -1,11 +1,17 @@
 """Measuring instruments: the machine's matmul peak, FLOPs, bytes kept for backward, waits."""
 
+import ctypes
+import gc
+import math
 import os
+import re
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,6 +164,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     return saved.num_bytes
 
 
+RESET_PEAK = "5"  # what Linux takes in /proc/PID/clear_refs for it
+
 HOST_READS = frozenset(
     {"cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__"}
     | {"is_nonzero", "equal", "allclose"}
@@ -237,6 +245,76 @@ def cuda_waits(fn: Callable[[], Any]) -> Counter[str]:
         for w in caught
         if "synchroniz" in str(w.message)
     )
+
+
+class SentBytes:
+    """Counts what this process sends to others through DeepSpeed's all-to-alls.
+
+    Attributes:
+        num_bytes: sent to other ranks; what a rank keeps for itself is not.
+        num_calls: all-to-alls.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = self.num_calls = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the exchanges that run inside."""
+        import deepspeed.comm
+
+        exchange = deepspeed.comm.all_to_all_single
+
+        def counting(
+            output: Tensor,
+            tensor: Tensor,
+            output_split_sizes: list[int] | None = None,
+            input_split_sizes: list[int] | None = None,
+            group: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            rank, size = (deepspeed.comm.get_rank(group), deepspeed.comm.get_world_size(group))
+            rows = tensor.shape[0]
+            kept = rows // size if input_split_sizes is None else input_split_sizes[rank]
+            row_bytes = tensor[0].nbytes if rows else 0
+            self.num_bytes += (rows - kept) * row_bytes
+            self.num_calls += 1
+            return exchange(output, tensor, output_split_sizes, input_split_sizes, group, **kwargs)
+
+        deepspeed.comm.all_to_all_single = counting
+        try:
+            yield
+        finally:
+            deepspeed.comm.all_to_all_single = exchange
+
+
+def peak_growth(fn: Callable[[], Any], device: torch.device) -> float:
+    """Run fn and return by how many bytes memory grew at its peak.
+
+    On CUDA that is memory of tensors. On a CPU it is resident memory, which Linux alone lets a
+    process watch from a chosen moment; NaN elsewhere.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        fn()
+        return math.nan
+    ctypes.CDLL(None).malloc_trim(0)  # else memory freed before could be used without growing
+    Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    before = _resident_bytes("VmRSS")
+    fn()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
 
 
 def describe_machine(device: torch.device) -> str:
