@@ -39,6 +39,8 @@ CALLED = [
     ("deepspeed", "initialize", "model optimizer config dist_init_required"),
     ("deepspeed", "init_distributed", "dist_backend timeout distributed_port verbose"),
     ("deepspeed.comm", "all_to_all_single", "output tensor output_split_sizes input_split_sizes"),
+    ("torch.distributed.distributed_c10d", "_set_pg_timeout", "timeout group"),
+    ("torch.distributed.distributed_c10d", "_get_default_store", ""),
     (GROUPS, "_get_expert_parallel_group_dict", ""),
     (GROUPS, "_get_expert_parallel_group", "group_name"),
     (GROUPS, "_get_expert_data_parallel_group", "group_name"),
@@ -167,7 +169,7 @@ FACTS = {
     "new groups take torch's default timeout": (
         *("deepspeed.comm.torch:TorchBackend", "new_group"),
         r"torch\.distributed\.new_group\(ranks\)",
-        "processes.py gives them ours",
+        "lost_ranks.py gives them ours",
     ),
 }
 
