@@ -1,17 +1,24 @@
 """Measuring instruments: the machine's matmul peak, FLOPs, bytes kept for backward, waits."""
 
+import ctypes
+import gc
+import math
 import os
+import re
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
@@ -157,15 +164,24 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     return saved.num_bytes
 
 
+RESET_PEAK = "5"  # what Linux takes in /proc/PID/clear_refs for it
+
 HOST_READS = frozenset(
-    {"tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
+    {"cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+    | {"is_nonzero", "equal", "allclose"}
+    | {"nonzero", "argwhere", "masked_select", "unique", "bincount"}  # sizes depend on values
 )
+HOST_MARK = "_benchmark_is_on_host"
+INDEXING = frozenset({"__getitem__", "__setitem__"})  # by a mask: its true values are counted
 
 
 class HostReads(TorchFunctionMode):
     """Counts the calls whose result the host would wait for on an accelerator, by name.
 
-    It sees calls from Python on any device. What C++ waits for shows on CUDA only: `cuda_waits`.
+    What `.cpu()` returns, and what is computed from nothing but such tensors, is on the host
+    already and read for free, as it would be beside an accelerator. It sees calls from Python on
+    any device, also in a backward pass that Tensor.backward starts. What C++ waits for shows on
+    CUDA only: `cuda_waits`.
     """
 
     def __init__(self) -> None:
@@ -173,11 +189,44 @@ class HostReads(TorchFunctionMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count, then run."""
+        """Run, and count unless all operands are on the host."""
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            with self:  # this method runs unwatched, and so would all of the backward pass
+                return _backward(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in HOST_READS:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        is_on_host = bool(operands) and all(hasattr(x, HOST_MARK) for x in operands)
+        is_copy = name == "cpu" or (name == "to" and _names_the_cpu(args[1:], kwargs))
+        is_mask_index = name in INDEXING and any(x.dtype == torch.bool for x in operands[1:])
+        if operands and not is_on_host and (name in HOST_READS or is_copy or is_mask_index):
+            self.counts["cpu" if is_copy else name] += 1
+        result = func(*args, **kwargs)
+        if is_copy and not is_on_host:
+            result = result.clone()  # on a CPU it is the tensor itself, which stays unread
+        if is_copy or is_on_host:
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor):
+                    setattr(x, HOST_MARK, True)
+        return result
+
+
+def _backward(
+    tensor: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None, **_: Any
+) -> None:
+    """Do what Tensor.backward does; torch's public ways there switch off the mode around them."""
+    gradient = torch.ones_like(tensor) if gradient is None else gradient
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        *((tensor,), (gradient,), bool(retain_graph), False, ()),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
+def _names_the_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether Tensor.to is asked for the CPU by name; a device object is some tensor's own."""
+    return "cpu" in [x for x in (*args, *kwargs.values()) if isinstance(x, str)]
 
 
 def cuda_waits(fn: Callable[[], Any]) -> Counter[str]:
@@ -196,6 +245,76 @@ def cuda_waits(fn: Callable[[], Any]) -> Counter[str]:
         for w in caught
         if "synchroniz" in str(w.message)
     )
+
+
+class SentBytes:
+    """Counts what this process sends to others through DeepSpeed's all-to-alls.
+
+    Attributes:
+        num_bytes: sent to other ranks; what a rank keeps for itself is not.
+        num_calls: all-to-alls.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = self.num_calls = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the exchanges that run inside."""
+        import deepspeed.comm
+
+        exchange = deepspeed.comm.all_to_all_single
+
+        def counting(
+            output: Tensor,
+            tensor: Tensor,
+            output_split_sizes: list[int] | None = None,
+            input_split_sizes: list[int] | None = None,
+            group: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            rank, size = (deepspeed.comm.get_rank(group), deepspeed.comm.get_world_size(group))
+            rows = tensor.shape[0]
+            kept = rows // size if input_split_sizes is None else input_split_sizes[rank]
+            row_bytes = tensor[0].nbytes if rows else 0
+            self.num_bytes += (rows - kept) * row_bytes
+            self.num_calls += 1
+            return exchange(output, tensor, output_split_sizes, input_split_sizes, group, **kwargs)
+
+        deepspeed.comm.all_to_all_single = counting
+        try:
+            yield
+        finally:
+            deepspeed.comm.all_to_all_single = exchange
+
+
+def peak_growth(fn: Callable[[], Any], device: torch.device) -> float:
+    """Run fn and return by how many bytes memory grew at its peak.
+
+    On CUDA that is memory of tensors. On a CPU it is resident memory, which Linux alone lets a
+    process watch from a chosen moment; NaN elsewhere.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        fn()
+        synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        fn()
+        return math.nan
+    ctypes.CDLL(None).malloc_trim(0)  # else memory freed before could be used without growing
+    Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    before = _resident_bytes("VmRSS")
+    fn()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
 
 
 def describe_machine(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""A mixture whose experts are shared out over a group of ranks (DeepSpeed-MoE, ZeRO 0 to 2).
+"""A mixture whose experts are shared out over a group of ranks (DeepSpeed-MoE, ZeRO 0 to 3).
 
 Routing is known to every rank before the block runs (gate.py), so nothing is negotiated: a sample
 goes once to each rank that holds one of its experts, that rank applies its own replica of the gate
@@ -12,25 +12,24 @@ This is the only module in models/ that communicates.
 import deepspeed.comm as dist
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from models.gate import BlockPlan
 from models.moe import ExpertOptions, MixtureBody, make_experts
 
 
-class ExpertParallelMixture(MoE):
+class SharedOutMixture(nn.Module):
     """A mixture that holds 1 / expert_parallel_size of its experts on each rank.
 
-    It is a DeepSpeed MoE by type and by the attributes that the engine and its checkpoints read;
-    gate, dispatch and experts are ours. DeepSpeed sets the process group when it starts.
+    What DeepSpeed must see differs between ZeRO 3 and the stages below it, so each has a subclass;
+    names, values and arithmetic are the same. DeepSpeed sets the process group when it starts.
     """
 
     def __init__(self, hidden_size: int, options: ExpertOptions) -> None:
         nn.Module.__init__(self)  # not MoE's, which would build its own gate and experts
         num_experts, ep_size = options.num_experts, options.parallel_size
         assert num_experts % ep_size == 0, "experts must divide evenly over ranks"
-        self.use_residual = False
-        self.enable_expert_tensor_parallelism = False
         self.ep_size = ep_size
         self.expert_group_name = f"ep_size_{ep_size}"
         self.num_experts = num_experts
@@ -69,6 +68,45 @@ class ExpertParallelMixture(MoE):
         sums = self.deepspeed_moe.experts(rows, gates, plan.rows)
         sums = _AllToAll.apply(group, sums, dispatch.recv_splits, dispatch.send_splits)
         return torch.zeros_like(x).index_add(0, dispatch.send_rows, sums.to(x.dtype))
+
+
+class ExpertParallelMixture(SharedOutMixture, MoE):
+    """For ZeRO 0 to 2, where the engine and its checkpoints look for a DeepSpeed MoE.
+
+    It is one by type and by the attributes that they read; gate, dispatch and experts are ours.
+    """
+
+    use_residual = False
+    enable_expert_tensor_parallelism = False
+
+
+class ShardedExpertParallelMixture(SharedOutMixture):
+    """For ZeRO 3, which also shards the weights, and refuses a DeepSpeed MoE.
+
+    ZeRO 3 goes by marks on the parameters: these are sharded over the ranks that hold the same
+    experts, averaged over all ranks, and counted once in the gradient's norm.
+    """
+
+    def __init__(self, hidden_size: int, options: ExpertOptions) -> None:
+        super().__init__(hidden_size, options)
+        for parameter in self.deepspeed_moe.parameters():
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = self.expert_group_name
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Create the groups; the engine calls this before ZeRO shards. All ranks must call this."""
+        parameters, name = list(self.deepspeed_moe.parameters()), self.expert_group_name
+        # Sharded by zero.Init they would be over all ranks already, mixing different experts.
+        is_sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
+        assert not is_sharded, "build the model outside of zero.Init"
+        if name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+        self.deepspeed_moe._set_ep_group(groups._get_expert_parallel_group(name))
+        for parameter in parameters:
+            # DeepSpeed finds this group itself for layers of its own only.
+            parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(name)
 
 
 class _AllToAll(torch.autograd.Function):

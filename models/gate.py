@@ -54,7 +54,8 @@ class ExpertRows(NamedTuple):
 class BlockPlan(NamedTuple):
     """One block's share of a RoutingPlan."""
 
-    expert_weight: Tensor  # (N, E); (1, E) serves all samples; (G, E) under expert parallelism
+    # (N, E); (1, E) serves all samples; (G, E), experts by slot, under expert parallelism
+    expert_weight: Tensor
     dispatch: Dispatch | None = None
     rows: ExpertRows | None = None  # None = experts are merged
 
@@ -64,8 +65,9 @@ class RoutingPlan(NamedTuple):
 
     Attributes:
         expert_weight: (L, N, E) float32, the gate values; zero outside the top k. Under expert
-            parallelism (L, G, E): the rows of the whole group.
-        expert_index: (L, N, K) int64, the experts of this rank's own samples.
+            parallelism (L, G, E): the rows of the whole group, with experts in the order of their
+            slots (placement.py), so that a rank's are E / R neighbours.
+        expert_index: (L, N, K) int64, the experts of this rank's own samples, by their own numbers.
         dispatch: what every block exchanges; empty without expert parallelism.
         rows: every block's samples by expert; empty if experts are merged. Under expert
             parallelism, of the samples that arrive.
@@ -114,6 +116,7 @@ def build_plan(
     group_rank: int = 0,
     group_size: int = 1,
     *,
+    slot_of_expert: Tensor | None = None,
     renormalize: bool = False,
     product: ExpertProduct = ExpertProduct.MERGED,
 ) -> RoutingPlan:
@@ -128,9 +131,11 @@ def build_plan(
         t: (N,) int64 timesteps of this rank's samples.
         top_k: K.
         group_t: (G,) timesteps of the expert-parallel group, in rank order, N per rank.
-        group_rank: this rank's place in the group; it owns experts
+        group_rank: this rank's place in the group; it owns slots
             [group_rank * E / R, (group_rank + 1) * E / R).
         group_size: R.
+        slot_of_expert: (L, E) int64, the experts' slots in each block; None = expert e in slot e.
+            Without sharing it has no effect.
         renormalize: divide the k values by their sum.
         product: how the experts multiply.
     """
@@ -142,8 +147,13 @@ def build_plan(
     assert group_t is not None, "expert parallelism needs the timesteps of the whole group"
     assert group_t.shape[0] == group_size * N, "ranks of a group need equal batches"
     expert_weight, expert_index = _top_k_weights(gate_table[:, group_t], top_k, renormalize)
-    dispatch, rows = _plan_dispatch(expert_index, num_experts, group_rank, group_size, product)
     own = slice(group_rank * N, (group_rank + 1) * N)
+    slot_index = expert_index
+    if slot_of_expert is not None:  # from here on an expert is known by its slot
+        slot_index = slot_of_expert.gather(1, expert_index.flatten(1)).view_as(expert_index)
+        expert_of_slot = slot_of_expert.argsort(1)[:, None].expand_as(expert_weight)
+        expert_weight = expert_weight.gather(-1, expert_of_slot)
+    dispatch, rows = _plan_dispatch(slot_index, num_experts, group_rank, group_size, product)
     return RoutingPlan(expert_weight, expert_index[:, own], dispatch, rows)
 
 
@@ -170,7 +180,7 @@ def _group_all_samples(
 
 
 def _plan_dispatch(
-    expert_index: Tensor,
+    slot_index: Tensor,
     num_experts: int,
     group_rank: int,
     group_size: int,
@@ -179,18 +189,18 @@ def _plan_dispatch(
     """Find for every block the rows that this rank sends and receives, and who multiplies them.
 
     Args:
-        expert_index: (L, G, K) of the whole group.
+        slot_index: (L, G, K) slots of the experts of the whole group's samples.
     """
-    L, G, _ = expert_index.shape
+    L, G, _ = slot_index.shape
     N, num_local = G // group_size, num_experts // group_size
-    owner = expert_index // num_local  # (L, G, K) rank that holds the expert
+    owner = slot_index // num_local  # (L, G, K) rank that holds the expert
     is_sent = torch.zeros(L, G, group_size, dtype=torch.bool, device=owner.device)
     is_sent.scatter_(-1, owner, True)
     is_sent = is_sent.view(L, group_size, N, group_size)  # by source, sample, destination
     sends = is_sent[:, group_rank].transpose(1, 2)  # (L, destination, N)
     receives = is_sent[..., group_rank]  # (L, source, N)
-    own_experts = slice(group_rank * num_local, (group_rank + 1) * num_local)
-    uses = _uses(expert_index, num_experts)[:, own_experts]  # (L, local experts, G)
+    own_slots = slice(group_rank * num_local, (group_rank + 1) * num_local)
+    uses = _uses(slot_index, num_experts)[:, own_slots]  # (L, local experts, G)
     # The only wait for the device; everything below is slicing by numbers known to the host.
     host = torch.cat((sends.sum(-1), receives.sum(-1), uses.sum(-1)), dim=1).cpu()
     send_splits, recv_splits, counts = host.split([group_size, group_size, num_local], dim=1)

@@ -20,6 +20,8 @@ class ExpertOptions(NamedTuple):
         hidden_ratio: hidden width of an mlp, relative to the model's.
         dispatch: "auto", "merged" or "dispatched" (affine experts).
         parallel_size: ranks over which the experts of a block are shared out.
+        is_sharded: the weights of an expert are in turn sharded over the ranks that hold it, by
+            ZeRO 3; matters if the experts are shared out.
     """
 
     num_experts: int
@@ -27,6 +29,7 @@ class ExpertOptions(NamedTuple):
     hidden_ratio: float = 1.0
     dispatch: str = "auto"
     parallel_size: int = 1
+    is_sharded: bool = False
 
 
 class MixtureBody(nn.Module):
@@ -87,6 +90,7 @@ def make_mixture(hidden_size: int, options: ExpertOptions) -> nn.Module:
     if options.parallel_size == 1:
         return Mixture(hidden_size, options)
     # Imported here: a model on one GPU, or on a machine that only samples, needs no DeepSpeed.
-    from models.expert_parallel import ExpertParallelMixture
+    from models.expert_parallel import ExpertParallelMixture, ShardedExpertParallelMixture
 
-    return ExpertParallelMixture(hidden_size, options)
+    kind = ShardedExpertParallelMixture if options.is_sharded else ExpertParallelMixture
+    return kind(hidden_size, options)

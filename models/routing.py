@@ -114,6 +114,9 @@ class ExpertRouter(TimestepGate):
         assert 1 <= top_k <= experts.num_experts, "top_k must be between 1 and num_experts"
         self.num_timesteps, self.top_k, self.renormalize = num_timesteps, top_k, renormalize
         self.num_experts, self.experts = experts.num_experts, experts
+        # Where the experts of each block sit (placement.py); part of a run's layout, not weights.
+        slots = torch.arange(experts.num_experts).repeat(depth, 1)
+        self.register_buffer("slots", slots, persistent=False)  # (L, E)
 
     def make_block(self, *trunk: Any) -> nn.Module:
         """Build a block from the arguments of DiTBlock."""
@@ -147,6 +150,7 @@ class ExpertRouter(TimestepGate):
             group_t,
             group_rank,
             group_size,
+            slot_of_expert=self.slots,
             renormalize=self.renormalize,
             product=mixture.deepspeed_moe.experts.choose_product(
                 T, self.top_k, is_shared=is_shared

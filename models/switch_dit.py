@@ -82,6 +82,7 @@ class SwitchDiT(nn.Module):
         num_timesteps: int = 1000,
         mlp_ratio: float = 4.0,
         expert_parallel_size: int = 1,
+        shards_weights: bool = False,
         activation_checkpointing: bool = False,
         learned_variance: bool = True,
         routing: str = "switch",
@@ -103,6 +104,7 @@ class SwitchDiT(nn.Module):
             num_experts: E of every block; it and the other words about experts and gates matter
                 with routing "switch" only.
             expert_parallel_size: ranks over which the experts of each block are shared out.
+            shards_weights: ZeRO 3 will shard the weights; shared-out experts are marked for it.
             activation_checkpointing: keep only the input of each block for the backward pass.
             learned_variance: predict variance channels too.
             routing: "switch", "dtr" or "dense".
@@ -130,7 +132,8 @@ class SwitchDiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         if routing == "switch":
             experts = ExpertOptions(
-                num_experts, expert_kind, expert_hidden_ratio, expert_dispatch, expert_parallel_size
+                *(num_experts, expert_kind, expert_hidden_ratio, expert_dispatch),
+                *(expert_parallel_size, shards_weights),
             )
             # Named after what it holds: the gates of all blocks.
             self.gate = ExpertRouter(

@@ -12,7 +12,9 @@ N positions, S timesteps.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.randomness import Stream, integers, uniform
@@ -20,6 +22,8 @@ from models.randomness import Stream, integers, uniform
 DENSITIES = ("uniform", "logit_normal", "mode")
 # SD3, Eq. 20: outside of these scales the mapping of "mode" is not monotonic.
 MODE_SCALE_MIN, MODE_SCALE_MAX = -1.0, 2.0 / (math.pi - 2.0)
+
+QUANTILES_PER_TIMESTEP = 100  # that stand for the density where its frequencies are counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,13 @@ class TimestepSampling:
             return integers(seed, Stream.TIMESTEP, positions, self.num_timesteps)
         time = self.time(self._quantile(seed, positions))
         return (time * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)
+
+    def frequencies(self) -> NDArray[np.int64]:
+        """Return how often each timestep is drawn, (S,), out of S * QUANTILES_PER_TIMESTEP."""
+        count = self.num_timesteps * QUANTILES_PER_TIMESTEP
+        time = self.time((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+        index = (time * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)
+        return index.bincount(minlength=self.num_timesteps).numpy()
 
     def time(self, quantile: Tensor) -> Tensor:
         """Map quantiles of the density, float64 in (0, 1), to times: the inverse of its CDF."""

@@ -267,7 +267,7 @@ def test_what_may_change_in_a_run_is_a_closed_list():
         *("expert_parallel_size", "log_every", "save_every", "keep_last", "vae"),
         *("sample_every", "sample_count", "sample_steps", "sample_cfg_scale", "sample_method"),
         *("compile_blocks", "expert_dispatch", "ema_snapshot_every"),
-        *("max_skipped_steps", "spike_threshold"),
+        *("max_skipped_steps", "spike_threshold", "placement", "rebalance_every"),
     }
 
 
@@ -311,15 +311,22 @@ def test_micro_batches_of_all_ranks_make_up_the_global_batch(demo, world_size, m
         ),
         (
             {"expert_parallel_size": 2, "num_experts": 4},
-            3,
-            2,
-            "--expert-parallel-size 2 does not work with ZeRO stage 3 (",
-        ),
-        (
-            {"expert_parallel_size": 2, "num_experts": 4},
             0,
             2,
             "--gradient-clipping 1.0 with --expert-parallel-size 2 at ZeRO stage 0 (",
+        ),
+        (
+            {"rebalance_every": 500},
+            2,
+            1,
+            "--rebalance-every 500 needs --placement balanced, since contiguous does not follow",
+        ),
+        (
+            {"rebalance_every": 600, "placement": "balanced"},
+            2,
+            1,
+            "--rebalance-every 600 is no multiple of --save-every 500, but experts move only right "
+            "before a checkpoint; use 1000.",
         ),
         ({"patch_size": 3}, 2, 1, "--patch-size 3 does not divide --latent-size 16;"),
         ({"sample_steps": 2000}, 2, 1, "--sample-steps 2000 is more than --num-timesteps 1000;"),

@@ -25,6 +25,7 @@ LAYOUTS = [
     (2, False, 2),
     (2, True, 1),
     (3, True, 1),
+    (3, False, 2),
 ]
 SMALL = 1000  # elements of DeepSpeed's buckets, which are no part of the closed form
 

@@ -1,13 +1,11 @@
 """Metrics of an interval: means over samples, expert loads, buckets, all by hand."""
 
-import math
-
 import pytest
 import torch
 
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan
-from training.metrics import MetricSums, load_metrics
+from training.metrics import MetricSums
 
 CPU = torch.device("cpu")
 
@@ -48,29 +46,37 @@ def test_an_interval_starts_empty(single_process_group):
     assert metrics["moe_load/block_00/expert_0"] == 0.0
 
 
-def test_even_loads_have_entropy_one_and_max_over_mean_one():
-    metrics = load_metrics(torch.full((2, 4), 6.0), num_samples=12)
+def test_samples_are_counted_by_block_expert_and_range_of_timesteps(single_process_group):
+    sums = MetricSums(depth=2, num_experts=3, num_timesteps=100, device=CPU)
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.zeros(2, 3, 10, dtype=torch.float64)
+    for micro_step in range(3):
+        t = torch.randint(100, (4,), generator=generator)
+        chosen = torch.rand(2, 4, 3, generator=generator).argsort(-1)[..., :2]
+        is_left_out = micro_step == 1
+        loss = float("nan") if is_left_out else 1.0
+        sums.add(0, terms(loss), torch.full((4,), loss), t, plan(chosen.tolist()), 0.0, 3)
+        for block in range(2):
+            for i in range(4):
+                for expert in chosen[block, i]:
+                    expected[block, expert, t[i] // 10] += not is_left_out
 
-    assert metrics["moe/load_entropy"] == pytest.approx(1.0)
-    assert metrics["moe/load_max_over_mean"] == pytest.approx(1.0)
-    assert metrics["moe/idle_experts"] == 0
-    assert metrics["moe_load/block_01/expert_3"] == pytest.approx(0.5)
+    interval = sums.reduce()
+
+    assert torch.equal(interval.expert_count, expected)
+    loads = [interval.metrics[f"moe_load/block_01/expert_{e}"] for e in range(3)]
+    assert loads == pytest.approx((expected[1].sum(-1) / 8).tolist())
+    by_range = {k for k in interval.metrics if k.startswith("moe_entropy_by_timestep/")}
+    seen = [b for b in range(10) if expected[..., b].any()]
+    assert by_range == {f"moe_entropy_by_timestep/{10 * b:03d}-{10 * b + 9:03d}" for b in seen}
 
 
-def test_one_busy_expert_has_entropy_zero_and_leaves_the_others_idle():
-    metrics = load_metrics(torch.tensor([[10.0, 0.0, 0.0, 0.0]]), num_samples=10)
+def test_an_interval_without_a_finite_step_has_no_loads(single_process_group):
+    sums = MetricSums(depth=1, num_experts=2, num_timesteps=100, device=CPU)
+    nan, t = float("nan"), torch.tensor([5])
+    sums.add(0, terms(nan), torch.tensor([nan]), t, plan([[[0]]]), 0.0)
 
-    assert metrics["moe/load_entropy"] == pytest.approx(0.0)
-    assert metrics["moe/load_max_over_mean"] == pytest.approx(4.0)
-    assert metrics["moe/idle_experts"] == 3
+    interval = sums.reduce()
 
-
-def test_entropy_of_a_skewed_block():
-    metrics = load_metrics(torch.tensor([[3.0, 1.0]]), num_samples=4)
-
-    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
-    assert metrics["moe_entropy/block_00"] == pytest.approx(expected)
-
-
-def test_a_single_expert_is_even_by_definition():
-    assert load_metrics(torch.tensor([[4.0]]), num_samples=4)["moe/load_entropy"] == 1.0
+    assert interval.expert_count is None
+    assert not any(name.startswith("moe") for name in interval.metrics)

@@ -66,6 +66,9 @@ class Problem:
         self.parameters = [0.3 * draw(DEPTH, NUM_EXPERTS, *shape) for shape in shapes]
         self.x = draw(num_samples, NUM_TOKENS, WIDTH)
         self.target = draw(num_samples, NUM_TOKENS, WIDTH)
+        self.slots = torch.stack(
+            [torch.randperm(NUM_EXPERTS, generator=generator) for _ in range(DEPTH)]
+        )
         self.t = torch.randint(NUM_TIMESTEPS, (num_samples,), generator=generator)
         if timesteps == "all equal":
             self.t[:] = 3
@@ -97,16 +100,18 @@ def check_dispatch(problem, top_k, renormalize, mixtures, rank, world_size, grou
     product = mixtures[0].deepspeed_moe.experts.choose_product(NUM_TOKENS, top_k)
     plan = build_plan(
         *(problem.table, problem.t[own], top_k, group_t, group_rank, group_size),
+        slot_of_expert=problem.slots,
         renormalize=renormalize,
         product=product,
     )
-    held = slice(
+    own_slots = slice(
         group_rank * NUM_EXPERTS // group_size, (group_rank + 1) * NUM_EXPERTS // group_size
     )
+    held = [slots.argsort()[own_slots] for slots in problem.slots]  # experts of each block
     x = problem.x[own].clone().requires_grad_()  # a leaf with gradient, like an embedding's output
     for block, (mixture, block_plan) in enumerate(zip(mixtures, plan.blocks(), strict=True)):
         for parameter, value in zip(mixture.parameters(), problem.parameters, strict=True):
-            parameter.data.copy_(value[block, held])
+            parameter.data.copy_(value[block, held[block]])
         x = next_stream(x, mixture(x, block_plan))
     torch.testing.assert_close(x.detach(), expected[own])
 
@@ -119,7 +124,7 @@ def check_dispatch(problem, top_k, renormalize, mixtures, rank, world_size, grou
     torch.testing.assert_close(found[0] / world_size, table_grad)
     for i, gradient in enumerate(found[1:]):
         block, kind = divmod(i, len(expert_grads))
-        torch.testing.assert_close(gradient / world_size, expert_grads[kind][block, held])
+        torch.testing.assert_close(gradient / world_size, expert_grads[kind][block, held[block]])
     return [block.dispatch for block in plan.blocks()]
 
 

@@ -14,6 +14,7 @@ from training.monitor import (
     TENSORBOARD_DIR,
     Monitor,
     expert_map,
+    load_map,
     read_metrics,
 )
 
@@ -81,3 +82,17 @@ def test_the_expert_map_shows_chosen_experts_only():
     assert picture.dtype == np.uint8
     assert (rows[:, 0] > rows[:, MAP_ROW_PIXELS]).any(), "a larger gate value is brighter"
     assert (rows[:, 2 * MAP_ROW_PIXELS] == 0).all(), "an expert outside the top k is black"
+
+
+def test_the_load_map_shows_the_share_of_each_range_of_timesteps():
+    counts = torch.zeros(2, 3, 4)
+    counts[0, :, 0] = torch.tensor([6.0, 2.0, 0.0])
+    counts[1, 2, 3] = 5.0
+
+    picture = load_map(counts, num_timesteps=8)
+
+    rows = picture[:-MAP_BELOW_PIXELS, MAP_LEFT_PIXELS:].reshape(2, -1, 8, 3).astype(int)
+    first, second, third = (rows[0, e * MAP_ROW_PIXELS, :2].sum() for e in range(3))
+    assert first > second > third == 0, "a larger share is brighter"
+    assert (rows[0, : 3 * MAP_ROW_PIXELS, 2:] == 128).all(), "no sample in these ranges: grey"
+    assert (rows[1, 2 * MAP_ROW_PIXELS, 6:] == 255).all()

@@ -70,6 +70,40 @@ def test_every_rank_knows_the_timesteps_of_its_expert_group(values):
         assert torch.equal(plain.timesteps.draw(0, group), found.group_t)
 
 
+def test_ranks_agree_on_dealt_timesteps_and_go_on_after_a_resume():
+    N, group_size = 8, 3
+    values = {"expert_parallel_size": group_size, "timestep_dealing": "affine"}
+    ranks = [objective(rank, **values) for rank in range(group_size)]
+    plain = objective(0, expert_parallel_size=group_size)
+    own = [torch.arange(N) + rank * N for rank in range(group_size)]
+    drawn = plain.micro_batch(stored(own[0])).group_t
+    assert torch.equal(ranks[0].micro_batch(stored(own[0])).group_t, drawn), "no gates known yet"
+
+    for rank in ranks:
+        batch = rank.micro_batch(stored(own[rank.rank]))
+        rank.loss(output_for(batch, gates(1), channels=8), batch, step=0)
+    resumed = objective(0, **values)
+    resumed.load_state(ranks[0].state())
+
+    batches = [rank.micro_batch(stored(own[rank.rank])) for rank in ranks]
+    dealt = batches[0].group_t
+    assert torch.equal(dealt.sort().values, drawn.sort().values) and not torch.equal(dealt, drawn)
+    for batch, rank in zip(batches, ranks, strict=True):
+        assert torch.equal(batch.group_t, dealt)
+        assert torch.equal(batch.t, dealt[own[rank.rank]])
+    # The noise stays where it is; only its strength is dealt.
+    undealt = plain.micro_batch(stored(own[0]))
+    assert torch.equal(batches[0].noise, undealt.noise)
+    assert torch.equal(batches[0].x_start, undealt.x_start)
+    assert not torch.equal(batches[0].x_t, undealt.x_t)
+    assert torch.equal(resumed.micro_batch(stored(own[0])).group_t, dealt)
+
+    resumed.use_slots(torch.arange(EXPERTS).flip(0).repeat(DEPTH, 1))
+
+    assert torch.equal(resumed.micro_batch(stored(own[0])).group_t, drawn), "of other places"
+    assert "served_at_home" not in resumed.state()
+
+
 @pytest.mark.parametrize("num_classes", [1, 10, 10_000])
 def test_a_dropped_label_is_the_class_behind_the_last(num_classes):
     label = num_classes - 1

@@ -75,6 +75,7 @@ def folder(tmp_path_factory):
             *(job(f"data-{name}", None, data=name, steps=2) for name in UNUSUAL),
             job("sparse-z3", sparse, file="zero3"),
             job("sparse-bf16-z3", sparse, *still, file="bf16-zero3"),
+            job("sparse-bf16-z3-ep2", sparse, *still, *ep2, file="bf16-zero3"),
         ],
         folder,
     )
@@ -140,12 +141,12 @@ def test_a_warm_start_counts_from_zero_and_averages_from_the_loaded_weights(fold
     assert moved > len(before) / 2
 
 
-@pytest.mark.parametrize("name", ["sparse-bf16-z1", "sparse-bf16-z2-ep2", "sparse-bf16-z3"])
+@pytest.mark.parametrize("name", ["bf16-z1", "bf16-z2-ep2", "bf16-z3", "bf16-z3-ep2"])
 def test_bf16_training_starts_from_the_fp32_values(folder, name):
     source = load_file(latest_checkpoint(folder / "sparse") / EMA_FILE)
 
     for file in (RAW_FILE, EMA_FILE):
-        for key, value in load_file(latest_checkpoint(folder / name) / file).items():
+        for key, value in load_file(latest_checkpoint(folder / f"sparse-{name}") / file).items():
             assert torch.equal(value, source[key]), key
     assert any(not torch.equal(value, value.bfloat16().float()) for value in source.values())
 
@@ -169,7 +170,7 @@ def test_resuming_does_not_read_the_source_again(folder):
 
     assert [record["step"] for record in read_metrics(run_dir)] == [1, 2]
     assert output.count(f"continuing {run_dir}; --init-from was applied when it started\n") == 1
-    assert output.count(f"--init-from {folder / 'sparse'}: ") == 6
+    assert output.count(f"--init-from {folder / 'sparse'}: ") == 7
 
 
 @pytest.mark.parametrize("name", UNUSUAL)

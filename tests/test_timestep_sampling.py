@@ -72,6 +72,15 @@ def test_drawn_timesteps_follow_the_density(density, is_stratified):
         assert chi_square < degrees / 2, "strata make the counts more even than chance"
 
 
+@pytest.mark.parametrize("density", DENSITIES)
+def test_frequencies_are_those_of_the_density(density):
+    found = sampling(*density, num_timesteps=40).frequencies()
+
+    expected = np.diff(reference_objectives.density_cdf(np.arange(41) / 40, *density))
+    assert found.dtype == np.int64
+    np.testing.assert_allclose(found / found.sum(), expected, atol=3e-4)
+
+
 @pytest.mark.parametrize(
     "density",
     [

@@ -68,6 +68,9 @@ def runs(tmp_path_factory, demo_latents):
     flow = ("--objective", "flow", "--routing", "dense")
     dtr = ("--objective", "v", "--routing", "dtr", "--learned-variance")
     ep2, ep4 = ("--expert-parallel-size", 2), ("--expert-parallel-size", 4)
+    top_1, all_mlp = ("--top-k", 1), (*mlp, "--top-k", 4)
+    # Clipping is on in all of them.
+    everything = ("--micro-batch-size", 2, "--activation-checkpointing", *GRIDS)
     # ZeRO 3 comes last: it replaces torch's linear layer for the rest of the process by one that
     # rounds differently.
     run_jobs(
@@ -90,6 +93,8 @@ def runs(tmp_path_factory, demo_latents):
             job("mlp", 2, *mlp),
             job("flow", 2, *flow),
             job("dtr", 2, *dtr),
+            job("top-1", 2, *top_1),
+            job("all-mlp", 2, *all_mlp),
             job("w1-z3", 3),
         ],
         folder,
@@ -121,11 +126,26 @@ def runs(tmp_path_factory, demo_latents):
             job("w2-z3-sampled", 3, *GRIDS),
             job("w2-z3-options", 3, *options),
             job("w2-z3-mlp", 3, *mlp),
+            job("w2-z3-ep2", 3, *ep2, *everything),
+            job("w2-z3-ep2-resumed", 3, *ep2, *everything, "--max-steps", 3),
+            job("w2-z3-ep2-resumed", 3, *ep2, *everything),
             bf16("bf16-z3", "zero3"),
+            bf16("bf16-z3-ep2", "zero3", *ep2),
         ],
         folder,
     )
-    run_jobs(4, [job("w4-z2-ep2", 2, *ep2), job("w4-z1-ep4", 1, *ep4), job("w4-z3", 3)], folder)
+    run_jobs(
+        4,
+        [
+            job("w4-z2-ep2", 2, *ep2),
+            job("w4-z1-ep4", 1, *ep4, *top_1),
+            job("w4-z3", 3),
+            job("w4-z3-ep2", 3, *ep2, *all_mlp),
+            # As shipped: small parameters are kept whole, weights are fetched ahead.
+            job("w4-z3-ep4", shipped("zero3", "bf16", False), *ep4, *everything[2:]),
+        ],
+        folder,
+    )
     return lambda name: folder / name
 
 
@@ -152,14 +172,16 @@ CLIPPED = [
     "w2-z2-ep2",
     "w2-z2-ep2-accumulation",
     "w2-z2-ep2-recomputed",
+    "w2-z3-ep2",
     "w4-z2-ep2",
-    "w4-z1-ep4",
     "w4-z3",
+    "w4-z3-ep4",
 ]
 LAYOUTS = [("reference", name) for name in CLIPPED]
 LAYOUTS += [("unclipped", name) for name in ("w1-z0-unclipped", "w2-z0-ep2-unclipped")]
 LAYOUTS += [("options", name) for name in ("w2-z2-ep2-options", "w2-z3-options")]
 LAYOUTS += [("mlp", "w2-z2-ep2-mlp"), ("mlp", "w2-z3-mlp")]
+LAYOUTS += [("top-1", "w4-z1-ep4"), ("all-mlp", "w4-z3-ep2")]
 LAYOUTS += [("flow", "w2-z1-flow"), ("dtr", "w2-z2-dtr")]
 
 
@@ -227,6 +249,7 @@ def test_training_moves_exactly_the_experts_that_saw_a_sample(runs):
         ("reference", "resumed"),
         ("options", "options-resumed"),
         ("w2-z2-ep2", "w2-z2-ep2-resumed"),
+        ("w2-z3-ep2", "w2-z3-ep2-resumed"),
         ("bf16-z2-ep2", "bf16-z2-ep2-resumed"),
     ],
 )
@@ -248,7 +271,7 @@ def test_expert_loads_sum_to_top_k(runs):
             assert sum(load) == pytest.approx(2.0)
 
 
-BF16_RUNS = ["z0", "z1", "z2", "z3", "offload", "z1-ep2", "z2-ep2"]
+BF16_RUNS = ["z0", "z1", "z2", "z3", "offload", "z1-ep2", "z2-ep2", "z3-ep2"]
 
 
 @pytest.mark.parametrize("name", BF16_RUNS)

@@ -12,12 +12,14 @@ from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.ema_snapshots import SnapshotWriter
 from training.engine import build_engine
+from training.expert_load import LoadHistory, exchange_shape
 from training.job import Job
 from training.loop import Training
 from training.metrics import MetricSums
-from training.monitor import Monitor
+from training.monitor import Monitor, read_metrics
 from training.objective import Objective
 from training.processes import Ranks
+from training.rebalance import ExpertPlacement
 from training.sample_grid import SampleGrid
 from training.stability import SpikeDetector
 from training.warm_start import initial_values
@@ -33,6 +35,7 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
     objective = Objective(
         config, ranks.rank, manifest.vae.scaling_factor, manifest.vae.shift_factor, device
     )
+    placement = ExpertPlacement(config, engine, objective)
     stream = LatentStream(
         manifest,
         seed=config.run.seed,
@@ -46,6 +49,7 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
     )
     monitor = Monitor(run_dir if ranks.is_main else None, resume_step=state.step)
     monitor.text("configuration", config.to_yaml())
+    depth, num_experts = len(engine.module.blocks), engine.module.num_experts
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)
     try:
         yield Training(
@@ -54,15 +58,23 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
             stream=stream,
             objective=objective,
             sums=MetricSums(
-                len(engine.module.blocks),
-                engine.module.num_experts,
+                depth,
+                num_experts,
                 config.diffusion.num_timesteps,
                 device,
+                exchange_shape(
+                    *(engine.module, ranks.rank, config.run.expert_parallel_size),
+                    job.layout.precision,
+                ),
             ),
+            # Only the main rank reports it, and only that one's records are complete.
+            loads=LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ()),
             monitor=monitor,
             checkpointer=Checkpointer(
-                *(engine, run_dir, job.layout, manifest.hash, config.run.keep_last, objective)
+                *(engine, run_dir, job.layout, manifest.hash, config.run.keep_last, objective),
+                placement,
             ),
+            placement=placement,
             snapshots=SnapshotWriter(engine, run_dir),
             draw_samples=grid.draw,
             is_main=ranks.is_main,

@@ -30,6 +30,7 @@ from training.checkpoint_manifest import (
 )
 from training.objective import Objective
 from training.processes import agreed_message
+from training.rebalance import ExpertPlacement
 from training.weight_files import NonFiniteWeightsError, average_file, write_weights
 from training.weights import base_optimizer, consolidated_weights
 
@@ -73,6 +74,7 @@ class Checkpointer:
         data_hash: of the data set's manifest.
         keep_last: newest checkpoints to keep.
         objective: has a small state of its own, equal on all ranks.
+        placement: likewise.
     """
 
     def __init__(
@@ -83,9 +85,10 @@ class Checkpointer:
         data_hash: str,
         keep_last: int,
         objective: Objective,
+        placement: ExpertPlacement,
     ) -> None:
         self.engine, self.layout, self.data_hash = engine, layout, data_hash
-        self.objective = objective
+        self.objective, self.placement = objective, placement
         self.folder, self.keep_last = run_dir / CHECKPOINT_DIR, keep_last
         self.is_main = torch.distributed.get_rank() == 0
         # DeepSpeed copies two scripts beside the tags that cannot read experts.
@@ -105,7 +108,10 @@ class Checkpointer:
             return message
         writer = _recording_engine()
         previous, self.engine.checkpoint_engine = self.engine.checkpoint_engine, writer
-        client_state = asdict(state) | {"objective": self.objective.state()}
+        client_state = asdict(state) | {
+            "objective": self.objective.state(),
+            "placement": self.placement.state(),
+        }
         self.engine.save_checkpoint(
             str(self.folder), tag=temporary.name, client_state=client_state, save_latest=False
         )
@@ -177,7 +183,9 @@ class Checkpointer:
         """Load a checkpoint whose manifest was checked. All ranks must call this."""
         path, client_state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed loaded nothing from {folder}"
-        self.objective.load_state(client_state.get("objective", {}))  # older checkpoints have none
+        # The placement first: it makes the objective forget how timesteps are dealt.
+        self.placement.load_state(client_state.get("placement", {}))
+        self.objective.load_state(client_state.get("objective", {}))
         fields = TrainState.__dataclass_fields__
         return TrainState(**{name: client_state[name] for name in fields})
 

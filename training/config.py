@@ -15,8 +15,10 @@ from typing import Any
 import yaml
 
 from data_tools.errors import ConfigError
+from models.dealing import DEALINGS
 from models.diffusion import OBJECTIVES
 from models.loss_weights import LOSS_WEIGHTS
+from models.placement import PLACEMENTS
 from models.sampler import SAMPLING_METHODS
 from models.schedule import NOISE_SCHEDULES
 from models.switch_dit import MODEL_NAMES, MODEL_SIZES
@@ -118,6 +120,12 @@ class DiffusionConfig:
     p2_gamma: float = option("p2: exponent", 1.0, bounds=">=0")
     prior_loss_weight: float = option("weight of the diffusion prior's loss", 1.0, bounds=">=0")
     prior_alpha: float = option("exponent of the prior's window over timesteps", 4.0, bounds=">0")
+    timestep_dealing: str = option(
+        "with shared-out experts: position = a sample trains the timestep it draws; affine = ranks "
+        "of a group exchange timesteps so that fewer samples travel",
+        "position",
+        choices=DEALINGS,
+    )
     prior_matching_every: int = option(
         "steps between two matchings of experts to the prior", 1, bounds=">=1"
     )
@@ -196,6 +204,19 @@ class RunConfig:
     max_steps: int = option("steps to train", bounds=">=1", may_change=True)
     expert_parallel_size: int = option(
         "ranks that share one set of experts", 1, bounds=">=1", may_change=True
+    )
+    placement: str = option(
+        "which of these ranks holds which experts: contiguous, strided (neighbours apart), or "
+        "balanced by the gates (least load on the worst rank, then least traffic)",
+        "contiguous",
+        choices=PLACEMENTS,
+        may_change=True,
+    )
+    rebalance_every: int = option(
+        "steps between two balanced placements, a multiple of save_every; 0 = at the start only",
+        0,
+        bounds=">=0",
+        may_change=True,
     )
     log_every: int = option("steps between log lines", bounds=">=1", may_change=True)
     save_every: int = option("steps between checkpoints", bounds=">=1", may_change=True)

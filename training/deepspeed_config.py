@@ -26,20 +26,19 @@ AUTO = "auto"
 # fmt: off
 KNOWN_KEYS = frozenset({
     "activation_checkpointing", "aio", "bf16", "checkpoint", "comet", "comms_logger",
-    "communication_data_type", "compile", "csv_monitor", "data_types", "disable_allgather",
+    "communication_data_type", "csv_monitor", "data_types", "disable_allgather",
     "dump_state", "flops_profiler", "fp16", "gradient_accumulation_steps",
-    "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor", "log_level",
-    "memory_breakdown", "prescale_gradients", "steps_per_print", "timers", "torch_autocast",
+    "gradient_clipping", "log_level", "memory_breakdown", "steps_per_print", "timers",
+    "torch_autocast",
     "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 })
 # fmt: on
-NUMBER_KEYS = ("steps_per_print", "gradient_predivide_factor")
+NUMBER_KEYS = ("steps_per_print",)
 SWITCH_KEYS = (
     "disable_allgather",
     "dump_state",
     "memory_breakdown",
-    "prescale_gradients",
     "wall_clock_breakdown",
 )
 REFUSED_KEYS = {
@@ -51,6 +50,10 @@ REFUSED_KEYS = {
     "tensor_parallel": "the model has no tensor-parallel layers",
     "pipeline": "the model has no pipeline stages",
     "data_efficiency": "the order of the samples is the data stream's",
+    "compile": "blocks are compiled by --compile-blocks",
+    "gradient_allreduce_op": "a step's gradient is the mean over its samples",
+    "gradient_predivide_factor": "gradients are averaged in fp32, which needs no scaling before",
+    "prescale_gradients": "gradients are averaged in fp32, which needs no scaling before",
     "sequence_parallel_size": "the model has no sequence-parallel attention",
     "use_data_before_expert_parallelism": "ranks of an expert-parallel group are consecutive",
 }
@@ -154,6 +157,11 @@ def _check_zero(values: dict[str, Any], path: Path) -> None:
                 f"{path}: remove zero_optimization.{key}; the average of the weights does not "
                 "work with it."
             )
+    if zero.get("stage3_module_granularity_threshold"):
+        raise ConfigError(
+            f"{path}: remove zero_optimization.stage3_module_granularity_threshold; the gradients "
+            "of embeddings break with it."
+        )
     for key in ("offload_optimizer", "offload_param"):
         offload = zero.get(key) or {}
         if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:

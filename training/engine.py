@@ -8,9 +8,10 @@ import torch
 from models.diffusion import learns_variance
 from models.switch_dit import MODEL_SIZES, SwitchDiT
 from training.config import Config, OptimConfig
-from training.deepspeed_config import stage_of
+from training.deepspeed_config import MAX_STAGE, stage_of
 from training.ema import EMAAdamW, profiles_of
 from training.stability import AgreeingEMAAdamW
+from training.weights import set_full_value
 
 DENSE_GROUP = "dense"
 
@@ -18,13 +19,16 @@ DENSE_GROUP = "dense"
 InitialValues = Callable[[torch.nn.Module], Iterable[tuple[torch.nn.Parameter, torch.Tensor]]]
 
 
-def build_model(config: Config, *, expert_parallel_size: int = 1) -> SwitchDiT:
+def build_model(
+    config: Config, *, expert_parallel_size: int = 1, shards_weights: bool = False
+) -> SwitchDiT:
     """Build the network of a configuration, freshly initialised from its seed.
 
     Args:
         config: the run's configuration.
         expert_parallel_size: ranks that share the experts; 1 gives a model that needs no process
             group, whatever the configuration trains with.
+        shards_weights: the model is for ZeRO 3.
     """
     torch.manual_seed(config.run.seed)  # the same start on every rank
     model, diffusion = config.model, config.diffusion
@@ -41,6 +45,7 @@ def build_model(config: Config, *, expert_parallel_size: int = 1) -> SwitchDiT:
         top_k=model.top_k,
         num_timesteps=diffusion.num_timesteps,
         expert_parallel_size=expert_parallel_size,
+        shards_weights=shards_weights,
         activation_checkpointing=model.activation_checkpointing,
         learned_variance=learns_variance(diffusion.objective, diffusion.learned_variance),
         routing=model.routing,
@@ -72,7 +77,12 @@ def build_engine(
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    model = build_model(config, expert_parallel_size=config.run.expert_parallel_size)
+    stage = stage_of(deepspeed_config)
+    model = build_model(
+        config,
+        expert_parallel_size=config.run.expert_parallel_size,
+        shards_weights=stage == MAX_STAGE,
+    )
     if initial_values is not None:
         with torch.no_grad():
             for parameter, value in initial_values(model):
@@ -83,7 +93,7 @@ def build_engine(
         {"params": list(model.parameters()), "name": DENSE_GROUP}
     )
     optim = config.optim
-    optimizer_class = AgreeingEMAAdamW if stage_of(deepspeed_config) == 0 else EMAAdamW
+    optimizer_class = AgreeingEMAAdamW if stage == 0 else EMAAdamW
     optimizer = optimizer_class(
         groups,
         lr=optim.lr,
@@ -98,21 +108,8 @@ def build_engine(
     if initial_values is not None and next(model.parameters()).dtype != torch.float32:
         # DeepSpeed has made the fp32 masters of weights that it had rounded to bf16 before.
         for parameter, value in initial_values(model):
-            _set_master(parameter, value.float())
+            set_full_value(engine, parameter, None, value.float())
     return engine
-
-
-def _set_master(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Set this rank's part of a parameter's fp32 master to a whole value, under ZeRO 1 to 3."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    if not hasattr(parameter, "ds_id"):
-        safe_set_full_fp32_param(parameter, value)
-        return
-    # Under ZeRO 3 the last rank's part is padded, which DeepSpeed's own split does not do.
-    share, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank()
-    flat = value.flatten()[rank * share :][:share]
-    safe_set_local_fp32_param(parameter, torch.nn.functional.pad(flat, (0, share - len(flat))))
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:

@@ -17,10 +17,12 @@ from training.checkpoint_manifest import TrainState
 from training.config import Config
 from training.ema_snapshots import SnapshotWriter
 from training.engine import learning_rate, set_learning_rate
+from training.expert_load import DEAD_INTERVALS, LoadHistory
 from training.metrics import MetricSums
-from training.monitor import Monitor, expert_map
+from training.monitor import Monitor, expert_map, load_map
 from training.objective import Objective
 from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
+from training.rebalance import ExpertPlacement
 from training.stability import (
     MicroStepRecord,
     SpikeDetector,
@@ -53,8 +55,10 @@ class Training:
     stream: LatentStream
     objective: Objective
     sums: MetricSums
+    loads: LoadHistory
     monitor: Monitor
     checkpointer: Checkpointer
+    placement: ExpertPlacement
     snapshots: SnapshotWriter
     draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
     is_main: bool
@@ -122,15 +126,14 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
             end_interval(training, state, tables, speed)
             logged_step = state.step
         if is_save_due:
+            rebalance(training, state.step)
             save(training, state, is_last)
             saved_step = state.step
         if is_snapshot_due:
             save_snapshots(training, state.step)
         # A launcher that stops the job waits for seconds only.
         if is_sample_due and not stop.read():
-            if training.is_main and tables.gates is not None:
-                picture = expert_map(tables.gates, training.config.model.top_k)
-                training.monitor.image(state.step, "moe/timestep_to_expert", picture)
+            draw_experts(training, state.step, tables.gates)
             training.draw_samples(state.step)
         if is_interrupted:
             training.sums.restart_clock()
@@ -214,7 +217,12 @@ def end_interval(training: Training, state: TrainState, tables: StepTables, spee
         tables: of the last step.
         speed: steps per second since this process started.
     """
-    metrics, step_losses = training.sums.reduce()
+    metrics, step_losses, expert_count = training.sums.reduce()
+    of_experts, newly_dead = training.loads.add(expert_count)
+    metrics |= of_experts
+    if newly_dead:
+        text = f"experts without a sample in {DEAD_INTERVALS} logging intervals: {newly_dead}"
+        training.monitor.event(state.step, text)
     num_spikes = 0
     for step, loss in step_losses.items():
         if math.isfinite(loss) and (spike := training.spikes.add(step + 1, loss)):
@@ -232,6 +240,30 @@ def end_interval(training: Training, state: TrainState, tables: StepTables, spee
     training.monitor.scalars(state.step, metrics)
     if training.is_main:
         print_progress(metrics, state.step, training.config.run.max_steps, speed)
+
+
+def draw_experts(training: Training, step: int, gates: torch.Tensor | None) -> None:
+    """Show which experts the gates (L, S, E) choose for which timesteps, and whom they served."""
+    if not training.is_main or gates is None:
+        return
+    picture = expert_map(gates, training.config.model.top_k)
+    training.monitor.image(step, "moe/timestep_to_expert", picture)
+    if (counts := training.loads.take_counts()) is not None:
+        picture = load_map(counts, len(gates[0]))
+        training.monitor.image(step, "moe/load_by_timestep", picture)
+
+
+def rebalance(training: Training, step: int) -> None:
+    """Place the experts anew, if it is time to. All ranks must call this before they save.
+
+    Before the checkpoint, so that a resumed run has the placement of an uninterrupted one.
+    """
+    run = training.config.run
+    is_due = run.rebalance_every and step % run.rebalance_every == 0
+    if is_due and run.expert_parallel_size > 1:
+        report = training.placement.rebalance()
+        if training.is_main:
+            sys.stdout.write(f"step {step}: {report}\n")
 
 
 def save(training: Training, state: TrainState, is_last: bool) -> None:

@@ -29,6 +29,7 @@ from training.config import Config
 from training.count import describe
 from training.deepspeed_config import load_deepspeed_json
 from training.job import Job, check, check_without_data
+from training.lost_ranks import limit_all_groups, report_lost_ranks
 from training.precision import explain_precision
 from training.processes import Ranks
 from training.run_directory import create_run_directory
@@ -101,9 +102,11 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
     stop = processes.StopSignal(device)
     started = time.monotonic()
     with assemble(job, ranks, device, state) as training:
+        limit_all_groups()
         if job.resume_from is not None:
             loaded = training.checkpointer.load(job.resume_from)
             assert loaded == state, f"{job.resume_from} holds {loaded}, its manifest says {state}"
+        training.placement.establish()
         if ranks.is_main:
             print(_start_text(job, ranks, state), flush=True)
         state = train(training, state, stop)
@@ -144,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_config_error():
         ranks = processes.discover_ranks()
         device = processes.select_accelerator(ranks)
+        processes.collective_timeout()
     with processes.one_sentence(ranks):
         command = parse_command_line(argv)
         check_compiler(command.config, device)
@@ -160,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     if not command.dry_run:
         processes.start_process_group(ranks, device)
         try:
-            train_job(job, ranks, device)
+            with report_lost_ranks(ranks):
+                train_job(job, ranks, device)
         except processes.RunError as err:
             if ranks.is_main:
                 sys.stderr.write(f"error: {err}\n")

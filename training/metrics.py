@@ -3,10 +3,11 @@
 Sums are taken from what a micro-step returned, outside the model, so accumulation counts every
 micro-step and activation recomputation counts nothing twice.
 
+What the counts say of experts is in expert_load.py.
+
 N samples, L blocks, E experts, K experts per sample, B timestep buckets.
 """
 
-import math
 import resource
 import sys
 import time
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan
+from training.expert_load import ExchangeShape, ExchangeSums, entropy_by_timestep, load_metrics
 
 NUM_TIMESTEP_BUCKETS = 10
 
@@ -26,6 +28,7 @@ class Interval(NamedTuple):
 
     metrics: dict[str, float]
     step_losses: dict[int, float]  # total loss of each step, NaN where it is not finite
+    expert_count: Tensor | None = None  # (L, E, B) float64 on the host; None if nothing counted
 
 
 class MetricSums:
@@ -39,13 +42,19 @@ class MetricSums:
         num_experts: E; 0 = a model without experts.
         num_timesteps: S.
         device: of the training.
+        exchange: what expert parallelism sends; None without it.
     """
 
     def __init__(
-        self, depth: int, num_experts: int, num_timesteps: int, device: torch.device
+        self,
+        depth: int,
+        num_experts: int,
+        num_timesteps: int,
+        device: torch.device,
+        exchange: ExchangeShape | None = None,
     ) -> None:
         self.depth, self.num_experts, self.num_timesteps = depth, num_experts, num_timesteps
-        self.device = device
+        self.device, self.exchange = device, exchange
         self._clear()
 
     def _clear(self) -> None:
@@ -56,7 +65,9 @@ class MetricSums:
         self._terms = zeros(len(LossTerms._fields))
         self._step_loss: dict[int, Tensor] = {}  # step -> mean over this rank's samples
         self._bucket_mse, self._bucket_count = (zeros(NUM_TIMESTEP_BUCKETS) for _ in range(2))
-        self._expert_count = zeros(self.depth, self.num_experts)
+        # Flat per block, expert by expert, so that one scatter counts both.
+        self._expert_count = zeros(self.depth, self.num_experts * NUM_TIMESTEP_BUCKETS)
+        self._exchanged = self.exchange and ExchangeSums(self.depth, self.exchange)
         self._wait_sec = 0.0
         self._clock_started = time.monotonic()
 
@@ -100,16 +111,23 @@ class MetricSums:
         self._bucket_mse.index_add_(0, bucket, torch.where(is_finite, mse.double(), 0.0))
         self._bucket_count.index_add_(0, bucket, ones)
         if plan is not None:
-            chosen = plan.expert_index.flatten(1)  # (L, N * K)
-            self._expert_count.scatter_add_(1, chosen, is_finite.double().expand(chosen.shape))
+            place = plan.expert_index * NUM_TIMESTEP_BUCKETS + bucket[:, None]  # (L, N, K)
+            place = place.flatten(1)
+            self._expert_count.scatter_add_(1, place, is_finite.double().expand(place.shape))
+        if self._exchanged is not None:
+            self._exchanged.add(plan)
         self._wait_sec += wait_sec
 
     def reduce(self) -> Interval:
         """Sum over ranks, name the results and start a new interval. All ranks must call this."""
         elapsed = time.monotonic() - self._clock_started
-        host = [self._num_samples, self._wait_sec / elapsed, elapsed]
+        host = torch.tensor(
+            [self._num_samples, self._wait_sec / elapsed, elapsed], dtype=torch.float64
+        )
+        exchanged = torch.zeros(0) if self._exchanged is None else self._exchanged.flat()
         parts = [
-            torch.tensor(host, dtype=torch.float64, device=self.device),
+            host.to(self.device),
+            exchanged.to(self.device),
             self._num_finite,
             self._terms,
             torch.stack(list(self._step_loss.values())),
@@ -120,10 +138,10 @@ class MetricSums:
         sums = torch.cat(parts)
         torch.distributed.all_reduce(sums)
         parts = sums.cpu().split([len(part) for part in parts])
-        (num_samples, wait, elapsed), num_finite, terms, steps, *buckets, expert_count = parts
+        (num_samples, wait, elapsed), exchanged, num_finite, terms, steps, *buckets, count = parts
         world_size = torch.distributed.get_world_size()
         num_finite = float(num_finite)
-        metrics = {}
+        metrics, expert_count = {}, None
         if num_finite > 0:
             metrics |= {
                 f"loss/{name}": float(value) / num_finite
@@ -131,58 +149,40 @@ class MetricSums:
             }
             metrics |= _bucket_metrics(*buckets, self.num_timesteps)
             if self.num_experts:
-                expert_count = expert_count.view(self.depth, self.num_experts)
-                metrics |= load_metrics(expert_count, num_finite)
+                expert_count = count.view(self.depth, self.num_experts, NUM_TIMESTEP_BUCKETS)
+                metrics |= load_metrics(expert_count.sum(dim=2), num_finite)
+                metrics |= entropy_by_timestep(expert_count, _ranges(self.num_timesteps))
+        if self._exchanged is not None:
+            metrics |= self._exchanged.metrics(
+                exchanged, float(num_samples), len(self._step_loss), world_size
+            )
         metrics["speed/samples_per_sec"] = float(num_samples) / (float(elapsed) / world_size)
         metrics["speed/data_wait_pct"] = 100.0 * float(wait) / world_size
         metrics |= _memory_metrics(self.device)
         step_losses = (steps / world_size).tolist()
-        interval = Interval(metrics, dict(zip(self._step_loss, step_losses, strict=True)))
+        interval = Interval(
+            metrics, dict(zip(self._step_loss, step_losses, strict=True)), expert_count
+        )
         self._clear()
         return interval
 
 
+def _ranges(num_timesteps: int) -> list[str]:
+    """Name the B ranges of timesteps."""
+    width = num_timesteps / NUM_TIMESTEP_BUCKETS
+    return [
+        f"{round(b * width):03d}-{round((b + 1) * width) - 1:03d}"
+        for b in range(NUM_TIMESTEP_BUCKETS)
+    ]
+
+
 def _bucket_metrics(mse: Tensor, count: Tensor, num_timesteps: int) -> dict[str, float]:
     """Mean mse per range of timesteps; a range that drew no sample is left out."""
-    width = num_timesteps / NUM_TIMESTEP_BUCKETS
     return {
-        f"mse_by_timestep/{round(b * width):03d}-{round((b + 1) * width) - 1:03d}": float(
-            mse[b] / count[b]
-        )
-        for b in range(NUM_TIMESTEP_BUCKETS)
+        f"mse_by_timestep/{name}": float(mse[b] / count[b])
+        for b, name in enumerate(_ranges(num_timesteps))
         if count[b] > 0
     }
-
-
-def load_metrics(expert_count: Tensor, num_samples: float) -> dict[str, float]:
-    """Describe how samples spread over experts.
-
-    Args:
-        expert_count: (L, E) samples routed to each expert, summed over ranks.
-        num_samples: samples seen; every sample meets K experts in every block.
-
-    Returns:
-        Per expert the fraction of samples it received (rows sum to K); per block the entropy of
-        the loads relative to its maximum (1 = even, 0 = one expert takes all) and max/mean; and
-        the means of both over blocks, plus the number of experts that received nothing.
-    """
-    depth, num_experts = expert_count.shape
-    load = expert_count / num_samples  # (L, E)
-    share = expert_count / expert_count.sum(dim=1, keepdim=True)  # (L, E)
-    entropy = -torch.special.xlogy(share, share).sum(dim=1)  # (L,)
-    entropy = entropy / math.log(num_experts) if num_experts > 1 else torch.ones_like(entropy)
-    max_over_mean = share.amax(dim=1) * num_experts  # (L,)
-    metrics = {
-        "moe/load_entropy": float(entropy.mean()),
-        "moe/load_max_over_mean": float(max_over_mean.mean()),
-        "moe/idle_experts": float((expert_count == 0).sum()),
-    }
-    for block in range(depth):
-        metrics[f"moe_entropy/block_{block:02d}"] = float(entropy[block])
-        metrics[f"moe_max_over_mean/block_{block:02d}"] = float(max_over_mean[block])
-        for expert in range(num_experts):
-            metrics[f"moe_load/block_{block:02d}/expert_{expert}"] = float(load[block, expert])
-    return metrics
 
 
 def _memory_metrics(device: torch.device) -> dict[str, float]:

@@ -22,6 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 MAP_ROW_PIXELS, MAP_GAP_PIXELS = 10, 4
 MAP_LEFT_PIXELS, MAP_BELOW_PIXELS = 58, 18  # room for the axes' texts
+NO_SAMPLES_GREY = 128
 
 
 class Monitor:
@@ -138,12 +139,40 @@ def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
     table = gate_table.detach().float().cpu()
     chosen = torch.zeros_like(table).scatter_(2, table.topk(top_k, dim=2).indices, 1.0)
     brightness = (table * chosen).transpose(1, 2).repeat_interleave(MAP_ROW_PIXELS, dim=1)
-    rows = brightness.numpy()  # (L, E * pixels, S)
-    # Warm ramp from black through orange to white.
-    ramp = np.stack([np.clip(rows * 3.0 - shift, 0.0, 1.0) for shift in (0.0, 1.0, 2.0)], axis=-1)
-    blocks = np.full((L, E * MAP_ROW_PIXELS + MAP_GAP_PIXELS, S, 3), 255, dtype=np.uint8)
-    blocks[:, :-MAP_GAP_PIXELS] = np.round(ramp * 255.0).astype(np.uint8)
-    return _with_axes(blocks.reshape(-1, S, 3), L)
+    return _stacked(_warm(brightness.numpy()))
+
+
+def load_map(counts: Tensor, num_timesteps: int) -> np.ndarray:
+    """Draw how the samples of each range of timesteps spread over the experts.
+
+    Args:
+        counts: (L, E, B) samples of each block, expert and range.
+        num_timesteps: S.
+
+    Returns:
+        A picture as of `expert_map`; brightness is the share of a range's samples that met the
+        expert, relative to the largest share in the picture. A range without samples is grey.
+    """
+    total = counts.sum(dim=1, keepdim=True)  # (L, 1, B)
+    share = counts / total.clamp(min=1)
+    share = share / share.max().clamp(min=1e-9)
+    rows = _warm(share.repeat_interleave(MAP_ROW_PIXELS, dim=1).numpy())  # (L, E * pixels, B, 3)
+    rows[np.broadcast_to((total == 0).numpy(), rows.shape[:3])] = NO_SAMPLES_GREY
+    return _stacked(rows[:, :, np.arange(num_timesteps) * counts.shape[2] // num_timesteps])
+
+
+def _warm(brightness: np.ndarray) -> np.ndarray:
+    """Colour values in [0, 1] by a ramp from black through orange to white; adds a last axis."""
+    ramp = [np.clip(brightness * 3.0 - shift, 0.0, 1.0) for shift in (0.0, 1.0, 2.0)]
+    return np.round(np.stack(ramp, axis=-1) * 255.0).astype(np.uint8)
+
+
+def _stacked(rows: np.ndarray) -> np.ndarray:
+    """Put the blocks' rows (L, height, width, 3) below one another, with gaps and axes."""
+    L, height, width, _ = rows.shape
+    blocks = np.full((L, height + MAP_GAP_PIXELS, width, 3), 255, dtype=np.uint8)
+    blocks[:, :height] = rows
+    return _with_axes(blocks.reshape(-1, width, 3), L)
 
 
 def _with_axes(rows: np.ndarray, num_blocks: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_tools.loader import Batch
+from models.dealing import deal, served_at_home
 from models.diffusion import Diffusion, LossTerms
 from models.latents import final_latents
 from models.loss_weights import loss_weight_table, uncertainty_weighted
@@ -107,16 +108,25 @@ class Objective:
                 alpha=diffusion.prior_alpha,
             ).to(self.device)
         self._assignment: tuple[int, Tensor] | None = None  # with the step it is of
+        self._deals = (
+            diffusion.timestep_dealing == "affine" and self.config.run.expert_parallel_size > 1
+        )
+        self._slots = torch.arange(model.num_experts).repeat(MODEL_SIZES[model.size].depth, 1)
+        self._at_home: Tensor | None = None  # (S, R) on the host, by which timesteps are dealt
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the step: plain values, equal on all ranks.
 
-        The matching of a step in between two matchings cannot be found again from its gates.
+        The matching of a step in between two matchings cannot be found again from its gates, nor
+        the gates by which the next timesteps are dealt.
         """
-        if self._assignment is None or self.config.diffusion.prior_matching_every == 1:
-            return {}
-        step, units = self._assignment
-        return {"matched_step": step, "matched_units": units.tolist()}
+        state: dict[str, Any] = {}
+        if self._assignment is not None and self.config.diffusion.prior_matching_every > 1:
+            step, units = self._assignment
+            state |= {"matched_step": step, "matched_units": units.tolist()}
+        if self._at_home is not None:
+            state["served_at_home"] = self._at_home.tolist()
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned; without it the next step matches anew."""
@@ -124,6 +134,16 @@ class Objective:
         if self.prior is not None and "matched_units" in state:
             units = torch.tensor(state["matched_units"], device=self.device)
             self._assignment = (state["matched_step"], units)
+        self._at_home = None
+        if self._deals and "served_at_home" in state:
+            self._at_home = torch.tensor(state["served_at_home"])
+
+    def use_slots(self, slot_of_expert: Tensor) -> None:
+        """Take note of where experts sit, (L, E) on the host; what is known for dealing is of old.
+
+        Until gates are matched the next time, timesteps stay where they are drawn.
+        """
+        self._slots, self._at_home = slot_of_expert, None
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """Draw everything random about a batch of stored latents from its stream positions."""
@@ -138,7 +158,7 @@ class Objective:
         posterior_noise = normal(seed, Stream.POSTERIOR, positions, count).view(shape)
         x_start = final_latents(raw, posterior_noise, self.scaling_factor, self.shift_factor)
         noise = normal(seed, Stream.NOISE, positions, count).view(shape)
-        t, group_t = self._timesteps(positions)
+        t, group_t = self._timesteps(batch.positions if self._deals else positions)
         dropped = uniform(seed, Stream.LABEL_DROP, positions, 1)[:, 0]
         null_class = self.config.model.num_classes
         if null_class == 0:  # unconditional, whatever classes the data has
@@ -147,14 +167,21 @@ class Objective:
         return MicroBatch(x_start, noise, self.diffusion.q_sample(x_start, t, noise), t, y, group_t)
 
     def _timesteps(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draw this rank's timesteps, and its group's, from positions on the device.
+
+        To be dealt they are drawn on the host, where positions come from: nothing is waited for.
+        """
         seed, group_size = self.config.run.seed, self.config.run.expert_parallel_size
         if group_size == 1:
             return self.timesteps.draw(seed, positions), None
         # Ranks of a group are consecutive and so are their slices of the stream.
         N = len(positions)
         mine = (self.rank % group_size) * N
-        span = torch.arange(group_size * N, device=self.device)
+        span = torch.arange(group_size * N, device=positions.device)
         group_t = self.timesteps.draw(seed, positions[0] - mine + span)
+        if self._at_home is not None:
+            group_t = torch.from_numpy(deal(group_t.numpy(), self._at_home.numpy()))
+        group_t = group_t.to(self.device, non_blocking=True)
         return group_t[mine : mine + N], group_t
 
     def loss(
@@ -201,4 +228,10 @@ class Objective:
             seed = self.config.run.seed * 1_000_003 + due
             units = match_units(gate_table, self.config.model.top_k, self.prior, seed=seed)
             self._assignment = (due, units.to(self.device))
+            if self._deals:
+                # By older gates than those that will route it, a timestep is dealt less well, not
+                # wrongly; at this moment the device has been waited for anyway.
+                top_k, group_size = self.config.model.top_k, self.config.run.expert_parallel_size
+                slots = self._slots.to(self.device)
+                self._at_home = served_at_home(gate_table, top_k, slots, group_size).cpu()
         return self._assignment[1]

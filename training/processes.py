@@ -22,9 +22,8 @@ import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 
-COLLECTIVE_TIMEOUT = timedelta(
-    minutes=10
-)  # a dead peer is an error within minutes, not half an hour
+TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
+DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
 DEFAULT_MASTER_PORT = 29500
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RANK_FAILED = 1000  # as a stop signal: a rank cannot go on; above every signal number
@@ -102,6 +101,14 @@ def discover_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", str(DEFAULT_MASTER_PORT))
     return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+
+
+def collective_timeout(env: MutableMapping[str, str] = os.environ) -> timedelta:
+    """Return how long a rank waits for the others before it takes them for lost."""
+    text = env.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT_SEC))
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"{TIMEOUT_VARIABLE}={text} is no number of seconds; use 1 or more.")
+    return timedelta(seconds=int(text))
 
 
 @contextmanager
@@ -202,7 +209,7 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=collective_timeout(),
         distributed_port=int(os.environ.get("MASTER_PORT", DEFAULT_MASTER_PORT)),
         verbose=False,
     )

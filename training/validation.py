@@ -20,7 +20,8 @@ from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config import Config
-from training.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+from training.deepspeed_config import plan_batch
+from training.expert_parallel_checks import check_expert_parallelism
 from training.option import either
 
 
@@ -52,7 +53,8 @@ def validate(
     _check_routing(config)
     _check_objective(config)
     _check_averages(config)
-    _check_expert_parallelism(config, deepspeed_path, world_size)
+    check_expert_parallelism(config, deepspeed_path, world_size)
+    _check_rebalancing(config)
     plan_batch(config, world_size)
 
 
@@ -117,12 +119,6 @@ def _check_routing(config: Config) -> None:
             f"--dtr-beta {model.dtr_beta} opens none of the {hidden_size} channels of --size "
             f"{model.size}; use at least {1 / hidden_size:.4f}."
         )
-    size = config.run.expert_parallel_size
-    if model.routing != "switch" and size > 1:
-        raise ConfigError(
-            f"--expert-parallel-size {size} needs --routing switch, since {model.routing} has no "
-            "experts to share out; use --expert-parallel-size 1."
-        )
 
 
 def _check_objective(config: Config) -> None:
@@ -177,40 +173,19 @@ def _check_averages(config: Config) -> None:
         )
 
 
-def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: int) -> None:
-    size, num_experts = config.run.expert_parallel_size, config.model.num_experts
-    deepspeed_json = load_deepspeed_json(deepspeed_path)
-    stage = stage_of(deepspeed_json)
-    if size == 1:
-        return
-    if num_experts % size:
+def _check_rebalancing(config: Config) -> None:
+    run = config.run
+    if run.rebalance_every and run.placement != "balanced":
         raise ConfigError(
-            f"--expert-parallel-size {size} does not divide --num-experts {num_experts}; "
-            "use a divisor, so that every rank holds equally many."
+            f"--rebalance-every {run.rebalance_every} needs --placement balanced, since "
+            f"{run.placement} does not follow the gates; use --rebalance-every 0."
         )
-    if world_size % size:
+    if run.rebalance_every % run.save_every:
         raise ConfigError(
-            f"--expert-parallel-size {size} does not divide the {world_size} rank(s); start a "
-            f"multiple of {size} ranks or lower it."
+            f"--rebalance-every {run.rebalance_every} is no multiple of --save-every "
+            f"{run.save_every}, but experts move only right before a checkpoint; use "
+            f"{-(-run.rebalance_every // run.save_every) * run.save_every}."
         )
-    if stage == 3:
-        raise ConfigError(
-            f"--expert-parallel-size {size} does not work with ZeRO stage 3 ({deepspeed_path}) "
-            "yet; use ds_configs/zero2.json or --expert-parallel-size 1."
-        )
-    if stage == 0 and config.optim.gradient_clipping > 0:
-        raise ConfigError(
-            f"--gradient-clipping {config.optim.gradient_clipping} with --expert-parallel-size "
-            f"{size} at ZeRO stage 0 ({deepspeed_path}) would clip by a wrong norm "
-            "(DeepSpeed #8475); use ds_configs/zero1.json or --gradient-clipping 0."
-        )
-    zero = deepspeed_json.get("zero_optimization", {})
-    for key in ("contiguous_gradients", "reduce_scatter"):
-        if zero.get(key) is False:
-            raise ConfigError(
-                f"{deepspeed_path}: zero_optimization.{key} must be true with "
-                f"--expert-parallel-size {size}; remove the key."
-            )
 
 
 def check_data(config: Config, manifest: Dataset) -> None:

@@ -87,11 +87,9 @@ def _swap_stage_3(optimizer: Any) -> Iterator[None]:
     masters = optimizer.fp32_partitioned_groups_flat
 
     def install(values: list[Tensor]) -> None:
-        optimizer.checkpoint_event_prologue()  # partitions parameters that were kept whole
-        for i, (master, value) in enumerate(zip(masters, values, strict=True)):
+        for master, value in zip(masters, values, strict=True):
             master.data.copy_(value)
-            optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        optimizer.checkpoint_event_epilogue()
+        _reassign_stage_3(optimizer)
 
     kept = [master.detach().clone() for master in masters]
     install([optimizer.optimizer.state[master][EMA_KEY] for master in masters])
@@ -99,6 +97,13 @@ def _swap_stage_3(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         install(kept)
+
+
+def _reassign_stage_3(optimizer: Any) -> None:
+    optimizer.checkpoint_event_prologue()  # partitions parameters that were kept whole
+    for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(i)
+    optimizer.checkpoint_event_epilogue()
 
 
 def consolidated_weights(engine: Any, key: str | None = None) -> dict[str, Tensor]:
@@ -113,31 +118,62 @@ def consolidated_weights(engine: Any, key: str | None = None) -> dict[str, Tenso
         the other ranks. Names are those of a model built without expert parallelism.
     """
     from deepspeed.moe.utils import is_moe_param
-    from deepspeed.utils import groups
 
     if not has_averages(engine):
         key = None
-    optimizer = engine.optimizer
-    if key is not None and hasattr(optimizer, "_hp_optimizer_states_linked"):
-        # DeepSpeed links states to parameters once, after the first group's step, and so leaves
-        # later groups (the experts) unlinked; linking again is harmless.
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
+    link_states(engine)
     weights = {}
     is_main = torch.distributed.get_rank() == 0
     for name, param in engine.module.named_parameters():
-        value = _full_value(engine, param, key)
+        value = full_value(engine, param, key)
         if is_moe_param(param):
-            group = groups._get_expert_parallel_group(param.group_name)
-            parts = [torch.empty_like(value) for _ in range(group.size())]
-            torch.distributed.all_gather(parts, value, group=group)
-            value = torch.cat(parts)
+            slots = engine.module.gate.slots[block_of(name)]
+            value = gathered_slots(value, param)[slots]
         if is_main:
             weights[name] = value.to("cpu", torch.float32, copy=True)
     return weights
 
 
-def _full_value(engine: Any, param: Tensor, key: str | None) -> Tensor:
+def block_of(name: str) -> int:
+    """Return the number of the block that a parameter is in, from its name: blocks.I.anything."""
+    return int(name.split(".")[1])
+
+
+def gathered_slots(value: Tensor, param: Tensor) -> Tensor:
+    """Put the slots of all ranks of a group together, (E, ...); all of them must call this.
+
+    Args:
+        value: (E / R, ...) of this rank.
+        param: the experts' parameter that it is of.
+    """
+    from deepspeed.utils import groups
+
+    group = groups._get_expert_parallel_group(param.group_name)
+    parts = [torch.empty_like(value) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, value, group=group)
+    return torch.cat(parts)
+
+
+def link_states(engine: Any) -> None:
+    """Let `full_value` find the optimizer state of every parameter.
+
+    DeepSpeed links states to parameters once, after the first group's step, and so leaves later
+    groups (the experts) unlinked; linking again is harmless.
+    """
+    optimizer = engine.optimizer
+    if has_averages(engine) and hasattr(optimizer, "_hp_optimizer_states_linked"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def full_value(engine: Any, param: Tensor, key: str | None) -> Tensor:
+    """Put together what ZeRO has taken apart, in fp32; all ranks must call this.
+
+    Args:
+        engine: the DeepSpeed engine, after `link_states`.
+        param: of its module.
+        key: of the optimizer's state; None = the parameter itself.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.zero_optimization_stage() == 0:
@@ -147,3 +183,46 @@ def _full_value(engine: Any, param: Tensor, key: str | None) -> Tensor:
     else:
         value = safe_get_full_optimizer_state(param, key)
     return value.detach().float().contiguous()
+
+
+@torch.no_grad()
+def set_full_value(engine: Any, param: Tensor, key: str | None, value: Tensor) -> None:
+    """Set this rank's part of what `full_value` puts together; weights follow `renew_weights`.
+
+    Args:
+        engine: the DeepSpeed engine, after `link_states`.
+        param: of its module.
+        key: of the optimizer's state; None = the fp32 master.
+        value: whole, fp32.
+    """
+    from deepspeed import utils
+
+    if engine.zero_optimization_stage() == 0:
+        (param if key is None else engine.optimizer.state[param][key]).copy_(value)
+        return
+    set_master, set_state = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+    if hasattr(param, "ds_id"):
+        # Under ZeRO 3 the last rank's part is padded, which DeepSpeed's own split does not do.
+        share = param.ds_tensor.ds_numel
+        # Experts that are shared out are sharded over the ranks that hold the same ones.
+        rank = torch.distributed.get_rank(group=param.ds_process_group)
+        flat = value.flatten()[rank * share :][:share]
+        value = torch.nn.functional.pad(flat, (0, share - len(flat)))
+        set_master, set_state = (
+            utils.safe_set_local_fp32_param,
+            utils.safe_set_local_optimizer_state,
+        )
+    if key is None:
+        set_master(param, value)
+    else:
+        set_state(param, value, key)
+
+
+@torch.no_grad()
+def renew_weights(engine: Any) -> None:
+    """Make all weights from their fp32 masters, which were set. All ranks must call this."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        _reassign_stage_3(optimizer)
+    elif stage > 0:
+        optimizer.update_lp_params()

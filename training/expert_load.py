@@ -1,0 +1,224 @@
+"""What the counts of an interval say of experts: balance, dead and starved ones, traffic.
+
+L blocks, E experts, B timestep buckets, R ranks of an expert-parallel group, T tokens, D width.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.gate import RoutingPlan
+
+STARVED_FRACTION = 0.1  # of the even share; the paper's prior with 8 experts goes down to 0.18
+DEAD_INTERVALS = 10  # logging intervals without a sample
+PASSES, PASSES_WITH_RECOMPUTATION = 2, 3  # forward and backward; what is recomputed travels again
+
+
+def load_metrics(expert_count: Tensor, num_samples: float) -> dict[str, float]:
+    """Describe how samples spread over experts.
+
+    Args:
+        expert_count: (L, E) samples routed to each expert, summed over ranks.
+        num_samples: samples seen; every sample meets K experts in every block.
+
+    Returns:
+        Per expert the fraction of samples it received (rows sum to K); per block the entropy of
+        the loads relative to its maximum (1 = even, 0 = one expert takes all) and max/mean; and
+        the means of both over blocks, plus the numbers of experts that received nothing and of
+        those whose share is below STARVED_FRACTION of the even one, the former included.
+    """
+    depth, num_experts = expert_count.shape
+    load = expert_count / num_samples  # (L, E)
+    share = expert_count / expert_count.sum(dim=1, keepdim=True)  # (L, E)
+    entropy = relative_entropy(expert_count)  # (L,)
+    max_over_mean = share.amax(dim=1) * num_experts  # (L,)
+    metrics = {
+        "moe/load_entropy": float(entropy.mean()),
+        "moe/load_max_over_mean": float(max_over_mean.mean()),
+        "moe/idle_experts": float((expert_count == 0).sum()),
+        "moe/starved_experts": float((share * num_experts < STARVED_FRACTION).sum()),
+    }
+    for block in range(depth):
+        metrics[f"moe_entropy/block_{block:02d}"] = float(entropy[block])
+        metrics[f"moe_max_over_mean/block_{block:02d}"] = float(max_over_mean[block])
+        for expert in range(num_experts):
+            metrics[load_tag(block, expert)] = float(load[block, expert])
+    return metrics
+
+
+def load_tag(block: int, expert: int) -> str:
+    """Name the fraction of samples that an expert received."""
+    return f"moe_load/block_{block:02d}/expert_{expert}"
+
+
+def relative_entropy(counts: Tensor) -> Tensor:
+    """Return the entropy of counts over their last dimension, 1 = even, 0 = all in one place.
+
+    A single place is even by definition; nothing at all gives NaN.
+    """
+    num_places = counts.shape[-1]
+    share = counts / counts.sum(dim=-1, keepdim=True)
+    entropy = -torch.special.xlogy(share, share).sum(dim=-1)
+    return entropy / math.log(num_places) if num_places > 1 else torch.ones_like(entropy)
+
+
+def entropy_by_timestep(expert_count: Tensor, ranges: list[str]) -> dict[str, float]:
+    """Say how evenly each range of timesteps uses the experts, as the mean over blocks.
+
+    Args:
+        expert_count: (L, E, B); a range that drew no sample is left out.
+        ranges: the names of the B ranges.
+    """
+    entropy = relative_entropy(expert_count.transpose(1, 2)).mean(dim=0)  # (B,)
+    return {
+        f"moe_entropy_by_timestep/{name}": float(value)
+        for name, value, count in zip(ranges, entropy, expert_count.sum(dim=(0, 1)), strict=True)
+        if count > 0
+    }
+
+
+class ExchangeShape(NamedTuple):
+    """What expert parallelism sends for one sample of one block.
+
+    Attributes:
+        group_rank: this rank's place in its expert-parallel group.
+        group_size: R.
+        row_bytes: of a sample's activations, T * D numbers.
+        num_passes: forward and backward, and forward once more with recomputation.
+    """
+
+    group_rank: int
+    group_size: int
+    row_bytes: int
+    num_passes: int
+
+
+def exchange_shape(model: Any, rank: int, group_size: int, precision: str) -> ExchangeShape | None:
+    """Describe a model's exchanges; None without expert parallelism.
+
+    Args:
+        model: a SwitchDiT.
+        rank: of this process among all ranks.
+        group_size: R.
+        precision: "bf16", "autocast" or "fp32"; autocast's products, and with them the stream
+            between blocks, are bf16.
+    """
+    if group_size == 1:
+        return None
+    number_bytes = 4 if precision == "fp32" else 2
+    num_passes = PASSES_WITH_RECOMPUTATION if model.activation_checkpointing else PASSES
+    row_bytes = model.pos_embed.numel() * number_bytes  # (T, D)
+    return ExchangeShape(rank % group_size, group_size, row_bytes, num_passes)
+
+
+class ExchangeSums:
+    """Rows that this rank sends to each rank of its group, from the plans' split sizes.
+
+    They are numbers of the host already, so nothing here touches the device.
+    """
+
+    def __init__(self, depth: int, shape: ExchangeShape) -> None:
+        self._shape = shape
+        self._rows = torch.zeros(depth, shape.group_size, dtype=torch.float64)
+        self._kept = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, plan: RoutingPlan) -> None:
+        """Count one micro-step's plan."""
+        rows = torch.tensor([dispatch.send_splits for dispatch in plan.dispatch])  # (L, R)
+        self._rows += rows
+        self._kept += rows[:, self._shape.group_rank].sum()
+
+    def flat(self) -> Tensor:
+        """Return the sums as one vector of the host, to be added up over ranks."""
+        return torch.cat((self._rows.flatten(), self._kept))
+
+    def metrics(
+        self, flat: Tensor, num_samples: float, num_steps: int, world_size: int
+    ) -> dict[str, float]:
+        """Describe an interval's exchanges.
+
+        Args:
+            flat: what `flat` returned, summed over ranks.
+            num_samples: of the interval, over all ranks.
+            num_steps: of the interval.
+            world_size: ranks of the job.
+
+        Returns:
+            MiB that a rank sends to others per step (mean over ranks; every row there and its sum
+            back, in every pass), copies of a sample per block that leave its rank, and the rows
+            that the busiest place of a group receives relative to the mean: the mean over blocks
+            and the worst block. They are those of the interval's sums, so a place that is the
+            busiest in every step shows, and chance does not.
+        """
+        shape, depth = self._shape, len(self._rows)
+        rows, kept = flat[:-1].view(depth, shape.group_size), float(flat[-1])
+        moved = float(rows.sum()) - kept
+        sent_bytes = 2 * moved * shape.row_bytes * shape.num_passes
+        max_over_mean = rows.amax(dim=1) / rows.mean(dim=1)  # (L,)
+        return {
+            "comm/mib_sent_per_step": sent_bytes / world_size / num_steps / 2**20,
+            "comm/copies_per_sample": moved / (num_samples * depth),
+            "comm/rank_load_max_over_mean": float(max_over_mean.mean()),
+            "comm/rank_load_max_over_mean_worst_block": float(max_over_mean.max()),
+        }
+
+
+class LoadHistory:
+    """Which experts have been without samples for long, and who served which timesteps lately.
+
+    Args:
+        depth: L.
+        num_experts: E; 0 = a model without experts.
+        records: of the metrics of earlier intervals, of a run that is continued.
+    """
+
+    def __init__(
+        self, depth: int, num_experts: int, records: Iterable[dict[str, Any]] = ()
+    ) -> None:
+        self._shape = depth, num_experts
+        self._num_idle = torch.zeros(depth, num_experts, dtype=torch.int64)  # intervals in a row
+        self._is_seen = torch.zeros(depth, num_experts, dtype=torch.bool)
+        self._since_picture: Tensor | None = None
+        tags = [[load_tag(block, e) for e in range(num_experts)] for block in range(depth)]
+        for record in records:
+            if num_experts and tags[0][0] in record:
+                self._follow(torch.tensor([[record[tag] for tag in row] for row in tags]))
+
+    def _follow(self, load: Tensor) -> None:
+        self._is_seen |= load > 0
+        self._num_idle = torch.where(load > 0, 0, self._num_idle + 1)
+
+    def add(self, expert_count: Tensor | None) -> tuple[dict[str, float], str]:
+        """Add an interval's counts (L, E, B); None if no sample of it counted.
+
+        Returns:
+            The numbers of experts that never had a sample and of those without one in the last
+            DEAD_INTERVALS intervals; and, for those that became so just now, who they are.
+        """
+        if expert_count is None:
+            return {}, ""
+        self._follow(expert_count.sum(dim=2))
+        earlier = 0 if self._since_picture is None else self._since_picture
+        self._since_picture = earlier + expert_count
+        metrics = {
+            "moe/never_used_experts": float((~self._is_seen).sum()),
+            "moe/dead_experts": float((self._num_idle >= DEAD_INTERVALS).sum()),
+        }
+        return metrics, _names(self._num_idle == DEAD_INTERVALS)
+
+    def take_counts(self) -> Tensor | None:
+        """Return the counts (L, E, B) since the last call, or None, and begin anew."""
+        counts, self._since_picture = self._since_picture, None
+        return counts
+
+
+def _names(flags: Tensor) -> str:
+    """List the experts whose flag (L, E) is set; empty if there is none."""
+    parts = []
+    for block, row in enumerate(flags):
+        if row.any():
+            parts.append(f"block {block}: {', '.join(map(str, row.nonzero()[:, 0].tolist()))}")
+    return "; ".join(parts)
