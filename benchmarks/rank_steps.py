@@ -7,6 +7,8 @@ others may use the machine too.
 import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +122,9 @@ def _measure_job(rank: int, world_size: int, job: StepJob, num_steps: int) -> fl
     from training.engine import build_engine
     from training.objective import Objective
 
-    engine = build_engine(job.config, merge_deepspeed(job.deepspeed, job.config, world_size))
+    merged = merge_deepspeed(job.deepspeed, job.config, world_size)
+    with redirect_stdout(StringIO()):  # DeepSpeed prints that it makes groups of ranks
+        engine = build_engine(job.config, merged)
     objective = Objective(job.config, rank, 1.0, 0.0, CPU)
     best = float("inf")
     for step in range(num_steps + 1):

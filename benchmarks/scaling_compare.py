@@ -59,6 +59,12 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         if args.compare and not plans[world_size]:
             raise ConfigError(f"--gpus {world_size}: none of the layouts can be trained on it.")
     print(describe_machine(torch.device("cpu")))
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores / 2:
+        print(
+            f"warning: other work is running (load {load:.1f} on {cores} cores), and it changes "
+            "while this measures; the error below is then that of the measurement"
+        )
     machine = hardware.overridden(fit_cpu(config), args)
     print(hardware.describe(machine), flush=True)
     if args.compare:

@@ -85,7 +85,8 @@ def _draw_speed(draw: ImageDraw.ImageDraw, best: list[Prediction]) -> None:
         label = f"Z{layout.stage}"
         if layout.expert_parallel_size > 1:
             label += f" EP{layout.expert_parallel_size}"
-        draw.text((px, py + 10), label, fill=INK, font=_font(13), anchor="ma")
+        style = {"font": _font(13), "anchor": "ma", "stroke_width": 2, "stroke_fill": "white"}
+        draw.text((px, py + 10), label, fill=INK, **style)
     draw.rectangle(LEFT_PANEL, outline=INK)
     draw.text((left + 12, top + 10), "images per second", fill=CURVE, font=_font(15), anchor="la")
     draw.text((left + 12, top + 32), "- - perfect scaling", fill=IDEAL, font=_font(15), anchor="la")

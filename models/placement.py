@@ -28,9 +28,9 @@ from torch import Tensor
 
 PLACEMENTS = ("contiguous", "strided", "balanced")
 
-# Up to this many ways to share out the experts of a block, all are tried: 16 experts on 2 ranks
-# have 6,435, 12 on 4 have 15,400, 16 on 4 have 2.6 million.
-MAX_PARTITIONS = 20_000
+# Up to this many ways to share out the experts of a block, all are tried: 8 experts on 4 ranks
+# have 105, 12 on 3 have 5,775, 16 on 4 have 2.6 million.
+MAX_PARTITIONS = 6_000
 ALIGNING_SWEEPS = 3
 
 IntArray = NDArray[np.int64]
@@ -61,17 +61,10 @@ def place(
         return contiguous_slots(depth, num_experts)
     if kind == "strided":
         return _slots(np.tile(np.arange(num_experts) % num_ranks, (depth, 1)))
-    # Timesteps with the same experts in all blocks count as one: a trained gate has few kinds.
-    rows, kind_of = np.unique(
-        chosen.swapaxes(0, 1).reshape(len(timestep_weight), -1), axis=0, return_inverse=True
-    )
-    weight = np.zeros(len(rows), np.int64)
-    np.add.at(weight, kind_of.ravel(), timestep_weight)
-    uses = rows.reshape(len(rows), depth, num_experts).swapaxes(0, 1)  # (L, P, E)
     is_few = exact and num_partitions(num_experts, num_ranks) <= MAX_PARTITIONS
     share_out = _best_partition if is_few else _searched_partition
-    ranks = np.stack([share_out(of_block, weight, num_ranks) for of_block in uses])
-    return _slots(_align(ranks, uses, weight, num_ranks))
+    ranks = [share_out(*_distinct(uses, timestep_weight), num_ranks) for uses in chosen]
+    return _slots(_align(np.stack(ranks), chosen, timestep_weight, num_ranks))
 
 
 def chosen_experts(gate_table: Tensor, top_k: int) -> BoolArray:
@@ -140,6 +133,22 @@ def _partitions(num_experts: int, num_ranks: int) -> tuple[IntArray, IntArray]:
     return np.array(groups), np.array(ways(tuple(range(num_experts))))
 
 
+def _distinct(uses: BoolArray, weight: IntArray) -> tuple[BoolArray, IntArray]:
+    """Count timesteps with the same experts as one: gates are smooth, so there are few kinds.
+
+    Args:
+        uses: (S, E) of one block.
+        weight: (S,).
+
+    Returns:
+        (P, E) and (P,).
+    """
+    kinds, kind = np.unique(uses, axis=0, return_inverse=True)
+    total = np.zeros(len(kinds), np.int64)
+    np.add.at(total, kind.ravel(), weight)
+    return kinds, total
+
+
 def _best_partition(uses: BoolArray, weight: IntArray, num_ranks: int) -> IntArray:
     """Try all ways to share out a block's experts; return the rank of each, (E,).
 
@@ -206,10 +215,11 @@ def _swap_for_traffic(
     """Exchange the two experts that save most traffic without making the worst rank worse."""
     worst, num_ranks = of_rank.max(), len(of_rank)
     is_held = ranks[:, None] == np.arange(num_ranks)  # (E, R)
-    used = uses.astype(np.int64)
+    # In float64, which is exact up to 2^53: numpy multiplies matrices of integers slowly.
+    used, weight = uses.astype(np.float64), weight.astype(np.float64)
     count = used @ is_held  # (P, R) experts of each rank
     reach = weight @ (count > 0)  # (R,)
-    best, saving = None, 0
+    best, saving = None, 0.0
     for one in range(len(ranks)):
         others = np.flatnonzero(ranks > ranks[one])
         if not len(others):
@@ -237,8 +247,8 @@ def _align(ranks: IntArray, uses: BoolArray, weight: IntArray, num_ranks: int) -
 
     Args:
         ranks: (L, E).
-        uses: (L, P, E).
-        weight: (P,).
+        uses: (L, S, E).
+        weight: (S,).
         num_ranks: R.
     """
     reached = [
@@ -246,7 +256,7 @@ def _align(ranks: IntArray, uses: BoolArray, weight: IntArray, num_ranks: int) -
         for uses_of, rank in zip(uses, ranks, strict=True)
     ]
     label = np.tile(np.arange(num_ranks), (len(ranks), 1))  # of every block's groups
-    total = np.zeros(reached[0].shape, np.int64)  # (P, R) blocks in which a rank serves
+    total = np.zeros(reached[0].shape, np.int64)  # (S, R) blocks in which a rank serves
     for sweep in range(ALIGNING_SWEEPS):
         for block, reach in enumerate(reached):
             if sweep:
