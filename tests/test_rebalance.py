@@ -207,10 +207,13 @@ def test_a_resumed_run_is_bit_identical(runs, name):
 def test_dealing_keeps_the_timesteps_of_a_step_and_gives_them_to_other_samples(runs):
     position, affine = comparable(runs("reference")), comparable(runs("affine"))
 
+    num_changed = 0
     for wanted, record in zip(position, affine, strict=True):
-        ranges = [{key for key in each if "by_timestep" in key} for each in (wanted, record)]
+        ranges = [{k for k in each if k.startswith("mse_by_t")} for each in (wanted, record)]
         assert ranges[0] == ranges[1]
-        assert record["loss/vlb"] != pytest.approx(wanted["loss/vlb"], rel=1e-5)
+        # A new network's error is the noise's square, and the noise stays with its sample.
+        num_changed += sum(record[k] != pytest.approx(wanted[k], rel=1e-4) for k in ranges[0])
+    assert num_changed >= STEPS
     for key in (key for key in position[0] if key.startswith("moe_load/")):
         assert affine[0][key] == pytest.approx(position[0][key])
 
