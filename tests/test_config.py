@@ -1,12 +1,12 @@
 """Presets, strict keys and types, flags, differences, and everything validation refuses."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from data_tools.errors import ConfigError
+from tests.configs import changed
 from training.command_line import parse_command_line
 from training.config import config_from_dict, differences, options
 from training.deepspeed_config import plan_batch
@@ -22,16 +22,6 @@ ZERO = {stage: ROOT / f"ds_configs/zero{stage}.json" for stage in range(4)}
 @pytest.fixture(scope="module")
 def demo():
     return load_preset(str(ROOT / "tests/small.yaml"))
-
-
-def changed(config, **values):
-    """Return the configuration with some leaves replaced."""
-    for leaf in options():
-        if leaf.name in values:
-            part = replace(getattr(config, leaf.section), **{leaf.name: values.pop(leaf.name)})
-            config = replace(config, **{leaf.section: part})
-    assert not values, values
-    return config
 
 
 def manifest(**values):

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +10,15 @@ from data_tools.errors import ConfigError
 from data_tools.order import ORDER_VERSION
 from models.expert_parallel import ShardedExpertParallelMixture
 from models.moe import ExpertOptions
+from tests.configs import small
 from training.checkpoint_manifest import (
     CheckpointManifest,
     Layout,
     TrainState,
     check_resumable,
 )
-from training.config import options
 from training.count import count_parameters
 from training.expert_parallel_checks import expert_values
-from training.preset import load_preset
 from training.validation import validate
 
 STAGES = (0, 1, 2, 3)
@@ -28,14 +26,7 @@ STAGES = (0, 1, 2, 3)
 
 def configuration(**values):
     """Four experts on two ranks each, with some leaves replaced."""
-    values = {"num_experts": 4, "expert_parallel_size": 2} | values
-    config = load_preset(str(Path(__file__).with_name("small.yaml")))
-    for leaf in options():
-        if leaf.name in values:
-            part = replace(getattr(config, leaf.section), **{leaf.name: values.pop(leaf.name)})
-            config = replace(config, **{leaf.section: part})
-    assert not values, values
-    return config
+    return small(**{"num_experts": 4, "expert_parallel_size": 2} | values)
 
 
 @pytest.fixture

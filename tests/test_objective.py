@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,27 +10,16 @@ from models.loss_weights import UncertaintyWeights, cluster_log_variances
 from models.prior import match_units, prior_loss
 from models.switch_dit import SwitchDiTOutput
 from tests import reference_objectives
-from training.config import options
+from tests.configs import small
 from training.objective import Objective
-from training.preset import load_preset
 from training.validation import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPTH, EXPERTS, TIMESTEPS = 6, 3, 1000  # of tests/small.yaml
 
 
-def configuration(**values):
-    config = load_preset(str(ROOT / "tests/small.yaml"))
-    for leaf in options():
-        if leaf.name in values:
-            part = replace(getattr(config, leaf.section), **{leaf.name: values.pop(leaf.name)})
-            config = replace(config, **{leaf.section: part})
-    assert not values, values
-    return config
-
-
 def objective(rank=0, device="cpu", **values):
-    return Objective(configuration(**values), rank, 0.5, 0.1, torch.device(device))
+    return Objective(small(**values), rank, 0.5, 0.1, torch.device(device))
 
 
 def stored(positions, label=0):
@@ -263,7 +251,7 @@ def test_a_run_without_a_stored_matching_matches_at_once():
 )
 def test_objectives_that_do_not_exist_are_refused_in_one_sentence(values, message):
     with pytest.raises(ConfigError) as raised:
-        validate(configuration(**values), ROOT / "ds_configs" / "zero2.json", world_size=1)
+        validate(small(**values), ROOT / "ds_configs" / "zero2.json", world_size=1)
 
     assert str(raised.value) == message
 
@@ -281,9 +269,9 @@ def test_every_combination_is_either_refused_or_computed(process, weight, learne
     arguments = ROOT / "ds_configs" / "zero2.json", 1
     if is_wrong:
         with pytest.raises(ConfigError):
-            validate(configuration(**values), *arguments)
+            validate(small(**values), *arguments)
         return
-    validate(configuration(**values), *arguments)
+    validate(small(**values), *arguments)
     subject = objective(**values)
     batch = subject.micro_batch(stored(torch.arange(8)))
     log_variance = UncertaintyWeights(TIMESTEPS)() if weight == "uncertainty" else None
