@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from data_tools.encoding import SETTINGS_NAME, EncodingSettings, ShardEncoder, make_settings
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.files import MalformedError, from_json, write_json
 from data_tools.images import ImageFolder, scan_image_folder
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
-from data_tools.shards import MANIFEST_NAME, MalformedError, Manifest, from_json, write_json
+from data_tools.manifest import MANIFEST_NAME, Manifest
 from data_tools.vae import DEFAULT_VAE, DEMO_VAE, Vae, load_vae, resolve_device
 
 DEMO_LATENTS = REPOSITORY / "datasets" / "demo"

@@ -23,25 +23,23 @@ import numpy as np
 import torch
 
 from data_tools.errors import ConfigError
+from data_tools.files import MalformedError, from_json, replace_file, write_json
 from data_tools.images import BadImageError, ImageFolder, load_pixels
-from data_tools.order import permutation
-from data_tools.records import RecordLayout, Sample, sample_key
-from data_tools.shards import (
+from data_tools.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     ChannelStatistics,
     ClassEntry,
     ImageFormat,
     LatentFormat,
-    MalformedError,
     Manifest,
+    Members,
     Shard,
     SourceList,
     VaeReference,
-    from_json,
-    replace_file,
-    write_json,
 )
+from data_tools.order import permutation
+from data_tools.records import RecordLayout, Sample, sample_key
 from data_tools.vae import Vae, encode_moments
 from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
@@ -117,6 +115,7 @@ def make_settings(
             dtype="float16",
             layout="mean | log-variance on axis 0, unscaled",
             flip=flip,
+            precision="fp32",
         ),
         image=ImageFormat(size=size, crop=CROP),
         source=digest.hexdigest(),
@@ -197,6 +196,7 @@ class ShardEncoder:
             bytes=tar.stat().st_size,
             sha256=digest.hexdigest(),
             stride=layout.stride,
+            index_sha256="",
             first_key=keys[0] if keys else "",
             skipped=sorted(skipped),
         )
@@ -277,6 +277,7 @@ class ShardEncoder:
             num_samples=num_samples,
             shards=shards,
             latent=settings.latent,
+            members=Members("moments.npy", "flip.npy" if settings.latent.flip else "", "cls"),
             vae=settings.vae,
             statistics=_statistics(sidecars, num_samples, settings.latent.shape),
             image=settings.image,

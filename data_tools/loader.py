@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
+from data_tools.manifest import DatasetManifest
 from data_tools.order import StreamOrder
 from data_tools.records import DamagedRecordError
-from data_tools.shards import DatasetManifest
 from models.randomness import Stream, uniform
 
 QUEUE_DEPTH = 4  # micro-batches ready ahead of the consumer

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from data_tools.shards import VaeReference
+from data_tools.manifest import VaeReference
 from models.latents import vae_latents
 
 REPOSITORY = Path(__file__).resolve().parents[1]

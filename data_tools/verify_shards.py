@@ -14,8 +14,8 @@ import numpy as np  # noqa: E402 -- after sys.path is set
 from tqdm import tqdm  # noqa: E402
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error  # noqa: E402
+from data_tools.manifest import DatasetManifest, Shard
 from data_tools.records import DamagedRecordError, RecordLayout  # noqa: E402
-from data_tools.shards import DatasetManifest, Shard  # noqa: E402
 
 _CHUNK_BYTES = 1 << 22
 

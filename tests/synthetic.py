@@ -1,12 +1,13 @@
 """Small data sets whose content tells which sample was read, without any VAE."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from data_tools.records import RecordLayout, Sample, sample_key
-from data_tools.shards import (
+from data_tools.files import replace_file, write_json
+from data_tools.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     ChannelStatistics,
@@ -15,12 +16,12 @@ from data_tools.shards import (
     ImageFormat,
     LatentFormat,
     Manifest,
+    Members,
     Shard,
     SourceList,
     VaeReference,
-    replace_file,
-    write_json,
 )
+from data_tools.records import RecordLayout, Sample, sample_key
 
 SHAPE = (8, 4, 4)
 NUM_CLASSES = 3
@@ -62,16 +63,18 @@ def make_dataset(
         ]
         path = folder / f"{index:05d}.tar"
         replace_file(path, lambda file, samples=samples: layout.write(file, samples))
-        name, first_key = path.name, sample_key(first) if size else ""
-        shards.append(
-            Shard(name, size, path.stat().st_size, "0" * 64, layout.stride, first_key, [])
-        )
+        data, first_key = path.read_bytes(), sample_key(first) if size else ""
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(Shard(path.name, size, len(data), digest, layout.stride, "", first_key, []))
         first += size
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         num_samples=first,
         shards=shards,
-        latent=LatentFormat("moments", list(shape), "float16", "mean | log-variance", has_flip),
+        latent=LatentFormat(
+            "moments", list(shape), "float16", "mean | log-variance", has_flip, "fp32"
+        ),
+        members=Members("moments.npy", "flip.npy" if has_flip else "", "cls"),
         vae=VaeReference("data_tools/demo_vae", "0" * 64, 0.5, 0.0),
         statistics=ChannelStatistics([0.0] * (shape[0] // 2), [1.0] * (shape[0] // 2)),
         image=ImageFormat(16, "adm-center"),

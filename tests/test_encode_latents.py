@@ -23,7 +23,7 @@ from data_tools.encoding import SETTINGS_NAME, ShardEncoder
 from data_tools.errors import ConfigError
 from data_tools.images import load_pixels, scan_image_folder
 from data_tools.loader import LatentStream
-from data_tools.shards import MANIFEST_NAME, DatasetManifest
+from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.vae import DEMO_VAE, encode_moments, load_vae
 from tests.launch import REPOSITORY, environment, finish, run, start
 

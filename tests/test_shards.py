@@ -13,9 +13,10 @@ import torch
 import webdataset as wds
 
 from data_tools.errors import ConfigError
+from data_tools.files import replace_file
 from data_tools.loader import SampleReader
+from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.records import RecordLayout, Sample
-from data_tools.shards import MANIFEST_NAME, DatasetManifest, replace_file
 from data_tools.verify_shards import main as verify_main
 from data_tools.verify_shards import shard_problem
 from tests.synthetic import SHAPE, make_dataset, moments_of
@@ -98,8 +99,36 @@ def test_a_manifest_tells_what_training_needs(tmp_path):
     assert [entry.name for entry in manifest.classes] == ["class 0", "class 1", "class 2"]
     assert manifest.vae.scaling_factor == 0.5
     assert manifest.folder == tmp_path
-    assert manifest.hash == hashlib.sha256((tmp_path / MANIFEST_NAME).read_bytes()).hexdigest()
     assert make_dataset(tmp_path / "other", [5, 3]).hash != manifest.hash
+
+
+def test_the_hash_of_a_data_set_is_that_of_what_training_reads(tmp_path):
+    known = make_dataset(tmp_path, [5, 4]).hash
+    path = tmp_path / MANIFEST_NAME
+
+    def changed(change):
+        content = json.loads(path.read_text())
+        change(content)
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        (tmp_path / "copy" / MANIFEST_NAME).write_text(json.dumps(content))
+        return DatasetManifest.load(tmp_path / "copy", check_shards=False).hash
+
+    assert changed(lambda c: c["versions"].update(torch="9.9")) == known
+    assert changed(lambda c: c["vae"].update(id="/elsewhere")) == known
+    assert changed(lambda c: c["classes"][0].update(name="cat")) == known
+    assert changed(lambda c: c["vae"].update(sha256="1" * 64)) != known
+    assert changed(lambda c: c["classes"][0].update(id="cat")) != known
+    assert changed(lambda c: c["shards"][1].update(sha256="1" * 64)) != known
+
+
+@pytest.mark.parametrize("name", ["../00000.tar", "/00000.tar", "a/b.tar", "pipe:id.tar", ".tar"])
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path, name):
+    make_dataset(tmp_path, [2])
+    edit(shards=[json.loads((tmp_path / MANIFEST_NAME).read_text())["shards"][0] | {"name": name}])(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match="no plain NAME.tar"):
+        DatasetManifest.load(tmp_path, check_shards=False)
 
 
 def test_a_copy_of_the_manifest_loads_without_shards(tmp_path):
@@ -144,7 +173,7 @@ def cut_shard(folder):
         (lambda f: (f / MANIFEST_NAME).unlink(), "no dataset.json, encoding did not finish; run "),
         (lambda f: (f / MANIFEST_NAME).write_text("{"), "dataset.json: is not JSON"),
         (lambda f: (f / MANIFEST_NAME).write_text("[]"), "lacks ['classes', 'format_version'"),
-        (edit(format_version=9), "has format version 9, this code reads 1; "),
+        (edit(format_version=9), "has format version 9, this code reads 2; "),
         (drop("vae"), "the content lacks ['vae'] and has the unknown []"),
         (edit(extra=1), "lacks [] and has the unknown ['extra']"),
         (edit(num_samples="7"), "num_samples is '7', which is no int"),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_tools.manifest import DatasetManifest
 from data_tools.order import StreamOrder
 from data_tools.records import RecordLayout
-from data_tools.shards import DatasetManifest
 from models.diffusion import LossTerms
 from tests.launch import REPOSITORY, run, run_jobs
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from data_tools.files import replace_file
 from data_tools.order import ORDER_VERSION
-from data_tools.shards import replace_file
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
     LATEST_FILE,

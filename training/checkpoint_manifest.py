@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.files import MalformedError, from_json
 from data_tools.order import ORDER_VERSION
-from data_tools.shards import MalformedError, from_json
 from training.processes import RunError, agreed_message
 
 CHECKPOINT_DIR = "checkpoints"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.shards import DatasetManifest
+from data_tools.manifest import DatasetManifest
 from data_tools.vae import Vae, load_decoder
 from training.checkpoint_manifest import (
     CheckpointManifest,

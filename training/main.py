@@ -17,7 +17,7 @@ import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
 from data_tools.errors import exit_on_config_error
-from data_tools.shards import MANIFEST_NAME
+from data_tools.manifest import MANIFEST_NAME
 from models.switch_dit import MODEL_NAMES
 from training import processes
 from training.checkpoint_manifest import (

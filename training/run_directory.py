@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.shards import MANIFEST_NAME, DatasetManifest, replace_file
+from data_tools.files import replace_file
+from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from training.checkpoint_manifest import CHECKPOINT_DIR
 from training.config import Config, differences
 from training.preset import load_preset

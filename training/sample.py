@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.shards import DatasetManifest
+from data_tools.manifest import DatasetManifest
 from data_tools.vae import Vae, decode_pixels, load_decoder
 from models.switch_dit import SwitchDiT
 from training.config import Config

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.errors import ArgumentParser, ConfigError
-from data_tools.shards import DatasetManifest
+from data_tools.manifest import DatasetManifest
 from models.guidance import OFFICIAL_CHANNELS, Guidance
 from models.sampler import SAMPLING_METHODS, methods_for
 from training.config import Config, option_named

@@ -26,7 +26,7 @@ from training.option import either
 
 
 class Dataset(Protocol):
-    """What validation needs of data_tools.shards.DatasetManifest."""
+    """What validation needs of data_tools.manifest.DatasetManifest."""
 
     folder: Any
     num_samples: int

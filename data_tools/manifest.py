@@ -7,18 +7,16 @@ C latent channels, H W latent size.
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
 
 from data_tools.errors import ConfigError
+from data_tools.files import MalformedError, from_json
 from data_tools.records import RecordLayout
 
 MANIFEST_NAME = "dataset.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _ENCODE = "python data_tools/encode_latents.py"
 
 
@@ -30,7 +28,10 @@ class Shard:
     num_samples: int
     bytes: int
     sha256: str
-    stride: int  # bytes from one sample to the next
+    stride: (
+        int  # bytes from one sample to the next; 0: the index beside the tar says where they lie
+    )
+    index_sha256: str  # of that index, which only tars written by others need; else ""
     first_key: str
     skipped: list[str]  # image files that could not be decoded, relative to the input folder
 
@@ -39,11 +40,21 @@ class Shard:
 class LatentFormat:
     """What a sample's array holds."""
 
-    kind: str  # "moments"
-    shape: list[int]  # (2C, H, W)
+    kind: str  # "moments" of the posterior, or "latents": one frozen draw, unscaled
+    shape: list[int]  # (2C, H, W), of latents (C, H, W)
     dtype: str
     layout: str
-    flip: bool  # moments of the mirrored images are stored too
+    flip: bool  # those of the mirrored images are stored too
+    precision: str  # of the VAE's arithmetic: fp32, bf16, fp16, or unknown
+
+
+@dataclass(frozen=True)
+class Members:
+    """What the members of a sample are called in the tars, after the key and a dot."""
+
+    array: str
+    flip: str  # "" where mirrored images are not stored
+    label: str  # "" where there are no labels
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class Manifest:
     num_samples: int
     shards: list[Shard]
     latent: LatentFormat
+    members: Members
     vae: VaeReference
     statistics: ChannelStatistics
     image: ImageFormat
@@ -114,7 +126,7 @@ class DatasetManifest(Manifest):
 
     Attributes:
         folder: where the shards are.
-        hash: sha256 of dataset.json; another value means another data set.
+        hash: sha256 of what training reads; another value means another data set.
     """
 
     folder: Path
@@ -144,7 +156,7 @@ class DatasetManifest(Manifest):
             for shard in manifest.shards:
                 _check_shard(folder / shard.name, shard)
         values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
-        return cls(**values, folder=folder, hash=hashlib.sha256(text).hexdigest())
+        return cls(**values, folder=folder, hash=content_hash(manifest))
 
     @property
     def latent_channels(self) -> int:
@@ -176,6 +188,20 @@ class DatasetManifest(Manifest):
         """The bytes of a sample."""
         channels, height, width = self.latent.shape
         return RecordLayout((channels, height, width), self.latent.flip)
+
+
+def content_hash(manifest: Manifest) -> str:
+    """Return the sha256 of all that decides what training reads.
+
+    Where the VAE was found, which tools wrote the files, and what people call a class do not count:
+    a data set that was copied or encoded again with newer tools to the same bytes is the same.
+    """
+    content = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
+    counted = asdict(Manifest(**content))
+    del counted["versions"], counted["source"], counted["vae"]["id"]
+    for entry in counted["classes"]:
+        del entry["name"]
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
 
 def _parse(path: Path, text: bytes) -> Manifest:
@@ -210,6 +236,10 @@ def _check_consistent(manifest: Manifest) -> None:
         raise MalformedError(
             f"num_samples is {manifest.num_samples} but the shards hold {in_shards}"
         )
+    for shard in manifest.shards:
+        # The name may come from anywhere; it must not lead out of the data's or the cache's folder.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar", shard.name):
+            raise MalformedError(f"a shard is called {shard.name!r}, which is no plain NAME.tar")
     stride = RecordLayout((shape[0], shape[1], shape[2]), manifest.latent.flip).stride
     for shard in manifest.shards:
         if shard.stride != stride:
@@ -229,53 +259,3 @@ def _check_shard(path: Path, shard: Shard) -> None:
             f"{path}: {found}, {MANIFEST_NAME} says {shard.bytes} bytes; copy the shard again, or "
             f"delete {MANIFEST_NAME} and run {_ENCODE} with the same flags again."
         )
-
-
-class MalformedError(Exception):
-    """JSON that is not what a dataclass describes."""
-
-
-def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
-    """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors."""
-    if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        if not isinstance(value, dict) or value.keys() != hints.keys():
-            given = set(value) if isinstance(value, dict) else set()
-            missing, unknown = sorted(set(hints) - given), sorted(given - set(hints))
-            raise MalformedError(f"{where} lacks {missing} and has the unknown {unknown}")
-        parts = {name: from_json(hints[name], value[name], name) for name in hints}
-        return kind(**parts)
-    if get_origin(kind) is list and isinstance(value, list):
-        return [from_json(get_args(kind)[0], item, f"an item of {where}") for item in value]
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return {name: from_json(get_args(kind)[1], item, name) for name, item in value.items()}
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise MalformedError(f"{where} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
-    return value
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a dataclass or dictionary as JSON, whole or not at all.
-
-    Several processes may write the same content at once: each has a temporary file of its own.
-    """
-    value = asdict(content) if is_dataclass(content) else content
-    text = json.dumps(value, indent=1) + "\n"
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    replace_file(path, lambda file: file.write(text.encode()), temporary)
-
-
-def replace_file(path: Path, write: Callable[[Any], object], temporary: Path | None = None) -> None:
-    """Call write(file) on a temporary file, flush it to the disk and give it its name."""
-    temporary = temporary or path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,0 +1,59 @@
+"""JSON files that are read strictly, and files that are written whole or not at all."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+
+class MalformedError(Exception):
+    """JSON that is not what a dataclass describes."""
+
+
+def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
+    """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            given = set(value) if isinstance(value, dict) else set()
+            missing, unknown = sorted(set(hints) - given), sorted(given - set(hints))
+            raise MalformedError(f"{where} lacks {missing} and has the unknown {unknown}")
+        parts = {name: from_json(hints[name], value[name], name) for name in hints}
+        return kind(**parts)
+    if get_origin(kind) is list and isinstance(value, list):
+        return [from_json(get_args(kind)[0], item, f"an item of {where}") for item in value]
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {name: from_json(get_args(kind)[1], item, name) for name, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise MalformedError(f"{where} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a dataclass or dictionary as JSON, whole or not at all.
+
+    Several processes may write the same content at once: each has a temporary file of its own.
+    """
+    value = asdict(content) if is_dataclass(content) else content
+    text = json.dumps(value, indent=1) + "\n"
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    replace_file(path, lambda file: file.write(text.encode()), temporary)
+
+
+def replace_file(path: Path, write: Callable[[Any], object], temporary: Path | None = None) -> None:
+    """Call write(file) on a temporary file, flush it to the disk and give it its name."""
+    temporary = temporary or path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
