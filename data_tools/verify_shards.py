@@ -1,79 +1,161 @@
-"""Check every byte of a data set: sizes, checksums, and that the samples lie where they should.
+"""Check a data set against its dataset.json, report in one page, and repair what is broken.
 
-python data_tools/verify_shards.py --data latents/imagenet256
+    python data_tools/verify_shards.py --data latents/imagenet256 --quick
+    python data_tools/verify_shards.py --data latents/imagenet256 --report report.txt
+    python data_tools/verify_shards.py --data latents/imagenet256 --repair --input imagenet/train
+
+The exit code is 0 if the data set is intact and 2 if not.
 """
 
-import hashlib
+import argparse
 import sys
+import threading
+import time
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np  # noqa: E402 -- after sys.path is set
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error  # noqa: E402
-from data_tools.manifest import DatasetManifest, Shard
-from data_tools.records import DamagedRecordError, RecordLayout  # noqa: E402
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.findings import SHARD_PARTS, Verification
+from data_tools.verification import default_workers, verify
+from data_tools.verification_report import readable_bytes, report, sentence
 
-_CHUNK_BYTES = 1 << 22
-
-
-def shard_problem(path: Path, shard: Shard, layout: RecordLayout) -> str | None:
-    """Say what is wrong with a shard; None if nothing is."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-            if digest.hexdigest() != shard.sha256:
-                return "its sha256 is not that of dataset.json"
-            for row in range(shard.num_samples):
-                _check_sample(file.fileno(), row, layout)
-    except OSError as err:
-        return f"cannot be read ({err.strerror})"
-    except DamagedRecordError as err:
-        return str(err)
-    return None
+PLAIN_PROGRESS_SEC = 10.0  # between lines where the output is no terminal
 
 
-def _check_sample(descriptor: int, row: int, layout: RecordLayout) -> None:
-    label = np.empty((1, layout.label_bytes), np.uint8)
-    header = np.empty((1, layout.header_bytes), np.uint8)
-    array = np.empty(layout.array_bytes, np.uint8)
-    for use_flip in (False, True) if layout.has_flip else (False,):
-        layout.read(descriptor, row, label[0], header[0], array, use_flip)
-        layout.check(label, header, np.array([use_flip]))
-    if not np.isfinite(array.view(np.float16)).all():
-        raise DamagedRecordError(f"holds a value that is no number in sample {row}")
+class _Progress:
+    """Counts checked bytes on a terminal's bar, or in plain lines (a batch job's log)."""
+
+    def __init__(self) -> None:
+        self.is_plain = not sys.stderr.isatty()
+        self.bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=self.is_plain)
+        self.done, self.started = 0, time.monotonic()
+        self.next_line = self.started + PLAIN_PROGRESS_SEC
+        self.lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Add bytes that were just checked; from any thread."""
+        with self.lock:
+            self.done += count
+            self.bar.update(count)
+            now = time.monotonic()
+            if self.is_plain and now >= self.next_line:
+                self.next_line = now + PLAIN_PROGRESS_SEC
+                speed = self.done / (now - self.started)
+                print(f"{readable_bytes(self.done)} checked, {readable_bytes(speed)}/s", flush=True)
 
 
-def verify(manifest: DatasetManifest, is_quiet: bool = False) -> list[str]:
-    """Return the damaged shards, each with what is wrong."""
-    layout, problems = manifest.layout, []
-    for shard in tqdm(manifest.shards, unit="shard", disable=is_quiet or not sys.stderr.isatty()):
-        problem = shard_problem(manifest.folder / shard.name, shard, layout)
-        if problem:
-            problems.append(f"{shard.name} {problem}")
-    return problems
+def check(args: argparse.Namespace, known: Verification | None = None) -> Verification:
+    """Verify as the flags say; take over from `known` the shards that were sound."""
+    progress = _Progress()
+    result = verify(
+        args.data,
+        is_quick=args.quick,
+        num_workers=args.workers,
+        on_bytes=progress.add,
+        known={} if known is None else known.contents,
+    )
+    progress.bar.close()
+    return result
+
+
+def repair(result: Verification, args: argparse.Namespace) -> tuple[Verification, list[str]]:
+    """Repair what `result` found; return the check after it, and what was done."""
+    # Imported here: it loads the VAE's library, which a check does not need.
+    from data_tools.repair import RepairSource, repair_shards, repair_small_files
+
+    source = RepairSource(args.input, args.vae, args.device, args.accept_new_bytes)
+    done: list[str] = []
+    # dataset.json first, then the shards that it shows to be damaged, then what follows from them.
+    for _ in range(2):
+        if done_now := repair_shards(result, source, lambda line: print(line, flush=True)):
+            done += done_now
+            result = check(args, known=result)
+    if not result.damaged(*SHARD_PARTS) and (done_now := repair_small_files(result)):
+        done += done_now
+        result = check(args, known=result)
+    return result, done
+
+
+def write_preview_picture(result: Verification, args: argparse.Namespace) -> None:
+    """Write --preview, of the shards that are sound."""
+    # Imported here: it loads the VAE's library, which a check does not need.
+    from data_tools.preview import write_preview
+    from data_tools.vae import resolve_device
+
+    if result.manifest is None:
+        print(f"--preview {args.preview}: not made, it needs dataset.json", flush=True)
+        return
+    device = resolve_device(args.device)
+    without = result.damaged(*SHARD_PARTS)
+    number = write_preview(
+        args.preview, result.manifest, vae=args.vae, device=device, without=without
+    )
+    print(f"{args.preview}: {number} samples", flush=True)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Define the flags and check their values."""
+    parser = ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="The exit code is 0 if the data set is intact and 2 if not.",
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER", help="the data set")
+    add("--quick", action="store_true", help="sizes, first and last samples only: seconds")
+    add("--report", type=Path, metavar="FILE", help="write the report there too, with all findings")
+    add("--preview", type=Path, metavar="FILE", help="write a PNG of some decoded samples")
+    add("--repair", action="store_true", help="make what is broken again, and only that")
+    add("--input", metavar="IMAGES", help="for --repair: what the data set was encoded from")
+    add("--vae", metavar="VAE", help="where the data set's VAE is, if not where dataset.json says")
+    add("--device", metavar="DEVICE", help="of the VAE: cpu, cuda or cuda:N (default: a GPU)")
+    add(
+        "--accept-new-bytes",
+        action="store_true",
+        help="for --repair: take shards that come out with other bytes; no run can resume on them",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=default_workers(),
+        metavar="N",
+        help="threads (default: one per core, at most 16)",
+    )
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}: must be at least 1.")
+    if args.repair and args.quick:
+        raise ConfigError("--repair: needs to read every byte first; leave --quick out.")
+    for name in ("input", "accept_new_bytes"):
+        if getattr(args, name) and not args.repair:
+            raise ConfigError(f"--{name.replace('_', '-')}: serves --repair only; add --repair.")
+    return args
 
 
 def main(argv: list[str]) -> None:
-    """Verify and report."""
-    parser = ArgumentParser(description="Check every shard of a data set.")
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    folder = parser.parse_args(argv).data
-    manifest = DatasetManifest.load(folder)
-    if problems := verify(manifest):
-        raise ConfigError(
-            f"--data {folder}: {len(problems)} of {len(manifest.shards)} shards are damaged: "
-            f"{'; '.join(problems)}; copy them again, or delete them and dataset.json and run "
-            "encode_latents.py with the same flags again."
-        )
-    sys.stdout.write(
-        f"{folder}: {manifest.num_samples} samples in {len(manifest.shards)} shards are intact\n"
-    )
+    """Verify, repair if asked to, and report."""
+    args = parse_arguments(argv)
+    started, done = time.monotonic(), []
+    result = check(args)
+    if args.repair and result.damaged():
+        print(report(result, time.monotonic() - started), flush=True)
+        result, done = repair(result, args)
+    seconds = time.monotonic() - started
+    print(report(result, seconds, done), end="", flush=True)
+    if args.report:
+        try:
+            args.report.write_text(report(result, seconds, done, max_findings=None))
+        except OSError as err:
+            raise ConfigError(
+                f"--report {args.report}: cannot be written ({err.strerror}); name another file."
+            ) from err
+    if args.preview:
+        write_preview_picture(result, args)
+    if result.damaged():
+        raise ConfigError(sentence(result, args.report))
 
 
 if __name__ == "__main__":

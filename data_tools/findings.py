@@ -1,0 +1,89 @@
+"""What a verification looks at and finds; the small files beside the shards."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_tools.manifest import DatasetManifest, Shard
+from data_tools.shard_check import ShardContent
+
+SETTINGS_NAME = "encoding.json"
+SHARD_PARTS = ("shard", "index")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be.
+
+    Attributes:
+        part: "shard", "index" of a tar by others, "sidecar", "manifest", or "note": worth knowing,
+            and no damage.
+        name: of the file.
+        what: is wrong with it, a clause that follows the name.
+    """
+
+    part: str
+    name: str
+    what: str
+
+
+@dataclass
+class Verification:
+    """What was looked at and what was found.
+
+    Attributes:
+        folder: of the data set.
+        is_quick: only sizes, names and first and last samples were looked at.
+        manifest: dataset.json; None if it is missing or malformed.
+        findings: in the order of the shards.
+        contents: of the shards, full checks only.
+        checked: what was compared, and with what outcome, for the report.
+        skipped: what could not be compared, and why.
+        num_bytes: read.
+    """
+
+    folder: Path
+    is_quick: bool
+    manifest: DatasetManifest | None = None
+    findings: list[Finding] = field(default_factory=list)
+    contents: dict[str, ShardContent] = field(default_factory=dict)
+    checked: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def damaged(self, *parts: str) -> list[str]:
+        """Name the files with findings of these parts, all but notes if none is given."""
+        wanted = parts or (*SHARD_PARTS, "sidecar", "manifest")
+        return list(dict.fromkeys(f.name for f in self.findings if f.part in wanted))
+
+
+def expects_sidecars(result: Verification, manifest: DatasetManifest) -> bool:
+    """Whether sidecars are to be expected: a copy for training only may come without."""
+    if any(not shard.stride for shard in manifest.shards):
+        return False
+    if (result.folder / SETTINGS_NAME).exists():
+        return True
+    result.findings.append(
+        Finding("note", SETTINGS_NAME, "is missing: training does not need it, --repair does")
+    )
+    return any((result.folder / s.name).with_suffix(".json").exists() for s in manifest.shards[:1])
+
+
+def read_sidecar(folder: Path, shard: Shard) -> tuple[dict[str, Any] | None, str]:
+    """Return a sidecar that agrees with dataset.json, and else None and what is wrong with it."""
+    path = (folder / shard.name).with_suffix(".json")
+    try:
+        content = json.loads(path.read_bytes())
+        content["totals"]["class_counts"], content["totals"]["channel_sum"]
+    except FileNotFoundError:
+        return None, "is missing"
+    except OSError as err:
+        return None, f"cannot be read ({err.strerror})"
+    except (ValueError, KeyError, TypeError):
+        return None, "is no sidecar"
+    if content.get("shard") != asdict(shard):
+        found = content["shard"] if isinstance(content.get("shard"), dict) else {}
+        differs = [n for n, value in asdict(shard).items() if found.get(n) != value]
+        return None, f"disagrees with dataset.json on {', '.join(differs)}"
+    return content, ""

@@ -1,0 +1,199 @@
+"""Making a damaged data set what it was: shards from the images, small files from the shards.
+
+A shard is encoded into a scratch folder first and takes its place only if it has the bytes that
+dataset.json asks for; so a repair on another machine, or from changed images, harms nothing.
+"""
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from data_tools.encoding import (
+    ShardEncoder,
+    ShardTotals,
+    Sidecar,
+    disk_errors_as_config_errors,
+    reopen,
+    shard_name,
+)
+from data_tools.errors import ConfigError
+from data_tools.files import write_json
+from data_tools.findings import SHARD_PARTS, Verification
+from data_tools.full_check import computed_statistics
+from data_tools.manifest import MANIFEST_NAME, ChannelStatistics, DatasetManifest, Manifest, Shard
+from data_tools.shard_check import ShardContent
+
+_SCRATCH = "repair-"  # begins the scratch folder's name, inside the data set's folder
+
+
+@dataclass(frozen=True)
+class RepairSource:
+    """What shards are encoded from again.
+
+    Attributes:
+        input: --input as given; None: only small files can be repaired.
+        vae: where the VAE is, if not where encoding.json says.
+        device: that encodes.
+        accepts_new_bytes: put a shard in place although its bytes are not the former ones.
+    """
+
+    input: str | None
+    vae: str | None
+    device: str | None
+    accepts_new_bytes: bool
+
+
+def repair_shards(
+    result: Verification, source: RepairSource, say: Callable[[str], object]
+) -> list[str]:
+    """Encode what is damaged again, and dataset.json from the sidecars if it is missing.
+
+    Args:
+        result: of a full check.
+        source: of the images.
+        say: told of every shard that is begun.
+
+    Returns:
+        what was done, one clause per file.
+    """
+    folder, manifest = result.folder, result.manifest
+    broken = result.damaged(*SHARD_PARTS)
+    if manifest is not None and not broken:
+        return []
+    if manifest is not None and not all(shard.stride for shard in manifest.shards):
+        raise ConfigError(
+            f"--repair: {', '.join(broken[:3])} of {folder} were written by others and cannot be "
+            "encoded again; fetch them again from where they came."
+        )
+    if source.input is None:
+        what = f"{len(broken)} shards" if manifest is not None else MANIFEST_NAME
+        raise ConfigError(
+            f"--repair: {what} of {folder} can only be made again from the images; name them with "
+            "--input, or copy the files again from another copy of the data set."
+        )
+    encoder = reopen(folder, source.input, source.vae, source.device)
+    with disk_errors_as_config_errors(folder):
+        if manifest is None:
+            return _make_manifest(folder, encoder, say)
+        return _encode_again(folder, manifest, broken, encoder, source, say)
+
+
+def _make_manifest(folder: Path, encoder: ShardEncoder, say: Callable[[str], object]) -> list[str]:
+    done, sidecars = [], []
+    for index in range(encoder.settings.num_shards):
+        sidecar = encoder.finished(index)
+        if sidecar is None:
+            say(f"encoding {shard_name(index)}")
+            sidecar = encoder.encode(index, lambda count: None)
+            done.append(f"{shard_name(index)}: encoded, it had no sidecar")
+        sidecars.append(sidecar)
+    encoder.write_manifest(sidecars)
+    return [*done, f"{MANIFEST_NAME}: written from {len(sidecars)} sidecars in {folder}"]
+
+
+def _encode_again(
+    folder: Path,
+    manifest: DatasetManifest,
+    broken: list[str],
+    encoder: ShardEncoder,
+    source: RepairSource,
+    say: Callable[[str], object],
+) -> list[str]:
+    place = {shard_name(index): index for index in range(encoder.settings.num_shards)}
+    if strange := [name for name in broken if name not in place]:
+        raise ConfigError(
+            f"--repair: {strange[0]} is none of the {len(place)} shards that encoding.json of "
+            f"{folder} describes; the two files belong to different data sets, copy both again."
+        )
+    stated = {shard.name: shard for shard in manifest.shards}
+    done, changed = [], []
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder))
+    try:
+        encoder.output = scratch
+        for number, name in enumerate(broken):
+            say(f"encoding {name} ({number + 1} of {len(broken)})")
+            sidecar = encoder.encode(place[name], lambda count: None)
+            if sidecar.shard != stated[name]:
+                _check_acceptable(sidecar.shard, stated[name], manifest, source)
+                changed.append(sidecar.shard)
+            for new in (scratch / name, (scratch / name).with_suffix(".json")):
+                new.replace(folder / new.name)
+            same = "other" if sidecar.shard in changed else "the same"
+            done.append(f"{name}: encoded again, {same} bytes as before")
+    finally:
+        shutil.rmtree(scratch)
+        if changed:
+            _write_shards(folder, manifest, changed)
+    if changed:
+        done.append(f"{MANIFEST_NAME}: describes the new shards; runs cannot resume on this data")
+    return done
+
+
+def _check_acceptable(
+    new: Shard, old: Shard, manifest: DatasetManifest, source: RepairSource
+) -> None:
+    if source.accepts_new_bytes:
+        return
+    made_by = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
+    raise ConfigError(
+        f"--repair: {new.name} encodes to other bytes here (sha256 {new.sha256[:12]}, not "
+        f"{old.sha256[:12]}), because the images, the device, its number of threads or the "
+        f"versions ({made_by}) are not those of the first time; repair where it was encoded, or "
+        "pass --accept-new-bytes, and no run on this data can resume."
+    )
+
+
+def _write_shards(folder: Path, manifest: DatasetManifest, changed: list[Shard]) -> None:
+    new = {shard.name: shard for shard in changed}
+    shards = [new.get(shard.name, shard) for shard in manifest.shards]
+    total = sum(shard.num_samples for shard in shards)
+    _write_manifest(folder, manifest, shards=shards, num_samples=total)
+
+
+def _write_manifest(folder: Path, manifest: DatasetManifest, **changes: object) -> None:
+    values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
+    write_json(folder / MANIFEST_NAME, Manifest(**(values | changes)))
+
+
+def repair_small_files(result: Verification) -> list[str]:
+    """Write damaged sidecars, and wrong counts and statistics in dataset.json, from the shards.
+
+    Args:
+        result: of a full check that found every shard sound.
+
+    Returns:
+        what was done, one clause per file.
+    """
+    manifest, done = result.manifest, []
+    assert manifest is not None and not result.damaged(*SHARD_PARTS)
+    with disk_errors_as_config_errors(result.folder):
+        names = set(result.damaged("sidecar"))
+        for shard in manifest.shards:
+            path = (result.folder / shard.name).with_suffix(".json")
+            if path.name in names:
+                write_json(path, Sidecar(shard, _totals(result.contents[shard.name])))
+                done.append(f"{path.name}: written from {shard.name}")
+        if result.damaged("manifest"):
+            counts = [
+                sum(content.class_counts[entry.index] for content in result.contents.values())
+                for entry in manifest.classes
+            ]
+            classes = [
+                dataclasses.replace(entry, count=count)
+                for entry, count in zip(manifest.classes, counts, strict=True)
+            ]
+            mean, std = (numbers.round(6).tolist() for numbers in computed_statistics(result))
+            statistics = ChannelStatistics(mean, std)
+            _write_manifest(result.folder, manifest, classes=classes, statistics=statistics)
+            done.append(f"{MANIFEST_NAME}: counts and statistics written from the shards")
+    return done
+
+
+def _totals(content: ShardContent) -> ShardTotals:
+    counts = {str(label): count for label, count in content.class_counts.items()}
+    if not content.num_samples:
+        return ShardTotals()
+    return ShardTotals(counts, content.channel_sum.tolist(), content.channel_square_sum.tolist())
