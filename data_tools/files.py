@@ -5,6 +5,7 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -13,10 +14,15 @@ class MalformedError(Exception):
     """JSON that is not what a dataclass describes."""
 
 
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)  # slow, and a manifest has a hundred thousand parts
+
+
 def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
     """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors."""
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if not isinstance(value, dict) or value.keys() != hints.keys():
             given = set(value) if isinstance(value, dict) else set()
             missing, unknown = sorted(set(hints) - given), sorted(given - set(hints))

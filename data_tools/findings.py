@@ -1,12 +1,14 @@
 """What a verification looks at and finds; the small files beside the shards."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_tools.files import MalformedError, from_json
 from data_tools.manifest import DatasetManifest, Shard
 from data_tools.shard_check import ShardContent
+from data_tools.sidecar import ShardTotals
 
 SETTINGS_NAME = "encoding.json"
 SHARD_PARTS = ("shard", "index")
@@ -70,20 +72,26 @@ def expects_sidecars(result: Verification, manifest: DatasetManifest) -> bool:
     return any((result.folder / s.name).with_suffix(".json").exists() for s in manifest.shards[:1])
 
 
-def read_sidecar(folder: Path, shard: Shard) -> tuple[dict[str, Any] | None, str]:
-    """Return a sidecar that agrees with dataset.json, and else None and what is wrong with it."""
+def read_sidecar(
+    folder: Path, shard: Shard, with_totals: bool
+) -> tuple[dict[str, Any] | None, str]:
+    """Read the sidecar of a shard, and check its totals if they will be used.
+
+    Returns:
+        its content, None if it cannot be used at all; and what is wrong with it, "" if it agrees
+        with dataset.json.
+    """
     path = (folder / shard.name).with_suffix(".json")
     try:
         content = json.loads(path.read_bytes())
-        content["totals"]["class_counts"], content["totals"]["channel_sum"]
+        if with_totals:
+            from_json(ShardTotals, content["totals"])
+        found = content["shard"]
+        differs = [name for name, value in vars(shard).items() if found[name] != value]
     except FileNotFoundError:
         return None, "is missing"
     except OSError as err:
         return None, f"cannot be read ({err.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, MalformedError):
         return None, "is no sidecar"
-    if content.get("shard") != asdict(shard):
-        found = content["shard"] if isinstance(content.get("shard"), dict) else {}
-        differs = [n for n, value in asdict(shard).items() if found.get(n) != value]
-        return None, f"disagrees with dataset.json on {', '.join(differs)}"
-    return content, ""
+    return content, f"disagrees with dataset.json on {', '.join(differs)}" if differs else ""

@@ -4,18 +4,20 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_tools.findings import Finding, Verification, expects_sidecars, read_sidecar
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest, Shard
+from data_tools.manifest import MANIFEST_NAME, ChannelStatistics, DatasetManifest, Shard
 from data_tools.records import sample_key
-from data_tools.shard_check import ShardContent, read_shard
+from data_tools.shard_check import OTHER_BYTES, ShardContent, read_shard
+from data_tools.sidecar import statistics_of
 
 # dataset.json keeps 6 decimals; the order of additions costs less.
 STATISTICS_TOLERANCE = 2e-6
 _RELATIVE_TOLERANCE = 1e-6
+OTHER_LABELS = "counts other labels than the shard holds"
 _SUMS_TOLERANCE = 1e-9  # relative: sidecars keep all digits
 
 
@@ -33,10 +35,15 @@ def run_full(
         content = known.get(shard.name)
         if content is None or content.problems or content.digest != shard.sha256:
             content = read_shard(result.folder, shard, manifest)
+        sidecar, why = read_sidecar(result.folder, shard, True) if with_sidecars else (None, "")
+        if content.problems == [OTHER_BYTES]:
+            content.problems = [_what_changed(content, sidecar, has_flip=manifest.latent.flip)]
         found = [Finding("shard", shard.name, "; ".join(content.problems))]
         found = found if content.problems else []
-        if with_sidecars:
-            found += _sidecar_findings(result.folder, shard, content)
+        if with_sidecars and not why and sidecar is not None and not content.problems:
+            why = _differing_sums(sidecar, content)
+        if why:
+            found.append(Finding("sidecar", shard.name.replace(".tar", ".json"), why))
         on_bytes(shard.bytes)
         return content, found
 
@@ -60,26 +67,29 @@ def run_full(
         compare(result, manifest)
 
 
-def _sidecar_findings(folder: Path, shard: Shard, content: ShardContent) -> list[Finding]:
-    name = shard.name.replace(".tar", ".json")
-    sidecar, why = read_sidecar(folder, shard)
+def _what_changed(content: ShardContent, sidecar: dict[str, Any] | None, has_flip: bool) -> str:
+    """Narrow down what differs in a shard that looks sound and has another checksum."""
     if sidecar is None:
-        return [Finding("sidecar", name, why)]
-    if content.problems:
-        return []
-    totals = sidecar["totals"]
-    counts = {str(label): count for label, count in content.class_counts.items()}
-    if totals["class_counts"] != counts:
-        return [Finding("sidecar", name, "counts other labels than the shard holds")]
+        return f"{OTHER_BYTES}, though every header is sound: values or labels were changed"
+    if sidecar["shard"]["sha256"] == content.digest:
+        return f"{OTHER_BYTES}, but that of its sidecar: the two are from different encodings"
+    difference = _differing_sums(sidecar, content)
+    changed = f"values{' of mirrored images' if has_flip else ''} or padding"
+    if difference:
+        changed = "labels" if difference == OTHER_LABELS else "values"
+    return f"{OTHER_BYTES}, though every header is sound: {changed} were changed"
+
+
+def _differing_sums(sidecar: dict[str, Any], content: ShardContent) -> str:
+    """Say what a sidecar states and the shard does not hold; "" if they agree."""
+    stated, found = sidecar["totals"], content.totals
+    if stated["class_counts"] != found.class_counts:
+        return OTHER_LABELS
     for key in ("channel_sum", "channel_square_sum"):
-        computed = getattr(content, key) if content.num_samples else np.zeros(0)
-        if not _are_close(totals[key], computed, _SUMS_TOLERANCE, 0.0):
-            return [Finding("sidecar", name, f"its {key} is not that of the shard")]
-    return []
-
-
-def _are_close(stated: list[float], computed: np.ndarray, relative: float, absolute: float) -> bool:
-    return len(stated) == len(computed) and np.allclose(stated, computed, relative, absolute)
+        old, new = stated[key], getattr(found, key)
+        if len(old) != len(new) or not np.allclose(old, new, _SUMS_TOLERANCE, 0.0):
+            return f"its {key} is not that of the shard"
+    return ""
 
 
 def _compare_keys(result: Verification, manifest: DatasetManifest) -> None:
@@ -106,9 +116,7 @@ def _compare_keys(result: Verification, manifest: DatasetManifest) -> None:
 
 
 def _compare_counts(result: Verification, manifest: DatasetManifest) -> None:
-    counts: Counter[int] = Counter()
-    for content in result.contents.values():
-        counts.update(content.class_counts)
+    counts = class_counts(result)
     wrong = [e for e in manifest.classes if e.count != counts[e.index]]
     for entry in wrong:
         what = f"class {entry.name!r} counts {entry.count}, the shards hold {counts[entry.index]}"
@@ -118,29 +126,35 @@ def _compare_counts(result: Verification, manifest: DatasetManifest) -> None:
     result.checked.append(("samples per class", outcome))
 
 
-def computed_statistics(result: Verification) -> tuple[np.ndarray, np.ndarray]:
+def class_counts(result: Verification) -> Counter[int]:
+    """Count the samples of each label in all shards."""
+    counts: Counter[int] = Counter()
+    for content in result.contents.values():
+        counts.update({int(label): n for label, n in content.totals.class_counts.items()})
+    return counts
+
+
+def computed_statistics(result: Verification) -> ChannelStatistics:
     """Mean and standard deviation (C,) of the posterior draws of all shards."""
     assert result.manifest is not None
     _, height, width = result.manifest.latent.shape
     contents = result.contents.values()
-    count = max(1, sum(content.num_samples for content in contents)) * height * width
-    mean = np.sum([content.channel_sum for content in contents], axis=0) / count
-    square = np.sum([content.channel_square_sum for content in contents], axis=0) / count
-    return mean, np.sqrt(np.maximum(square - mean**2, 0.0))
+    num_samples = sum(content.num_samples for content in contents)
+    return statistics_of([content.totals for content in contents], num_samples, height * width)
 
 
 def _compare_statistics(result: Verification, manifest: DatasetManifest) -> None:
-    worst = 0.0
-    for name, computed in zip(("mean", "std"), computed_statistics(result), strict=True):
-        stated = getattr(manifest.statistics, name)
-        if len(stated) != len(computed):
-            what = f"statistics.{name} has {len(stated)} channels, the shards {len(computed)}"
+    worst, computed = 0.0, computed_statistics(result)
+    for name in ("mean", "std"):
+        stated, found = getattr(manifest.statistics, name), getattr(computed, name)
+        if len(stated) != len(found):
+            what = f"statistics.{name} has {len(stated)} channels, the shards {len(found)}"
             result.findings.append(Finding("manifest", MANIFEST_NAME, what))
             continue
-        for channel, (old, new) in enumerate(zip(stated, computed.tolist(), strict=True)):
-            worst = max(worst, abs(old - new)) if math.isfinite(old) else math.inf
-            tolerance = STATISTICS_TOLERANCE + _RELATIVE_TOLERANCE * abs(new)
-            if not abs(old - new) <= tolerance:
-                what = f"statistics.{name}[{channel}] is {old:g}, the shards give {new:.6f}"
+        for channel, (old, new) in enumerate(zip(stated, found, strict=True)):
+            difference = abs(old - new) if math.isfinite(old) else math.inf
+            worst = max(worst, difference)
+            if difference > STATISTICS_TOLERANCE + _RELATIVE_TOLERANCE * abs(new):
+                what = f"statistics.{name}[{channel}] is {old:g}, the shards give {new:g}"
                 result.findings.append(Finding("manifest", MANIFEST_NAME, what))
     result.checked.append(("mean and std per channel", f"differ by at most {worst:.1e}"))

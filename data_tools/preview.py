@@ -22,12 +22,12 @@ from data_tools.records import DamagedRecordError
 from data_tools.tar_walk import index_name
 from data_tools.vae import decode_pixels, load_vae
 
-MAX_PICTURES = 64
+MAX_PICTURES = 60  # ten by six
 MAX_PER_CLASS = 8
 _MAX_LOOKED_AT = 8192  # samples whose label is read in search of every class
 _ASPECT = 1.6  # width over height of the whole picture
 _MIN_TILE, _MAX_TILE = 96, 256  # pixels; a caption needs room
-_GAP, _CAPTION, _MARGIN, _FONT_SIZE = 4, 22, 16, 14
+_GAP, _LINE, _MARGIN, _FONT_SIZE = 6, 15, 16, 14
 
 
 @dataclass(frozen=True)
@@ -142,30 +142,44 @@ def draw_grid(pixels: np.ndarray, captions: list[str], title: str) -> Image.Imag
     columns = max(1, round(math.sqrt(len(pixels) * _ASPECT)))
     if group < len(pixels):  # whole classes in a row
         columns = max(1, round(columns / group)) * group
-    rows = math.ceil(len(pixels) / columns)
-    width = 2 * _MARGIN + columns * (tile + _GAP) - _GAP
-    height = 3 * _MARGIN + _FONT_SIZE + rows * (tile + _CAPTION + _GAP) - _GAP
-    picture = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_SIZE)
-    small = ImageFont.load_default(_FONT_SIZE - 2)
+    rows, step = math.ceil(len(pixels) / columns), tile + _GAP
+    font, small = ImageFont.load_default(_FONT_SIZE), ImageFont.load_default(_FONT_SIZE - 2)
+    num_lines = 2 if any(small.getlength(caption) > tile for caption in captions) else 1
+    row_height = tile + (1 + num_lines) * _LINE
+    width = 2 * _MARGIN + columns * step - _GAP
+    picture = Image.new("RGB", (width, 2 * _MARGIN + _FONT_SIZE + rows * row_height), "white")
+    draw = ImageDraw.Draw(picture)
     draw.text((_MARGIN, _MARGIN), _fitting(title, width - 2 * _MARGIN, font), "black", font)
     for row in range(rows):
         places = range(row * columns, min((row + 1) * columns, len(pixels)))
-        y = 2 * _MARGIN + _FONT_SIZE + row * (tile + _CAPTION + _GAP)
+        y = 2 * _MARGIN + _FONT_SIZE + row * row_height
         for column, place in enumerate(places):
             thumbnail = Image.fromarray(pixels[place]).resize(
                 (tile, tile), Image.Resampling.BICUBIC
             )
-            picture.paste(thumbnail, (_MARGIN + column * (tile + _GAP), y))
+            picture.paste(thumbnail, (_MARGIN + column * step, y))
         for caption, run in itertools.groupby(places, key=captions.__getitem__):
             run_places = list(run)
-            first = _MARGIN + (run_places[0] - places[0]) * (tile + _GAP)
-            last = _MARGIN + (run_places[-1] - places[0]) * (tile + _GAP) + tile
+            first = _MARGIN + (run_places[0] - places[0]) * step
+            last = _MARGIN + (run_places[-1] - places[0]) * step + tile
             if len(run_places) > 1:
                 draw.line([(first, y + tile + 3), (last - 1, y + tile + 3)], "gray")
-            text = _fitting(caption, last - first, small)
-            draw.text(((first + last) // 2, y + tile + 6), text, "black", small, anchor="ma")
+            for number, text in enumerate(_wrapped(caption, last - first, small, num_lines)):
+                at = ((first + last) // 2, y + tile + 6 + number * _LINE)
+                draw.text(at, text, "black", small, anchor="ma")
     return picture
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, num_lines: int) -> list[str]:
+    """Break a text between words into at most so many lines; cut what is too wide."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and len(lines) < num_lines and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_fitting(line, width, font) for line in lines]
 
 
 def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:

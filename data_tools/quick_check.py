@@ -10,7 +10,7 @@ import numpy as np
 
 from data_tools.findings import Finding, Verification, expects_sidecars, read_sidecar
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest, Shard
-from data_tools.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError
+from data_tools.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
 from data_tools.tar_walk import index_name
 
 
@@ -22,14 +22,15 @@ def run_quick(
 ) -> None:
     """Look at sizes, at both ends of every shard and at the sidecars."""
     with_sidecars = expects_sidecars(result, manifest)
+    layout = manifest.layout
     first_keys = {shard.first_key: shard.name for shard in manifest.shards if shard.num_samples}
 
     def look(shard: Shard) -> list[Finding]:
-        what = _quick_problem(result.folder, shard, manifest, first_keys)
+        what = _quick_problem(result.folder, shard, layout, first_keys)
         found = [Finding("shard", shard.name, what)] if what else []
         if with_sidecars:
-            sidecar, why = read_sidecar(result.folder, shard)
-            if sidecar is None:
+            _, why = read_sidecar(result.folder, shard, False)
+            if why:
                 found.append(Finding("sidecar", shard.name.replace(".tar", ".json"), why))
         on_bytes(shard.bytes)
         return found
@@ -50,7 +51,7 @@ def run_quick(
 
 
 def _quick_problem(
-    folder: Path, shard: Shard, manifest: DatasetManifest, first_keys: dict[str, str]
+    folder: Path, shard: Shard, layout: RecordLayout, first_keys: dict[str, str]
 ) -> str:
     try:
         with (folder / shard.name).open("rb", buffering=0) as file:
@@ -65,7 +66,7 @@ def _quick_problem(
                 return "" if index.exists() else f"its index {index.name} is missing"
             if not shard.num_samples:
                 return ""
-            return _ends_problem(file.fileno(), shard, manifest, first_keys)
+            return _ends_problem(file.fileno(), shard, layout, first_keys)
     except FileNotFoundError:
         return "is missing"
     except OSError as err:
@@ -73,24 +74,26 @@ def _quick_problem(
 
 
 def _ends_problem(
-    descriptor: int, shard: Shard, manifest: DatasetManifest, first_keys: dict[str, str]
+    descriptor: int, shard: Shard, layout: RecordLayout, first_keys: dict[str, str]
 ) -> str:
-    layout = manifest.layout
-    label = np.empty((1, layout.label_bytes), np.uint8)
-    header = np.empty((1, layout.header_bytes), np.uint8)
-    array = np.empty(layout.array_bytes, np.uint8)
-    key = shard.first_key.encode()
-    for row in sorted({0, shard.num_samples - 1}):
-        for use_flip in (False, True) if layout.has_flip else (False,):
-            try:
-                layout.read(descriptor, row, label[0], header[0], array, use_flip)
-                layout.check(label, header, np.array([use_flip]))
-            except DamagedRecordError as err:
-                return f"{err} (sample {row})"
-        found = label[0, :KEY_DIGITS].tobytes()
-        if row == 0 and found != key:
-            other = first_keys.get(found.decode())
-            belongs = f", as {other} should" if other else ""
-            return f"begins with sample {found.decode()}{belongs}; dataset.json says {key.decode()}"
+    """Look at the headers of the first and the last sample, and behind it."""
+    flips = (False, True) if layout.has_flip else (False,)
+    parts = [(row, use_flip) for row in (0, shard.num_samples - 1) for use_flip in flips]
+    labels = np.empty((len(parts), layout.label_bytes), np.uint8)
+    headers = np.empty((len(parts), layout.header_bytes), np.uint8)
+    for i, (row, use_flip) in enumerate(parts):
+        start = row * layout.stride
+        offset = start + (layout.flip_offset if use_flip else layout.moments_offset)
+        os.preadv(descriptor, [labels[i]], start)
+        os.preadv(descriptor, [headers[i]], offset)
+    try:
+        layout.check(labels, headers, np.array([use_flip for _, use_flip in parts]))
+    except DamagedRecordError as err:
+        return f"{err}, at its beginning or end"
+    found = labels[0, :KEY_DIGITS].tobytes().decode()
+    if found != shard.first_key:
+        other = first_keys.get(found)
+        belongs = f", as {other} should" if other else ""
+        return f"begins with sample {found}{belongs}; dataset.json says {shard.first_key}"
     end = os.pread(descriptor, TAR_BLOCK, shard.num_samples * shard.stride)
     return "goes on after its last sample" if any(end) else ""

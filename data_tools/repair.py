@@ -13,8 +13,6 @@ from pathlib import Path
 
 from data_tools.encoding import (
     ShardEncoder,
-    ShardTotals,
-    Sidecar,
     disk_errors_as_config_errors,
     reopen,
     shard_name,
@@ -22,9 +20,9 @@ from data_tools.encoding import (
 from data_tools.errors import ConfigError
 from data_tools.files import write_json
 from data_tools.findings import SHARD_PARTS, Verification
-from data_tools.full_check import computed_statistics
-from data_tools.manifest import MANIFEST_NAME, ChannelStatistics, DatasetManifest, Manifest, Shard
-from data_tools.shard_check import ShardContent
+from data_tools.full_check import class_counts, computed_statistics
+from data_tools.manifest import MANIFEST_NAME, DatasetManifest, Manifest, Shard
+from data_tools.sidecar import Sidecar
 
 _SCRATCH = "repair-"  # begins the scratch folder's name, inside the data set's folder
 
@@ -174,26 +172,14 @@ def repair_small_files(result: Verification) -> list[str]:
         for shard in manifest.shards:
             path = (result.folder / shard.name).with_suffix(".json")
             if path.name in names:
-                write_json(path, Sidecar(shard, _totals(result.contents[shard.name])))
+                write_json(path, Sidecar(shard, result.contents[shard.name].totals))
                 done.append(f"{path.name}: written from {shard.name}")
         if result.damaged("manifest"):
-            counts = [
-                sum(content.class_counts[entry.index] for content in result.contents.values())
-                for entry in manifest.classes
-            ]
+            counts = class_counts(result)
             classes = [
-                dataclasses.replace(entry, count=count)
-                for entry, count in zip(manifest.classes, counts, strict=True)
+                dataclasses.replace(entry, count=counts[entry.index]) for entry in manifest.classes
             ]
-            mean, std = (numbers.round(6).tolist() for numbers in computed_statistics(result))
-            statistics = ChannelStatistics(mean, std)
+            statistics = computed_statistics(result)
             _write_manifest(result.folder, manifest, classes=classes, statistics=statistics)
             done.append(f"{MANIFEST_NAME}: counts and statistics written from the shards")
     return done
-
-
-def _totals(content: ShardContent) -> ShardTotals:
-    counts = {str(label): count for label, count in content.class_counts.items()}
-    if not content.num_samples:
-        return ShardTotals()
-    return ShardTotals(counts, content.channel_sum.tolist(), content.channel_square_sum.tolist())

@@ -9,18 +9,18 @@ n samples, C latent channels, H W latent size.
 
 import hashlib
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.manifest import DatasetManifest, LatentFormat, Shard
+from data_tools.manifest import DatasetManifest, Shard
 from data_tools.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
+from data_tools.sidecar import ShardTotals, add_samples
 from data_tools.tar_walk import first_foreign_member, index_name, walk_samples
-from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
+OTHER_BYTES = "its sha256 is not that of dataset.json"
 _CHUNK_BYTES = 1 << 22
 _NAME = slice(0, 100)  # fields of a tar header
 _SIZE, _SIZE_DIGITS = 124, 11
@@ -37,26 +37,20 @@ class ShardContent:
         problems: what is wrong, most telling first; empty: sound.
         digest: sha256 of the file; "" if it could not be read.
         keys: int64 (n,) of a data set of this project; empty for tars of others.
-        class_counts: label: samples.
-        channel_sum: float64 (C,), of posterior means over samples and positions.
-        channel_square_sum: float64 (C,), of mean^2 + variance.
+        totals: of the samples that are sound.
         num_samples: found.
     """
 
     problems: list[str] = field(default_factory=list)
     digest: str = ""
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    class_counts: Counter[int] = field(default_factory=Counter)
-    channel_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    channel_square_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    totals: ShardTotals = field(default_factory=ShardTotals)
     num_samples: int = 0
 
 
 def read_shard(folder: Path, shard: Shard, manifest: DatasetManifest) -> ShardContent:
     """Read a shard from its first to its last byte and check all that it should hold."""
     path, content = folder / shard.name, ShardContent()
-    num_channels = manifest.latent.shape[0] // (2 if manifest.latent.kind == "moments" else 1)
-    content.channel_sum, content.channel_square_sum = np.zeros((2, num_channels))
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -66,31 +60,13 @@ def read_shard(folder: Path, shard: Shard, manifest: DatasetManifest) -> ShardCo
             else:
                 content.digest = hashlib.file_digest(file, "sha256").hexdigest()
                 _check_foreign(file, folder, shard, manifest, content)
-            if content.problems and size == shard.bytes:
+            if shard.stride and content.problems and size == shard.bytes:
                 _add_first_foreign_member(file, manifest, content)
     except OSError as err:
         what = "is missing" if isinstance(err, FileNotFoundError) else _unreadable(err)
         return ShardContent([what])
     content.problems = _whole_file_problems(size, content, shard, manifest) + content.problems
     return content
-
-
-def posterior_sums(values: np.ndarray, latent: LatentFormat) -> tuple[np.ndarray, np.ndarray]:
-    """Sum what the data set's statistics need, per sample and channel.
-
-    Args:
-        values: (n, 2C, H, W) moments, or (n, C, H, W) latents.
-        latent: says which.
-
-    Returns:
-        float64 (n, C) of means, and of mean^2 + variance.
-    """
-    values = values.astype(np.float64)
-    if latent.kind != "moments":
-        return values.sum(axis=(2, 3)), (values**2).sum(axis=(2, 3))
-    mean, log_variance = np.split(values, 2, axis=1)
-    variance = np.exp(log_variance.clip(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX))
-    return mean.sum(axis=(2, 3)), (mean**2 + variance).sum(axis=(2, 3))
 
 
 def _unreadable(err: OSError) -> str:
@@ -108,15 +84,13 @@ def _whole_file_problems(
             content.problems.clear()
             return [f"holds the bytes of {other.name}"]
     if size < shard.bytes:
-        whole = f", after sample {size // shard.stride - 1}" if shard.stride <= size else ""
         content.problems.clear()
-        return [f"is cut off{whole if shard.stride else ''}: has {size} of {shard.bytes} bytes"]
+        num_whole = size // shard.stride if shard.stride else 0
+        where = f", after sample {num_whole - 1}" if num_whole else ""
+        return [f"is cut off{where}: has {size} of {shard.bytes} bytes"]
     if size > shard.bytes:
         return [f"has {size} bytes, dataset.json says {shard.bytes}"]
-    what = "its sha256 is not that of dataset.json"
-    if not content.problems:
-        what += " though every header and label is sound: values or labels were changed"
-    return [what]
+    return [OTHER_BYTES]
 
 
 def _add_first_foreign_member(
@@ -208,26 +182,16 @@ class _StridedCheck:
             what = f"a value that is no number ({suffix.decode()[1:]})"
             self._fault(what, is_odd & is_array & ~is_damaged, first_row)
             if suffix == b".moments.npy":
-                is_good = is_array & ~is_odd & ~is_damaged
-                self._add(values[is_good].view(np.float16).reshape(-1, *latent.shape))
+                moments, is_good = values.view(np.float16), is_label & is_array & ~is_odd
         self._fault("a damaged header", is_damaged, first_row)
         self._fault("a label that is not a number", ~is_label & ~is_damaged, first_row)
         is_beyond = is_label & (labels >= max(1, self.manifest.num_classes))
         what = f"a label beyond the {max(1, self.manifest.num_classes)} classes"
         self._fault(what, is_beyond & ~is_damaged, first_row)
-        values, counts = np.unique(labels[is_label & ~is_damaged], return_counts=True)
-        self.content.class_counts.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        is_good &= ~is_damaged
+        arrays = moments[is_good].reshape(-1, *latent.shape)
+        add_samples(self.content.totals, labels[is_good].tolist(), arrays)
         self.keys.append(keys)
-
-    def _add(self, values: np.ndarray) -> None:
-        for name, sums in zip(
-            ("channel_sum", "channel_square_sum"),
-            posterior_sums(values, self.manifest.latent),
-            strict=True,
-        ):
-            # One sample after another: the encoder's order of additions, hence its exact sums.
-            total = np.add.reduce(np.vstack([getattr(self.content, name), sums]), axis=0)
-            setattr(self.content, name, total)
 
 
 def _fill(file: BinaryIO, buffer: memoryview) -> int:
@@ -280,16 +244,13 @@ def _check_foreign(
     try:
         for sample in walk_samples(file, manifest.members, latent):
             found.append((sample.array_offset, sample.flip_offset, sample.label))
-            content.class_counts[sample.label] += 1
             if not np.isfinite(sample.values).all():
                 content.problems.append(f"a value that is no number in sample {sample.key!r}")
             if not 0 <= sample.label < num_classes:
                 content.problems.append(
                     f"label {sample.label} of {sample.key!r} is beyond the {num_classes} classes"
                 )
-            sums = posterior_sums(sample.values[None], latent)
-            content.channel_sum = content.channel_sum + sums[0][0]
-            content.channel_square_sum = content.channel_square_sum + sums[1][0]
+            add_samples(content.totals, [sample.label], sample.values[None], latent.kind)
     except DamagedRecordError as err:
         content.problems.append(str(err))
     content.num_samples = len(found)

@@ -1,0 +1,78 @@
+"""The file 00012.json beside the shard 00012.tar, and the sums in it.
+
+Encoding adds them up as it writes a shard, verification as it reads one; both must come to the same
+last digit, so that a lost sidecar can be written anew from its shard, byte for byte.
+
+N samples, C latent channels, H W latent size.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_tools.manifest import ChannelStatistics, Shard
+from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
+
+
+@dataclass
+class ShardTotals:
+    """Sums over a shard's samples from which the data set's statistics follow."""
+
+    class_counts: dict[str, int] = field(default_factory=dict)  # label in digits: samples
+    channel_sum: list[float] = field(default_factory=list)  # of posterior means, per channel
+    channel_square_sum: list[float] = field(default_factory=list)  # of mean^2 + variance
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """The content of the file; its presence means that the shard is complete."""
+
+    shard: Shard
+    totals: ShardTotals
+
+
+def add_samples(
+    totals: ShardTotals, labels: list[int], arrays: np.ndarray, kind: str = "moments"
+) -> None:
+    """Add samples to the totals, one after another: how they are batched makes no difference.
+
+    Args:
+        totals: changed.
+        labels: (N,).
+        arrays: (N, 2C, H, W) mean | log-variance, or (N, C, H, W) draws; any float type.
+        kind: "moments" or "latents", as the manifest says.
+    """
+    for label in map(str, labels):
+        totals.class_counts[label] = totals.class_counts.get(label, 0) + 1
+    values = arrays.astype(np.float64)
+    if kind == "moments":
+        mean, log_variance = np.split(values, 2, axis=1)
+        variance = np.exp(log_variance.clip(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX))
+    else:
+        mean, variance = values, 0.0
+    sums, square_sums = mean.sum(axis=(2, 3)), (mean**2 + variance).sum(axis=(2, 3))  # (N, C)
+    before = totals.channel_sum or [0.0] * mean.shape[1]
+    square_before = totals.channel_square_sum or [0.0] * mean.shape[1]
+    # cumsum adds in order, where sum would add in pairs.
+    totals.channel_sum = np.cumsum(np.vstack([before, sums]), axis=0)[-1].tolist()
+    totals.channel_square_sum = np.cumsum(np.vstack([square_before, square_sums]), axis=0)[
+        -1
+    ].tolist()
+
+
+def statistics_of(
+    totals: list[ShardTotals], num_samples: int, num_positions: int
+) -> ChannelStatistics:
+    """Mean and standard deviation (C,) of posterior draws over all samples and positions.
+
+    Args:
+        totals: of all shards, in order.
+        num_samples: in all of them.
+        num_positions: H x W.
+    """
+    filled = [part for part in totals if part.channel_sum]
+    count = num_samples * num_positions
+    mean = np.sum([part.channel_sum for part in filled], axis=0) / count
+    square = np.sum([part.channel_square_sum for part in filled], axis=0) / count
+    std = np.sqrt(np.maximum(square - mean**2, 0.0))
+    return ChannelStatistics(mean.round(6).tolist(), std.round(6).tolist())
