@@ -1,18 +1,24 @@
-"""Encoding image files into shards of raw latents: settings, one shard, the finished data set.
+"""Encoding images into shards of raw latents, so that the VAE never waits where the cores allow.
 
 The shard is the unit of work. Which images form a shard, and which of them form a batch, follows
 from the settings alone; so an interrupted run that is repeated, or several processes that share
 the shards, end with the same bytes as one run (on equal machines with equal numbers of threads:
 these decide the order in which floating-point sums are taken).
 
+Threads read and decode images some batches ahead, also into the next shard; the calling thread
+feeds the VAE; one thread per open shard turns moments into records, hashes and writes them.
+
 N batch, C latent channels, H W latent size.
 """
 
+import contextlib
 import hashlib
-import importlib.metadata
-import json
 import math
-from collections import Counter
+import os
+import queue
+import time
+import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,109 +27,69 @@ from typing import IO
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from data_tools.encoding_device import BusyClock, EncodedBatch, is_out_of_memory
+from data_tools.encoding_output import ShardTotals, Sidecar, finished_sidecar, shard_name
+from data_tools.encoding_settings import EncodingSettings
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json, replace_file, write_json
-from data_tools.images import BadImageError, ImageFolder, load_pixels
-from data_tools.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    ChannelStatistics,
-    ClassEntry,
-    ImageFormat,
-    LatentFormat,
-    Manifest,
-    Members,
-    Shard,
-    SourceList,
-    VaeReference,
-)
+from data_tools.files import replace_file, write_json
+from data_tools.images import BadImageError, decode_image
+from data_tools.manifest import Shard
 from data_tools.order import permutation
-from data_tools.records import RecordLayout, Sample, sample_key
-from data_tools.vae import Vae, encode_moments
+from data_tools.records import Sample, sample_key
+from data_tools.sources import ImageSource
+from data_tools.vae import Vae, tensor_moments
 from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
-SETTINGS_NAME = "encoding.json"
-CROP = "adm-center"
 _SPLIT = 3  # key of the permutation that deals images to shards
-
-
-@dataclass(frozen=True)
-class EncodingSettings:
-    """Everything that decides the bytes of the shards; kept in the output as encoding.json."""
-
-    format_version: int
-    vae: VaeReference
-    latent: LatentFormat
-    image: ImageFormat
-    source: str  # sha256 of the list of images
-    num_files: int
-    seed: int
-    shard_size: int
-    batch_size: int
-
-    @property
-    def num_shards(self) -> int:
-        """How many shards the images fill."""
-        return math.ceil(self.num_files / self.shard_size)
-
-    @property
-    def layout(self) -> RecordLayout:
-        """The bytes of a sample."""
-        channels, height, width = self.latent.shape
-        return RecordLayout((channels, height, width), self.latent.flip)
+_WRITTEN_BEHIND = 2  # batches encoded and not written yet, per shard
+_READ_AHEAD = 2  # batches, at least; and at least two images per reading thread
+_OPEN_SHARDS = 2  # one is being flushed to the disk while the next one is filled
+_PUT_SEC = 0.1  # between looks whether the writing thread has failed
 
 
 @dataclass
-class ShardTotals:
-    """Sums over a shard's samples from which the data set's statistics follow."""
+class Batch:
+    """Images that are encoded together."""
 
-    class_counts: dict[str, int] = field(default_factory=dict)  # label in digits: samples
-    channel_sum: list[float] = field(default_factory=list)  # of posterior means, per channel
-    channel_square_sum: list[float] = field(default_factory=list)  # of mean^2 + variance
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """The file 00012.json beside 00012.tar; its presence means that the shard is complete."""
-
-    shard: Shard
-    totals: ShardTotals
+    index: int  # of their shard
+    is_last: bool  # of the shard
+    places: np.ndarray  # (N,), in the source
+    pixels: Tensor  # uint8 (N, size, size, 3), filled by the futures
+    read: list[Future]  # each None, or the BadImageError
 
 
-def make_settings(
-    images: ImageFolder,
-    vae: Vae,
-    *,
-    size: int,
-    flip: bool,
-    seed: int,
-    shard_size: int,
-    batch_size: int,
-) -> EncodingSettings:
-    """Collect the settings of a run."""
-    side = size // vae.downsample
-    digest = hashlib.sha256()
-    for path, label in zip(images.paths, images.labels, strict=True):
-        digest.update(f"{path}\t{label}\n".encode())
-    return EncodingSettings(
-        format_version=FORMAT_VERSION,
-        vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
-        latent=LatentFormat(
-            kind="moments",
-            shape=[2 * vae.latent_channels, side, side],
-            dtype="float16",
-            layout="mean | log-variance on axis 0, unscaled",
-            flip=flip,
-            precision="fp32",
-        ),
-        image=ImageFormat(size=size, crop=CROP),
-        source=digest.hexdigest(),
-        num_files=len(images.paths),
-        seed=seed,
-        shard_size=shard_size,
-        batch_size=batch_size,
-    )
+@dataclass
+class _OpenShard:
+    """A shard that a thread is writing."""
+
+    index: int
+    batches: queue.Queue = field(default_factory=lambda: queue.Queue(_WRITTEN_BEHIND))
+    skipped: list[str] = field(default_factory=list)
+    sidecar: Future | None = None
+
+    def put(self, item: tuple[list[int], EncodedBatch] | None | Exception) -> None:
+        """Hand a batch to the thread; None after the last, an exception to give up."""
+        while True:
+            if self.sidecar.done():
+                if not isinstance(item, Exception):
+                    self.sidecar.result()  # raises what ended the thread
+                return
+            with contextlib.suppress(queue.Full):
+                self.batches.put(item, timeout=_PUT_SEC)
+                return
+
+    def take(self) -> Iterator[tuple[list[int], EncodedBatch]]:
+        """Go through the batches, in the thread."""
+        while (item := self.batches.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+class AbandonedError(Exception):
+    """Another part of the encoder failed, so the shard is not finished."""
 
 
 class ShardEncoder:
@@ -131,176 +97,225 @@ class ShardEncoder:
 
     def __init__(
         self,
-        images: ImageFolder,
+        source: ImageSource,
         vae: Vae,
         settings: EncodingSettings,
         output: Path,
         *,
-        is_strict: bool,
-        num_threads: int,
+        is_strict: bool = False,
+        num_threads: int = 1,
+        on_damage: Callable[[str], object] = lambda text: None,
     ) -> None:
         """Prepare.
 
         Args:
-            images: all images of the data set.
-            vae: encodes them, on its device.
+            source: all images of the data set.
+            vae: encodes them, on its device and in its type.
             settings: of this run and of the shards already in `output`.
             output: an existing folder.
             is_strict: stop at the first image that cannot be decoded, instead of skipping it.
             num_threads: threads that read and decode images.
+            on_damage: called with the name of a skipped image and what is wrong with it.
         """
-        self.images, self.vae, self.settings, self.output = images, vae, settings, output
-        self.is_strict, self.num_threads = is_strict, num_threads
-        self.order = permutation(len(images.paths), settings.seed, _SPLIT)
+        self.source, self.vae, self.settings, self.output = source, vae, settings, output
+        self.is_strict, self.num_threads, self.on_damage = is_strict, num_threads, on_damage
+        self.device = next(vae.model.parameters()).device
+        self.clock, self.wall_sec = BusyClock(self.device), 0.0
+        order = permutation(len(source), settings.seed, _SPLIT)
+        self.order = order.astype(np.uint32)  # half the memory
+
+    @property
+    def busy_share(self) -> float:
+        """Which part of the time spent encoding the VAE computed, 0 to 1."""
+        return self.clock.sec / max(self.wall_sec, 1e-9)
 
     def shard_files(self, index: int) -> np.ndarray:
-        """Return the places in `images` of the files that belong to a shard."""
+        """Return the places in the source of the images that belong to a shard."""
         size = self.settings.shard_size
         return self.order[index * size : (index + 1) * size]
 
-    def finished(self, index: int) -> Sidecar | None:
-        """Return the sidecar of a shard that is complete in the output folder."""
-        tar = self.output / shard_name(index)
-        try:
-            content = json.loads(tar.with_suffix(".json").read_bytes())
-            sidecar: Sidecar = from_json(Sidecar, content)
-            is_complete = tar.stat().st_size == sidecar.shard.bytes
-        except (FileNotFoundError, ValueError, MalformedError):
-            return None
-        return sidecar if is_complete else None
-
-    def encode(self, index: int, on_images: Callable[[int], object]) -> Sidecar:
-        """Write a shard and its sidecar, each whole or not at all.
+    def encode(
+        self, index: int, on_images: Callable[[int], object] = lambda count: None
+    ) -> Sidecar:
+        """Write one shard and its sidecar, each whole or not at all, over what may be there.
 
         Args:
             index: of the shard.
             on_images: called with the number of image files just finished.
         """
-        tar = self.output / shard_name(index)
-        skipped: list[str] = []
-        totals = ShardTotals()
-        keys: list[str] = []
-        digest = hashlib.sha256()
+        (sidecar,) = self.encode_all(iter([index]), lambda _, count: on_images(count))
+        return sidecar
 
-        def counted() -> Iterator[Sample]:
-            for sample in self._samples(index, skipped, on_images):
-                keys.append(sample_key(sample.key))
-                _add(totals, sample)
-                yield sample
+    def encode_all(
+        self, indices: Iterator[int], on_images: Callable[[int, int], object]
+    ) -> Iterator[Sidecar]:
+        """Write shards as `encode`, yielding each sidecar; close the generator if it is left early.
 
-        layout = self.settings.layout
-        replace_file(tar, lambda file: layout.write(_Hashing(file, digest), counted()))
-        shard = Shard(
+        Args:
+            indices: asked for the next shard when the last one's images have all been read.
+            on_images: called with a shard's index and the number of image files just finished.
+        """
+        started, sec_before = time.perf_counter(), self.wall_sec
+        depth = max(_READ_AHEAD, math.ceil(2 * self.num_threads / self.settings.batch_size))
+        ahead: deque[Batch] = deque()
+        open_shards: deque[_OpenShard] = deque()
+        readers = ThreadPoolExecutor(self.num_threads, thread_name_prefix="image")
+        writers = ThreadPoolExecutor(_OPEN_SHARDS, thread_name_prefix="shard")
+        try:
+            batches = self._batches(indices, readers)
+            while True:
+                while len(ahead) <= depth and (batch := next(batches, None)) is not None:
+                    ahead.append(batch)
+                if not ahead:
+                    break
+                batch = ahead.popleft()
+                if not open_shards or open_shards[-1].index != batch.index:
+                    while len(open_shards) >= _OPEN_SHARDS:
+                        yield open_shards[0].sidecar.result()
+                        open_shards.popleft()
+                    open_shards.append(_OpenShard(batch.index))
+                    shard = open_shards[-1]
+                    shard.sidecar = writers.submit(self._write, shard)
+                self._encode_batch(batch, open_shards[-1])
+                on_images(batch.index, len(batch.places))
+                self.wall_sec = sec_before + time.perf_counter() - started
+                while open_shards[0].sidecar.done() and len(open_shards) > 1:
+                    yield open_shards[0].sidecar.result()
+                    open_shards.popleft()
+            while open_shards:
+                yield open_shards[0].sidecar.result()
+                open_shards.popleft()
+            self.clock.collect(is_last=True)
+            self.wall_sec = sec_before + time.perf_counter() - started
+        finally:
+            for shard in open_shards:
+                shard.put(AbandonedError())
+            readers.shutdown(cancel_futures=True)
+            writers.shutdown()
+
+    def _batches(self, indices: Iterator[int], readers: ThreadPoolExecutor) -> Iterator[Batch]:
+        size, side = self.settings.batch_size, self.settings.image.size
+        for index in indices:
+            files = self.shard_files(index)
+            for start in range(0, len(files), size):
+                places = files[start : start + size]
+                shape = (len(places), side, side, 3)
+                pixels = torch.empty(
+                    shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+                )
+                rows = pixels.numpy()
+                read = [
+                    readers.submit(self._read, int(place), rows[row])
+                    for row, place in enumerate(places)
+                ]
+                yield Batch(index, start + size >= len(files), places, pixels, read)
+
+    def _read(self, place: int, row: np.ndarray) -> BadImageError | None:
+        try:
+            row[:] = decode_image(self.source.read(place), len(row))
+        except BadImageError as err:
+            return err
+        return None
+
+    def _encode_batch(self, batch: Batch, shard: _OpenShard) -> None:
+        good = []
+        for row, (place, future) in enumerate(zip(batch.places, batch.read, strict=True)):
+            name = self.source.name(place)
+            try:
+                damage = future.result()
+            except OSError as err:
+                raise ConfigError(
+                    f"--input {self.source.text}: {name} cannot be read ({err.strerror}); make it "
+                    "readable and run the same command again."
+                ) from err
+            if damage is None:
+                good.append(row)
+                continue
+            if self.is_strict:
+                raise ConfigError(
+                    f"--strict: {name}: {damage}; repair or remove the file, or leave --strict out."
+                )
+            shard.skipped.append(name)
+            self.on_damage(f"{name}: {damage}")
+        if good:
+            # What is left of a batch stays together: the next batches must not depend on it.
+            pixels = batch.pixels if len(good) == len(batch.read) else batch.pixels[good]
+            with self.clock.measure():
+                encoded = self.encode_pixels(pixels)
+            shard.put((batch.places[good].tolist(), encoded))
+        if batch.is_last:
+            shard.put(None)
+
+    def encode_pixels(self, pixels: Tensor) -> EncodedBatch:
+        """Start encoding uint8 (N, size, size, 3), and the mirrored images where they are stored.
+
+        Raises:
+            ConfigError: out of memory.
+        """
+        try:
+            pixels = pixels.to(self.device, non_blocking=True)
+            flips = tensor_moments(self.vae, pixels.flip(2)) if self.settings.latent.flip else None
+            return EncodedBatch(tensor_moments(self.vae, pixels), flips)
+        except RuntimeError as err:
+            if not is_out_of_memory(err):
+                raise
+            raise ConfigError(
+                f"--batch-size {self.settings.batch_size}: out of memory on {self.device}; end "
+                "what else uses it, or begin a new --output with a smaller one."
+            ) from err
+
+    def _write(self, shard: _OpenShard) -> Sidecar:
+        tar = self.output / shard_name(shard.index)
+        totals, keys, digest = ShardTotals(), [], hashlib.sha256()
+        num_bytes = 0
+
+        def samples() -> Iterator[Sample]:
+            for places, encoded in shard.take():
+                moments, flips = encoded.arrays()
+                self._check(moments, flips)
+                labels = self.source.labels[places].tolist()
+                _add(totals, labels, moments)
+                for row, (place, label) in enumerate(zip(places, labels, strict=True)):
+                    keys.append(sample_key(place))
+                    flip = None if flips is None else flips[row]
+                    yield Sample(place, label, moments[row], flip)
+
+        def write(file: IO[bytes]) -> None:
+            nonlocal num_bytes
+            self.settings.layout.write(_Hashing(file, digest), samples())
+            num_bytes = file.tell()
+
+        # A name of its own: another process may write the same shard, to the same bytes.
+        temporary = tar.with_name(f"{tar.name}.{os.getpid()}-{uuid.uuid4().hex}.tmp")
+        try:
+            replace_file(tar, write, temporary)
+        except FileNotFoundError:
+            # It was believed dead, and its temporary file was removed; the shard is finished then.
+            sidecar = finished_sidecar(self.output, shard.index)
+            if sidecar is None:
+                raise
+            return sidecar
+        record = Shard(
             name=tar.name,
             num_samples=len(keys),
-            bytes=tar.stat().st_size,
+            bytes=num_bytes,
             sha256=digest.hexdigest(),
-            stride=layout.stride,
+            stride=self.settings.layout.stride,
             index_sha256="",
             first_key=keys[0] if keys else "",
-            skipped=sorted(skipped),
+            skipped=sorted(shard.skipped),
         )
-        sidecar = Sidecar(shard, totals)
+        sidecar = Sidecar(record, totals)
         write_json(tar.with_suffix(".json"), sidecar)
         return sidecar
 
-    def _samples(
-        self, index: int, skipped: list[str], on_images: Callable[[int], object]
-    ) -> Iterator[Sample]:
-        files, size = self.shard_files(index), self.settings.batch_size
-        batches = [files[start : start + size] for start in range(0, len(files), size)]
-        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="image") as pool:
-            pending = self._submit(pool, batches[0])
-            for number, batch in enumerate(batches):
-                current = pending
-                if number + 1 < len(batches):  # read the next batch while this one is encoded
-                    pending = self._submit(pool, batches[number + 1])
-                yield from self._encode_batch(batch, current, skipped)
-                on_images(len(batch))
-
-    def _submit(self, pool: ThreadPoolExecutor, batch: np.ndarray) -> list[Future]:
-        paths = [self.images.root / self.images.paths[place] for place in batch]
-        return [pool.submit(load_pixels, path, self.settings.image.size) for path in paths]
-
-    def _encode_batch(
-        self, batch: np.ndarray, pixels: list[Future], skipped: list[str]
-    ) -> Iterator[Sample]:
-        places, good = [], []
-        for place, future in zip(batch, pixels, strict=True):
-            try:
-                good.append(future.result())
-                places.append(int(place))
-            except BadImageError as err:
-                if self.is_strict:
-                    raise ConfigError(
-                        f"--strict: {err}; repair or remove the file, or leave --strict out."
-                    ) from err
-                skipped.append(self.images.paths[place])
-            except OSError as err:
+    def _check(self, moments: np.ndarray, flips: np.ndarray | None) -> None:
+        for part in (moments, flips):
+            if part is not None and not np.isfinite(part).all():
                 raise ConfigError(
-                    f"--input {err.filename or self.images.root}: cannot be read "
-                    f"({err.strerror}); make it readable and run the same command again."
-                ) from err
-        if not good:
-            return
-        stacked = np.stack(good)  # (N, size, size, 3)
-        moments = self._moments(stacked)
-        flips = self._moments(stacked[:, :, ::-1]) if self.settings.latent.flip else None
-        for row, place in enumerate(places):
-            flip = None if flips is None else flips[row]
-            yield Sample(place, self.images.labels[place], moments[row], flip)
-
-    def _moments(self, pixels: np.ndarray) -> np.ndarray:
-        moments = encode_moments(self.vae, pixels)
-        if not torch.isfinite(moments).all():
-            raise ConfigError(
-                f"--vae {self.vae.source_id}: its moments do not fit into float16; use another VAE."
-            )
-        return moments.cpu().numpy()
-
-    def write_manifest(self, sidecars: list[Sidecar]) -> Manifest:
-        """Write dataset.json from the sidecars of all shards, in order."""
-        settings = self.settings
-        counts: Counter[int] = Counter()
-        for sidecar in sidecars:
-            counts.update({int(name): n for name, n in sidecar.totals.class_counts.items()})
-        shards = [sidecar.shard for sidecar in sidecars]
-        num_samples = sum(shard.num_samples for shard in shards)
-        num_skipped = sum(len(shard.skipped) for shard in shards)
-        if not num_samples:
-            raise ConfigError(
-                f"--input {self.images.root}: none of its {num_skipped} files could be decoded; "
-                "give images."
-            )
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            num_samples=num_samples,
-            shards=shards,
-            latent=settings.latent,
-            members=Members("moments.npy", "flip.npy" if settings.latent.flip else "", "cls"),
-            vae=settings.vae,
-            statistics=_statistics(sidecars, num_samples, settings.latent.shape),
-            image=settings.image,
-            source=SourceList(settings.num_files, num_skipped, settings.source),
-            order_seed=settings.seed,
-            classes=[
-                ClassEntry(
-                    entry.index, entry.name, entry.name.replace("_", " "), counts[entry.index]
+                    f"--vae {self.vae.source_id}: its moments do not fit into float16 "
+                    f"(--precision {self.settings.latent.precision}); use another VAE or precision."
                 )
-                for entry in self.images.classes
-            ],
-            versions={
-                name: importlib.metadata.version(name)
-                for name in ("torch", "diffusers", "numpy", "pillow", "webdataset")
-            },
-        )
-        write_json(self.output / MANIFEST_NAME, manifest)
-        return manifest
-
-
-def shard_name(index: int) -> str:
-    """Name a shard's tar file."""
-    return f"{index:05d}.tar"
 
 
 class _Hashing:
@@ -314,23 +329,13 @@ class _Hashing:
         return self.file.write(data)
 
 
-def _add(totals: ShardTotals, sample: Sample) -> None:
-    label = str(sample.label)
-    totals.class_counts[label] = totals.class_counts.get(label, 0) + 1
-    mean, log_variance = np.split(sample.moments.astype(np.float64), 2)  # (C, H, W) each
+def _add(totals: ShardTotals, labels: list[int], moments: np.ndarray) -> None:
+    for label in map(str, labels):
+        totals.class_counts[label] = totals.class_counts.get(label, 0) + 1
+    mean, log_variance = np.split(moments.astype(np.float64), 2, axis=1)  # (N, C, H, W) each
     variance = np.exp(log_variance.clip(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX))
-    sums = mean.sum(axis=(1, 2)), (mean**2 + variance).sum(axis=(1, 2))
+    sums = mean.sum(axis=(0, 2, 3)), (mean**2 + variance).sum(axis=(0, 2, 3))
     if not totals.channel_sum:
-        totals.channel_sum = totals.channel_square_sum = [0.0] * len(mean)
+        totals.channel_sum = totals.channel_square_sum = [0.0] * mean.shape[1]
     totals.channel_sum = (np.array(totals.channel_sum) + sums[0]).tolist()
     totals.channel_square_sum = (np.array(totals.channel_square_sum) + sums[1]).tolist()
-
-
-def _statistics(sidecars: list[Sidecar], num_samples: int, shape: list[int]) -> ChannelStatistics:
-    """Mean and standard deviation of posterior draws over all samples and positions."""
-    filled = [sidecar.totals for sidecar in sidecars if sidecar.totals.channel_sum]
-    count = num_samples * shape[1] * shape[2]
-    mean = np.sum([totals.channel_sum for totals in filled], axis=0) / count
-    square = np.sum([totals.channel_square_sum for totals in filled], axis=0) / count
-    std = np.sqrt(np.maximum(square - mean**2, 0.0))
-    return ChannelStatistics(mean.round(6).tolist(), std.round(6).tolist())

@@ -1,89 +1,37 @@
-"""Image files: finding them, the classes their folders name, and one square crop of each.
+"""Image files: decoding them whatever their mode, and one square crop of each.
 
 Raw pixels are uint8 (size, size, 3) RGB throughout the project.
 """
 
-import os
-from collections import Counter
-from dataclasses import dataclass
+import io
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_tools.errors import ConfigError
-
 # Everything else in a folder (annotations, scripts, a README) is not looked at; a file with one of
 # these names that is no image is reported as skipped.
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# What a file is decoded as, whatever its name; never formats for which Pillow starts programs.
+Image.init()  # here, and not by several threads at once
+_FORMATS = [n for n in ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if n in Image.OPEN]
+# Pillow's own limit against decompression bombs; decoding takes 3 to 4 bytes a pixel and thread.
+MAX_PIXELS = 178_956_970
+# Pillow warns from half of that on, which would be a line per large photograph.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow reports damage in any of these ways, depending on the format and on what is damaged.
+_DAMAGE = (
+    *(Image.DecompressionBombError, EOFError, IndexError, KeyError, OSError),
+    *(OverflowError, RuntimeError, SyntaxError, TypeError, ValueError, ZeroDivisionError),
+    *(struct.error, zlib.error),
+)
 
 
 class BadImageError(Exception):
     """A file that is named like an image and cannot be decoded as one."""
-
-
-@dataclass(frozen=True)
-class ImageClass:
-    """One class: its label, the name of its folder, and how many image files the folder holds."""
-
-    index: int
-    name: str
-    count: int
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """The image files of a folder in a fixed order, with their labels.
-
-    Attributes:
-        root: the folder.
-        paths: relative to root, with "/" on every system, sorted.
-        labels: class index of each path; all 0 when unconditional.
-        classes: sorted by name; empty when the folder is flat, that is unconditional.
-    """
-
-    root: Path
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
-    classes: tuple[ImageClass, ...]
-
-
-def scan_image_folder(root: Path, flag: str) -> ImageFolder:
-    """List a folder of images: one sub-folder per class, or a flat folder without classes.
-
-    Args:
-        root: the folder; a class folder may itself hold folders.
-        flag: the option that named the folder, for messages.
-    """
-    if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
-        raise ConfigError(f"{flag} {root}: {state}; give a folder that holds images.")
-    paths = sorted(
-        Path(folder, name).relative_to(root).as_posix()
-        for folder, _, names in os.walk(root, followlinks=True)  # class folders are often links
-        for name in names
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-    )
-    if not paths:
-        raise ConfigError(
-            f"{flag} {root}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))}) in it; "
-            "give a folder with one sub-folder per class, or with the images themselves."
-        )
-    loose = [path for path in paths if "/" not in path]
-    if len(loose) == len(paths):
-        return ImageFolder(root, tuple(paths), (0,) * len(paths), ())
-    if loose:
-        raise ConfigError(
-            f"{flag} {root}: {len(loose)} images ({loose[0]}, ...) lie beside class folders; "
-            "move them into a class folder, or all images into one flat folder."
-        )
-    folders = [path.split("/")[0] for path in paths]
-    names = sorted(set(folders))
-    index_of = {name: index for index, name in enumerate(names)}
-    labels = tuple(index_of[folder] for folder in folders)
-    counts = Counter(folders)
-    classes = tuple(ImageClass(index, name, counts[name]) for index, name in enumerate(names))
-    return ImageFolder(root, tuple(paths), labels, classes)
 
 
 def square_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -108,30 +56,63 @@ def square_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size))).copy()
 
 
-def load_pixels(path: Path, size: int) -> np.ndarray:
-    """Read an image file as raw pixels, turned upright by its EXIF tag, on white where transparent.
+def decode_image(data: bytes, size: int) -> np.ndarray:
+    """Decode an image file's content: first frame, upright by its EXIF tag, on white, RGB, cropped.
 
     Returns:
         uint8 (size, size, 3).
 
     Raises:
-        BadImageError: the file is empty, cut off, damaged or no image.
+        BadImageError: it is empty, cut off, damaged, no image, or larger than MAX_PIXELS.
     """
+    if not data:
+        raise BadImageError("is empty")
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_size(image, size)
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return square_crop(_flattened(upright), size)
-    # Pillow reports damage in any of these ways, depending on the format.
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as err:
-        if isinstance(err, OSError) and err.errno is not None:
-            raise  # the system cannot read the file: that says nothing about the picture
+            return square_crop(_flattened(ImageOps.exif_transpose(image)), size)
+    except _DAMAGE as err:
+        raise BadImageError(str(err) or type(err).__name__) from err
+
+
+def load_pixels(path: Path, size: int) -> np.ndarray:
+    """Read an image file as raw pixels.
+
+    Returns:
+        uint8 (size, size, 3).
+
+    Raises:
+        BadImageError: what decode_image says, with the path before it.
+        OSError: the system cannot read the file: that says nothing about the picture.
+    """
+    data = path.read_bytes()
+    try:
+        return decode_image(data, size)
+    except BadImageError as err:
         raise BadImageError(f"{path}: {err}") from err
+
+
+def _check_size(image: Image.Image, size: int) -> None:
+    """Refuse before anything is decoded: the header's numbers cost a sender nothing."""
+    short, long = min(image.size), max(image.size)
+    # A line of pixels is small until its shorter side is scaled to `size`.
+    scaled = size * size * long // max(short, 1)
+    for pixels, what in ((short * long, ""), (scaled, f" when scaled to {size}")):
+        if pixels > MAX_PIXELS:
+            raise BadImageError(
+                f"its {image.width} x {image.height} are {pixels:,} pixels{what}, more than "
+                f"{MAX_PIXELS:,}"
+            )
 
 
 def _flattened(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
+    if image.mode.startswith("I;16"):  # Pillow would clip; of 16-bit colours it keeps these bits
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImageError(f"its pixels (mode {image.mode}) have no known range")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

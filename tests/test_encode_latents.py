@@ -5,10 +5,8 @@ import hashlib
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,13 +17,15 @@ from PIL import Image
 
 import data_tools.encode_latents
 from data_tools.encode_latents import main, prepare_demo
-from data_tools.encoding import SETTINGS_NAME, ShardEncoder
+from data_tools.encoding import ShardEncoder
+from data_tools.encoding_settings import SETTINGS_NAME
 from data_tools.errors import ConfigError
-from data_tools.images import load_pixels, scan_image_folder
+from data_tools.images import load_pixels
 from data_tools.loader import LatentStream
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.sources import scan_folder
 from data_tools.vae import DEMO_VAE, encode_moments, load_vae
-from tests.launch import REPOSITORY, environment, finish, run, start
+from tests.launch import REPOSITORY, environment, run
 
 VAE_FLAGS = ("--vae", "data_tools/demo_vae")
 
@@ -77,14 +77,14 @@ def samples(folder):
 
 
 def test_the_stored_moments_are_those_of_the_image_and_of_its_mirror_image(images, encoded):
-    listed = scan_image_folder(images, "--input")
+    listed = scan_folder(images, "--input")
     vae = load_vae(DEMO_VAE)
     found = samples(encoded)
     assert sorted(int(sample["__key__"]) for sample in found) == list(range(23))
     for sample in found:
         index = int(sample["__key__"])
         assert sample["cls"] == listed.labels[index]
-        pixels = load_pixels(images / listed.paths[index], 32)[None]
+        pixels = load_pixels(listed.path(index), 32)[None]
         for name, view in (("moments.npy", pixels), ("flip.npy", pixels[:, :, ::-1])):
             expected = encode_moments(vae, view)[0].numpy()
             # Other images of a batch change the order of additions, not more.
@@ -150,46 +150,6 @@ def test_repeating_a_finished_run_changes_nothing(images, encoded, capsys):
     after = content(encoded), [path.stat().st_mtime_ns for path in sorted(encoded.glob("*.tar"))]
     assert before == after
     assert "23 samples in 3 shards" in capsys.readouterr().out
-
-
-def test_a_killed_run_that_is_repeated_gives_the_bytes_of_an_uninterrupted_one(
-    images, encoded, tmp_path
-):
-    output = tmp_path / "set"
-    command = [sys.executable, "data_tools/encode_latents.py", *flags(images, output)]
-    # Kill as soon as the second shard is being written: one shard is whole, one is half.
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment())
-    deadline = time.monotonic() + 120
-    while not (output / "00001.tar.tmp").exists() and not (output / "00001.tar").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (output / "00000.json").exists()
-    assert not (output / MANIFEST_NAME).exists()
-    with pytest.raises(ConfigError, match="encoding did not finish"):
-        DatasetManifest.load(output)
-    subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True)
-    assert content(output) == content(encoded)
-
-
-def test_several_processes_share_the_shards_and_give_the_same_bytes(images, encoded, tmp_path):
-    processes = [
-        start("python", "data_tools/encode_latents.py", *flags(images, tmp_path), "--part", part)
-        for part in ("0/2", "1/2")
-    ]
-    outputs = [finish(process) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
-    assert any("23 samples in 3 shards" in output for output in outputs)
-    assert content(tmp_path) == content(encoded)
-
-
-def test_one_part_alone_does_not_finish_the_data_set(images, tmp_path, capsys):
-    main(flags(images, tmp_path, **{"--part": "1/2"}))
-    assert "this part is done; dataset.json follows when all parts are." in capsys.readouterr().out
-    assert [path.name for path in sorted(tmp_path.glob("*.tar"))] == ["00001.tar"]
-    with pytest.raises(ConfigError, match="encoding did not finish"):
-        DatasetManifest.load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "deleted", "sidecar deleted"])
@@ -311,7 +271,9 @@ def test_a_dry_run_describes_and_writes_nothing(images, tmp_path, capsys):
         (["--batch-size", "0"], "--batch-size 0: must be at least 1."),
         (["--shard-size", "-1"], "--shard-size -1: must be at least 1."),
         (["--size", "0"], "--size 0: must be at least 1."),
-        (["--part", "4/4"], "--part 4/4: write I/N with 0 <= I < N, for example 0/4."),
+        (["--workers", "0"], "--workers 0: must be at least 1."),
+        (["--batch-size", "some"], "--batch-size some: write a number of images, or auto."),
+        (["--precision", "fp8"], "--precision: invalid choice: 'fp8' (choose from "),
         (["--input", "IMAGES", "--output", "o", "--size", "64"], "--vae is missing: "),
         (
             ["--input", "IMAGES", "--output", "o", "--size", "30", *VAE_FLAGS],
@@ -384,10 +346,10 @@ def test_any_other_failure_keeps_its_traceback(images, tmp_path, monkeypatch):
 
 
 def test_an_image_that_vanishes_meanwhile_is_named(images, tmp_path, monkeypatch):
-    def vanish(path, _size):
-        raise FileNotFoundError(2, "No such file or directory", str(path))
+    def vanish(*_args):
+        raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr("data_tools.encoding.load_pixels", vanish)
+    monkeypatch.setattr("data_tools.sources.FileSource.read", vanish)
     with pytest.raises(ConfigError, match=r"^--input .*\.png: cannot be read \(No such file"):
         main(flags(images, tmp_path / "set"))
     assert [path.name for path in (tmp_path / "set").iterdir()] == [SETTINGS_NAME]
@@ -400,17 +362,18 @@ def test_several_callers_prepare_the_demo_once(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "DEMO_PER_CLASS", 2)
     monkeypatch.setattr(module, "DEMO_SIZE", 16)
     written = []
-    original = ShardEncoder.encode
+    original = ShardEncoder.encode_all
 
-    def counting(self, index, on_images):
-        written.append(index)
-        return original(self, index, on_images)
+    def counting(self, indices, on_images):
+        for sidecar in original(self, indices, on_images):
+            written.append(sidecar.shard.name)
+            yield sidecar
 
-    monkeypatch.setattr(ShardEncoder, "encode", counting)
+    monkeypatch.setattr(ShardEncoder, "encode_all", counting)
     with ThreadPoolExecutor(3) as pool:
         folders = list(pool.map(lambda _: prepare_demo(quiet=True), range(3)))
     assert folders == [tmp_path / "datasets" / "demo"] * 3
-    assert written == [0]
+    assert written == ["00000.tar"]
     manifest = DatasetManifest.load(folders[0])
     assert (manifest.num_samples, manifest.num_classes) == (20, 10)
 

@@ -8,8 +8,9 @@ from PIL import Image
 
 from data_tools.emoji import all_emoji, draw_emoji, emoji_classes, without_skin_tone
 from data_tools.errors import ConfigError
-from data_tools.images import BadImageError, load_pixels, scan_image_folder, square_crop
+from data_tools.images import BadImageError, load_pixels, square_crop
 from data_tools.make_demo_images import evenly, make_demo_images, parse_arguments
+from data_tools.sources import scan_folder
 from tests.launch import run
 
 
@@ -108,48 +109,6 @@ def test_a_file_that_cannot_be_read_is_not_a_bad_image(tmp_path):
         load_pixels(tmp_path / "gone.png", 32)
 
 
-def test_class_folders_become_sorted_classes(tmp_path):
-    for name in ("b/2.png", "b/1.JPEG", "a/deep/3.webp", "c d/x.png"):
-        save(tmp_path / name)
-    (tmp_path / "a" / "notes.txt").write_text("not an image")
-    (tmp_path / "README.md").write_text("not an image")
-    found = scan_image_folder(tmp_path, "--input")
-    assert found.paths == ("a/deep/3.webp", "b/1.JPEG", "b/2.png", "c d/x.png")
-    assert found.labels == (0, 1, 1, 2)
-    assert [(c.index, c.name, c.count) for c in found.classes] == [
-        (0, "a", 1),
-        (1, "b", 2),
-        (2, "c d", 1),
-    ]
-
-
-def test_class_folders_may_be_links(tmp_path):
-    save(tmp_path / "elsewhere" / "1.png")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "cats").symlink_to(tmp_path / "elsewhere")
-    assert scan_image_folder(tmp_path / "set", "--input").paths == ("cats/1.png",)
-
-
-def test_a_flat_folder_has_no_classes(tmp_path):
-    save(tmp_path / "2.png")
-    save(tmp_path / "1.png")
-    found = scan_image_folder(tmp_path, "--input")
-    assert (found.paths, found.labels, found.classes) == (("1.png", "2.png"), (0, 0), ())
-
-
-def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
-    with pytest.raises(ConfigError, match=r"^--input .*gone: does not exist; give a folder"):
-        scan_image_folder(tmp_path / "gone", "--input")
-    with pytest.raises(ConfigError, match=r"^--input .*: no image files \(\.bmp, .*in it; give"):
-        scan_image_folder(tmp_path, "--input")
-    save(tmp_path / "loose.png")
-    with pytest.raises(ConfigError, match=r"loose\.png: is a file; give a folder"):
-        scan_image_folder(tmp_path / "loose.png", "--input")
-    save(tmp_path / "a" / "1.png")
-    with pytest.raises(ConfigError, match=r"1 images \(loose\.png, \.\.\.\) lie beside class fol"):
-        scan_image_folder(tmp_path, "--input")
-
-
 def test_an_emoji_fills_its_picture_on_white():
     picture = draw_emoji("1F600", 64)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
@@ -204,6 +163,6 @@ def test_make_demo_images_runs_as_a_script(tmp_path):
     flags = ("--output", tmp_path / "set", "--size", 16, "--per-class", 2)
     output = run("python", "data_tools/make_demo_images.py", *flags)
     assert "20 pictures in 10 classes" in output
-    assert len(scan_image_folder(tmp_path / "set", "--input").classes) == 10
+    assert len(scan_folder(tmp_path / "set", "--input").classes) == 10
     error = run("python", "data_tools/make_demo_images.py", "--size", 0, expect=2)
     assert error == "error: --size 0: must be at least 8 pixels.\n"

@@ -1,0 +1,199 @@
+"""The folder that encoding fills: which shards are whole, what describes them, what is left over.
+
+Each shard 00012.tar has a sidecar 00012.json, written after it; dataset.json is written last.
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.claims import Claims
+from data_tools.encoding_settings import EncodingSettings
+from data_tools.errors import ConfigError
+from data_tools.files import MalformedError, from_json, write_json
+from data_tools.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    ChannelStatistics,
+    ClassEntry,
+    Manifest,
+    Members,
+    Shard,
+    SourceList,
+)
+from data_tools.sources import ImageSource
+
+CLAIMS_NAME = ".claims"  # folder with the claims of processes at work
+INDEXES_NAME = ".sources"  # folder with the indexes of the input's tars
+_TOOLS = ("torch", "diffusers", "numpy", "pillow", "webdataset")
+_TEMPORARY = re.compile(r"(\d{5,})\.(tar|json)\..*\.tmp")
+
+
+@dataclass
+class ShardTotals:
+    """Sums over a shard's samples from which the data set's statistics follow."""
+
+    class_counts: dict[str, int] = field(default_factory=dict)  # label in digits: samples
+    channel_sum: list[float] = field(default_factory=list)  # of posterior means, per channel
+    channel_square_sum: list[float] = field(default_factory=list)  # of mean^2 + variance
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """The file 00012.json beside 00012.tar; its presence means that the shard is complete."""
+
+    shard: Shard
+    totals: ShardTotals
+
+
+def shard_name(index: int) -> str:
+    """Name a shard's tar file."""
+    return f"{index:05d}.tar"
+
+
+def claim_name(index: int) -> str:
+    """Name the claim on a shard."""
+    return f"{index:05d}"
+
+
+def finished_sidecar(output: Path, index: int) -> Sidecar | None:
+    """Return the sidecar of a shard that is complete in the output folder."""
+    tar = output / shard_name(index)
+    try:
+        sidecar: Sidecar = from_json(Sidecar, json.loads(tar.with_suffix(".json").read_bytes()))
+        is_complete = tar.stat().st_size == sidecar.shard.bytes
+    except (FileNotFoundError, ValueError, MalformedError):
+        return None
+    return sidecar if is_complete else None
+
+
+class EncodingOutput:
+    """What is done and what is missing of a data set that several processes may be encoding."""
+
+    def __init__(self, folder: Path, settings: EncodingSettings) -> None:
+        """Look into an existing folder."""
+        self.folder, self.settings = folder, settings
+        self.missing = dict.fromkeys(range(settings.num_shards))  # in order, quickly removed from
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look which shards other processes finished."""
+        names = set(os.listdir(self.folder))
+        for index in list(self.missing):
+            if shard_name(index).replace(".tar", ".json") in names:
+                self.is_finished(index)
+
+    def is_finished(self, index: int) -> bool:
+        """Look whether a shard is finished."""
+        if index in self.missing and finished_sidecar(self.folder, index) is not None:
+            del self.missing[index]
+        return index not in self.missing
+
+    @property
+    def num_images_done(self) -> int:
+        """Image files in the shards that are finished."""
+        left = sum(self.settings.files_in(index) for index in self.missing)
+        return self.settings.num_files - left
+
+    def remove_leftovers(self, claims: Claims) -> None:
+        """Remove temporary files of processes that were killed."""
+        for name in os.listdir(self.folder):
+            path = self.folder / name
+            if match := _TEMPORARY.fullmatch(name):
+                is_left = not claims.is_live(claim_name(int(match[1])))
+            elif name.endswith(".tmp"):  # of the small files, written within a moment
+                is_left = path.exists() and claims.age_sec(path) > claims.lease_sec
+            else:
+                continue
+            if is_left:
+                path.unlink(missing_ok=True)
+
+    def write_manifest(
+        self, source: ImageSource, class_names: dict[str, tuple[str, str]]
+    ) -> Manifest:
+        """Write dataset.json from the sidecars of all shards, unless it says the same already.
+
+        Args:
+            source: the images.
+            class_names: id and name to write, by the source's id; others get theirs from the id.
+
+        Returns:
+            what dataset.json holds.
+        """
+        sidecars = [
+            finished_sidecar(self.folder, index) for index in range(self.settings.num_shards)
+        ]
+        complete = [sidecar for sidecar in sidecars if sidecar is not None]
+        if len(complete) < len(sidecars):
+            raise ConfigError(
+                f"--output {self.folder}: {len(sidecars) - len(complete)} finished shards were "
+                "removed or changed meanwhile; run the same command again."
+            )
+        manifest = _manifest(self.settings, source, class_names, complete)
+        path = self.folder / MANIFEST_NAME
+        if not _says_the_same(path, manifest):
+            write_json(path, manifest)
+        return manifest
+
+
+def _says_the_same(path: Path, manifest: Manifest) -> bool:
+    """Compare but for the versions of tools, which are those that did the work."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    wanted = json.loads(json.dumps(asdict(manifest)))
+    is_whole = isinstance(found, dict) and "versions" in found
+    return is_whole and found | {"versions": {}} == wanted | {"versions": {}}
+
+
+def _manifest(
+    settings: EncodingSettings,
+    source: ImageSource,
+    class_names: dict[str, tuple[str, str]],
+    sidecars: list[Sidecar],
+) -> Manifest:
+    counts: Counter[int] = Counter()
+    for sidecar in sidecars:
+        counts.update({int(name): n for name, n in sidecar.totals.class_counts.items()})
+    shards = [sidecar.shard for sidecar in sidecars]
+    num_samples = sum(shard.num_samples for shard in shards)
+    num_skipped = sum(len(shard.skipped) for shard in shards)
+    if not num_samples:
+        raise ConfigError(
+            f"--input {source.text}: none of its {num_skipped} files could be decoded; give images."
+        )
+    named = [class_names.get(c.id, (c.id, c.id.replace("_", " "))) for c in source.classes]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        num_samples=num_samples,
+        shards=shards,
+        latent=settings.latent,
+        members=Members("moments.npy", "flip.npy" if settings.latent.flip else "", "cls"),
+        vae=settings.vae,
+        statistics=_statistics(sidecars, num_samples, settings.latent.shape),
+        image=settings.image,
+        source=SourceList(settings.num_files, num_skipped, settings.source),
+        order_seed=settings.seed,
+        classes=[
+            ClassEntry(entry.index, *names, counts[entry.index])
+            for entry, names in zip(source.classes, named, strict=True)
+        ],
+        versions={name: importlib.metadata.version(name) for name in _TOOLS},
+    )
+
+
+def _statistics(sidecars: list[Sidecar], num_samples: int, shape: list[int]) -> ChannelStatistics:
+    """Mean and standard deviation of posterior draws over all samples and positions."""
+    filled = [sidecar.totals for sidecar in sidecars if sidecar.totals.channel_sum]
+    count = num_samples * shape[1] * shape[2]
+    mean = np.sum([totals.channel_sum for totals in filled], axis=0) / count
+    square = np.sum([totals.channel_square_sum for totals in filled], axis=0) / count
+    std = np.sqrt(np.maximum(square - mean**2, 0.0))
+    return ChannelStatistics(mean.round(6).tolist(), std.round(6).tolist())

@@ -1,0 +1,297 @@
+"""One command that encodes: alone or among other processes over the same output folder."""
+
+import dataclasses
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from data_tools.claims import Claims
+from data_tools.encoding import ShardEncoder
+from data_tools.encoding_output import CLAIMS_NAME, INDEXES_NAME, EncodingOutput, claim_name
+from data_tools.encoding_progress import Progress, duration
+from data_tools.encoding_settings import (
+    POLL_SEC,
+    PRECISIONS,
+    EncodingSettings,
+    begun_settings,
+    disk_errors_as_config_errors,
+    load_settings,
+    make_settings,
+    settle,
+)
+from data_tools.encoding_trial import (
+    TRIAL_IMAGES,
+    check_precision,
+    choose_batch_size,
+    first_images,
+    timed_trial,
+)
+from data_tools.errors import ConfigError
+from data_tools.inputs import open_source, read_class_names
+from data_tools.manifest import MANIFEST_NAME, Manifest
+from data_tools.vae import load_vae, resolve_device, with_dtype
+
+CLASSES_SHOWN = 20
+MAX_THREADS = 16
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, as torchrun and Slurm count."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
+def local_processes() -> int:
+    """Return how many processes a launcher says it started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the named device; without a name this process's own GPU, or the CPU."""
+    if name is None and torch.cuda.is_available():
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return resolve_device(name)
+
+
+def choose_threads(asked: int | None) -> int:
+    """Return how many threads decode: those asked for, or the cores of this process."""
+    cores = len(os.sched_getaffinity(0)) // local_processes()
+    return asked or max(1, min(MAX_THREADS, cores))
+
+
+class EncodingRun:
+    """One command: its images, VAE and settings, of which the batch size may still be open."""
+
+    def __init__(
+        self,
+        input_text: str,
+        output: Path,
+        vae: str,
+        *,
+        size: int,
+        flip: bool,
+        seed: int,
+        shard_size: int,
+        batch_size: int | None,
+        precision: str,
+        class_names: Path | None,
+        device: torch.device,
+        workers: int | None,
+        is_strict: bool,
+        is_quiet: bool,
+        keeps_indexes: bool,
+    ) -> None:
+        """Check everything that can be checked before a shard is written.
+
+        Args:
+            input_text: as typed.
+            output: of the shards.
+            vae: as typed.
+            size: side of the images.
+            flip: store the latents of mirrored images too.
+            seed: of the dealing of images to shards.
+            shard_size: images per shard.
+            batch_size: None: that of the data set, or for a new one what fits.
+            precision: of the VAE's arithmetic.
+            class_names: file, see read_class_names.
+            device: of the VAE.
+            workers: threads that decode; None: as many as cores.
+            is_strict: stop at the first image that cannot be decoded.
+            is_quiet: print nothing.
+            keeps_indexes: write those of tars into the output, for other processes.
+        """
+        self.output, self.is_strict, self.is_quiet = output, is_strict, is_quiet
+        # A finished set stays as it is.
+        keeps_indexes &= not (output / MANIFEST_NAME).exists()
+        with disk_errors_as_config_errors(output):
+            self.source = open_source(input_text, output / INDEXES_NAME if keeps_indexes else None)
+        classes = self.source.classes
+        self.class_names = read_class_names(class_names, classes) if class_names else {}
+        self.exact = load_vae(vae, device=device)
+        if size % self.exact.downsample:
+            raise ConfigError(
+                f"--size {size}: is not divisible by {self.exact.downsample}, the factor by "
+                f"which --vae {vae} reduces images; use a multiple of {self.exact.downsample}."
+            )
+        self.num_threads, self.is_batch_free = choose_threads(workers), batch_size is None
+        self.settings = make_settings(
+            self.source,
+            self.exact,
+            size=size,
+            flip=flip,
+            seed=seed,
+            shard_size=shard_size,
+            batch_size=batch_size or 0,
+            precision=precision,
+        )
+        self.begun = begun_settings(output, self.settings, self.is_batch_free)
+
+    def say(self, text: str) -> None:
+        """Print, where anybody wants to read it; whatever bytes a file's name has."""
+        if not self.is_quiet:
+            sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
+            sys.stdout.flush()
+
+    def describe(self) -> None:
+        """Say what will be encoded into what."""
+        settings, source = self.settings, self.source
+        num_bytes = settings.num_files * settings.layout.stride
+        self.say(
+            f"{source.text}: {len(source)} images in {len(source.classes)} classes -> "
+            f"{self.output}: {settings.num_shards} shards, {num_bytes / 2**20:.0f} MiB, latents "
+            f"{settings.latent.shape} of {self.exact.source_id}"
+        )
+
+    def complete(self, settings: EncodingSettings) -> EncodingSettings:
+        """Choose the batch size if it is open."""
+        if settings.batch_size:
+            return settings
+        vae = with_dtype(self.exact, PRECISIONS[settings.latent.precision])
+        size = choose_batch_size(vae, settings.image.size, local_processes())
+        self.say(f"--batch-size auto: {size}")
+        return dataclasses.replace(settings, batch_size=size)
+
+    def encoder(self, settings: EncodingSettings) -> ShardEncoder:
+        """Make what encodes, with the VAE in the precision asked for, which is checked."""
+        encoder = ShardEncoder(
+            self.source,
+            self.exact,
+            settings,
+            self.output,
+            is_strict=self.is_strict,
+            num_threads=self.num_threads,
+            on_damage=lambda text: self.say(f"skipped {text}"),
+        )
+        name = settings.latent.precision
+        if name != "fp32":
+            encoder.vae = with_dtype(self.exact, PRECISIONS[name])
+            size = settings.image.size
+            pixels = first_images(self.source, encoder.order, size, TRIAL_IMAGES)
+            if len(pixels):
+                self.say(check_precision(self.exact, encoder.vae, pixels, name))
+        return encoder
+
+    def estimate(self) -> None:
+        """Say what encoding would take."""
+        counts = [entry.count for entry in self.source.classes]
+        if len(counts) > CLASSES_SHOWN:
+            self.say(
+                f"images per class: {min(counts)} to {max(counts)}, median "
+                f"{statistics.median(counts):g}"
+            )
+        elif counts:
+            shown = ", ".join(f"{entry.id} {entry.count}" for entry in self.source.classes)
+            self.say(f"images per class: {shown}")
+        settings = self.begun or self.complete(self.settings)
+        stride = settings.layout.stride
+        self.say(
+            f"{settings.num_files * stride:,} bytes in all, {stride:,} a sample, "
+            f"{settings.shard_size * stride:,} a shard of {settings.shard_size}"
+        )
+        trial = timed_trial(self.encoder(settings))
+        per_sec = trial.images_per_sec(self.num_threads)
+        done = EncodingOutput(self.output, settings).num_images_done if self.begun else 0
+        left = settings.num_files - done
+        self.say(
+            f"{done} images are done; about {per_sec:.1f} images/s here (decoding "
+            f"{1000 * trial.decode_sec:.1f} ms on each of {self.num_threads} threads, encoding "
+            f"{1000 * trial.vae_sec:.1f} ms), {duration(left / per_sec)} for one process"
+        )
+
+    def encode(self) -> Manifest:
+        """Encode what is missing, together with any other processes.
+
+        Returns:
+            what dataset.json holds.
+        """
+        with disk_errors_as_config_errors(self.output):
+            if self.begun is not None:
+                folder = EncodingOutput(self.output, self.begun)
+                if not folder.missing and (self.output / MANIFEST_NAME).exists():
+                    return folder.write_manifest(self.source, self.class_names)
+            self.output.mkdir(parents=True, exist_ok=True)
+            with Claims(self.output / CLAIMS_NAME) as claims:
+                settings = settle(
+                    self.output, self.settings, self.is_batch_free, self.complete, claims
+                )
+                folder = EncodingOutput(self.output, settings)
+                folder.remove_leftovers(claims)
+                if folder.missing:
+                    self._encode_missing(folder, claims)
+                manifest = folder.write_manifest(self.source, self.class_names)
+                folder.remove_leftovers(claims)
+                shutil.rmtree(self.output / INDEXES_NAME, ignore_errors=True)
+                claims.sweep()
+            return manifest
+
+    def _encode_missing(self, folder: EncodingOutput, claims: Claims) -> None:
+        encoder = self.encoder(folder.settings)
+        progress = Progress(folder, claims, self.is_quiet)
+        is_waiting = False
+        while folder.missing:
+            num_taken = 0
+            with closing(encoder.encode_all(_claimed(folder, claims), progress.update)) as sidecars:
+                for sidecar in sidecars:
+                    index = int(sidecar.shard.name.removesuffix(".tar"))
+                    folder.is_finished(index)
+                    claims.release(claim_name(index))
+                    num_taken += 1
+            folder.refresh()
+            if folder.missing and not num_taken:
+                if not is_waiting:
+                    self.say(f"waiting for other processes: {len(folder.missing)} shards")
+                    is_waiting = True
+                progress.look_now_and_then()
+                time.sleep(POLL_SEC)
+        progress.close()
+        if encoder.wall_sec:
+            self.say(
+                f"this process encoded for {duration(encoder.wall_sec)}; the VAE was busy "
+                f"{100 * encoder.busy_share:.0f} % of that"
+            )
+
+
+def _claimed(folder: EncodingOutput, claims: Claims) -> Iterator[int]:
+    """Claim one shard after the other, of those that nobody holds or has finished."""
+    for index in list(folder.missing):
+        name = claim_name(index)
+        if folder.is_finished(index) or not claims.take(name):
+            continue
+        if folder.is_finished(index):  # meanwhile, by another process
+            claims.release(name)
+            continue
+        yield index
+
+
+def reopen(output: Path, input_text: str, vae: str | None, device: str | None) -> ShardEncoder:
+    """Return the encoder of a data set that was begun, for writing single shards again.
+
+    Args:
+        output: holds encoding.json.
+        input_text: the images, as --input.
+        vae: where its VAE is now; None: where it was.
+        device: as --device.
+    """
+    settings = load_settings(output)
+    if settings is None:
+        raise ConfigError(
+            f"{output}: has no encoding.json, so how its shards were made is unknown; copy them "
+            "again from where they came."
+        )
+    source = open_source(input_text)
+    if source.fingerprint() != settings.source:
+        raise ConfigError(
+            f"--input {input_text}: its {len(source)} images are not the {settings.num_files} that "
+            f"{output} was made of; give those."
+        )
+    where = choose_device(device)
+    found = load_vae(vae or settings.vae.id, device=where, expected_sha256=settings.vae.sha256)
+    if settings.latent.precision != "fp32":
+        found = with_dtype(found, PRECISIONS[settings.latent.precision])
+    return ShardEncoder(source, found, settings, output, num_threads=choose_threads(None))

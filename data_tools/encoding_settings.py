@@ -1,0 +1,199 @@
+"""What decides the bytes of a data set's shards: encoding.json in the output folder."""
+
+import dataclasses
+import errno
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_tools.claims import Claims
+from data_tools.errors import ConfigError
+from data_tools.files import MalformedError, from_json, write_json
+from data_tools.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    ImageFormat,
+    LatentFormat,
+    VaeReference,
+)
+from data_tools.records import RecordLayout
+from data_tools.sources import ImageSource
+from data_tools.vae import Vae
+
+SETTINGS_NAME = "encoding.json"
+CROP = "adm-center"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+POLL_SEC = 0.5  # between looks at what other processes do
+# A disk that is full, over quota, read-only or not ours: the user's to solve, not a bug.
+_DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """Everything that decides the bytes of the shards; kept in the output as encoding.json."""
+
+    format_version: int
+    vae: VaeReference
+    latent: LatentFormat
+    image: ImageFormat
+    source: str  # sha256 of the list of images
+    num_files: int
+    seed: int
+    shard_size: int
+    batch_size: int
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards the images fill."""
+        return math.ceil(self.num_files / self.shard_size)
+
+    @property
+    def layout(self) -> RecordLayout:
+        """The bytes of a sample."""
+        channels, height, width = self.latent.shape
+        return RecordLayout((channels, height, width), self.latent.flip)
+
+    def files_in(self, index: int) -> int:
+        """How many images a shard has, damaged ones included."""
+        return min(self.shard_size, self.num_files - index * self.shard_size)
+
+
+@contextmanager
+def disk_errors_as_config_errors(output: Path) -> Iterator[None]:
+    """Report a full or read-only disk in one sentence."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in _DISK_ERRORS:
+            raise
+        raise ConfigError(
+            f"--output {output}: cannot write {err.filename or 'a shard'} ({err.strerror}); free "
+            "space or choose another folder and run the same command again, finished shards stay."
+        ) from err
+
+
+def make_settings(
+    source: ImageSource,
+    vae: Vae,
+    *,
+    size: int,
+    flip: bool,
+    seed: int,
+    shard_size: int,
+    batch_size: int,
+    precision: str,
+) -> EncodingSettings:
+    """Collect the settings of a run."""
+    side = size // vae.downsample
+    return EncodingSettings(
+        format_version=FORMAT_VERSION,
+        vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
+        latent=LatentFormat(
+            kind="moments",
+            shape=[2 * vae.latent_channels, side, side],
+            dtype="float16",
+            layout="mean | log-variance on axis 0, unscaled",
+            flip=flip,
+            precision=precision,
+        ),
+        image=ImageFormat(size=size, crop=CROP),
+        source=source.fingerprint(),
+        num_files=len(source),
+        seed=seed,
+        shard_size=shard_size,
+        batch_size=batch_size,
+    )
+
+
+def load_settings(output: Path) -> EncodingSettings | None:
+    """Read the settings of a folder that was begun; None if there are none."""
+    path = output / SETTINGS_NAME
+    try:
+        return from_json(EncodingSettings, json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (MalformedError, ValueError) as err:
+        raise ConfigError(f"{path}: {err}; delete the folder, or give a new --output.") from err
+
+
+def begun_settings(
+    output: Path, settings: EncodingSettings, is_batch_free: bool
+) -> EncodingSettings | None:
+    """Return the settings of a folder that these may continue; None if it is new.
+
+    Args:
+        output: may not exist yet.
+        settings: of this command.
+        is_batch_free: take over the folder's batch size.
+    """
+    found = load_settings(output)
+    if found is None:
+        if any(output.glob("*.tar")) or (output / MANIFEST_NAME).exists():
+            raise ConfigError(
+                f"--output {output}: holds shards but no {SETTINGS_NAME}, so how they were made is "
+                "unknown; give a new folder."
+            )
+        return None
+    if is_batch_free:
+        settings = dataclasses.replace(settings, batch_size=found.batch_size)
+    old, new = _leaves(asdict(found)), _leaves(asdict(settings))
+    different = [f"{name} ({old[name]} -> {new[name]})" for name in new if old[name] != new[name]]
+    if different:
+        raise ConfigError(
+            f"--output {output}: was begun with other settings: {', '.join(different)}; repeat the "
+            "old flags and input, or give a new folder."
+        )
+    return found
+
+
+def settle(
+    output: Path,
+    settings: EncodingSettings,
+    is_batch_free: bool,
+    complete: Callable[[EncodingSettings], EncodingSettings],
+    claims: Claims,
+) -> EncodingSettings:
+    """Return the settings of the folder; the first of several processes notes them in it.
+
+    Args:
+        output: exists.
+        settings: of this command.
+        is_batch_free: take over the folder's batch size.
+        complete: chooses what is free, in the first process only.
+        claims: of this process.
+    """
+    while (found := begun_settings(output, settings, is_batch_free)) is None:
+        if not claims.take(SETTINGS_NAME):
+            time.sleep(POLL_SEC)
+            continue
+        if not (output / SETTINGS_NAME).exists():
+            write_json(output / SETTINGS_NAME, complete(settings))
+        claims.release(SETTINGS_NAME)
+    return found
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to {"image.size": 64, ...}."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{name}.")
+        elif prefix + name != "vae.id":  # the weights count, not where they were found
+            leaves[prefix + name] = value
+    return leaves

@@ -1,0 +1,109 @@
+"""What --input and --class-names may be, and which source each is."""
+
+import json
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from data_tools.errors import ConfigError
+from data_tools.records import KEY_DIGITS
+from data_tools.sources import ImageClass, ImageSource, read_list, scan_folder
+from data_tools.tar_source import open_tars
+
+_LIST_SUFFIXES = (".txt", ".tsv")
+
+
+def open_source(text: str, cache: Path | None = None) -> ImageSource:
+    """Open the input: a folder of images or of tars, a list file, or tars with brace patterns.
+
+    Args:
+        text: as typed.
+        cache: folder that keeps the indexes of tars; None = scan and keep nothing.
+    """
+    path = Path(text)
+    if path.is_dir() and (tars := sorted(path.glob("*.tar"))):
+        source = open_tars(text, tars, cache)
+    elif path.suffix == ".tar" and not path.is_dir():
+        source = open_tars(text, _expanded(text), cache)
+    elif path.is_file() and path.suffix in _LIST_SUFFIXES:
+        source = read_list(path)
+    else:
+        source = scan_folder(path, "--input")
+    if len(source) > 10**KEY_DIGITS:
+        raise ConfigError(
+            f"--input {text}: {len(source):,} images; one data set holds {10**KEY_DIGITS:,}, make "
+            "several."
+        )
+    return source
+
+
+def _expanded(text: str) -> list[Path]:
+    try:
+        paths = [Path(text)] if Path(text).exists() else list(map(Path, braceexpand(text)))
+    except ValueError as err:
+        raise ConfigError(
+            f"--input {text}: its braces are wrong ({err}); write {{000..146}}."
+        ) from err
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ConfigError(
+            f"--input {missing[0]}: does not exist ({len(missing)} of {len(paths)} tars); give "
+            "tars that are there."
+        )
+    return paths
+
+
+def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, tuple[str, str]]:
+    """Read what people call the classes.
+
+    Args:
+        path: JSON {id: name} or {id: [other id, name]}, as ImageNet's {"0": ["n01440764", "tench"]}
+            for classes that the input only numbers; or lines of id, tab, name.
+        classes: of the input; each must be named.
+
+    Returns:
+        id and name for the manifest, by the input's id.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        pairs = json.loads(text) if path.suffix == ".json" else _from_lines(text)
+    except OSError as err:
+        raise ConfigError(
+            f"--class-names {path}: cannot be read ({err.strerror}); give a JSON or TSV file."
+        ) from err
+    except ValueError as err:
+        raise ConfigError(
+            f"--class-names {path}: is no JSON object and no lines of id, tab, name ({err}); "
+            "correct it."
+        ) from err
+    named: dict[str, tuple[str, str]] = {}
+    for key, value in pairs.items() if isinstance(pairs, dict) else ():
+        entry = value if isinstance(value, list) else [key, value]
+        if len(entry) != 2 or not all(isinstance(part, str) and part for part in entry):
+            raise ConfigError(
+                f"--class-names {path}: {key!r} has {value!r}; write a name, or [id, name]."
+            )
+        named[key] = (entry[0], entry[1])
+    missing = [entry.id for entry in classes if entry.id not in named]
+    if missing:
+        raise ConfigError(
+            f"--class-names {path}: names {len(classes) - len(missing)} of the {len(classes)} "
+            f"classes and not {missing[0]!r}; add the others."
+        )
+    ids = [named[entry.id][0] for entry in classes]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise ConfigError(f"--class-names {path}: two classes get the id {twice!r}; correct it.")
+    return named
+
+
+def _from_lines(text: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        key, tab, name = line.partition("\t")
+        if not tab:
+            raise ValueError(f"line {number} has no tab")
+        pairs[key] = name.strip()
+    return pairs
