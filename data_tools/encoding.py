@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from data_tools.encoding_device import BusyClock, EncodedBatch, is_out_of_memory
-from data_tools.encoding_output import ShardTotals, Sidecar, finished_sidecar, shard_name
+from data_tools.encoding_output import finished_sidecar, shard_name
 from data_tools.encoding_settings import EncodingSettings
 from data_tools.errors import ConfigError
 from data_tools.files import replace_file, write_json
@@ -38,9 +38,9 @@ from data_tools.images import BadImageError, decode_image
 from data_tools.manifest import Shard
 from data_tools.order import permutation
 from data_tools.records import Sample, sample_key
+from data_tools.sidecar import ShardTotals, Sidecar, add_samples
 from data_tools.sources import ImageSource
 from data_tools.vae import Vae, tensor_moments
-from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
 _SPLIT = 3  # key of the permutation that deals images to shards
 _WRITTEN_BEHIND = 2  # batches encoded and not written yet, per shard
@@ -274,7 +274,7 @@ class ShardEncoder:
                 moments, flips = encoded.arrays()
                 self._check(moments, flips)
                 labels = self.source.labels[places].tolist()
-                _add(totals, labels, moments)
+                add_samples(totals, labels, moments)
                 for row, (place, label) in enumerate(zip(places, labels, strict=True)):
                     keys.append(sample_key(place))
                     flip = None if flips is None else flips[row]
@@ -327,15 +327,3 @@ class _Hashing:
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         return self.file.write(data)
-
-
-def _add(totals: ShardTotals, labels: list[int], moments: np.ndarray) -> None:
-    for label in map(str, labels):
-        totals.class_counts[label] = totals.class_counts.get(label, 0) + 1
-    mean, log_variance = np.split(moments.astype(np.float64), 2, axis=1)  # (N, C, H, W) each
-    variance = np.exp(log_variance.clip(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX))
-    sums = mean.sum(axis=(0, 2, 3)), (mean**2 + variance).sum(axis=(0, 2, 3))
-    if not totals.channel_sum:
-        totals.channel_sum = totals.channel_square_sum = [0.0] * mean.shape[1]
-    totals.channel_sum = (np.array(totals.channel_sum) + sums[0]).tolist()
-    totals.channel_square_sum = (np.array(totals.channel_square_sum) + sums[1]).tolist()

@@ -8,10 +8,8 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-
-import numpy as np
 
 from data_tools.claims import Claims
 from data_tools.encoding_settings import EncodingSettings
@@ -20,36 +18,18 @@ from data_tools.files import MalformedError, from_json, write_json
 from data_tools.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    ChannelStatistics,
     ClassEntry,
     Manifest,
     Members,
-    Shard,
     SourceList,
 )
+from data_tools.sidecar import Sidecar, statistics_of
 from data_tools.sources import ImageSource
 
 CLAIMS_NAME = ".claims"  # folder with the claims of processes at work
 INDEXES_NAME = ".sources"  # folder with the indexes of the input's tars
 _TOOLS = ("torch", "diffusers", "numpy", "pillow", "webdataset")
 _TEMPORARY = re.compile(r"(\d{5,})\.(tar|json)\..*\.tmp")
-
-
-@dataclass
-class ShardTotals:
-    """Sums over a shard's samples from which the data set's statistics follow."""
-
-    class_counts: dict[str, int] = field(default_factory=dict)  # label in digits: samples
-    channel_sum: list[float] = field(default_factory=list)  # of posterior means, per channel
-    channel_square_sum: list[float] = field(default_factory=list)  # of mean^2 + variance
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """The file 00012.json beside 00012.tar; its presence means that the shard is complete."""
-
-    shard: Shard
-    totals: ShardTotals
 
 
 def shard_name(index: int) -> str:
@@ -169,6 +149,7 @@ def _manifest(
         raise ConfigError(
             f"--input {source.text}: none of its {num_skipped} files could be decoded; give images."
         )
+    _, height, width = settings.latent.shape
     named = [class_names.get(c.id, (c.id, c.id.replace("_", " "))) for c in source.classes]
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -177,7 +158,9 @@ def _manifest(
         latent=settings.latent,
         members=Members("moments.npy", "flip.npy" if settings.latent.flip else "", "cls"),
         vae=settings.vae,
-        statistics=_statistics(sidecars, num_samples, settings.latent.shape),
+        statistics=statistics_of(
+            [sidecar.totals for sidecar in sidecars], num_samples, height * width
+        ),
         image=settings.image,
         source=SourceList(settings.num_files, num_skipped, settings.source),
         order_seed=settings.seed,
@@ -187,13 +170,3 @@ def _manifest(
         ],
         versions={name: importlib.metadata.version(name) for name in _TOOLS},
     )
-
-
-def _statistics(sidecars: list[Sidecar], num_samples: int, shape: list[int]) -> ChannelStatistics:
-    """Mean and standard deviation of posterior draws over all samples and positions."""
-    filled = [sidecar.totals for sidecar in sidecars if sidecar.totals.channel_sum]
-    count = num_samples * shape[1] * shape[2]
-    mean = np.sum([totals.channel_sum for totals in filled], axis=0) / count
-    square = np.sum([totals.channel_square_sum for totals in filled], axis=0) / count
-    std = np.sqrt(np.maximum(square - mean**2, 0.0))
-    return ChannelStatistics(mean.round(6).tolist(), std.round(6).tolist())

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from data_tools.encoding import (
-    ShardEncoder,
-    disk_errors_as_config_errors,
-    reopen,
-    shard_name,
-)
+from data_tools.encoding import ShardEncoder
+from data_tools.encoding_output import EncodingOutput, finished_sidecar, shard_name
+from data_tools.encoding_run import reopen
+from data_tools.encoding_settings import disk_errors_as_config_errors
 from data_tools.errors import ConfigError
 from data_tools.files import write_json
 from data_tools.findings import SHARD_PARTS, Verification
@@ -80,16 +78,14 @@ def repair_shards(
 
 
 def _make_manifest(folder: Path, encoder: ShardEncoder, say: Callable[[str], object]) -> list[str]:
-    done, sidecars = [], []
-    for index in range(encoder.settings.num_shards):
-        sidecar = encoder.finished(index)
-        if sidecar is None:
+    settings, done = encoder.settings, []
+    for index in range(settings.num_shards):
+        if finished_sidecar(folder, index) is None:
             say(f"encoding {shard_name(index)}")
-            sidecar = encoder.encode(index, lambda count: None)
+            encoder.encode(index)
             done.append(f"{shard_name(index)}: encoded, it had no sidecar")
-        sidecars.append(sidecar)
-    encoder.write_manifest(sidecars)
-    return [*done, f"{MANIFEST_NAME}: written from {len(sidecars)} sidecars in {folder}"]
+    EncodingOutput(folder, settings).write_manifest(encoder.source, class_names={})
+    return [*done, f"{MANIFEST_NAME}: written from the {settings.num_shards} sidecars"]
 
 
 def _encode_again(
@@ -113,14 +109,14 @@ def _encode_again(
         encoder.output = scratch
         for number, name in enumerate(broken):
             say(f"encoding {name} ({number + 1} of {len(broken)})")
-            sidecar = encoder.encode(place[name], lambda count: None)
+            sidecar = encoder.encode(place[name])
             if sidecar.shard != stated[name]:
                 _check_acceptable(sidecar.shard, stated[name], manifest, source)
                 changed.append(sidecar.shard)
             for new in (scratch / name, (scratch / name).with_suffix(".json")):
                 new.replace(folder / new.name)
-            same = "other" if sidecar.shard in changed else "the same"
-            done.append(f"{name}: encoded again, {same} bytes as before")
+            same = "to other bytes" if sidecar.shard in changed else "the same bytes as before"
+            done.append(f"{name}: encoded again, {same}")
     finally:
         shutil.rmtree(scratch)
         if changed:

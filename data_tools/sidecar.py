@@ -44,7 +44,8 @@ def add_samples(
     """
     for label in map(str, labels):
         totals.class_counts[label] = totals.class_counts.get(label, 0) + 1
-    values = arrays.astype(np.float64)
+    # In C order: how an array lies in memory decides in which order numpy adds.
+    values = arrays.astype(np.float64, order="C")
     if kind == "moments":
         mean, log_variance = np.split(values, 2, axis=1)
         variance = np.exp(log_variance.clip(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX))
