@@ -65,7 +65,8 @@ def repair_shards(
             "encoded again; fetch them again from where they came."
         )
     if source.input is None:
-        what = f"{len(broken)} shards" if manifest is not None else MANIFEST_NAME
+        shards = "1 shard" if len(broken) == 1 else f"{len(broken)} shards"
+        what = shards if manifest is not None else MANIFEST_NAME
         raise ConfigError(
             f"--repair: {what} of {folder} can only be made again from the images; name them with "
             "--input, or copy the files again from another copy of the data set."
