@@ -10,7 +10,7 @@ from data_tools.manifest import DatasetManifest, Shard
 from data_tools.shard_check import ShardContent
 from data_tools.sidecar import ShardTotals
 
-SETTINGS_NAME = "encoding.json"
+SETTINGS_NAME = "encoding.json"  # as in encoding_settings.py, which loads the VAE's library
 SHARD_PARTS = ("shard", "index")
 
 
