@@ -3,6 +3,7 @@
 C latent channels, H W latent size.
 """
 
+import io
 import itertools
 import math
 import os
@@ -27,6 +28,7 @@ MAX_PER_CLASS = 8
 _MAX_LOOKED_AT = 8192  # samples whose label is read in search of every class
 _ASPECT = 1.6  # width over height of the whole picture
 _MIN_TILE, _MAX_TILE = 96, 256  # pixels; a caption needs room
+_MAX_NPY_HEADER = 1024
 _GAP, _LINE, _MARGIN, _FONT_SIZE = 6, 15, 16, 14
 
 
@@ -203,10 +205,11 @@ def _read(manifest: DatasetManifest, place: int, row: int) -> PreviewSample:
                 index = np.load(manifest.folder / index_name(shard.name), allow_pickle=False)
                 offset, _, label = index[row].tolist()
                 dtype = np.dtype(manifest.latent.dtype)
-                data = os.pread(
-                    descriptor, math.prod(manifest.latent.shape) * dtype.itemsize, offset
-                )
-                values, key = np.frombuffer(data, dtype).reshape(manifest.latent.shape), str(row)
+                num_bytes = _MAX_NPY_HEADER + math.prod(manifest.latent.shape) * dtype.itemsize
+                file = io.BytesIO(os.pread(descriptor, num_bytes, offset))
+                values, key = np.load(file, allow_pickle=False), str(row)
+                if list(values.shape) != manifest.latent.shape:
+                    raise DamagedRecordError(f"holds an array {list(values.shape)}")
         finally:
             os.close(descriptor)
     except OSError as err:

@@ -1,5 +1,6 @@
 """Walking the members of a tar of latents that may have been written by others."""
 
+import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from data_tools.manifest import LatentFormat, Members
 from data_tools.records import DamagedRecordError
 
+_MAX_LABEL_BYTES = 1 << 20
 _SHOWN_NAME = 80  # characters of a member's name in a message
 
 
@@ -19,7 +21,7 @@ class TarSample:
 
     Attributes:
         key: what its members' names begin with.
-        array_offset: of the first value, in bytes from the start of the tar.
+        array_offset: of the .npy member's content, in bytes from the start of the tar.
         flip_offset: likewise of the mirrored image; -1 where there is none.
         label: 0 where the set has no labels.
         values: the stored array, (2C, H, W) or (C, H, W).
@@ -46,7 +48,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def first_foreign_member(file: BinaryIO, members: Members) -> str | None:
     """Return the name of the first member that is no part of a sample; None if there is none."""
-    known = {members.array, members.flip, members.label} - {""}
+    known = {members.array, members.flip, members.label.partition(":")[0]} - {""}
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -104,7 +106,8 @@ def _sample(
     latent: LatentFormat,
 ) -> TarSample:
     shown = key[:_SHOWN_NAME]
-    for suffix in (members.array, members.flip, members.label):
+    label_suffix, _, json_key = members.label.partition(":")  # "json:KEY" is a field of KEY.json
+    for suffix in (members.array, members.flip, label_suffix):
         if suffix and suffix not in parts:
             raise DamagedRecordError(f"sample {shown!r} has no .{suffix}")
     array_offset, values = _array(file, parts[members.array], shown, latent)
@@ -114,13 +117,21 @@ def _sample(
         if not np.isfinite(flipped).all():
             raise DamagedRecordError(f"a value that is no number in the mirrored {shown!r}")
     label = 0
-    if members.label:
-        file.seek(parts[members.label].offset_data)
-        text = file.read(min(parts[members.label].size, 32)).strip()
-        if not text.isdigit():
-            raise DamagedRecordError(f"the label of sample {shown!r} is not a number")
-        label = int(text)
+    if label_suffix:
+        member = parts[label_suffix]
+        file.seek(member.offset_data)
+        label = _label(file.read(min(member.size, _MAX_LABEL_BYTES)), json_key, shown)
     return TarSample(key, array_offset, flip_offset, label, values)
+
+
+def _label(text: bytes, json_key: str, shown: str) -> int:
+    try:
+        value = json.loads(text)[json_key] if json_key else int(text)
+    except (ValueError, KeyError, TypeError):
+        value = None
+    if type(value) is not int:
+        raise DamagedRecordError(f"the label of sample {shown!r} is not a number")
+    return value
 
 
 def _array(
@@ -142,8 +153,7 @@ def _array(
             f"sample {shown!r} is {dtype} {list(shape)}, dataset.json says {latent.dtype} "
             f"{latent.shape}"
         )
-    offset = file.tell()
     data = file.read(dtype.itemsize * int(np.prod(shape)))
     if len(data) != dtype.itemsize * int(np.prod(shape)):
         raise DamagedRecordError(f"ends inside sample {shown!r}")
-    return offset, np.frombuffer(data, dtype).reshape(shape)
+    return member.offset_data, np.frombuffer(data, dtype).reshape(shape)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data_tools.manifest import DatasetManifest, LatentFormat, Members, Shard
+from data_tools.preview import choose_samples
 from data_tools.shard_check import read_shard
 from tests.synthetic import make_dataset
 
@@ -51,7 +52,7 @@ def foreign(folder, files, labels=(2, 0, 1), num_samples=3) -> tuple[DatasetMani
     base = make_dataset(folder / "base", [1])
     offsets = write_tar(folder / "a.tar", files)
     rows = [
-        (offsets.get(f"part/{key}.latent.npy", 0) + 128, -1, label)
+        (offsets.get(f"part/{key}.latent.npy", 0), -1, label)
         for key, label in zip((1, 2, 3), labels, strict=True)
     ]
     np.save(folder / "a.index.npy", np.array(rows, np.int64))
@@ -159,3 +160,19 @@ def test_a_damaged_foreign_tar_or_index_is_named(tmp_path):
     other = dataclasses.replace(shard, index_sha256=digest)
     (problem,) = read_shard(tmp_path, other, manifest).problems
     assert problem.startswith("its index a.index.npy is no array")
+
+
+def test_labels_in_json_and_previews_are_read_where_the_index_says(tmp_path):
+    files = [
+        (name, json.dumps({"class": int(name[5]) - 1}).encode() if name.endswith("json") else data)
+        for name, data in good_files()
+    ]
+    manifest, shard = foreign(tmp_path, files, labels=(0, 1, 2))
+    members = dataclasses.replace(manifest.members, label="json:class")
+    manifest = dataclasses.replace(manifest, members=members)
+    assert read_shard(tmp_path, shard, manifest).problems == []
+    samples = choose_samples(manifest)
+    assert [sample.label for sample in samples] == [0, 1, 2]
+    for scale, sample in enumerate(samples, start=1):
+        expected = np.arange(60, dtype=np.float32).reshape(SHAPE) * scale
+        np.testing.assert_array_equal(sample.latent.numpy(), expected)
