@@ -1,10 +1,7 @@
 """The shard format and its description: webdataset reads it, offsets hold, damage is told."""
 
-import dataclasses
-import hashlib
 import io
 import json
-import shutil
 import tarfile
 
 import numpy as np
@@ -17,8 +14,6 @@ from data_tools.files import replace_file
 from data_tools.loader import SampleReader
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.records import RecordLayout, Sample
-from data_tools.verify_shards import main as verify_main
-from data_tools.verify_shards import shard_problem
 from tests.synthetic import SHAPE, make_dataset, moments_of
 
 
@@ -244,37 +239,6 @@ def test_a_shard_of_another_data_set_is_an_error(tmp_path):
     (tmp_path / "a" / "00000.tar").write_bytes((tmp_path / "b" / "00000.tar").read_bytes())
     with pytest.raises(ConfigError, match="holds other bytes than a sample"):
         read(manifest, [0, 1, 2, 3], use_flip=True)
-
-
-def test_verification_finds_what_reading_cannot(demo_latents, tmp_path, capsys):
-    folder = tmp_path / "copy"
-    shutil.copytree(demo_latents, folder)
-    verify_main(["--data", str(folder)])
-    assert "80 samples in 5 shards are intact" in capsys.readouterr().out
-    layout = DatasetManifest.load(folder).layout
-    overwrite(folder / "00001.tar", 3 * layout.stride + layout.flip_offset + 700, b"\0\0\0\1")
-    with pytest.raises(ConfigError) as error:
-        verify_main(["--data", str(folder)])
-    message = str(error.value)
-    assert message.startswith(f"--data {folder}: 1 of 5 shards are damaged: 00001.tar its sha")
-    assert "run encode_latents.py with the same flags again" in message
-
-
-def test_verification_checks_that_samples_lie_where_they_should(tmp_path):
-    manifest = make_dataset(tmp_path, [3, 2])
-    for shard in manifest.shards:
-        data = (tmp_path / shard.name).read_bytes()
-        true = dataclasses.replace(shard, sha256=hashlib.sha256(data).hexdigest())
-        assert shard_problem(tmp_path / shard.name, true, manifest.layout) is None
-        other = RecordLayout((8, 4, 5), has_flip=True)
-        assert "other bytes" in shard_problem(tmp_path / shard.name, true, other)
-    values = np.full(SHAPE, np.nan, np.float16)
-    with (tmp_path / "nan.tar").open("wb") as file:
-        manifest.layout.write(file, [Sample(0, 0, values, values)])
-    digest = hashlib.sha256((tmp_path / "nan.tar").read_bytes()).hexdigest()
-    one = dataclasses.replace(manifest.shards[0], sha256=digest, num_samples=1)
-    assert "no number in sample 0" in shard_problem(tmp_path / "nan.tar", one, manifest.layout)
-    assert "cannot be read" in shard_problem(tmp_path / "gone.tar", one, manifest.layout)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
