@@ -81,6 +81,7 @@ class StreamOrder:
             self.seed = derived_seed(seed, _PART, part)
         self.num_samples = int(self.sizes.sum())
         assert self.num_samples > 0 and window > 0, "an order needs samples and a positive window"
+        self._known_windows: list[tuple[int, int, np.ndarray]] = []  # the last two asked for
         self._epoch = self._window = -1  # what the caches below hold
         self._pieces = self._window_ids = self._window_starts = np.empty(0, np.int64)
 
@@ -111,9 +112,15 @@ class StreamOrder:
 
     def window_at(self, position: int) -> tuple[np.ndarray, int]:
         """Return the shards of the window that holds a position, and where the next one starts."""
+        for start, stop, shards in self._known_windows:
+            if start <= position < stop:
+                return shards, stop
         window, offset = self._find(position)
         pieces = self._window_pieces(window)
-        return self.shards[pieces], position - offset + int(self.sizes[pieces].sum())
+        start = position - offset
+        known = (start, start + int(self.sizes[pieces].sum()), self.shards[pieces])
+        self._known_windows = [*self._known_windows[-1:], known]
+        return known[2], known[1]
 
     def _find(self, position: int) -> tuple[int, int]:
         """Enter the epoch of a position; return the window that holds it and its place there."""

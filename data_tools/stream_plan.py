@@ -14,6 +14,7 @@ With one stream and one set this is that set's order.
 """
 
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 
@@ -21,6 +22,28 @@ from data_tools.order import StreamOrder, derived_seed, permutation
 
 BLOCK = 1000  # positions that hold exactly the weights of a mixture
 _SET, _MIXTURE = 5, 6  # keep what is drawn apart, from order.py's kinds too
+
+
+def micro_batches(
+    *,
+    start_position: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[int]:
+    """List without end where the micro-batches of a rank start.
+
+    Rank r of W takes the r-th contiguous slice of each global batch, so that it meets as few
+    streams as there can be; its micro-steps are the pieces of that slice.
+    """
+    own = global_batch_size // world_size
+    assert own * world_size == global_batch_size, "the ranks do not divide the global batch"
+    assert own % micro_batch_size == 0, "not micro x ranks x accumulation"
+    assert 0 <= rank < world_size, f"no rank {rank} of {world_size}"
+    assert start_position >= 0 and start_position % global_batch_size == 0, "not between two steps"
+    for step in count(start_position, global_batch_size):
+        yield from range(step + rank * own, step + (rank + 1) * own, micro_batch_size)
 
 
 class StreamPlan:
@@ -78,33 +101,37 @@ class StreamPlan:
         """Return the ids of the samples at positions [start, stop), int64 (stop - start,)."""
         assert 0 <= start <= stop, f"not a range of stream positions: [{start}, {stop})"
         ids, done = np.empty(stop - start, np.int64), 0
-        for stream, first, count in self._in_streams(start, stop):
-            chunk = ids[done : done + count]
-            for number, position, places in self._in_sets(stream, first, count):
+        for stream, first, length in self._in_streams(start, stop):
+            chunk = ids[done : done + length]
+            for number, position, places in self._in_sets(stream, first, length):
                 order = self._orders[stream][number]
                 found = order.sample_ids(position, position + len(places))
                 chunk[places] = found + self._first_id[number]
-            done += count
+            done += length
         return ids
 
     def windows(self, start: int, stop: int) -> list[tuple[list[int], list[int]]]:
-        """List what positions from `start` on need, per stream and set that [start, stop) meets.
+        """List the shards that positions [start, stop) need, and those that will follow.
 
         Returns:
-            pairs: the shards of the window in use, and those of the one that follows it.
+            for every stream and set met: the shards of the windows in use, and of the next one.
         """
-        pairs = []
-        met = set()
-        for stream, first, count in self._in_streams(start, stop):
-            for number, position, _ in self._in_sets(stream, first, count):
-                if (stream, number) in met:
-                    continue
-                met.add((stream, number))
-                shards, following = self._orders[stream][number].window_at(position)
-                ahead, _ = self._orders[stream][number].window_at(following)
-                offset = self._first_shard[number]
-                pairs.append(((shards + offset).tolist(), (ahead + offset).tolist()))
-        return pairs
+        in_use: dict[tuple[int, int], dict[int, None]] = {}  # the inner ones are ordered sets
+        following: dict[tuple[int, int], int] = {}
+        for stream, first, length in self._in_streams(start, stop):
+            for number, position, places in self._in_sets(stream, first, length):
+                pair, last = (stream, number), position + len(places)
+                while position < last:
+                    shards, position = self._orders[stream][number].window_at(position)
+                    shards = (shards + self._first_shard[number]).tolist()
+                    in_use.setdefault(pair, {}).update(dict.fromkeys(shards))
+                following[pair] = position
+        found = []
+        for (stream, number), position in following.items():
+            ahead, _ = self._orders[stream][number].window_at(position)
+            offset = self._first_shard[number]
+            found.append((list(in_use[stream, number]), (ahead + offset).tolist()))
+        return found
 
     def _in_streams(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Cut positions into runs: the stream, the first position in it, how many."""
@@ -115,22 +142,22 @@ class StreamPlan:
         while start < stop:
             step, place = divmod(start, self.global_batch_size)
             stream, offset = divmod(place, chunk)
-            count = min(stop - start, chunk - offset)
-            yield stream, step * chunk + offset, count
-            start += count
+            length = min(stop - start, chunk - offset)
+            yield stream, step * chunk + offset, length
+            start += length
 
     def _in_sets(
-        self, stream: int, first: int, count: int
+        self, stream: int, first: int, length: int
     ) -> Iterator[tuple[int, int, np.ndarray]]:
         """Cut a run of a stream by sets: the set, the first position in it, places in the run."""
         if len(self.weights) == 1:
-            yield 0, first, np.arange(count)
+            yield 0, first, np.arange(length)
             return
         done = 0
-        while done < count:
+        while done < length:
             block, slot = divmod(first + done, BLOCK)
             self._enter_block(stream, block)
-            owners = self._owners[slot : slot + count - done]
+            owners = self._owners[slot : slot + length - done]
             before = np.bincount(self._owners[:slot], minlength=len(self.weights))
             for number, weight in enumerate(self.weights.tolist()):
                 places = np.flatnonzero(owners == number)

@@ -39,14 +39,16 @@ def shard_problem(path: Path, shard: Shard, layout: RecordLayout) -> str | None:
 
 
 def _check_sample(descriptor: int, row: int, layout: RecordLayout) -> None:
-    label = np.empty((1, layout.label_bytes), np.uint8)
-    header = np.empty((1, layout.header_bytes), np.uint8)
+    head = np.empty((1, layout.head_bytes), np.uint8)
     array = np.empty(layout.array_bytes, np.uint8)
     for use_flip in (False, True) if layout.has_flip else (False,):
-        layout.read(descriptor, row, label[0], header[0], array, use_flip)
-        layout.check(label, header, np.array([use_flip]))
-    if not np.isfinite(array.view(np.float16)).all():
-        raise DamagedRecordError(f"holds a value that is no number in sample {row}")
+        flips = np.array([use_flip])
+        layout.read_rows(
+            descriptor, np.array([row]), flips, [memoryview(head[0])], [memoryview(array)]
+        )
+        layout.check(head, flips)
+        if not np.isfinite(array.view(np.float16)).all():
+            raise DamagedRecordError(f"holds a value that is no number in sample {row}")
 
 
 def verify(manifest: DatasetManifest, is_quiet: bool = False) -> list[str]:

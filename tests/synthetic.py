@@ -22,6 +22,7 @@ from data_tools.manifest import (
     VaeReference,
 )
 from data_tools.records import RecordLayout, Sample, sample_key
+from data_tools.training_data import TrainingData, open_data
 
 SHAPE = (8, 4, 4)
 NUM_CLASSES = 3
@@ -88,3 +89,8 @@ def make_dataset(
     )
     write_json(folder / MANIFEST_NAME, manifest)
     return DatasetManifest.load(folder)
+
+
+def data_of(manifest: DatasetManifest) -> TrainingData:
+    """What training reads of a folder's data set."""
+    return open_data(str(manifest.folder))

@@ -14,16 +14,17 @@ import webdataset as wds
 
 from data_tools.errors import ConfigError
 from data_tools.files import replace_file
-from data_tools.loader import SampleReader
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.reader import SampleReader
 from data_tools.records import RecordLayout, Sample
 from data_tools.verify_shards import main as verify_main
 from data_tools.verify_shards import shard_problem
-from tests.synthetic import SHAPE, make_dataset, moments_of
+from tests.synthetic import SHAPE, data_of, make_dataset, moments_of
 
 
 def read(manifest, ids, use_flip=False):
-    reader = SampleReader(manifest)
+    data = data_of(manifest)
+    reader = SampleReader(data, data.stores("size", None))
     out = torch.empty((len(ids), *SHAPE), dtype=torch.float16)
     labels = reader.read(np.array(ids), np.full(len(ids), use_flip), out)
     reader.close()
@@ -231,7 +232,7 @@ def test_a_shard_that_ends_early_or_is_gone_is_an_error(tmp_path):
     path = tmp_path / "00001.tar"
     path.write_bytes(path.read_bytes()[: 3 * manifest.layout.stride + 1600])
     assert read(manifest, [7])[0].tolist() == [1]
-    with pytest.raises(ConfigError, match=r"00001\.tar: ends inside sample 3"):
+    with pytest.raises(ConfigError, match=r"00001\.tar: ends inside a sample"):
         read(manifest, [8])
     path.unlink()
     with pytest.raises(ConfigError, match=r"00001\.tar: cannot be read \(No such file"):
