@@ -32,6 +32,7 @@ class ShardStore:
         manifest: Manifest,
         *,
         location: Location,
+        index_location: Location | None = None,
         check: str = "sha256",
         cache: ShardCache | None = None,
         patience: Patience | None = None,
@@ -41,6 +42,7 @@ class ShardStore:
         Args:
             manifest: says what the shards are.
             location: where they lie.
+            index_location: where the indexes of tars of others lie; default there too.
             check: of local shards before their first use: "sha256", or "size" alone. What is
                 fetched is always checked in full.
             cache: keeps what is fetched, and remembers which local shards were checked.
@@ -53,6 +55,7 @@ class ShardStore:
             )
         self.manifest, self.location, self.check = manifest, location, check
         self.num_downloads = 0
+        self._index_location = index_location or location
         self._cache = cache or ShardCache(default_cache_folder())
         self._patience = patience or Patience.from_environment()
         self._held: dict[int, int] = {}  # shard to a descriptor that keeps it in the cache
@@ -89,7 +92,7 @@ class ShardStore:
         """Return a descriptor for reading, which the caller closes; fetches if need be."""
         entry = self.manifest.shards[shard]
         if self.location.folder is None:
-            return self._open_remote(entry.name, entry.sha256, entry.bytes)
+            return self._open_remote(self.location, entry.name, entry.sha256, entry.bytes)
         path = self.location.folder / entry.name
         try:
             # Without O_NONBLOCK a named pipe in the place of a shard would block for ever.
@@ -114,11 +117,13 @@ class ShardStore:
         entry = self.manifest.shards[shard]
         name = entry.name.removesuffix(".tar") + ".index.npy"
         num_bytes = _index_bytes(entry.num_samples)
-        if self.location.folder is None:
-            descriptor = self._open_remote(name, entry.index_sha256, num_bytes)
+        if self._index_location.folder is None:
+            descriptor = self._open_remote(
+                self._index_location, name, entry.index_sha256, num_bytes
+            )
             content = _read_and_close(descriptor, num_bytes)
         else:
-            content = read_small(self.location, name, num_bytes)
+            content = read_small(self._index_location, name, num_bytes)
         if hashlib.sha256(content).hexdigest() != entry.index_sha256:
             raise self.problem(shard, f"its index {name} is not the one of dataset.json")
         try:
@@ -162,12 +167,12 @@ class ShardStore:
         if not is_right:
             raise self.problem(shard, "its sha256 is not that of dataset.json")
 
-    def _open_remote(self, name: str, sha256: str, num_bytes: int) -> int:
+    def _open_remote(self, location: Location, name: str, sha256: str, num_bytes: int) -> int:
         def bring(path: Path) -> None:
             with self._mutex:
                 self.num_downloads += 1
             fetch(
-                self.location,
+                location,
                 name,
                 path,
                 num_bytes=num_bytes,

@@ -211,19 +211,17 @@ def test_a_label_beyond_the_classes_of_the_data_set_is_refused(tmp_path):
 
 def test_reads_that_return_less_than_asked_for_are_continued(tmp_path, monkeypatch):
     """As file systems in user space do."""
-    data = data_of(make_dataset(tmp_path, [6]))
-    preadv = os.preadv
+    manifest, preadv = make_dataset(tmp_path, [6]), os.preadv
 
     def short(descriptor, buffers, offset):
         (first, *_) = [buffer for buffer in buffers if len(buffer)]
-        return preadv(descriptor, [first[:100]], offset)
+        return preadv(descriptor, [memoryview(first)[:100]], offset)
 
-    expected = batches(make_dataset(tmp_path, [6]), 1, horizontal_flip=True)
+    expected = batches(manifest, 1, horizontal_flip=True)
     monkeypatch.setattr(os, "preadv", short)
-    found = batches(make_dataset(tmp_path, [6]), 1, horizontal_flip=True)
+    found = batches(manifest, 1, horizontal_flip=True)
     assert torch.equal(found[0].raw_latents, expected[0].raw_latents)
     assert torch.equal(found[0].labels, expected[0].labels)
-    assert data.manifest.num_samples == 6
 
 
 @pytest.mark.parametrize("num_streams", [1, 2, 4])
