@@ -173,6 +173,10 @@ class DatasetManifest(Manifest):
         values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
         return cls(**values, folder=folder, hash=content_hash(manifest))
 
+    def described(self) -> Manifest:
+        """Return what dataset.json says."""
+        return Manifest(**{field.name: getattr(self, field.name) for field in fields(Manifest)})
+
     @property
     def is_frozen(self) -> bool:
         """Whether the stored arrays are latents, drawn once, and not the posterior's moments."""
@@ -284,13 +288,13 @@ def _check_consistent(manifest: Manifest) -> None:
 
 
 def _check_own_layout(manifest: Manifest) -> None:
-    """Check what holds for all shards that this project wrote, which have a stride."""
+    """Check what holds for shards that this project wrote, which have a stride."""
     latent = manifest.latent
     if (latent.kind, latent.dtype) != ("moments", "float16"):
         raise MalformedError(f"shards with a stride hold float16 moments, not {latent.dtype}")
     stride = RecordLayout((latent.shape[0], latent.shape[1], latent.shape[2]), latent.flip).stride
     for shard in manifest.shards:
-        if shard.stride != stride:
+        if shard.stride not in (0, stride):  # 0: a union with tars of others
             raise MalformedError(f"{shard.name} has stride {shard.stride}, its shape asks {stride}")
 
 

@@ -139,6 +139,7 @@ class PartReader:
         ids, use_flip = ids[order], use_flip[order]
         shards = np.searchsorted(self.first_id, ids, side="right") - 1
         rows = ids - self.first_id[shards]
+        row_list, flip_list = rows.tolist(), use_flip.tolist()
         heads, head_views = self._heads_for(len(ids))
         flat, size = memoryview(arrays.reshape(-1)), self.layout.array_bytes
         views = [flat[place * size : (place + 1) * size] for place in places[order].tolist()]
@@ -149,7 +150,7 @@ class PartReader:
             try:
                 descriptor = self._descriptor_of(shard)
                 if not self.is_indexed:
-                    asked = rows[these], use_flip[these]
+                    asked = row_list[these], flip_list[these]
                 else:
                     index = self._index_of(shard)[rows[these]]
                     labels[these] = index[:, 2]

@@ -69,6 +69,8 @@ class RecordLayout:
         self.moments_offset = self.label_bytes
         self.flip_offset = self.label_bytes + member
         self.stride = self.label_bytes + member * (2 if has_flip else 1)
+        # A label's member, and the array's tar header and npy header.
+        self.head_bytes = self.label_bytes + TAR_BLOCK + len(self.npy_header)
 
     def write(self, file: IO[bytes], samples: Iterable[Sample]) -> int:
         """Write a whole tar; the same samples give the same bytes.
@@ -94,8 +96,8 @@ class RecordLayout:
     def read_rows(
         self,
         descriptor: int,
-        rows: np.ndarray,
-        use_flip: np.ndarray,
+        rows: list[int],
+        use_flip: list[bool],
         heads: list[memoryview],
         arrays: list[memoryview],
     ) -> None:
@@ -103,31 +105,23 @@ class RecordLayout:
 
         Args:
             descriptor: of the open shard.
-            rows: int64 (N,), the samples' places in the shard.
-            use_flip: bool (N,), read the mirrored image's array.
-            heads: (N,) of head_bytes, filled with the label's member and the array's headers.
-            arrays: (N,) of array_bytes, filled with the values.
+            rows: the N samples' places in the shard.
+            use_flip: read the mirrored image's array.
+            heads: N of head_bytes, filled with the label's member and the array's headers.
+            arrays: N of array_bytes, filled with the values.
 
         Raises:
             DamagedRecordError: the shard ends too early.
         """
-        preadv, label_bytes = os.preadv, self.label_bytes
-        whole = self.head_bytes + self.array_bytes
-        flip_offset, starts = self.flip_offset, (rows * self.stride).tolist()
-        for start, is_flip, head, array in zip(
-            starts, use_flip.tolist(), heads, arrays, strict=True
-        ):
+        preadv, stride, whole = os.preadv, self.stride, self.head_bytes + self.array_bytes
+        for row, is_flip, head, array in zip(rows, use_flip, heads, arrays, strict=True):
+            start = row * stride
             if not is_flip:  # all that is needed lies together
                 if preadv(descriptor, (head, array), start) != whole:
                     read_fully(descriptor, (head, array), start)
             else:
-                read_fully(descriptor, (head[:label_bytes],), start)
-                read_fully(descriptor, (head[label_bytes:], array), start + flip_offset)
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes of a label's member, the array's tar header and its npy header."""
-        return self.label_bytes + TAR_BLOCK + len(self.npy_header)
+                read_fully(descriptor, (head[: self.label_bytes],), start)
+                read_fully(descriptor, (head[self.label_bytes :], array), start + self.flip_offset)
 
     def check(self, heads: np.ndarray, use_flip: np.ndarray) -> np.ndarray:
         """Check that what was read are the expected members, and parse the labels.

@@ -78,24 +78,30 @@ class TrainingData:
         self, *, seed: int, window: int, global_batch_size: int, num_streams: int = 1
     ) -> StreamPlan:
         """Return the order of this data's samples; see there for the arguments."""
-        sets, parts = [], iter(self.parts)
-        for count in self.part_counts:
-            own = [next(parts).manifest.shards for _ in range(count)]
-            sets.append([shard.num_samples for shards in own for shard in shards])
-        fewest = min(map(sum, sets))
-        if fewest < num_streams:
-            raise ConfigError(
-                f"--data-streams {num_streams} is more than the {fewest} samples of the smallest "
-                "data set; use fewer streams."
-            )
         return StreamPlan(
-            sets,
+            self._set_sizes(),
             seed=seed,
             window=window,
             global_batch_size=global_batch_size,
             weights=self.weights,
             num_streams=num_streams,
         )
+
+    def check_streams(self, num_streams: int) -> None:
+        """Refuse more streams than a set has samples."""
+        fewest = min(map(sum, self._set_sizes()))
+        if fewest < num_streams:
+            raise ConfigError(
+                f"--data-streams {num_streams} is more than the {fewest} samples of the smallest "
+                "data set; use fewer streams."
+            )
+
+    def _set_sizes(self) -> list[list[int]]:
+        sets, parts = [], iter(self.parts)
+        for count in self.part_counts:
+            own = [next(parts).manifest.shards for _ in range(count)]
+            sets.append([shard.num_samples for shards in own for shard in shards])
+        return sets
 
     def stores(self, check: str, cache: ShardCache | None) -> list[ShardStore]:
         """Return what opens the shards of each part; see ShardStore for the arguments."""

@@ -43,9 +43,7 @@ def _check_sample(descriptor: int, row: int, layout: RecordLayout) -> None:
     array = np.empty(layout.array_bytes, np.uint8)
     for use_flip in (False, True) if layout.has_flip else (False,):
         flips = np.array([use_flip])
-        layout.read_rows(
-            descriptor, np.array([row]), flips, [memoryview(head[0])], [memoryview(array)]
-        )
+        layout.read_rows(descriptor, [row], [use_flip], [memoryview(head[0])], [memoryview(array)])
         layout.check(head, flips)
         if not np.isfinite(array.view(np.float16)).all():
             raise DamagedRecordError(f"holds a value that is no number in sample {row}")

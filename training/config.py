@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from data_tools.errors import ConfigError
+from data_tools.shard_store import CHECKS
 from models.dealing import DEALINGS
 from models.diffusion import OBJECTIVES
 from models.loss_weights import LOSS_WEIGHTS
@@ -135,7 +136,38 @@ class DiffusionConfig:
 class DataConfig:
     """The encoded images and what is drawn at random from them."""
 
-    data: str = option("folder of encoded latents (with dataset.json)", may_change=True)
+    data: str = option(
+        "encoded latents: a folder, http(s), s3 or gs address with a dataset.json; a,b or {a,b} = "
+        "a union; a=3,b=1 = a mixture by weight; pipe:COMMAND {} takes the rest",
+        may_change=True,
+    )
+    data_shards: str | None = option(
+        "where the tars lie, one place for each of --data; null = beside its dataset.json",
+        None,
+        may_change=True,
+    )
+    data_cache: str | None = option(
+        "folder of this node for shards that are fetched; null = $SWITCH_DIT_CACHE, or one in the "
+        "system's temporary folder",
+        None,
+        may_change=True,
+    )
+    data_cache_gib: float | None = option(
+        "largest size of that folder; null = no limit", None, bounds=">0", may_change=True
+    )
+    check_shards: str = option(
+        "of local shards, once per node before they are used; what is fetched is always checked in "
+        "full",
+        "sha256",
+        choices=CHECKS,
+        may_change=True,
+    )
+    data_streams: int = option(
+        "equal parts of the data, one for each chunk of the global batch: a node needs only those "
+        "of its ranks; 1 = all ranks read everything",
+        1,
+        bounds=">=1",
+    )
     shuffle_window: int = option("shards that samples are shuffled across", 16, bounds=">=1")
     horizontal_flip: bool = option("mirror half of the samples", True)
     class_dropout_prob: float = option(
