@@ -119,8 +119,10 @@ class ShardCache:
         path = self.folder / f"{sha256}.tar"
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
+        except OSError as err:
+            if err.errno in (errno.ENOENT, errno.ELOOP):  # the latter: a link was put there
+                return None
+            raise
         try:
             lock(descriptor, path, is_shared=True, stop=cancel)
             status = os.fstat(descriptor)
@@ -209,10 +211,10 @@ class ShardCache:
             if match := _ENTRY.fullmatch(item.name):
                 with suppress(FileNotFoundError):  # just evicted, or just finished
                     status = item.stat(follow_symlinks=False)
-                    reserved = match[2] and int(match[2])
-                    used_ns = status.st_mtime_ns if reserved else status.st_atime_ns
-                    num_bytes = int(reserved) if reserved else status.st_size
-                    entries.append(_Entry(used_ns, Path(item.path), num_bytes))
+                    used_ns, num_bytes = status.st_atime_ns, status.st_size
+                    if match[2]:
+                        used_ns, num_bytes = status.st_mtime_ns, int(match[2])
+                    entries.append(_Entry(used_ns, Path(item), num_bytes))
         return sorted(entries)
 
     def _evict(self, entries: list[_Entry], num_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Opens the shards of one data set, wherever they lie; only such that are what dataset.json says."""
+"""Opens the shards of one data set, wherever they lie, if they are what dataset.json says."""
 
 import hashlib
 import io
