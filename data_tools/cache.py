@@ -30,6 +30,7 @@ _GIB = 1 << 30
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ENTRY = re.compile(r"([0-9a-f]{64})(?:\.tar|\.(\d+)\.part)")
 _POLL_SEC = 0.1
+_STALE_SEC = 7 * 86400  # so long, a part waits for the run that began it to be started again
 
 
 class _Entry(NamedTuple):
@@ -80,6 +81,10 @@ class ShardCache:
         _make_private(folder)
         self._lock_path = folder / "cache.lock"
         self.checksums = RememberedChecksums(folder)
+        for entry in self._entries():
+            is_stale = time.time_ns() - entry.used_ns > _STALE_SEC * 1_000_000_000
+            if entry.path.suffix == ".part" and is_stale:
+                self._remove_part(entry.path)
 
     def open(
         self,

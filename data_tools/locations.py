@@ -34,6 +34,12 @@ class Location:
     text: str
     folder: Path | None
 
+    def path(self, name: str) -> Path:
+        """Return where a file lies on this machine."""
+        assert self.folder is not None, "a remote file has a URL"
+        _check_name(name)
+        return self.folder / name
+
     def url(self, name: str) -> str:
         """Return the URL of a file, or "pipe:" and the shell command that prints it."""
         assert self.folder is None, "a local file has a path"
@@ -80,7 +86,11 @@ def parse_location(text: str, flag: str) -> Location:
             )
         return Location(text, Path(unquote(urlsplit(text).path)))
     if colon and rest.startswith("//"):
-        if scheme not in _REMOTE_SCHEMES or not urlsplit(text).netloc:
+        try:
+            host = urlsplit(text).netloc
+        except ValueError:  # such as http://[x
+            host = ""
+        if scheme not in _REMOTE_SCHEMES or not host:
             known = ", ".join(f"{known}://" for known in _REMOTE_SCHEMES)
             raise ConfigError(
                 f"{flag} {text}: is no URL that can be read; use a folder, file:, {known} with a "

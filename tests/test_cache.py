@@ -247,6 +247,19 @@ def test_a_stale_part_counts_and_is_evicted_but_one_in_work_is_not(tmp_path):
         assert stale.exists() and kept(cache, 0, 1, 2) == [False, False, True]
 
 
+def test_parts_that_nobody_continued_for_a_week_are_removed(tmp_path):
+    cache = ShardCache(tmp_path / "cache")
+    os.close(put(cache, 0))
+    old, new = (cache.folder / f"{digit * 64}.{NUM_BYTES}.part" for digit in "12")
+    for path in (old, new, cache.folder / f"{item(0)[0]}.tar"):
+        path.touch()
+        if path != new:
+            os.utime(path, (0, 0))
+    ShardCache(cache.folder)
+
+    assert (old.exists(), new.exists(), *kept(cache, 0)) == (False, True, True)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "replaced", "removed", "a link"])
 def test_a_damaged_file_in_the_cache_is_fetched_again(damage, tmp_path):
     cache = ShardCache(tmp_path / "cache")

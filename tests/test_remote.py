@@ -353,6 +353,7 @@ def test_local_locations(text, folder):
         ("pipe:cat file", "has no {} for the file's name"),
         ("ftp://host/x", "is no URL that can be read"),
         ("http:///x", "is no URL that can be read"),
+        ("http://[x/y", "is no URL that can be read"),
         ("file://host/x", "cannot name another machine"),
     ],
 )
@@ -368,6 +369,8 @@ def test_a_name_that_is_no_plain_file_name_is_not_looked_up(name):
     for text in ("http://host/x", "s3://bucket", "pipe:cat {}"):
         with pytest.raises(ConfigError, match="is no plain file name"):
             parse_location(text, "--data").url(name)
+    with pytest.raises(ConfigError, match="is no plain file name"):
+        parse_location("folder", "--data").path(name)
 
 
 def test_braces():
