@@ -30,6 +30,7 @@ _GIB = 1 << 30
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ENTRY = re.compile(r"([0-9a-f]{64})(?:\.tar|\.(\d+)\.part)")
 _POLL_SEC = 0.1
+_STALE_SEC = 7 * 86400  # so long, a part waits for the run that began it to be started again
 
 
 class _Entry(NamedTuple):
@@ -80,6 +81,10 @@ class ShardCache:
         _make_private(folder)
         self._lock_path = folder / "cache.lock"
         self.checksums = RememberedChecksums(folder)
+        for entry in self._entries():
+            is_stale = time.time_ns() - entry.used_ns > _STALE_SEC * 1_000_000_000
+            if entry.path.suffix == ".part" and is_stale:
+                self._remove_part(entry.path)
 
     def open(
         self,
@@ -119,8 +124,10 @@ class ShardCache:
         path = self.folder / f"{sha256}.tar"
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
+        except OSError as err:
+            if err.errno in (errno.ENOENT, errno.ELOOP):  # the latter: a link was put there
+                return None
+            raise
         try:
             lock(descriptor, path, is_shared=True, stop=cancel)
             status = os.fstat(descriptor)
@@ -209,10 +216,10 @@ class ShardCache:
             if match := _ENTRY.fullmatch(item.name):
                 with suppress(FileNotFoundError):  # just evicted, or just finished
                     status = item.stat(follow_symlinks=False)
-                    reserved = match[2] and int(match[2])
-                    used_ns = status.st_mtime_ns if reserved else status.st_atime_ns
-                    num_bytes = int(reserved) if reserved else status.st_size
-                    entries.append(_Entry(used_ns, Path(item.path), num_bytes))
+                    used_ns, num_bytes = status.st_atime_ns, status.st_size
+                    if match[2]:
+                        used_ns, num_bytes = status.st_mtime_ns, int(match[2])
+                    entries.append(_Entry(used_ns, Path(item), num_bytes))
         return sorted(entries)
 
     def _evict(self, entries: list[_Entry], num_bytes: int) -> int:

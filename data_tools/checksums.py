@@ -13,6 +13,7 @@ from pathlib import Path
 from data_tools.locks import lock
 
 _CHUNK_BYTES = 1 << 20
+_State = tuple[int, int, int, int]  # device, inode, size, time of change
 # The last: a limit on the size of files (ulimit -f), or of the file system.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -37,7 +38,8 @@ class RememberedChecksums:
     def __init__(self, folder: Path) -> None:
         """Remember in files below `folder`, which exists and belongs to the user alone."""
         self._folder = folder / "verified"
-        self._known: dict[str, str] = {}  # path to mark, so that a second look opens no file
+        # So that a second look opens no file.
+        self._known: dict[Path, tuple[_State, str]] = {}
 
     def matches(
         self, path: Path, descriptor: int, sha256: str, stop: threading.Event | None = None
@@ -50,38 +52,38 @@ class RememberedChecksums:
             sha256: expected, hexadecimal.
             stop: when set, waiting for another process that reads it ends with StoppedError.
         """
-        mark, key = _mark(descriptor, sha256), os.path.abspath(path)
-        if self._known.get(key) == mark:
+        state = _state(descriptor)
+        if self._known.get(path) == (state, sha256):
             return True
-        with self._locked_mark(key, stop) as file:
-            if file is None or os.pread(file, len(mark) + 1, 0) != mark.encode():
+        mark = _mark(state, sha256)
+        with self._locked_mark(path, stop) as file:
+            if file is None or os.pread(file, len(mark) + 1, 0) != mark:
                 is_right = descriptor_sha256(descriptor) == sha256
-                if not is_right or _mark(descriptor, sha256) != mark:  # changed while it was read
+                if not is_right or _state(descriptor) != state:  # changed while it was read
                     return False
                 if file is not None:
                     _write(file, mark)
-        self._known[key] = mark
+        self._known[path] = (state, sha256)
         return True
 
     def remember(self, path: Path, descriptor: int, sha256: str) -> None:
         """Note that an open file, which will be at `path`, was found to have this sha256."""
-        key = os.path.abspath(path)
-        with self._locked_mark(key) as file:
+        with self._locked_mark(path) as file:
             if file is not None:
-                _write(file, _mark(descriptor, sha256))
+                _write(file, _mark(_state(descriptor), sha256))
 
     def forget(self, path: Path) -> None:
         """Drop what is remembered of a file that is being deleted."""
-        self._known.pop(os.path.abspath(path), None)
-        self._mark_path(os.path.abspath(path)).unlink(missing_ok=True)
+        self._known.pop(path, None)
+        self._mark_path(path).unlink(missing_ok=True)
 
-    def _mark_path(self, key: str) -> Path:
-        return self._folder / hashlib.sha256(os.fsencode(key)).hexdigest()
+    def _mark_path(self, path: Path) -> Path:
+        return self._folder / hashlib.sha256(os.fsencode(path.absolute())).hexdigest()
 
     @contextmanager
-    def _locked_mark(self, key: str, stop: threading.Event | None = None) -> Iterator[int | None]:
+    def _locked_mark(self, path: Path, stop: threading.Event | None = None) -> Iterator[int | None]:
         """Open the file that remembers; None on a full disk, where nothing can be remembered."""
-        path = self._mark_path(key)
+        path = self._mark_path(path)
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -97,21 +99,24 @@ class RememberedChecksums:
             os.close(file)
 
 
-def _write(file: int, mark: str) -> None:
+def _write(file: int, mark: bytes) -> None:
     # Killed in between, the mark is shorter than it should be and counts as none.
     try:
         os.ftruncate(file, 0)
-        os.pwrite(file, mark.encode(), 0)
+        os.pwrite(file, mark, 0)
     except OSError as err:
         # Without room for the mark the file will be read again, which is slow but right.
         if err.errno not in DISK_FULL:
             raise
 
 
-def _mark(descriptor: int, sha256: str) -> str:
+def _state(descriptor: int) -> _State:
     status = os.fstat(descriptor)
-    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return json.dumps([*identity, sha256, _boot_id()])
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _mark(state: _State, sha256: str) -> bytes:
+    return json.dumps([*state, sha256, _boot_id()]).encode()
 
 
 @cache

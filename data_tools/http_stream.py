@@ -179,10 +179,11 @@ def _range_of(headers: email.message.Message, status: int) -> tuple[int, int | N
 
 
 def _refusal(err: urllib.error.HTTPError) -> TransferError:
-    cause = f"the server answered {err.code} {err.reason}"
+    reason = "".join(filter(str.isprintable, " ".join(str(err.reason).split())))
+    cause = f"the server answered {err.code} {reason}"
     if err.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         return NoSuchPartError(cause)
-    is_final = 400 <= err.code < 500 and err.code not in _RETRIED_REFUSALS
+    is_final = 300 <= err.code < 500 and err.code not in _RETRIED_REFUSALS
     error = RefusalError(cause) if is_final else TransferError(cause)
     error.is_missing = err.code in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE)
     after = err.headers.get("Retry-After", "")

@@ -18,6 +18,7 @@ from data_tools.errors import ConfigError
 PIPE = "pipe:"
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})")
 _MAX_EXPANSIONS = 10_000  # a slip of the pen such as {0..999999999} must not fill the memory
 
 
@@ -32,6 +33,12 @@ class Location:
 
     text: str
     folder: Path | None
+
+    def path(self, name: str) -> Path:
+        """Return where a file lies on this machine."""
+        assert self.folder is not None, "a remote file has a URL"
+        _check_name(name)
+        return self.folder / name
 
     def url(self, name: str) -> str:
         """Return the URL of a file, or "pipe:" and the shell command that prints it."""
@@ -79,7 +86,11 @@ def parse_location(text: str, flag: str) -> Location:
             )
         return Location(text, Path(unquote(urlsplit(text).path)))
     if colon and rest.startswith("//"):
-        if scheme not in _REMOTE_SCHEMES or not urlsplit(text).netloc:
+        try:
+            host = urlsplit(text).netloc
+        except ValueError:  # such as http://[x
+            host = ""
+        if scheme not in _REMOTE_SCHEMES or not host:
             known = ", ".join(f"{known}://" for known in _REMOTE_SCHEMES)
             raise ConfigError(
                 f"{flag} {text}: is no URL that can be read; use a folder, file:, {known} with a "
@@ -95,11 +106,14 @@ def expand_braces(text: str, flag: str) -> list[str]:
     """Expand {a,b} and {000..012} as a shell does; a pipe's command is left alone."""
     if text.startswith(PIPE):
         return [text]
+    # braceexpand holds every range as a list, so a long one must not reach it.
+    ranges = [abs(int(first) - int(last)) for first, last in _RANGE.findall(text)]
     try:
-        expanded = list(islice(braceexpand(text), _MAX_EXPANSIONS + 1))
+        is_long = max(ranges, default=0) >= _MAX_EXPANSIONS
+        expanded = [] if is_long else list(islice(braceexpand(text), _MAX_EXPANSIONS + 1))
     except UnbalancedBracesError as err:
         raise ConfigError(f"{flag} {text}: its braces do not pair; write {{a,b}}.") from err
-    if len(expanded) > _MAX_EXPANSIONS:
+    if is_long or len(expanded) > _MAX_EXPANSIONS:
         raise ConfigError(
             f"{flag} {text}: stands for more than {_MAX_EXPANSIONS} data sets; name fewer."
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from data_tools.errors import ConfigError
 
 _POLL_SEC = 0.02
+_NEVER = threading.Event()
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -38,9 +39,8 @@ def lock(
     descriptor: int, path: Path, is_shared: bool = False, stop: threading.Event | None = None
 ) -> None:
     """Wait for a lock; polling, because a blocked flock could not be stopped."""
-    stop = stop or threading.Event()
     while not try_lock(descriptor, path, is_shared):
-        if stop.wait(_POLL_SEC):
+        if (stop or _NEVER).wait(_POLL_SEC):
             raise StoppedError
 
 

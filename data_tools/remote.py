@@ -60,7 +60,7 @@ def read_small(
         ConfigError: it cannot be read, or has more than limit_bytes.
     """
     if location.folder is not None:
-        return _read_local(location.folder / name, limit_bytes)
+        return _read_local(location.path(name), limit_bytes)
     patience = patience or Patience.from_environment()
     what = location.describe(name)
 

@@ -1,4 +1,4 @@
-"""Opens the shards of one data set, wherever they lie; only such that are what dataset.json says."""
+"""Opens the shards of one data set, wherever they lie, if they are what dataset.json says."""
 
 import hashlib
 import io
@@ -58,6 +58,8 @@ class ShardStore:
         self._index_location = index_location or location
         self._cache = cache or ShardCache(default_cache_folder())
         self._patience = patience or Patience.from_environment()
+        is_local = location.folder is not None
+        self._paths = [location.path(shard.name) for shard in manifest.shards if is_local]
         self._held: dict[int, int] = {}  # shard to a descriptor that keeps it in the cache
         self._mutex, self._closing = threading.Lock(), threading.Event()
 
@@ -93,7 +95,7 @@ class ShardStore:
         entry = self.manifest.shards[shard]
         if self.location.folder is None:
             return self._open_remote(self.location, entry.name, entry.sha256, entry.bytes)
-        path = self.location.folder / entry.name
+        path = self._paths[shard]
         try:
             # Without O_NONBLOCK a named pipe in the place of a shard would block for ever.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -39,7 +39,7 @@ def pipeline(source):
     return wds.DataPipeline(source, names, wds.batched(BATCH))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_a_web_loader_yields_the_planned_order(data, num_workers):
     source = PlannedSamples(data, batch_size=BATCH, stop_position=NUM_BATCHES * BATCH, **SETTINGS)
     loader = wds.WebLoader(pipeline(source), batch_size=None, num_workers=num_workers)
@@ -55,13 +55,10 @@ def test_ranks_and_streams_of_a_resumed_job_are_those_of_training(data):
 
 def test_samples_are_as_webdataset_decodes_them(data, tmp_path):
     source = PlannedSamples(data, batch_size=5, horizontal_flip=False, **SETTINGS)
-    urls = [str(data.parts[0].location.folder / shard.name) for shard in data.manifest.shards]
-    known = {
-        sample["moments.npy"][0, 0, 0].item(): sample
-        for sample in wds.WebDataset(
-            [u for u in urls if "3" not in u[-9:]], shardshuffle=False
-        ).decode()
-    }
+    folder = data.parts[0].location.folder
+    urls = [str(folder / shard.name) for shard in data.manifest.shards if shard.num_samples]
+    decoded = list(wds.WebDataset(urls, shardshuffle=False).decode())
+    known = {sample["moments.npy"][0, 0, 0].item(): sample for sample in decoded}
     for sample in islice(source, data.manifest.num_samples):
         other = known.pop(sample["moments.npy"][0, 0, 0].item())
         assert sample["cls"] == other["cls"]

@@ -198,7 +198,7 @@ def test_only_folders_of_this_machine_can_be_absent(folders):
     assert not is_absent(f"{folders}/a,http://nowhere.invalid/x,pipe:cat {{}}")
 
 
-def test_a_hand_made_mixture_of_kinds_in_one_file_is_refused(folders):
+def test_another_kind_of_array_is_refused(folders):
     path = folders / "a" / MANIFEST_NAME
     content = json.loads(path.read_text())
     content["latent"]["kind"] = "pixels"
