@@ -125,7 +125,7 @@ def _measure_job(rank: int, world_size: int, job: StepJob, num_steps: int) -> fl
     merged = merge_deepspeed(job.deepspeed, job.config, world_size)
     with redirect_stdout(StringIO()):  # DeepSpeed prints that it makes groups of ranks
         engine = build_engine(job.config, merged)
-    objective = Objective(job.config, rank, 1.0, 0.0, CPU)
+    objective = Objective(job.config, rank, 1.0, 0.0, CPU, world_size=world_size)
     best = float("inf")
     for step in range(num_steps + 1):
         batches = list(_batches(job.config, engine, rank, world_size, step))
@@ -151,7 +151,7 @@ def _batches(config: Config, engine: Any, rank: int, world_size: int, step: int)
     N, count = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     C, H, W = config.model.latent_shape
     for i in range(count):
-        first = ((step * count + i) * world_size + rank) * N
+        first = (step * world_size + rank) * count * N + i * N  # as data_tools.loader deals them
         raw = torch.randn(N, 2 * C, H, W, generator=torch.Generator().manual_seed(first))
         labels = torch.zeros(N, dtype=torch.int64)
         yield Batch(raw.half(), labels, torch.arange(first, first + N))

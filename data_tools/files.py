@@ -40,13 +40,18 @@ def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
     return value
 
 
+def as_json(content: Any) -> str:
+    """Return a dataclass or dictionary as the text of a file."""
+    value = asdict(content) if is_dataclass(content) else content
+    return json.dumps(value, indent=1) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a dataclass or dictionary as JSON, whole or not at all.
 
     Several processes may write the same content at once: each has a temporary file of its own.
     """
-    value = asdict(content) if is_dataclass(content) else content
-    text = json.dumps(value, indent=1) + "\n"
+    text = as_json(content)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     replace_file(path, lambda file: file.write(text.encode()), temporary)
 

@@ -1,180 +1,170 @@
 """The stream of batches that training consumes.
 
-Batch composition is arithmetic on the stream position (order.py); samples are read by preadv at
-fixed offsets (records.py). One thread prefetches: preadv releases the interpreter, and a thread
-needs no fork beside DeepSpeed, NCCL or MPI.
+Batch composition is arithmetic on the stream position (order.py, stream_plan.py); samples are read
+by preadv at known offsets (reader.py). One thread reads batches ahead, a few others make shards
+ready before they are needed (shard_feed.py): preadv, sockets and checksums release the interpreter,
+and a thread needs no fork beside DeepSpeed, NCCL or MPI.
 
 N micro-batch, C latent channels, H W latent size.
 """
 
-import os
 import queue
 import threading
 import time
-from collections import OrderedDict
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data_tools.cache import ShardCache
 from data_tools.errors import ConfigError
-from data_tools.manifest import DatasetManifest
-from data_tools.order import StreamOrder
-from data_tools.records import DamagedRecordError
+from data_tools.reader import SampleReader
+from data_tools.shard_feed import ShardFeed
+from data_tools.stream_plan import micro_batches
+from data_tools.training_data import TrainingData
 from models.randomness import Stream, uniform
 
 QUEUE_DEPTH = 4  # micro-batches ready ahead of the consumer
-MAX_OPEN_SHARDS = 64  # descriptors are scarce, and an open file keeps its disk space
 FLIP_PROBABILITY = 0.5
+# Ranks that share a stream: beyond them, each reads too little of a shard to have it read whole.
+_MAX_SHARING_RANKS = 8
 _CLOSE_POLL_SEC = 0.1  # how long the thread may take to notice close()
+_CLOSE_SEC = 2.0  # how long close() waits for threads that wait for a server
 
 
 class Batch(NamedTuple):
     """One micro-batch, on the CPU; raw latents are pinned where CUDA is available."""
 
-    raw_latents: Tensor  # (N, 2C, H, W) float16: mean | log-variance, unscaled
+    raw_latents: Tensor  # (N, 2C, H, W) mean | log-variance, or (N, C, H, W) frozen; unscaled
     labels: Tensor  # (N,) int64; 0 where the data set has no classes
     positions: Tensor  # (N,) int64 stream positions, which seed all randomness of a sample
 
 
-class SampleReader:
-    """Random access to the samples of a data set by sample id; used by one thread."""
+class BatchReader:
+    """Reads the batch at a stream position; used by one thread."""
 
-    def __init__(self, manifest: DatasetManifest) -> None:
-        """Prepare; files are opened when first needed."""
-        self.manifest, self.layout = manifest, manifest.layout
-        sizes = [shard.num_samples for shard in manifest.shards]
-        self.first_id = np.concatenate(([0], np.cumsum(sizes)))
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def read(self, ids: np.ndarray, use_flip: np.ndarray, out: Tensor) -> np.ndarray:
-        """Read samples.
+    def __init__(
+        self,
+        data: TrainingData,
+        *,
+        seed: int,
+        window: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_streams: int = 1,
+        horizontal_flip: bool = True,
+        check: str = "sha256",
+        cache: ShardCache | None = None,
+    ) -> None:
+        """Start preparing shards as soon as the first batch is asked for.
 
         Args:
-            ids: int64 (N,).
-            use_flip: bool (N,), read the mirrored image's moments.
-            out: float16 (N, 2C, H, W), contiguous, filled.
-
-        Returns:
-            labels, int64 (N,).
+            data: what is read.
+            seed: of the order and of the flips.
+            window: shards that are shuffled together.
+            global_batch_size: samples per optimizer step over all ranks.
+            rank: of this process.
+            world_size: number of processes.
+            num_streams: canonical streams; must divide the global batch.
+            horizontal_flip: replace half of the samples by their mirror images.
+            check: of local shards before their first use: "sha256" or "size".
+            cache: of this node, for shards that are fetched and for what was checked.
         """
-        layout = self.layout
-        labels = np.empty((len(ids), layout.label_bytes), np.uint8)
-        headers = np.empty((len(ids), layout.header_bytes), np.uint8)
-        arrays = out.numpy().reshape(len(ids), -1).view(np.uint8)  # the same memory as `out`
-        shards = np.searchsorted(self.first_id, ids, side="right") - 1
-        rows = ids - self.first_id[shards]
-        for i in np.lexsort((rows, shards)).tolist():  # in the order of the disk
-            shard = int(shards[i])
-            try:
-                layout.read(
-                    self._descriptor(shard),
-                    int(rows[i]),
-                    label=labels[i],
-                    header=headers[i],
-                    array=arrays[i],
-                    use_flip=bool(use_flip[i]),
-                )
-            except (DamagedRecordError, OSError) as err:
-                raise self._error(shard, err) from err
-        try:
-            classes = layout.check(labels, headers, use_flip)
-        except DamagedRecordError:
-            raise self._find_damage(shards, labels, headers, use_flip) from None
-        # On a GPU a label beyond the embedding table ends the process without naming anything.
-        num_classes = max(1, self.manifest.num_classes)
-        for i in np.flatnonzero((classes < 0) | (classes >= num_classes))[:1]:
-            found = f"holds label {classes[i]}, dataset.json has labels below {num_classes}"
-            raise self._error(int(shards[i]), DamagedRecordError(found))
-        return classes
+        if horizontal_flip and not data.manifest.has_flip:
+            raise ConfigError(
+                f"--horizontal-flip true: {data.parts[0].location.text} holds no latents of "
+                "mirrored images; pass --horizontal-flip false, or encode again without --no-flip."
+            )
+        self.data, self.seed, self.horizontal_flip = data, seed, horizontal_flip
+        self.plan = data.plan(
+            seed=seed,
+            window=window,
+            global_batch_size=global_batch_size,
+            num_streams=num_streams,
+        )
+        self._dtype = getattr(torch, data.manifest.latent.dtype)
+        self._global_batch_size, self._own = global_batch_size, global_batch_size // world_size
+        self._first = rank * self._own
+        self._step = -1
+        stores = data.stores(check, cache)
+        self.feed = ShardFeed(stores, world_size <= _MAX_SHARING_RANKS * num_streams)
+        pairs = self.plan.windows(self._first, self._first + self._own)
+        self.reader = SampleReader(data, stores, self.feed.open, len(pairs) * window)
+
+    def read(self, start: int, count: int) -> Batch:
+        """Read `count` samples from position `start` on, within this rank's slice of a step."""
+        self._announce(start // self._global_batch_size)
+        ids = self.plan.sample_ids(start, start + count)
+        positions = torch.arange(start, start + count)
+        use_flip = np.zeros(count, bool)
+        if self.horizontal_flip:
+            drawn = uniform(self.seed, Stream.FLIP, positions, 1)[:, 0]
+            use_flip = (drawn < FLIP_PROBABILITY).numpy()
+        raw_latents = torch.empty(
+            (count, *self.data.manifest.latent.shape),
+            dtype=self._dtype,
+            pin_memory=torch.cuda.is_available(),
+        )
+        labels = self.reader.read(ids, use_flip, raw_latents)
+        return Batch(raw_latents, torch.from_numpy(labels), positions)
 
     def close(self) -> None:
-        """Close all files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        """Stop preparing shards and close the files."""
+        self.feed.close(_CLOSE_SEC)
+        self.reader.close()
 
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            path = self.manifest.folder / self.manifest.shards[shard].name
-            descriptor = self._descriptors[shard] = os.open(path, os.O_RDONLY)
-            if len(self._descriptors) > MAX_OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(shard)
-        return descriptor
-
-    def _find_damage(
-        self, shards: np.ndarray, labels: np.ndarray, headers: np.ndarray, use_flip: np.ndarray
-    ) -> ConfigError:
-        """Name the shard whose sample did not pass the check of the whole batch."""
-        for i, shard in enumerate(shards.tolist()):
-            one = slice(i, i + 1)
-            try:
-                self.layout.check(labels[one], headers[one], use_flip[one])
-            except DamagedRecordError as err:
-                return self._error(shard, err)
-        raise AssertionError("a batch fails its check and none of its samples does")
-
-    def _error(self, shard: int, err: Exception) -> ConfigError:
-        path = self.manifest.folder / self.manifest.shards[shard].name
-        what = f"cannot be read ({err.strerror})" if isinstance(err, OSError) else str(err)
-        return ConfigError(
-            f"{path}: {what}; run python data_tools/verify_shards.py --data {path.parent}, it says "
-            "what to do."
-        )
+    def _announce(self, step: int) -> None:
+        """Have the shards of this step's windows prepared, then those of the windows to come."""
+        if step == self._step:
+            return
+        self._step = step
+        start = step * self._global_batch_size + self._first
+        pairs = self.plan.windows(start, start + self._own)
+        wanted = [*(now for now, _ in pairs), *(later for _, later in pairs)]
+        self.feed.want(list(dict.fromkeys(shard for shards in wanted for shard in shards)))
 
 
 class LatentStream:
     """An endless iterator of this rank's micro-batches, from any stream position on.
 
-    Step s, micro-step m, rank r holds the positions s * G + m * W * n + r * n + [0, n), with global
-    batch G, world size W and micro-batch n. So the union over ranks and micro-steps is the global
-    batch at s * G whatever the number of ranks, and resuming needs the position alone.
+    With global batch G, world size W and micro-batch n, rank r reads in step s the positions
+    s * G + r * G / W + [0, G / W), and n of them in each micro-step. So the union over ranks and
+    micro-steps is the global batch at s * G whatever the number of ranks, a rank meets as few
+    canonical streams as there can be, and resuming needs the position alone.
     """
 
     def __init__(
         self,
-        manifest: DatasetManifest,
+        data: TrainingData,
         *,
-        seed: int,
-        window: int,
-        global_batch_size: int,
         micro_batch_size: int,
+        global_batch_size: int,
         rank: int,
         world_size: int,
         start_position: int = 0,
-        horizontal_flip: bool = True,
+        **settings: Any,
     ) -> None:
         """Start reading ahead.
 
         Args:
-            manifest: of the data set.
-            seed: of the order and of the flips.
-            window: shards that are shuffled together.
-            global_batch_size: samples per optimizer step over all ranks.
+            data: what is read.
             micro_batch_size: samples per batch of this stream.
+            global_batch_size: samples per optimizer step over all ranks.
             rank: of this process.
             world_size: number of processes.
             start_position: samples consumed so far by the whole job.
-            horizontal_flip: replace half of the samples by their mirror images.
+            settings: the other arguments of BatchReader.
         """
-        if horizontal_flip and not manifest.has_flip:
-            raise ConfigError(
-                f"--horizontal-flip true: {manifest.folder} holds no latents of mirrored images; "
-                "pass --horizontal-flip false, or encode again without --no-flip."
-            )
-        per_micro_step = micro_batch_size * world_size
-        assert global_batch_size % per_micro_step == 0, "not micro x ranks x accumulation"
-        assert 0 <= rank < world_size and start_position >= 0
-        self.manifest, self.seed, self.horizontal_flip = manifest, seed, horizontal_flip
-        self.micro_batch_size, self.per_micro_step = micro_batch_size, per_micro_step
-        # A global batch is a whole number of micro-steps, so micro-steps follow without a gap.
-        self.next_position = start_position + rank * micro_batch_size
+        ranks = {"global_batch_size": global_batch_size, "rank": rank, "world_size": world_size}
+        self._starts = micro_batches(
+            start_position=start_position, micro_batch_size=micro_batch_size, **ranks
+        )
+        self.micro_batch_size = micro_batch_size
+        self.batches = BatchReader(data, **ranks, **settings)
         self.wait_sec = 0.0  # time the consumer has waited for data
-        self.order = StreamOrder([s.num_samples for s in manifest.shards], seed, window)
-        self.reader = SampleReader(manifest)
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(QUEUE_DEPTH)
         self._failure: BaseException | None = None
         self._closing = threading.Event()
@@ -197,10 +187,13 @@ class LatentStream:
         return item
 
     def close(self) -> None:
-        """Stop the thread and close the files; calling it again does nothing."""
+        """Stop the threads and close the files; calling it again does nothing."""
+        if self._closing.is_set():
+            return
         self._closing.set()
+        self.batches.feed.close(_CLOSE_SEC)  # wakes the thread, should it wait for a shard
         self._thread.join()
-        self.reader.close()
+        self.batches.reader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -215,9 +208,10 @@ class LatentStream:
 
     def _prefetch(self) -> None:
         try:
-            while not self._closing.is_set():
-                self._put(self._read_batch(self.next_position))
-                self.next_position += self.per_micro_step
+            for start in self._starts:
+                self._put(self.batches.read(start, self.micro_batch_size))
+                if self._closing.is_set():
+                    return
         except BaseException as err:  # noqa: BLE001 -- not handled here: the consumer raises it
             self._put(err)
 
@@ -228,18 +222,3 @@ class LatentStream:
                 return
             except queue.Full:
                 continue
-
-    def _read_batch(self, start: int) -> Batch:
-        ids = self.order.sample_ids(start, start + self.micro_batch_size)
-        positions = torch.arange(start, start + self.micro_batch_size)
-        use_flip = np.zeros(len(ids), bool)
-        if self.horizontal_flip:
-            drawn = uniform(self.seed, Stream.FLIP, positions, 1)[:, 0]
-            use_flip = (drawn < FLIP_PROBABILITY).numpy()
-        raw_latents = torch.empty(
-            (len(ids), *self.manifest.latent.shape),
-            dtype=torch.float16,
-            pin_memory=torch.cuda.is_available(),
-        )
-        labels = self.reader.read(ids, use_flip, raw_latents)
-        return Batch(raw_latents, torch.from_numpy(labels), positions)

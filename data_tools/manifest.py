@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, from_json
-from data_tools.records import RecordLayout
+from data_tools.records import IndexedLayout, RecordLayout
 
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION = 2
@@ -125,11 +125,11 @@ class DatasetManifest(Manifest):
     """dataset.json as read from a folder.
 
     Attributes:
-        folder: where the shards are.
+        folder: where it was found; None where that is no folder of this machine.
         hash: sha256 of what training reads; another value means another data set.
     """
 
-    folder: Path
+    folder: Path | None
     hash: str
 
     @classmethod
@@ -150,18 +150,42 @@ class DatasetManifest(Manifest):
                 f"--data {folder}: no {MANIFEST_NAME}, encoding did not finish; "
                 f"run {_ENCODE} --output {folder} with the same flags again (it resumes)."
             )
-        text = path.read_bytes()
-        manifest = _parse(path, text)
+        manifest = cls.parse(path.read_bytes(), str(path), folder)
         if check_shards:
             for shard in manifest.shards:
                 _check_shard(folder / shard.name, shard)
+        return manifest
+
+    @classmethod
+    def parse(cls, text: bytes, where: str, folder: Path | None = None) -> "DatasetManifest":
+        """Read a description that was fetched.
+
+        Args:
+            text: the content of dataset.json.
+            where: that was found, for messages.
+            folder: that holds it.
+        """
+        return cls.of(_parse(where, text), folder)
+
+    @classmethod
+    def of(cls, manifest: Manifest, folder: Path | None = None) -> "DatasetManifest":
+        """Add what follows from a description."""
         values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
         return cls(**values, folder=folder, hash=content_hash(manifest))
 
+    def described(self) -> Manifest:
+        """Return what dataset.json says."""
+        return Manifest(**{field.name: getattr(self, field.name) for field in fields(Manifest)})
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the stored arrays are latents, drawn once, and not the posterior's moments."""
+        return self.latent.kind == "latents"
+
     @property
     def latent_channels(self) -> int:
-        """C: half of the stored channels, the other half being log-variances."""
-        return self.latent.shape[0] // 2
+        """C: half of the stored channels where the other half are log-variances."""
+        return self.latent.shape[0] if self.is_frozen else self.latent.shape[0] // 2
 
     @property
     def latent_height(self) -> int:
@@ -184,10 +208,21 @@ class DatasetManifest(Manifest):
         return len(self.classes)
 
     @property
+    def is_indexed(self) -> bool:
+        """Whether others wrote the tars, so that an index beside each says where samples lie."""
+        return self.shards[0].stride == 0
+
+    @property
     def layout(self) -> RecordLayout:
-        """The bytes of a sample."""
+        """The bytes of a sample in shards that this project wrote."""
         channels, height, width = self.latent.shape
         return RecordLayout((channels, height, width), self.latent.flip)
+
+    @property
+    def indexed_layout(self) -> IndexedLayout:
+        """How samples are read from tars of others."""
+        channels, height, width = self.latent.shape
+        return IndexedLayout((channels, height, width), self.latent.dtype)
 
 
 def content_hash(manifest: Manifest) -> str:
@@ -204,7 +239,7 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
 
-def _parse(path: Path, text: bytes) -> Manifest:
+def _parse(path: str, text: bytes) -> Manifest:
     try:
         content = json.loads(text)
     except ValueError as err:
@@ -228,8 +263,12 @@ def _parse(path: Path, text: bytes) -> Manifest:
 
 
 def _check_consistent(manifest: Manifest) -> None:
-    shape = manifest.latent.shape
-    if len(shape) != 3 or min(shape) < 1 or shape[0] % 2:
+    latent, shape = manifest.latent, manifest.latent.shape
+    if latent.kind not in ("moments", "latents"):
+        raise MalformedError(f"latent.kind is {latent.kind!r}, not moments or latents")
+    if latent.dtype not in ("float16", "float32"):
+        raise MalformedError(f"latent.dtype is {latent.dtype!r}, not float16 or float32")
+    if len(shape) != 3 or min(shape) < 1 or (latent.kind == "moments" and shape[0] % 2):
         raise MalformedError(f"latent.shape {shape} is not (2 x channels, height, width)")
     in_shards = sum(shard.num_samples for shard in manifest.shards)
     if in_shards != manifest.num_samples or in_shards < 1:
@@ -240,12 +279,23 @@ def _check_consistent(manifest: Manifest) -> None:
         # The name may come from anywhere; it must not lead out of the data's or the cache's folder.
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar", shard.name):
             raise MalformedError(f"a shard is called {shard.name!r}, which is no plain NAME.tar")
-    stride = RecordLayout((shape[0], shape[1], shape[2]), manifest.latent.flip).stride
-    for shard in manifest.shards:
-        if shard.stride != stride:
-            raise MalformedError(f"{shard.name} has stride {shard.stride}, its shape asks {stride}")
+        if min(shard.num_samples, shard.bytes) < 0:
+            raise MalformedError(f"{shard.name} has a negative size")
+    if any(shard.stride for shard in manifest.shards):
+        _check_own_layout(manifest)
     if [entry.index for entry in manifest.classes] != list(range(len(manifest.classes))):
         raise MalformedError("the class indices are not 0, 1, 2, ...")
+
+
+def _check_own_layout(manifest: Manifest) -> None:
+    """Check what holds for shards that this project wrote, which have a stride."""
+    latent = manifest.latent
+    if (latent.kind, latent.dtype) != ("moments", "float16"):
+        raise MalformedError(f"shards with a stride hold float16 moments, not {latent.dtype}")
+    stride = RecordLayout((latent.shape[0], latent.shape[1], latent.shape[2]), latent.flip).stride
+    for shard in manifest.shards:
+        if shard.stride not in (0, stride):  # 0: a union with tars of others
+            raise MalformedError(f"{shard.name} has stride {shard.stride}, its shape asks {stride}")
 
 
 def _check_shard(path: Path, shard: Shard) -> None:

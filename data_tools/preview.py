@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_tools.errors import ConfigError
 from data_tools.files import replace_file
 from data_tools.manifest import DatasetManifest
-from data_tools.records import DamagedRecordError
+from data_tools.records import KEY_DIGITS, DamagedRecordError
 from data_tools.tar_walk import index_name
 from data_tools.vae import decode_pixels, load_vae
 
@@ -233,10 +233,9 @@ def _read_strided(
     descriptor: int, manifest: DatasetManifest, row: int
 ) -> tuple[int, str, np.ndarray]:
     layout = manifest.layout
-    label = np.empty((1, layout.label_bytes), np.uint8)
-    header = np.empty((1, layout.header_bytes), np.uint8)
+    head = np.empty((1, layout.head_bytes), np.uint8)
     array = np.empty(layout.array_bytes, np.uint8)
-    layout.read(descriptor, row, label[0], header[0], array, use_flip=False)
-    (number,) = layout.check(label, header, np.zeros(1, bool)).tolist()
-    key = label[0, :8].tobytes().decode()
+    layout.read_rows(descriptor, [row], [False], [memoryview(head[0])], [memoryview(array)])
+    (number,) = layout.check(head, np.zeros(1, bool)).tolist()
+    key = head[0, :KEY_DIGITS].tobytes().decode()
     return number, key, array.view(np.float16).reshape(layout.shape)

@@ -24,7 +24,8 @@ def run_quick(
 ) -> None:
     """Look at sizes, at both ends of every shard and at the sidecars."""
     with_sidecars = expects_sidecars(result, manifest)
-    layout = manifest.layout
+    # Tars of others have no common layout; then no shard below asks for it.
+    layout = manifest.layout if all(shard.stride for shard in manifest.shards) else None
     first_keys = {shard.first_key: shard.name for shard in manifest.shards if shard.num_samples}
 
     def look(shard: Shard) -> list[Finding]:
@@ -55,7 +56,7 @@ def run_quick(
 
 
 def _quick_problem(
-    folder: Path, shard: Shard, layout: RecordLayout, first_keys: dict[str, str]
+    folder: Path, shard: Shard, layout: RecordLayout | None, first_keys: dict[str, str]
 ) -> str:
     try:
         with (folder / shard.name).open("rb", buffering=0) as file:
@@ -65,7 +66,7 @@ def _quick_problem(
             if status.st_size != shard.bytes:
                 verb = "is cut off: has" if status.st_size < shard.bytes else "has"
                 return f"{verb} {status.st_size} bytes, dataset.json says {shard.bytes}"
-            if not shard.stride:
+            if layout is None:
                 index = folder / index_name(shard.name)
                 return "" if index.exists() else f"its index {index.name} is missing"
             if not shard.num_samples:
@@ -83,18 +84,17 @@ def _ends_problem(
     """Look at the headers of the first and the last sample, and behind it."""
     flips = (False, True) if layout.has_flip else (False,)
     parts = [(row, use_flip) for row in (0, shard.num_samples - 1) for use_flip in flips]
-    labels = np.empty((len(parts), layout.label_bytes), np.uint8)
-    headers = np.empty((len(parts), layout.header_bytes), np.uint8)
+    heads = np.empty((len(parts), layout.head_bytes), np.uint8)
     for i, (row, use_flip) in enumerate(parts):
         start = row * layout.stride
         offset = start + (layout.flip_offset if use_flip else layout.moments_offset)
-        os.preadv(descriptor, [labels[i]], start)
-        os.preadv(descriptor, [headers[i]], offset)
+        os.preadv(descriptor, [heads[i, : layout.label_bytes]], start)
+        os.preadv(descriptor, [heads[i, layout.label_bytes :]], offset)
     try:
-        layout.check(labels, headers, np.array([use_flip for _, use_flip in parts]))
+        layout.check(heads, np.array([use_flip for _, use_flip in parts]))
     except DamagedRecordError as err:
         return f"{err}, at its beginning or end"
-    found = labels[0, :KEY_DIGITS].tobytes().decode()
+    found = heads[0, :KEY_DIGITS].tobytes().decode()
     if found != shard.first_key:
         other = first_keys.get(found)
         belongs = f", as {other} should" if other else ""

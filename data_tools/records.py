@@ -3,7 +3,8 @@
 A shard is an ordinary webdataset tar. Each sample is KEY.cls (the label in ASCII), KEY.moments.npy
 (raw latents, float16 (2C, H, W)) and, if mirrored images were encoded too, KEY.flip.npy. All
 samples of a data set have the same shape, so every sample takes the same number of bytes: sample i
-starts at i * stride, and training reads it without an index and without walking the tar.
+starts at i * stride, and training reads it without an index and without walking the tar. Tars that
+others wrote are read at the offsets of an index (indexing.py).
 
 N batch, C latent channels, H W latent size.
 """
@@ -20,7 +21,8 @@ import webdataset as wds
 
 TAR_BLOCK = 512  # tar pads headers and contents to this many bytes
 KEY_DIGITS = 8
-_NAME_BYTES = 100  # the file name is the first field of a tar header
+_NAME_BYTES = 96  # of the name, which is the first field of a tar header and has 100
+_WORD = 8  # bytes that are compared at once
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class RecordLayout:
         self.moments_offset = self.label_bytes
         self.flip_offset = self.label_bytes + member
         self.stride = self.label_bytes + member * (2 if has_flip else 1)
+        # A label's member, and the array's tar header and npy header.
+        self.head_bytes = self.label_bytes + TAR_BLOCK + len(self.npy_header)
 
     def write(self, file: IO[bytes], samples: Iterable[Sample]) -> int:
         """Write a whole tar; the same samples give the same bytes.
@@ -89,70 +93,127 @@ class RecordLayout:
                 assert writer.tarstream.offset == count * self.stride, "a sample's size differs"
         return count
 
-    def read(
+    def read_rows(
         self,
         descriptor: int,
-        row: int,
-        label: np.ndarray,
-        header: np.ndarray,
-        array: np.ndarray,
-        use_flip: bool,
+        rows: list[int],
+        use_flip: list[bool],
+        heads: list[memoryview],
+        arrays: list[memoryview],
     ) -> None:
-        """Read one sample into the rows of a batch's buffers, unchecked.
+        """Read samples of a shard, unchecked.
 
         Args:
             descriptor: of the open shard.
-            row: the sample's place in the shard.
-            label: uint8 (label_bytes,), filled with the first member.
-            header: uint8 (header_bytes,), filled with the array's tar and npy headers.
-            array: uint8 (array_bytes,), filled with the float16 values.
-            use_flip: read the mirrored image's moments.
+            rows: the N samples' places in the shard.
+            use_flip: read the mirrored image's array.
+            heads: N of head_bytes, filled with the label's member and the array's headers.
+            arrays: N of array_bytes, filled with the values.
+
+        Raises:
+            DamagedRecordError: the shard ends too early.
         """
-        start = row * self.stride
-        offset = start + (self.flip_offset if use_flip else self.moments_offset)
-        found = os.preadv(descriptor, [label], start)
-        found += os.preadv(descriptor, [header, array], offset)
-        if found != self.label_bytes + self.header_bytes + self.array_bytes:
-            raise DamagedRecordError(f"ends inside sample {row}")
+        preadv, stride, whole = os.preadv, self.stride, self.head_bytes + self.array_bytes
+        for row, is_flip, head, array in zip(rows, use_flip, heads, arrays, strict=True):
+            start = row * stride
+            if not is_flip:  # all that is needed lies together
+                if preadv(descriptor, (head, array), start) != whole:
+                    read_fully(descriptor, (head, array), start)
+            else:
+                read_fully(descriptor, (head[: self.label_bytes],), start)
+                read_fully(descriptor, (head[self.label_bytes :], array), start + self.flip_offset)
 
-    @property
-    def header_bytes(self) -> int:
-        """Bytes between the start of an array's tar header and its first value."""
-        return TAR_BLOCK + len(self.npy_header)
-
-    def check(self, labels: np.ndarray, headers: np.ndarray, use_flip: np.ndarray) -> np.ndarray:
+    def check(self, heads: np.ndarray, use_flip: np.ndarray) -> np.ndarray:
         """Check that what was read are the expected members, and parse the labels.
 
         A wrong offset, a foreign tar or a damaged header is found here, on every sample; damaged
         values are not, only the shard's sha256 tells.
 
         Args:
-            labels: uint8 (N, label_bytes).
-            headers: uint8 (N, header_bytes).
+            heads: uint8 (N, head_bytes), rows of whole words.
             use_flip: bool (N,), which array was read.
 
         Returns:
             int64 (N,) labels.
         """
-        keys = labels[:, :KEY_DIGITS]
-        is_good = (headers[:, TAR_BLOCK:] == self.npy_header).all(axis=1)
-        is_good &= (headers[:, :KEY_DIGITS] == keys).all(axis=1)
-        is_good &= _has_suffix(labels, b".cls")
-        is_good &= np.where(
-            use_flip, _has_suffix(headers, b".flip.npy"), _has_suffix(headers, b".moments.npy")
-        )
+        words = heads.view(np.uint64)  # (N, head_bytes / 8); the key is the first word of a header
+        name = slice(KEY_DIGITS // _WORD, _NAME_BYTES // _WORD)
+        header = words[:, self.label_bytes // _WORD :]
+        is_good = (header[:, TAR_BLOCK // _WORD :] == self.npy_header.view(np.uint64)).all(axis=1)
+        is_good &= header[:, 0] == words[:, 0]
+        is_good &= (words[:, name] == _LABEL_NAME).all(axis=1)
+        expected = np.where(use_flip[:, None], _FLIP_NAME, _ARRAY_NAME)
+        is_good &= (header[:, name] == expected).all(axis=1)
         if not is_good.all():
             raise DamagedRecordError("holds other bytes than a sample where one should start")
-        contents = labels[:, TAR_BLOCK:]
         try:
             # The block is filled up with zero bytes, which end a numpy string.
-            return np.ascontiguousarray(contents[:, :16]).view("S16")[:, 0].astype(np.int64)
+            contents = np.ascontiguousarray(heads[:, TAR_BLOCK : TAR_BLOCK + 16])
+            return contents.view("S16")[:, 0].astype(np.int64)
         except ValueError as err:
             raise DamagedRecordError("holds a label that is not a number") from err
 
 
-def _has_suffix(headers: np.ndarray, suffix: bytes) -> np.ndarray:
-    """Test whether the file names in tar headers (N, >= 512) end like this, bool (N,)."""
-    expected = np.zeros(_NAME_BYTES - KEY_DIGITS, np.uint8)
-    expected[: len(suffix)] = np.frombuffer(suffix, np.uint8)
-    return (headers[:, KEY_DIGITS:_NAME_BYTES] == expected).all(axis=1)
+class IndexedLayout:
+    """How samples are read from tars of others: at the offsets of an index.
+
+    An index is int64 (n, 3): the offsets in the tar of the array's .npy file and of the mirrored
+    image's (-1: none), and the label.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: str) -> None:
+        """Compute the layout for arrays of `shape` and `dtype` (float16 or float32)."""
+        self.shape = shape
+        self.array_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        empty = _npy(np.zeros(shape, dtype))
+        self.npy_header = np.frombuffer(empty[: len(empty) - self.array_bytes], np.uint8)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the npy header."""
+        return len(self.npy_header)
+
+    def read_rows(
+        self,
+        descriptor: int,
+        offsets: np.ndarray,
+        heads: list[memoryview],
+        arrays: list[memoryview],
+    ) -> None:
+        """Read the samples whose arrays lie at `offsets` (N,); else as `RecordLayout.read_rows`."""
+        for offset, head, array in zip(offsets.tolist(), heads, arrays, strict=True):
+            read_fully(descriptor, (head, array), offset)
+
+    def check(self, heads: np.ndarray) -> None:
+        """Check the npy headers, uint8 (N, head_bytes)."""
+        if not (heads.view(np.uint64) == self.npy_header.view(np.uint64)).all():
+            raise DamagedRecordError("holds other bytes than an array where its index has one")
+
+
+def read_fully(descriptor: int, buffers: tuple[memoryview, ...], offset: int) -> None:
+    """Fill buffers with the bytes from an offset on, however many a file system gives at once."""
+    found = os.preadv(descriptor, buffers, offset)
+    if found == sum(len(buffer) for buffer in buffers):
+        return
+    for buffer in buffers:
+        done = min(found, len(buffer))
+        found -= done
+        offset += done
+        while done < len(buffer):
+            more = os.preadv(descriptor, (buffer[done:],), offset)
+            if more == 0:
+                raise DamagedRecordError("ends inside a sample")
+            done += more
+            offset += more
+
+
+def _name_words(suffix: bytes) -> np.ndarray:
+    """Return the words that follow the key in the name of a tar member."""
+    name = np.zeros(_NAME_BYTES - KEY_DIGITS, np.uint8)
+    name[: len(suffix)] = np.frombuffer(suffix, np.uint8)
+    return name.view(np.uint64)
+
+
+_LABEL_NAME = _name_words(b".cls")
+_ARRAY_NAME = _name_words(b".moments.npy")
+_FLIP_NAME = _name_words(b".flip.npy")

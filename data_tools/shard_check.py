@@ -168,14 +168,15 @@ class _StridedCheck:
         labels, is_label = _labels(block[:, TAR_BLOCK : layout.label_bytes])
         places = [(b".moments.npy", layout.moments_offset)]
         places += [(b".flip.npy", layout.flip_offset)] if layout.has_flip else []
+        header_bytes = TAR_BLOCK + len(layout.npy_header)
         npy_bytes = len(layout.npy_header) + layout.array_bytes
         for suffix, start in places:
-            headers = block[:, start : start + layout.header_bytes]
+            headers = block[:, start : start + header_bytes]
             is_damaged |= ~_is_header(headers[:, :TAR_BLOCK], keys, suffix, npy_bytes)
             is_array = (headers[:, TAR_BLOCK:] == layout.npy_header).all(axis=1)
             shape = "x".join(map(str, latent.shape))
             self._fault(f"an array that is no float16 {shape}", ~is_array & ~is_damaged, first_row)
-            first = start + layout.header_bytes
+            first = start + header_bytes
             values = np.ascontiguousarray(block[:, first : first + layout.array_bytes])
             values = values.view(np.uint16)
             is_odd = ((values & _HALF_EXPONENT) == _HALF_EXPONENT).any(axis=1)

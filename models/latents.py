@@ -1,7 +1,8 @@
 """The way from stored latents to what the model sees, and back to what the VAE decodes.
 
 Raw latents are the moments of the VAE posterior, mean | log-variance on the channel axis, unscaled.
-Final latents are one draw of that posterior, shifted and scaled to about unit variance.
+Final latents are one draw of that posterior, shifted and scaled to about unit variance. Data sets
+made elsewhere may hold one draw for good: frozen latents.
 
 N batch, C latent channels, H W latent size.
 """
@@ -31,6 +32,11 @@ def final_latents(
     mean, log_variance = raw.to(torch.float32).chunk(2, dim=1)
     std = torch.exp(0.5 * log_variance.clamp(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX))
     return (mean + std * noise.to(torch.float32) - shift_factor) * scaling_factor
+
+
+def frozen_latents(raw: Tensor, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
+    """Normalise stored draws of the VAE posterior, (N, C, H, W) of any float dtype, to float32."""
+    return (raw.to(torch.float32) - shift_factor) * scaling_factor
 
 
 def vae_latents(final: Tensor, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:

@@ -153,12 +153,13 @@ def sharded(engine, objective, case, rank, world_size, first):
     """Loss terms and gradients as `single_process`, and how many rows each block received."""
     micro, received = case.micro_batch_size, []
     totals = torch.zeros(4)
-    for start in range(first, first + world_size * LOCAL_BATCH, world_size * micro):
-        output, terms = forward(engine, objective, start + rank * micro, micro)
+    own = first + rank * LOCAL_BATCH
+    for start in range(own, own + LOCAL_BATCH, micro):
+        output, terms = forward(engine, objective, start, micro)
         totals += torch.stack(terms).detach() * micro / LOCAL_BATCH
         received.append([sum(dispatch.recv_splits) for dispatch in output.plan.dispatch])
         engine.backward(terms.total)
-        if start + world_size * micro < first + world_size * LOCAL_BATCH:
+        if start + micro < own + LOCAL_BATCH:
             engine.step()
     torch.distributed.all_reduce(totals)
     gradients = {name: whole_gradient(p) for name, p in engine.module.named_parameters()}
@@ -198,7 +199,9 @@ def check_gradients(rank, world_size, folder):
         for top_k in case.top_ks:
             config = replace(config, model=replace(config.model, top_k=top_k))
             engine.module.gate.top_k = top_k
-            objective = Objective(config, rank, 1.0, 0.0, torch.device("cpu"))
+            objective = Objective(
+                config, rank, 1.0, 0.0, torch.device("cpu"), world_size=world_size
+            )
             terms, gradients, received = sharded(engine, objective, case, rank, world_size, 32)
             if rank > 0:
                 continue

@@ -1,6 +1,7 @@
 """The stream of batches: the same samples whatever the ranks, exact resume, failures reported."""
 
 import dataclasses
+import os
 import threading
 from itertools import islice
 
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import data_tools.loader
+import data_tools.reader
 from data_tools.errors import ConfigError
-from data_tools.loader import LatentStream, SampleReader
+from data_tools.loader import LatentStream
 from data_tools.order import StreamOrder
+from data_tools.reader import SampleReader
+from data_tools.shard_feed import NUM_THREADS
 from models.randomness import Stream, uniform
-from tests.synthetic import SHAPE, make_dataset
+from tests.launch import run
+from tests.synthetic import SHAPE, data_of, make_dataset
 
 SHARD_SIZES = [13, 40, 27, 5, 0, 31, 8, 22]
 N = sum(SHARD_SIZES)
@@ -35,7 +39,7 @@ def batches(manifest, count, **changes):
         "world_size": 1,
         "horizontal_flip": False,
     }
-    with LatentStream(manifest, **(settings | changes)) as stream:
+    with LatentStream(data_of(manifest), **(settings | changes)) as stream:
         return list(islice(stream, count))
 
 
@@ -60,7 +64,7 @@ def job(manifest, start_step, num_steps, world_size, micro_batch_size, G=24, **c
         )
         for number, batch in enumerate(read):
             step, micro_step = divmod(number, accumulation)
-            start = (micro_step * world_size + rank) * micro_batch_size
+            start = rank * (G // world_size) + micro_step * micro_batch_size
             ids[step, start : start + micro_batch_size] = sample_ids(batch)
             positions[step, start : start + micro_batch_size] = batch.positions
     return ids, positions
@@ -132,61 +136,113 @@ def test_flips_without_mirrored_latents_are_refused(tmp_path):
     assert len(batches(manifest, 2)) == 2
 
 
-def test_few_files_are_open_at_a_time(manifest, monkeypatch):
-    monkeypatch.setattr(data_tools.loader, "MAX_OPEN_SHARDS", 2)
-    with LatentStream(
-        manifest,
-        seed=SEED,
-        window=8,
-        global_batch_size=50,
-        micro_batch_size=50,
-        rank=0,
-        world_size=1,
-        horizontal_flip=False,
-    ) as stream:
-        ids = [sample_ids(next(stream)) for _ in range(6)]
-        assert len(stream.reader._descriptors) <= 2
-    expected = StreamOrder(SHARD_SIZES, SEED, 8).sample_ids(0, 300)
+@pytest.mark.parametrize("limit", ["window", "system"])
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch, limit):
+    sizes = [3] * 90
+    window = 5 if limit == "window" else 80
+    monkeypatch.setattr(data_tools.reader, "MIN_OPEN_SHARDS", 1)
+    if limit == "system":
+        monkeypatch.setattr(data_tools.reader, "_allowed_descriptors", lambda wanted: 5)
+    data = data_of(make_dataset(tmp_path, sizes))
+    settings = {"seed": SEED, "window": window, "global_batch_size": 30, "micro_batch_size": 30}
+    with LatentStream(data, rank=0, world_size=1, horizontal_flip=False, **settings) as stream:
+        ids = [sample_ids(next(stream)) for _ in range(18)]
+        assert len(stream.batches.reader.opened) <= 5
+    expected = StreamOrder(sizes, SEED, window).sample_ids(0, 540)
     np.testing.assert_array_equal(np.concatenate(ids), expected)
 
 
-def test_a_failure_in_the_thread_reaches_the_consumer_each_time(tmp_path):
-    manifest = make_dataset(tmp_path, [3, 2])
-    (tmp_path / "00001.tar").unlink()
-    stream = LatentStream(
-        manifest,
-        seed=0,
-        window=1,
-        global_batch_size=5,
-        micro_batch_size=5,
-        rank=0,
-        world_size=1,
+def test_more_shards_than_a_process_may_open_by_default_are_shuffled_together(tmp_path):
+    """A window of 100 shards where the system allows 300 files, and more if asked."""
+    script = (
+        "import resource, sys\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))\n"
+        "from data_tools.loader import LatentStream\n"
+        "from data_tools.training_data import open_data\n"
+        "stream = LatentStream(open_data(sys.argv[1]), seed=0, window=100, global_batch_size=100,\n"
+        "    micro_batch_size=100, rank=0, world_size=1)\n"
+        "next(stream)\n"
+        "print(len(stream.batches.reader.opened))\n"
+        "stream.close()\n"
     )
-    for _ in range(2):
-        with pytest.raises(ConfigError, match=r"00001\.tar: cannot be read"):
-            next(stream)
-    stream.close()
+    make_dataset(tmp_path, [1] * 120)
+    assert int(run("python", "-c", script, tmp_path)) > 50
+
+
+def settings(**changes):
+    return {
+        "seed": 0,
+        "window": 1,
+        "global_batch_size": 5,
+        "micro_batch_size": 5,
+        "rank": 0,
+        "world_size": 1,
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-512]), "has 9728 bytes"),
+        (lambda path: path.write_bytes(b"\1" * 10240), "its sha256 is not"),
+    ],
+)
+def test_a_failure_in_a_thread_reaches_the_consumer_each_time(tmp_path, damage, what):
+    data = data_of(make_dataset(tmp_path, [3, 2]))
+    damage(tmp_path / "00001.tar")
+    with LatentStream(data, **settings()) as stream:
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=rf"00001\.tar: {what}"):
+                next(stream)
 
 
 def test_a_label_beyond_the_classes_of_the_data_set_is_refused(tmp_path):
-    manifest = make_dataset(tmp_path, [6], num_classes=3)
-    fewer = dataclasses.replace(manifest, classes=manifest.classes[:2])
-    reader = SampleReader(fewer)
+    data = data_of(make_dataset(tmp_path, [6], num_classes=3))
+    part = dataclasses.replace(data.parts[0], class_of_label=np.arange(2))
+    fewer = dataclasses.replace(data, parts=(part,))
+    reader = SampleReader(fewer, fewer.stores("size", None))
     out = torch.empty((6, *SHAPE), dtype=torch.float16)
     with pytest.raises(ConfigError, match=r"00000\.tar: holds label 2, .* labels below 2"):
         reader.read(np.arange(6), np.zeros(6, bool), out)
     reader.close()
 
 
-def test_closing_stops_the_thread_and_may_be_repeated(manifest):
+def test_reads_that_return_less_than_asked_for_are_continued(tmp_path, monkeypatch):
+    """As file systems in user space do."""
+    manifest, preadv = make_dataset(tmp_path, [6]), os.preadv
+
+    def short(descriptor, buffers, offset):
+        (first, *_) = [buffer for buffer in buffers if len(buffer)]
+        return preadv(descriptor, [memoryview(first)[:100]], offset)
+
+    expected = batches(manifest, 1, horizontal_flip=True)
+    monkeypatch.setattr(os, "preadv", short)
+    found = batches(manifest, 1, horizontal_flip=True)
+    assert torch.equal(found[0].raw_latents, expected[0].raw_latents)
+    assert torch.equal(found[0].labels, expected[0].labels)
+
+
+@pytest.mark.parametrize("num_streams", [1, 2, 4])
+def test_streams_and_ranks_read_what_the_plan_says(manifest, num_streams):
+    data = data_of(manifest)
+    plan = data.plan(seed=SEED, window=WINDOW, global_batch_size=24, num_streams=num_streams)
+    expected = plan.sample_ids(0, 24 * 20)
+    for world_size, micro_batch_size in ((1, 24), (2, 4), (4, 6), (8, 3)):
+        ids, positions = job(manifest, 0, 20, world_size, micro_batch_size, num_streams=num_streams)
+        assert positions.ravel().tolist() == list(range(24 * 20))
+        np.testing.assert_array_equal(ids.ravel(), expected)
+
+
+def test_closing_stops_the_threads_and_may_be_repeated(manifest):
     before = threading.active_count()
-    stream = LatentStream(
-        manifest, seed=0, window=2, global_batch_size=8, micro_batch_size=4, rank=1, world_size=2
-    )
+    ranks = {"rank": 1, "world_size": 2, "global_batch_size": 8, "micro_batch_size": 4}
+    stream = LatentStream(data_of(manifest), **settings(window=2, **ranks))
     next(stream)
-    assert threading.active_count() == before + 1
+    assert threading.active_count() == before + 1 + NUM_THREADS
     assert stream.wait_sec > 0
     stream.close()
     stream.close()
     assert threading.active_count() == before
-    assert not stream.reader._descriptors
+    assert not stream.batches.reader.opened

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DEPTH, EXPERTS, TIMESTEPS = 6, 3, 1000  # of tests/small.yaml
 
 
-def objective(rank=0, device="cpu", **values):
-    return Objective(small(**values), rank, 0.5, 0.1, torch.device(device))
+def objective(rank=0, device="cpu", world_size=4, is_frozen=False, **values):
+    return Objective(small(**values), rank, 0.5, 0.1, torch.device(device), world_size, is_frozen)
 
 
 def stored(positions, label=0):
@@ -43,13 +43,15 @@ def output_for(micro_batch, gate_table=None, log_variance=None, channels=4):
 
 @pytest.mark.parametrize("values", [{}, {"timestep_stratified": True}, {"timestep_shift": 2.0}])
 def test_every_rank_knows_the_timesteps_of_its_expert_group(values):
-    N, world_size, group_size = 4, 4, 2
-    first = 64 * 3 + 32  # in the middle of a global batch
+    N, world_size, group_size, own = 4, 4, 2, 64 // 4
+    first = 64 * 3 + 2 * N  # the third micro-step of the first rank in the fourth step
     plain = objective(**values)
     for rank in range(world_size):
         shared = objective(rank, expert_parallel_size=group_size, **values)
-        positions = first + rank * N + torch.arange(N)
-        group = first + rank // group_size * group_size * N + torch.arange(group_size * N)
+        positions = first + rank * own + torch.arange(N)
+        leader = rank // group_size * group_size
+        members = [first + (leader + k) * own + torch.arange(N) for k in range(group_size)]
+        group = torch.cat(members)
 
         found = shared.micro_batch(stored(positions))
 
@@ -60,9 +62,10 @@ def test_every_rank_knows_the_timesteps_of_its_expert_group(values):
 
 def test_ranks_agree_on_dealt_timesteps_and_go_on_after_a_resume():
     N, group_size = 8, 3
-    values = {"expert_parallel_size": group_size, "timestep_dealing": "affine"}
+    sizes = {"world_size": 3, "expert_parallel_size": group_size, "global_batch_size": 24}
+    values = sizes | {"timestep_dealing": "affine"}
     ranks = [objective(rank, **values) for rank in range(group_size)]
-    plain = objective(0, expert_parallel_size=group_size)
+    plain = objective(0, **sizes)
     own = [torch.arange(N) + rank * N for rank in range(group_size)]
     drawn = plain.micro_batch(stored(own[0])).group_t
     assert torch.equal(ranks[0].micro_batch(stored(own[0])).group_t, drawn), "no gates known yet"
@@ -308,3 +311,15 @@ def test_a_step_waits_for_the_gpu_only_to_match_units(weight):
         subject.loss(output, batch, step=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_frozen_latents_are_scaled_and_draw_no_posterior_noise():
+    N = 4
+    latents = torch.randn(N, 4, 16, 16)
+    batch = Batch(latents, torch.zeros(N, dtype=torch.int64), torch.arange(N))
+    frozen = objective(is_frozen=True).micro_batch(batch)
+    assert torch.equal(frozen.x_start, (latents - 0.1) * 0.5)
+    certain = torch.cat([latents, torch.full_like(latents, -200.0)], dim=1)
+    moments = objective().micro_batch(batch._replace(raw_latents=certain))
+    torch.testing.assert_close(moments.x_start, frozen.x_start, rtol=0, atol=1e-6)
+    assert torch.equal(moments.noise, frozen.noise) and torch.equal(moments.t, frozen.t)

@@ -15,6 +15,7 @@ from data_tools.order import StreamOrder
 from data_tools.records import RecordLayout
 from models.diffusion import LossTerms
 from tests.launch import REPOSITORY, run, run_jobs
+from tests.synthetic import seal
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.monitor import read_metrics
 from training.objective import SampleLosses
@@ -48,6 +49,7 @@ def with_nan_at(latents, folder, positions):
             for offset in (layout.moments_offset, layout.flip_offset):
                 file.seek(start + offset + 512 + len(layout.npy_header))  # after the tar header
                 file.write(NAN_FLOAT16)
+    seal(folder)
     return folder
 
 

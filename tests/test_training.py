@@ -68,6 +68,7 @@ def runs(tmp_path_factory, demo_latents):
     flow = ("--objective", "flow", "--routing", "dense")
     dtr = ("--objective", "v", "--routing", "dtr", "--learned-variance")
     ep2, ep4 = ("--expert-parallel-size", 2), ("--expert-parallel-size", 4)
+    mixture = ("--data", f"{demo_latents}=2,{demo_latents}", "--data-streams", 2)
     top_1, all_mlp = ("--top-k", 1), (*mlp, "--top-k", 4)
     # Clipping is on in all of them.
     everything = ("--micro-batch-size", 2, "--activation-checkpointing", *GRIDS)
@@ -90,6 +91,9 @@ def runs(tmp_path_factory, demo_latents):
             job("options", 2, *options),
             job("options-resumed", 2, *options, "--max-steps", 3),
             job("options-resumed", 2, *options),
+            job("mixture", 2, *mixture),
+            job("mixture-resumed", 2, *mixture, "--max-steps", 3),
+            job("mixture-resumed", 2, *mixture),
             job("mlp", 2, *mlp),
             job("flow", 2, *flow),
             job("dtr", 2, *dtr),
@@ -111,6 +115,7 @@ def runs(tmp_path_factory, demo_latents):
             job("w2-z2-ep2-resumed", 2, *ep2, "--max-steps", 3),
             job("w2-z2-ep2-resumed", 2, *ep2),
             job("w2-z2-ep2-options", 2, *ep2, *options, "--micro-batch-size", 2),
+            job("w2-z2-ep2-mixture", 2, *ep2, *mixture, "--micro-batch-size", 2),
             job("w2-z2-ep2-mlp", 2, *ep2, *mlp, *GRIDS),
             job("w2-z1-flow", 1, *flow, *GRIDS),
             job("w2-z2-dtr", 2, *dtr, "--activation-checkpointing"),
@@ -180,6 +185,7 @@ CLIPPED = [
 LAYOUTS = [("reference", name) for name in CLIPPED]
 LAYOUTS += [("unclipped", name) for name in ("w1-z0-unclipped", "w2-z0-ep2-unclipped")]
 LAYOUTS += [("options", name) for name in ("w2-z2-ep2-options", "w2-z3-options")]
+LAYOUTS += [("mixture", "w2-z2-ep2-mixture")]
 LAYOUTS += [("mlp", "w2-z2-ep2-mlp"), ("mlp", "w2-z3-mlp")]
 LAYOUTS += [("top-1", "w4-z1-ep4"), ("all-mlp", "w4-z3-ep2")]
 LAYOUTS += [("flow", "w2-z1-flow"), ("dtr", "w2-z2-dtr")]
@@ -248,6 +254,7 @@ def test_training_moves_exactly_the_experts_that_saw_a_sample(runs):
     [
         ("reference", "resumed"),
         ("options", "options-resumed"),
+        ("mixture", "mixture-resumed"),
         ("w2-z2-ep2", "w2-z2-ep2-resumed"),
         ("w2-z3-ep2", "w2-z3-ep2-resumed"),
         ("bf16-z2-ep2", "bf16-z2-ep2-resumed"),

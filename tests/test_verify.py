@@ -103,7 +103,7 @@ def change_label(label):
 def write_values(value):
     def apply(folder):
         layout = layout_of(folder)
-        place = 5 * layout.stride + layout.moments_offset + layout.header_bytes + 100
+        place = 5 * layout.stride + layout.moments_offset + 512 + len(layout.npy_header) + 100
         overwrite(folder / SHARD, place, np.float16(value).tobytes())
 
     return apply

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from data_tools.cache import open_cache
 from data_tools.loader import LatentStream
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
@@ -28,24 +29,33 @@ from training.warm_start import initial_values
 @contextmanager
 def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) -> Iterator[Training]:
     """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this."""
-    config, manifest = job.config, job.manifest
+    config, manifest, data = job.config, job.manifest, job.config.data
     run_dir = Path(config.run.run_dir)
     initial = job.warm_start and partial(initial_values, job.warm_start, rank=ranks.rank)
     engine = build_engine(config, job.deepspeed_config, initial)
     objective = Objective(
-        config, ranks.rank, manifest.vae.scaling_factor, manifest.vae.shift_factor, device
+        config,
+        ranks.rank,
+        manifest.vae.scaling_factor,
+        manifest.vae.shift_factor,
+        device,
+        world_size=ranks.world_size,
+        is_frozen=manifest.is_frozen,
     )
     placement = ExpertPlacement(config, engine, objective)
     stream = LatentStream(
-        manifest,
+        job.data,
         seed=config.run.seed,
-        window=config.data.shuffle_window,
+        window=data.shuffle_window,
+        num_streams=data.data_streams,
+        check=data.check_shards,
+        cache=open_cache(data.data_cache, data.data_cache_gib),
         global_batch_size=config.optim.global_batch_size,
         micro_batch_size=engine.train_micro_batch_size_per_gpu(),
         rank=ranks.rank,
         world_size=ranks.world_size,
         start_position=state.samples_consumed,
-        horizontal_flip=config.data.horizontal_flip,
+        horizontal_flip=data.horizontal_flip,
     )
     monitor = Monitor(run_dir if ranks.is_main else None, resume_step=state.step)
     monitor.text("configuration", config.to_yaml())

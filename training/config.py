@@ -23,6 +23,7 @@ from models.sampler import SAMPLING_METHODS
 from models.schedule import NOISE_SCHEDULES
 from models.switch_dit import MODEL_NAMES, MODEL_SIZES
 from models.timestep_sampling import DENSITIES
+from training.data_config import DataConfig
 from training.option import Option, check_value, did_you_mean, option
 
 
@@ -128,18 +129,6 @@ class DiffusionConfig:
     )
     prior_matching_every: int = option(
         "steps between two matchings of experts to the prior", 1, bounds=">=1"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The encoded images and what is drawn at random from them."""
-
-    data: str = option("folder of encoded latents (with dataset.json)", may_change=True)
-    shuffle_window: int = option("shards that samples are shuffled across", 16, bounds=">=1")
-    horizontal_flip: bool = option("mirror half of the samples", True)
-    class_dropout_prob: float = option(
-        "chance that a label becomes the null class, for guidance", 0.1, bounds=">=0 <=1"
     )
 
 

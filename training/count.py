@@ -108,6 +108,7 @@ def describe(
     deepspeed_config: dict[str, Any],
     world_size: int,
     manifest: Dataset | None = None,
+    found: str | None = None,
 ) -> str:
     """Return the text of --dry-run.
 
@@ -116,12 +117,14 @@ def describe(
         deepspeed_config: from `merge_deepspeed`.
         world_size: number of ranks.
         manifest: the data's description; None = the data is not there (yet).
+        found: a line for each data set.
     """
+    data = _describe_data(config, manifest)
     return _join(
         {"configuration": config.to_yaml().rstrip()}
         | cost_sections(config, deepspeed_config, world_size)
         | {
-            "data": _describe_data(config, manifest),
+            "data": data if found is None else f"{found}\n{data}",
             "DeepSpeed": json.dumps(deepspeed_config, indent=2),
         }
     )
@@ -253,7 +256,7 @@ def _describe_data(config: Config, manifest: Dataset | None) -> str:
         return f"{config.data.data} is not there yet: steps per epoch unknown, {max_steps:,} steps"
     steps = manifest.num_samples / batch
     return (
-        f"{config.data.data}: {manifest.num_samples:,} samples, {manifest.num_classes} classes; "
+        f"together {manifest.num_samples:,} samples, {manifest.num_classes} classes; "
         f"{steps:,.1f} steps of {batch} per epoch, {max_steps:,} steps = "
         f"{max_steps / steps:,.1f} epochs"
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.manifest import DatasetManifest
+from data_tools.training_data import TrainingData, open_data
 from data_tools.vae import Vae, load_decoder
 from training.checkpoint_manifest import (
     CheckpointManifest,
@@ -30,12 +31,17 @@ class Job:
 
     config: Config
     deepspeed_config: dict[str, Any]
-    manifest: DatasetManifest
+    data: TrainingData
     layout: Layout
     resume_from: Path | None
     resume_manifest: CheckpointManifest | None
     warm_start: WarmStart | None  # of a run that begins with another model's weights
     vae: Vae | None  # on rank 0, if grids of samples are wanted
+
+    @property
+    def manifest(self) -> DatasetManifest:
+        """What all of the data is, as one."""
+        return self.data.manifest
 
 
 class Prepared(NamedTuple):
@@ -69,8 +75,10 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     """
     config = command.config
     deepspeed_config, warm_start = check_without_data(command, ranks)
-    manifest = DatasetManifest.load(config.data.data)
+    data = open_data(config.data.data, config.data.data_shards)
+    manifest = data.manifest
     check_data(config, manifest)
+    data.check_streams(config.data.data_streams)
     layout = Layout(
         ranks.world_size,
         config.run.expert_parallel_size,
@@ -85,4 +93,4 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)
-    return Job(config, deepspeed_config, manifest, layout, folder, resume_manifest, warm_start, vae)
+    return Job(config, deepspeed_config, data, layout, folder, resume_manifest, warm_start, vae)

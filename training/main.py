@@ -18,6 +18,7 @@ import torch
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
 from data_tools.errors import exit_on_config_error
 from data_tools.manifest import MANIFEST_NAME
+from data_tools.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
 from training import processes
 from training.checkpoint_manifest import (
@@ -55,12 +56,14 @@ def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
 def dry_run(command: CommandLine, ranks: Ranks) -> str:
     """Return what --dry-run prints; write nothing. The data set need not exist yet."""
     config, manifest = command.config, None
-    if Path(config.data.data).exists() and not is_demo_missing(config):
+    found = None
+    if not is_absent(config.data.data) and not is_demo_missing(config):
         job = check(command, ranks)
         merged, manifest, warm_start = job.deepspeed_config, job.manifest, job.warm_start
+        found = job.data.describe()
     else:
         merged, warm_start = check_without_data(command, ranks)
-    text = describe(config, merged, ranks.world_size, manifest)
+    text = describe(config, merged, ranks.world_size, manifest, found)
     return text if warm_start is None else f"{text}\n\n# initial weights\n{warm_start.report()}"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from data_tools.loader import Batch
 from models.dealing import deal, served_at_home
 from models.diffusion import Diffusion, LossTerms
-from models.latents import final_latents
+from models.latents import final_latents, frozen_latents
 from models.loss_weights import loss_weight_table, uncertainty_weighted
 from models.prior import diffusion_prior, match_units, prior_loss
 from models.randomness import Stream, normal, uniform
@@ -79,6 +79,8 @@ class Objective:
         scaling_factor: of the VAE that made the data.
         shift_factor: of the VAE that made the data.
         device: where batches go.
+        world_size: number of ranks.
+        is_frozen: the data are draws of the posterior instead of its moments.
     """
 
     config: Config
@@ -86,8 +88,11 @@ class Objective:
     scaling_factor: float
     shift_factor: float
     device: torch.device
+    world_size: int = 1
+    is_frozen: bool = False
 
     def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size, f"no rank {self.rank} of {self.world_size}"
         diffusion, model = self.config.diffusion, self.config.model
         self.diffusion = build_diffusion(self.config).to(self.device)
         self.timesteps = build_timestep_sampling(self.config)
@@ -152,11 +157,14 @@ class Objective:
         raw = batch.raw_latents.to(self.device, non_blocking=True)
         y = batch.labels.to(self.device, non_blocking=True)
 
-        N, C = raw.shape[0], raw.shape[1] // 2
+        N, C = raw.shape[0], raw.shape[1] if self.is_frozen else raw.shape[1] // 2
         shape = (N, C, *raw.shape[2:])
         count = shape[1] * shape[2] * shape[3]
-        posterior_noise = normal(seed, Stream.POSTERIOR, positions, count).view(shape)
-        x_start = final_latents(raw, posterior_noise, self.scaling_factor, self.shift_factor)
+        if self.is_frozen:
+            x_start = frozen_latents(raw, self.scaling_factor, self.shift_factor)
+        else:
+            posterior_noise = normal(seed, Stream.POSTERIOR, positions, count).view(shape)
+            x_start = final_latents(raw, posterior_noise, self.scaling_factor, self.shift_factor)
         noise = normal(seed, Stream.NOISE, positions, count).view(shape)
         t, group_t = self._timesteps(batch.positions if self._deals else positions)
         dropped = uniform(seed, Stream.LABEL_DROP, positions, 1)[:, 0]
@@ -174,11 +182,12 @@ class Objective:
         seed, group_size = self.config.run.seed, self.config.run.expert_parallel_size
         if group_size == 1:
             return self.timesteps.draw(seed, positions), None
-        # Ranks of a group are consecutive and so are their slices of the stream.
-        N = len(positions)
-        mine = (self.rank % group_size) * N
-        span = torch.arange(group_size * N, device=positions.device)
-        group_t = self.timesteps.draw(seed, positions[0] - mine + span)
+        # Each rank of the group is at the same place of its own slice of the global batch.
+        N, slice_size = len(positions), self.config.optim.global_batch_size // self.world_size
+        place = self.rank % group_size
+        steps = torch.arange(-place, group_size - place, device=positions.device) * slice_size
+        group_t = self.timesteps.draw(seed, (steps[:, None] + positions).flatten())
+        mine = place * N
         if self._at_home is not None:
             group_t = torch.from_numpy(deal(group_t.numpy(), self._at_home.numpy()))
         group_t = group_t.to(self.device, non_blocking=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.files import replace_file
+from data_tools.files import as_json, replace_file
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from training.checkpoint_manifest import CHECKPOINT_DIR
 from training.config import Config, differences
@@ -88,7 +88,7 @@ def create_run_directory(
     files = {
         CONFIG_FILE: config.to_yaml(),
         DEEPSPEED_FILE: json.dumps(deepspeed_config, indent=2) + "\n",
-        MANIFEST_NAME: (manifest.folder / MANIFEST_NAME).read_text(encoding="utf-8"),
+        MANIFEST_NAME: as_json(manifest.described()),
     }
     if initial_weights is not None:
         files[INIT_FILE] = json.dumps(initial_weights, indent=1) + "\n"

@@ -55,6 +55,7 @@ def validate(
     _check_averages(config)
     check_expert_parallelism(config, deepspeed_path, world_size)
     _check_rebalancing(config)
+    _check_streams(config)
     plan_batch(config, world_size)
 
 
@@ -185,6 +186,15 @@ def _check_rebalancing(config: Config) -> None:
             f"--rebalance-every {run.rebalance_every} is no multiple of --save-every "
             f"{run.save_every}, but experts move only right before a checkpoint; use "
             f"{-(-run.rebalance_every // run.save_every) * run.save_every}."
+        )
+
+
+def _check_streams(config: Config) -> None:
+    streams, batch = config.data.data_streams, config.optim.global_batch_size
+    if batch % streams:
+        raise ConfigError(
+            f"--data-streams {streams} does not divide --global-batch-size {batch}; use a divisor "
+            "of it, best a multiple of the number of nodes."
         )
 
 

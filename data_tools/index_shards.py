@@ -1,0 +1,220 @@
+"""Index tars of latents that others wrote, so that training reads them in place.
+
+    python data_tools/index_shards.py --input 'tars/{000..099}.tar' --array latent.npy --label cls \
+        --vae stabilityai/sd-vae-ft-ema
+
+Each tar is read once, from a folder, http(s)://, s3:// or gs://. Beside dataset.json lies an index
+for each tar; where that is not beside the tars, training needs --data-shards. Running the same
+command again continues it.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from tqdm import tqdm
+
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.files import MalformedError, from_json, replace_file, write_json
+from data_tools.indexing import ScannedShard, Wanted, scan
+from data_tools.locations import Location, expand_braces, parse_location
+from data_tools.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    ChannelStatistics,
+    ClassEntry,
+    DatasetManifest,
+    ImageFormat,
+    LatentFormat,
+    Manifest,
+    Members,
+    Shard,
+    SourceList,
+    VaeReference,
+)
+from data_tools.vae import Vae, load_vae
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, metavar="TARS", help="braces name several")
+    parser.add_argument("--output", type=Path, help="folder of dataset.json; default: the tars'")
+    parser.add_argument("--array", required=True, metavar="SUFFIX", help="after KEY and a dot")
+    parser.add_argument("--flip", default="", metavar="SUFFIX", help="of the mirrored image")
+    parser.add_argument(
+        "--label", default="cls", metavar="SUFFIX", help="a whole number; json:FIELD; or none"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("moments", "latents"),
+        default="moments",
+        help="mean | log-variance, or draws of the posterior; unscaled",
+    )
+    parser.add_argument("--vae", required=True, help="that made the latents: folder, file, hub id")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="of the images; for people")
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="a line for each label")
+    return parser.parse_args(argv)
+
+
+def split_input(text: str) -> tuple[Location, list[str]]:
+    """Return where the tars lie, which must be one place, and what they are called."""
+    if "?" in text or text.startswith("pipe:"):
+        raise ConfigError(
+            f"--input {text}: a command or an address with a query cannot be cut into folder and "
+            "name; copy the tars, or give a plain address."
+        )
+    paths = expand_braces(text, "--input")
+    folders = {path.rpartition("/")[0] if "/" in path else "." for path in paths}
+    names = [path.rpartition("/")[2] for path in paths]
+    if len(folders) > 1 or len(set(names)) < len(names):
+        raise ConfigError(
+            f"--input {text}: the tars of a data set lie in one folder under different names; "
+            "index each folder and give training --data a,b."
+        )
+    wrong = next((name for name in names if not name.endswith(".tar")), None)
+    if wrong is not None:
+        raise ConfigError(f"--input {text}: {wrong!r} is not called NAME.tar; rename it.")
+    return parse_location(folders.pop() or "/", "--input"), names
+
+
+def scan_shard(location: Location, name: str, wanted: Wanted, output: Path) -> ScannedShard:
+    """Index a tar, unless that was done before."""
+    stem = name.removesuffix(".tar")
+    index, notes = output / f"{stem}.index.npy", output / f"{stem}.index.json"
+    known = _known(notes)
+    if known is not None and known.wanted == wanted and index.is_file():
+        tar = None if location.folder is None else location.folder / name
+        if tar is None or (tar.is_file() and tar.stat().st_size == known.bytes):
+            return known
+    found, content = scan(location, name, wanted)
+    replace_file(index, lambda file: file.write(content))
+    write_json(notes, found)
+    return found
+
+
+def _known(notes: Path) -> ScannedShard | None:
+    try:
+        return from_json(ScannedShard, json.loads(notes.read_bytes()))
+    except (OSError, ValueError, MalformedError):
+        return None
+
+
+def describe(
+    names: list[str], found: list[ScannedShard], vae: Vae, size: int | None, class_names: list[str]
+) -> Manifest:
+    """Make the description of all tars together."""
+    first, wanted = found[0], found[0].wanted
+    for name, shard in zip(names, found, strict=True):
+        if (shard.shape, shard.dtype) != (first.shape, first.dtype):
+            raise ConfigError(
+                f"--input {name}: holds arrays {shard.dtype} {shard.shape}, {names[0]} holds "
+                f"{first.dtype} {first.shape}; index them apart."
+            )
+    channels = first.shape[0] // (2 if wanted.kind == "moments" else 1)
+    if channels != vae.latent_channels:
+        raise ConfigError(
+            f"--vae {vae.source_id}: has {vae.latent_channels} latent channels, the tars "
+            f"{channels}; give the VAE that made them, or see --kind."
+        )
+    counts: Counter[int] = Counter()
+    for shard in found:
+        counts.update({int(label): count for label, count in shard.label_counts.items()})
+    num_classes = max(counts) + 1 if wanted.label else 0
+    if class_names and len(class_names) < num_classes:
+        raise ConfigError(
+            f"--class-names: has {len(class_names)} lines, but there is a label {num_classes - 1}; "
+            "give a line for each label from 0 on."
+        )
+    ids = class_names or [str(label) for label in range(num_classes)]
+    if len(set(ids)) < len(ids):
+        raise ConfigError("--class-names: names a class twice; give each line another name.")
+    num_samples = sum(shard.num_samples for shard in found)
+    values = num_samples * first.shape[1] * first.shape[2]
+    mean = np.sum([shard.channel_sum for shard in found], axis=0) / values
+    square = np.sum([shard.channel_square_sum for shard in found], axis=0) / values
+    std = np.sqrt(np.maximum(square - mean**2, 0.0))
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        num_samples=num_samples,
+        shards=[
+            Shard(
+                *(name, shard.num_samples, shard.bytes, shard.sha256, 0),
+                *(shard.index_sha256, shard.first_key, []),
+            )
+            for name, shard in zip(names, found, strict=True)
+        ],
+        latent=LatentFormat(
+            kind=wanted.kind,
+            shape=first.shape,
+            dtype=first.dtype,
+            layout="mean | log-variance" if wanted.kind == "moments" else "one draw",
+            flip=bool(wanted.flip),
+            precision="unknown",
+        ),
+        members=Members(wanted.array, wanted.flip, wanted.label),
+        vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
+        statistics=ChannelStatistics(mean.round(6).tolist(), std.round(6).tolist()),
+        image=ImageFormat(size or first.shape[1] * vae.downsample, "unknown"),
+        source=SourceList(num_samples, 0, ""),
+        order_seed=0,
+        classes=[
+            ClassEntry(label, name, name.replace("_", " "), counts[label])
+            for label, name in enumerate(ids)
+        ],
+        versions={"numpy": importlib.metadata.version("numpy")},
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Index the tars and write dataset.json."""
+    args = parse_arguments(argv)
+    location, names = split_input(args.input)
+    output = args.output or location.folder
+    if output is None:
+        raise ConfigError("--output: say in which folder dataset.json and the indexes go.")
+    class_names = []
+    if args.class_names is not None:
+        try:
+            class_names = args.class_names.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as err:
+            raise ConfigError(
+                f"--class-names {args.class_names}: is no text that can be read; give a file with "
+                "a line for each label."
+            ) from err
+        class_names = [line.strip() for line in class_names if line.strip()]
+    vae = load_vae(args.vae)
+    label = "" if args.label == "none" else args.label
+    wanted = Wanted(args.array, args.flip, label, args.kind)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        found = [
+            scan_shard(location, name, wanted, output)
+            for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty())
+        ]
+        write_json(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
+    except OSError as err:
+        raise ConfigError(
+            f"--output {output}: cannot be written ({err.strerror}); choose another folder or make "
+            "room, and run the same command again (it continues)."
+        ) from err
+    manifest = DatasetManifest.load(output, check_shards=output == location.folder)
+    shape = "x".join(map(str, manifest.latent.shape))
+    sys.stdout.write(
+        f"{output}: {manifest.num_samples} samples in {len(names)} tars, {manifest.latent.kind} "
+        f"{shape} {manifest.latent.dtype}, {manifest.num_classes} classes\n"
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_config_error():
+        main(sys.argv[1:])

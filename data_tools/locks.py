@@ -1,0 +1,81 @@
+"""Locks between the processes of a node: flocks, which end with the process that holds them."""
+
+import errno
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_tools.errors import ConfigError
+
+_POLL_SEC = 0.02
+_NEVER = threading.Event()
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class StoppedError(Exception):
+    """Waiting for a lock or a transfer was stopped from outside."""
+
+
+def try_lock(descriptor: int, path: Path, is_shared: bool = False) -> bool:
+    """Take a lock that lasts until the descriptor is closed; False if another one has it."""
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as err:
+        if err.errno not in _NO_LOCKS:
+            raise
+        raise ConfigError(
+            f"--data-cache {path.parent}: this file system has no locks (flock: {err.strerror}), "
+            "which processes that share a cache need; name a folder on the node's own disk."
+        ) from err
+    return True
+
+
+def lock(
+    descriptor: int, path: Path, is_shared: bool = False, stop: threading.Event | None = None
+) -> None:
+    """Wait for a lock; polling, because a blocked flock could not be stopped."""
+    while not try_lock(descriptor, path, is_shared):
+        if (stop or _NEVER).wait(_POLL_SEC):
+            raise StoppedError
+
+
+@contextmanager
+def lock_file(path: Path, stop: threading.Event | None = None) -> Iterator[None]:
+    """Hold the lock of a file that exists only for it and is removed at the end."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            lock(descriptor, path, stop=stop)
+            if _is_at(path, descriptor):  # else the one who held it has removed it
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def try_lock_file(path: Path) -> Iterator[bool]:
+    """Likewise without waiting; False if another process has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        is_mine = try_lock(descriptor, path) and _is_at(path, descriptor)
+        yield is_mine
+        if is_mine:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,249 @@
+"""Fetching files from a location: repeated on failure, resumed where possible, always checked."""
+
+import importlib.util
+import os
+import random
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from data_tools.checksums import descriptor_sha256
+from data_tools.errors import ConfigError
+from data_tools.http_stream import open_http
+from data_tools.locations import PIPE, Location
+from data_tools.locks import StoppedError
+from data_tools.transports import Patience, ProcessStream, RefusalError, Stream, TransferError
+
+_MAX_BACKOFF_SEC = 30.0
+_MIN_BYTES_PER_SEC = 1024  # a server that trickles is stalled, too
+_JITTER = random.SystemRandom()  # leaves the seeded generators alone
+_Result = TypeVar("_Result")
+# The Python package that reads a store, and the programs that print a URL of it.
+_STORES = {
+    "s3": ("s3fs", [["aws", "s3", "cp", "--only-show-errors", "{}", "-"]]),
+    "gs": ("gcsfs", [["gcloud", "storage", "cat", "{}"], ["gsutil", "-q", "cat", "{}"]]),
+}
+# Prints a file from byte argv[2] on. A process of its own, because a file system of fsspec may
+# stall or raise anything.
+_FSSPEC_PROGRAM = """
+import shutil, sys, fsspec
+with fsspec.open(sys.argv[1], "rb") as file:
+    file.seek(int(sys.argv[2]))
+    shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
+"""
+
+
+class MissingFileError(ConfigError):
+    """There is no such file at the location."""
+
+
+class _WrongContentError(TransferError):
+    """All bytes came and they are not the right ones."""
+
+    max_times = 2  # once more, in case a proxy or the network was at fault
+
+
+def read_small(
+    location: Location, name: str, limit_bytes: int, *, patience: Patience | None = None
+) -> bytes:
+    """Return the content of a small file.
+
+    Raises:
+        MissingFileError: there is none.
+        ConfigError: it cannot be read, or has more than limit_bytes.
+    """
+    if location.folder is not None:
+        return _read_local(location.path(name), limit_bytes)
+    patience = patience or Patience.from_environment()
+    what = location.describe(name)
+
+    def attempt() -> bytes:
+        parts, count = [], 0
+        with closing(_open_stream(location.url(name), 0, "", patience)) as stream:
+            watch = _StallWatch(patience.stall_sec)
+            while chunk := stream.read():
+                watch.count(len(chunk))
+                parts.append(chunk)
+                count += len(chunk)
+                if count > limit_bytes:
+                    raise ConfigError(_too_large(what, limit_bytes))
+            if stream.length not in (None, count):
+                raise TransferError(f"the connection ended at byte {count} of {stream.length}")
+        return b"".join(parts)
+
+    return _persist(attempt, what, patience, threading.Event())
+
+
+def fetch(
+    location: Location,
+    name: str,
+    path: Path,
+    *,
+    num_bytes: int,
+    sha256: str,
+    patience: Patience | None = None,
+    cancel: threading.Event | None = None,
+) -> None:
+    """Bring a file of known size and checksum to `path`.
+
+    What is at `path` already is taken for the file's beginning. After a failure it stays there, for
+    the next try; bytes that are known to be wrong are removed.
+
+    Args:
+        location: remote.
+        name: of the file there.
+        path: where it goes; created if need be.
+        num_bytes: that it has.
+        sha256: that it has, hexadecimal.
+        patience: with the other side; default from the environment.
+        cancel: when set, the fetch stops with StoppedError.
+
+    Raises:
+        ConfigError: after the last attempt; names the URL, the attempts and the last cause.
+        OSError: `path` cannot be written.
+    """
+    patience, cancel = patience or Patience.from_environment(), cancel or threading.Event()
+    url, validator = location.url(name), ""
+
+    def attempt() -> None:
+        nonlocal validator
+        start = os.fstat(file).st_size
+        if start < num_bytes:
+            with closing(_open_stream(url, start, validator, patience)) as stream:
+                start, validator = stream.start, stream.validator
+                os.ftruncate(file, start)
+                if stream.length not in (None, num_bytes):
+                    os.ftruncate(file, 0)
+                    found = f"it has {stream.length} bytes there"
+                    raise RefusalError(f"{found}, dataset.json says {num_bytes}")
+                _copy(stream, file, num_bytes, _StallWatch(patience.stall_sec), cancel)
+        if os.fstat(file).st_size != num_bytes or descriptor_sha256(file) != sha256:
+            os.ftruncate(file, 0)
+            if start:  # two versions may have met
+                raise TransferError("its parts did not fit together")
+            raise _WrongContentError("its sha256 is not that of dataset.json")
+
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _persist(attempt, location.describe(name), patience, cancel)
+    finally:
+        os.close(file)
+
+
+def _open_stream(url: str, start: int, validator: str, patience: Patience) -> Stream:
+    """Open a URL of Location.url from byte `start` on, if it is still the same version.
+
+    Raises:
+        TransferError: the attempt failed.
+        ConfigError: the program that reads such URLs is not installed.
+    """
+    if url.startswith(PIPE):
+        return ProcessStream(["/bin/sh", "-c", url.removeprefix(PIPE)], 0, patience)
+    scheme = urlsplit(url).scheme
+    if scheme in ("http", "https"):
+        return open_http(url, start, validator, patience)
+    package, commands = _STORES[scheme]
+    if importlib.util.find_spec(package):
+        program = [sys.executable, "-c", _FSSPEC_PROGRAM, url, str(start)]
+        return ProcessStream(program, start, patience)
+    for command in commands:
+        if shutil.which(command[0]):
+            filled = [url if word == "{}" else word for word in command]
+            return ProcessStream(filled, 0, patience)
+    names = " or ".join(command[0] for command in commands)
+    raise ConfigError(
+        f"{url}: needs {names} on PATH or the Python package {package}; install one of them, or "
+        "name the data by https: or pipe:."
+    )
+
+
+def _copy(
+    stream: Stream, file: int, num_bytes: int, watch: "_StallWatch", cancel: threading.Event
+) -> None:
+    position = stream.start
+    while chunk := stream.read():
+        if cancel.is_set():
+            raise StoppedError
+        watch.count(len(chunk))
+        if position + len(chunk) > num_bytes:
+            os.ftruncate(file, 0)
+            raise RefusalError(f"it has more than the {num_bytes} bytes of dataset.json")
+        rest = memoryview(chunk)
+        while rest:  # a disk that becomes full takes a part
+            written = os.pwrite(file, rest, position)
+            position, rest = position + written, rest[written:]
+    if position != num_bytes:
+        raise TransferError(f"the connection ended at byte {position} of {num_bytes}")
+
+
+class _StallWatch:
+    """Notices a server that trickles, which no time-out for a single byte does."""
+
+    def __init__(self, stall_sec: float) -> None:
+        self._stall_sec, self._since, self._count = stall_sec, time.monotonic(), 0
+
+    def count(self, num_bytes: int) -> None:
+        """Count what has arrived; raise TransferError if that is almost nothing."""
+        self._count += num_bytes
+        seconds = time.monotonic() - self._since
+        if seconds < self._stall_sec:
+            return
+        if self._count < _MIN_BYTES_PER_SEC * seconds:
+            raise TransferError(f"only {self._count} bytes came in {seconds:.1f} s")
+        self._since, self._count = time.monotonic(), 0
+
+
+def _persist(
+    attempt: Callable[[], _Result], what: str, patience: Patience, cancel: threading.Event
+) -> _Result:
+    """Call attempt() until it succeeds; pause longer after each failure, and never in step.
+
+    Thousands of processes that lost the same server must not come back at the same moment.
+    """
+    times: Counter[type[TransferError]] = Counter()
+    while True:
+        if cancel.is_set():
+            raise StoppedError
+        try:
+            return attempt()
+        except TransferError as err:
+            times[type(err)] += 1
+            if times.total() >= patience.attempts or times[type(err)] >= err.max_times:
+                error = MissingFileError if err.is_missing else ConfigError
+                raise error(
+                    f"{what}: could not be fetched in {times.total()} attempts, the last time "
+                    f"because {err}; see to it that it can be read, then start again."
+                ) from err
+            pause = patience.backoff_sec * 2 ** min(times.total() - 1, 16)
+            pause = min(pause, _MAX_BACKOFF_SEC) * _JITTER.uniform(0.5, 1.5)
+            if cancel.wait(max(pause, min(err.retry_after_sec, _MAX_BACKOFF_SEC))):
+                raise StoppedError from err
+
+
+def _read_local(path: Path, limit_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit_bytes + 1)
+    except FileNotFoundError as err:
+        raise MissingFileError(f"{path}: is missing; see to it that it is there.") from err
+    except OSError as err:
+        raise ConfigError(
+            f"{path}: cannot be read ({err.strerror}); see to it that it can."
+        ) from err
+    if len(content) > limit_bytes:
+        raise ConfigError(_too_large(str(path), limit_bytes))
+    return content
+
+
+def _too_large(what: str, limit_bytes: int) -> str:
+    return (
+        f"{what}: has more than {limit_bytes} bytes, too many for what it should be; see that it "
+        "is the right file."
+    )

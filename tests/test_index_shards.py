@@ -1,0 +1,228 @@
+"""Tars that others wrote: indexed once, checked, then read like our own."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+
+from data_tools.errors import ConfigError
+from data_tools.index_shards import main
+from data_tools.loader import LatentStream
+from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.reader import SampleReader
+from data_tools.training_data import open_data
+from tests.launch import REPOSITORY, run
+
+VAE = str(REPOSITORY / "data_tools" / "demo_vae")
+SHAPE = (4, 6, 5)
+
+
+def latent(i, dtype=np.float32, shape=SHAPE):
+    return np.random.default_rng(i).standard_normal(shape).astype(dtype)
+
+
+def write_tars(folder, sizes=(5, 3), dtype=np.float32, shape=SHAPE, flip=False, **extra):
+    """As webdataset's own writer makes them, with members nobody asked for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = 0
+    for number, size in enumerate(sizes):
+        with wds.TarWriter(str(folder / f"part-{number}.tar")) as writer:
+            for i in range(first, first + size):
+                sample = {"__key__": f"dir.x/img{i}", "latent.npy": latent(i, dtype, shape)}
+                sample |= {"cls": i % 3, "json": {"label": i % 2}, "txt": "a picture"}
+                if flip:
+                    sample["flip.npy"] = -latent(i, dtype, shape)
+                writer.write(sample | extra)
+        first += size
+
+
+def index(folder, *flags):
+    tars = str(folder / "part-{0,1}.tar")
+    main(["--input", tars, "--array", "latent.npy", "--kind", "latents", "--vae", VAE, *flags])
+
+
+def read_all(data, use_flip=False):
+    reader = SampleReader(data, data.stores("sha256", None))
+    count = data.manifest.num_samples
+    dtype = getattr(torch, data.manifest.latent.dtype)
+    out = torch.empty((count, *data.manifest.latent.shape), dtype=dtype)
+    labels = reader.read(np.arange(count), np.full(count, use_flip), out)
+    reader.close()
+    return labels.tolist(), out.numpy()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("flip", [False, True])
+def test_indexed_tars_are_read_in_place(tmp_path, dtype, flip, monkeypatch):
+    monkeypatch.setenv("SWITCH_DIT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tars"
+    write_tars(folder, dtype=dtype, flip=flip)
+    index(folder, *(["--flip", "flip.npy"] if flip else []))
+
+    data = open_data(str(folder))
+    labels, arrays = read_all(data)
+
+    assert labels == [i % 3 for i in range(8)]
+    np.testing.assert_array_equal(arrays, np.stack([latent(i, dtype) for i in range(8)]))
+    if flip:
+        np.testing.assert_array_equal(read_all(data, use_flip=True)[1], -arrays)
+    manifest = data.manifest
+    assert (manifest.latent.kind, manifest.latent.dtype) == ("latents", np.dtype(dtype).name)
+    assert (manifest.latent_channels, manifest.latent_height, manifest.latent_width) == SHAPE
+    assert manifest.has_flip == flip
+    assert [entry.count for entry in manifest.classes] == [3, 3, 2]
+    mean = arrays.astype(np.float64).mean(axis=(0, 2, 3))
+    np.testing.assert_allclose(manifest.statistics.mean, mean, atol=1e-5)
+    settings = {"seed": 0, "window": 2, "global_batch_size": 8, "micro_batch_size": 8}
+    with LatentStream(data, rank=0, world_size=1, horizontal_flip=flip, **settings) as stream:
+        batch = next(stream)
+    assert sorted(batch.labels.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_indexes_may_lie_elsewhere_and_labels_in_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SWITCH_DIT_CACHE", str(tmp_path / "cache"))
+    write_tars(tmp_path / "tars")
+    (tmp_path / "names").write_text("even\nodd one\n")
+    output = tmp_path / "indexed"
+    flags = ["--output", str(output), "--label", "json:label"]
+    index(tmp_path / "tars", *flags, "--class-names", str(tmp_path / "names"))
+
+    assert "8 samples in 2 tars, latents 4x6x5 float32, 2 classes" in capsys.readouterr().out
+    data = open_data(str(output), data_shards=str(tmp_path / "tars"))
+    assert read_all(data)[0] == [i % 2 for i in range(8)]
+    assert [entry.id for entry in data.manifest.classes] == ["even", "odd one"]
+
+
+def test_moments_have_the_statistics_of_their_draws_and_no_labels_are_one_class(tmp_path):
+    write_tars(tmp_path, shape=(8, 4, 4), dtype=np.float16)
+    index(tmp_path, "--kind", "moments", "--label", "none")
+    manifest = DatasetManifest.load(tmp_path)
+    arrays = np.stack([latent(i, np.float16, (8, 4, 4)) for i in range(8)]).astype(np.float64)
+    mean, variance = arrays[:, :4], np.exp(arrays[:, 4:])
+    expected = np.sqrt((mean**2 + variance).mean((0, 2, 3)) - mean.mean((0, 2, 3)) ** 2)
+    np.testing.assert_allclose(manifest.statistics.std, expected, rtol=1e-5)
+    assert manifest.latent_channels == 4 and manifest.num_classes == 0
+
+
+def test_indexing_continues_where_it_was(tmp_path):
+    write_tars(tmp_path)
+    index(tmp_path)
+    text = (tmp_path / MANIFEST_NAME).read_bytes()
+    (tmp_path / MANIFEST_NAME).unlink()
+    (tmp_path / "part-1.index.npy").unlink()
+    kept = (tmp_path / "part-0.index.npy").stat().st_ino
+    index(tmp_path)
+    assert (tmp_path / MANIFEST_NAME).read_bytes() == text
+    assert (tmp_path / "part-0.index.npy").stat().st_ino == kept, "indexed once"
+    write_tars(tmp_path, sizes=(6, 3))
+    index(tmp_path)
+    assert DatasetManifest.load(tmp_path).num_samples == 9, "a tar that changed is indexed again"
+
+
+def npy(array, **options):
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a pickle was loaded')",))
+
+
+def last_member_only(folder):
+    path = folder / "part-1.tar"
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[-4].offset
+    path.write_bytes(path.read_bytes()[:cut])
+
+
+@pytest.mark.parametrize(
+    ("extra", "flags", "sentence"),
+    [
+        ({"latent.npy": latent(0, shape=(4, 6, 6))}, [], "must have one shape and dtype"),
+        ({"latent.npy": npy(np.array([Bomb()]), allow_pickle=True)}, [], "holds object"),
+        ({"latent.npy": npy(latent(0).astype(">f4"))}, [], "not written by numpy.save of"),
+        ({"latent.npy": npy(np.asfortranarray(latent(0)))}, [], "in C order can be read"),
+        ({"latent.npy": npy(latent(0))[:-4]}, [], "shorter or longer than its shape"),
+        ({"latent.npy": b"PK12"}, [], "is no .npy file of numbers"),
+        ({"latent.npy": np.full(SHAPE, np.nan, np.float32)}, [], "a value that is no number"),
+        ({"cls": b"tench"}, [], "sample dir.x/img5 has b'tench' as its cls"),
+        ({"cls": -1}, [], "has the label -1; labels count from 0"),
+        ({}, ["--label", "json:class"], "as its json:class, which gives no whole number"),
+        ({}, ["--flip", "flip.npy"], "has no flip.npy; see --array and --flip"),
+        ({}, ["--label", "id"], "has no id; see --label"),
+        ({}, ["--array", "moments.npy"], "has no moments.npy; see --array"),
+    ],
+)
+def test_tars_that_cannot_be_read_are_refused_in_one_sentence(tmp_path, extra, flags, sentence):
+    write_tars(tmp_path)
+    with wds.TarWriter(str(tmp_path / "part-1.tar"), encoder=True) as writer:
+        sample = {"__key__": "dir.x/img4", "latent.npy": latent(4), "cls": 0, "json": {"label": 1}}
+        writer.write(sample)
+        writer.write(sample | {"__key__": "dir.x/img5"} | extra)
+    with pytest.raises(ConfigError, match="^--input .*part-[01].tar: ") as error:
+        index(tmp_path, *flags)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / MANIFEST_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (last_member_only, "does not end as a tar does, so its last samples may be missing"),
+        (lambda f: (f / "part-1.tar").write_bytes(b"no tar" * 500), "is no whole tar"),
+        (lambda f: (f / "part-1.tar").write_bytes(bytes(10240)), "holds no samples"),
+        (lambda f: (f / "part-1.tar").unlink(), "cannot be read (No such file"),
+    ],
+)
+def test_damaged_tars_are_refused_in_one_sentence(tmp_path, damage, sentence):
+    write_tars(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ConfigError, match="^--input .*part-1.tar: ") as error:
+        index(tmp_path)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--input", "a/{0,1}.tar", "--array", "x"], "cannot be read (No such file"),
+        (["--input", "{a,b}/0.tar", "--array", "x"], "lie in one folder under different names"),
+        (["--input", "a/0.zip", "--array", "x"], "is not called NAME.tar"),
+        (["--input", "pipe:cat {}", "--array", "x"], "cannot be cut into folder and name"),
+        (["--input", "http://h/0.tar", "--array", "x"], "--output: say in which folder"),
+    ],
+)
+def test_wrong_flags_are_refused(tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        main([*flags, "--vae", VAE])
+    assert sentence in str(error.value)
+
+
+def test_an_index_that_was_changed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCH_DIT_CACHE", str(tmp_path / "cache"))
+    write_tars(tmp_path)
+    index(tmp_path)
+    rows = np.load(tmp_path / "part-1.index.npy")
+    np.save(tmp_path / "part-1.index.npy", rows[::-1])
+    with pytest.raises(ConfigError, match=r"part-1\.tar: its index part-1\.index\.npy is not the"):
+        read_all(open_data(str(tmp_path)))
+
+
+def test_training_describes_indexed_tars_in_a_dry_run(tmp_path):
+    write_tars(tmp_path / "tars", shape=(4, 16, 16))
+    index(tmp_path / "tars")
+    output = run(
+        *("python", "training/main.py", "--deepspeed", "ds_configs/zero2.json", "--dry-run"),
+        *("--data", tmp_path / "tars", "--no-horizontal-flip", "--run-dir", tmp_path / "run"),
+        DS_ACCELERATOR="cpu",
+    )
+    assert "8 samples, 2 shards, 0.00 GiB, latents 4x16x16 float32, 3 classes" in output
+    assert json.loads((tmp_path / "tars" / MANIFEST_NAME).read_text())["num_samples"] == 8
