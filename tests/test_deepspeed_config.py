@@ -198,6 +198,10 @@ ZERO_2 = {"zero_optimization": {"stage": 2}}
             {"torch_autocast": {"enabled": True, "dtype": "float16"}},
             "torch_autocast.dtype must be 'bfloat16', not 'float16'.",
         ),
+        (
+            {**ZERO_2, "torch_autocast": {"enabled": "auto"}},
+            "torch_autocast is for ZeRO stage 0, at stage 2 DeepSpeed would also send gradients in",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_honoured_is_refused(content, message, write):

@@ -241,6 +241,11 @@ def _check_precision(values: dict[str, Any], path: Path) -> None:
     dtype = autocast.get("dtype", "bfloat16")
     if dtype not in ("bfloat16", "bf16", "torch.bfloat16"):
         raise ConfigError(f"{path}: torch_autocast.dtype must be 'bfloat16', not {dtype!r}.")
+    if autocast.get("enabled") and (stage := stage_of(values)):
+        raise ConfigError(
+            f"{path}: torch_autocast is for ZeRO stage 0, at stage {stage} DeepSpeed would also "
+            'send gradients in bf16; use "bf16": {"enabled": "auto"} as ds_configs/zero2.json.'
+        )
 
 
 def stage_of(values: dict[str, Any]) -> int:
