@@ -123,8 +123,10 @@ class BatchReader:
         self._step = step
         start = step * self._global_batch_size + self._first
         pairs = self.plan.windows(start, start + self._own)
-        wanted = [*(now for now, _ in pairs), *(later for _, later in pairs)]
-        self.feed.want(list(dict.fromkeys(shard for shards in wanted for shard in shards)))
+        parts = [*(now for now, _ in pairs), *(later for _, later in pairs)]
+        wanted = list(dict.fromkeys(shard for shards in parts for shard in shards))
+        self.reader.keep(wanted)
+        self.feed.want(wanted)
 
 
 class LatentStream:

@@ -7,7 +7,7 @@ headers are checked and its label parsed for a whole batch at once.
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 
 import numpy as np
@@ -18,7 +18,6 @@ from data_tools.records import DamagedRecordError
 from data_tools.shard_store import ShardStore
 from data_tools.training_data import DataPart, TrainingData
 
-MIN_OPEN_SHARDS = 16  # an open file keeps its disk space, but opening it again takes a while
 NUM_INDEXES = 256  # of tars of others that are kept in memory, 24 bytes a sample
 _SPARE_DESCRIPTORS = 256  # of the process for everything else
 
@@ -36,7 +35,7 @@ class SampleReader:
         data: TrainingData,
         stores: list[ShardStore],
         open_shard: Callable[[int], int] | None = None,
-        num_open_shards: int = MIN_OPEN_SHARDS,
+        num_open_shards: int = 16,
     ) -> None:
         """Prepare; files are opened when first needed.
 
@@ -44,15 +43,15 @@ class SampleReader:
             data: what is read.
             stores: of its parts.
             open_shard: returns a descriptor of the n-th shard of all; None = the stores' own.
-            num_open_shards: that samples are drawn from at a time.
+            num_open_shards: that samples are drawn from at a time; as many may be open at least
+                if the system allows it.
         """
         self.first_id = np.concatenate(([0], np.cumsum(data.shard_sizes)))
         counts = [len(part.manifest.shards) for part in data.parts]
         self._first_shard = np.cumsum([0, *counts])[:-1]
         self._first_part_id = self.first_id[self._first_shard]
         self._stores, self._open_shard = stores, open_shard or self._open_in_store
-        wanted = max(num_open_shards, MIN_OPEN_SHARDS)
-        self.num_open_shards = min(wanted, _allowed_descriptors(wanted))
+        self.num_open_shards = _allowed_descriptors(num_open_shards)
         self.opened: OrderedDict[int, int] = OrderedDict()
         self._parts = [
             PartReader(part, store, partial(self._descriptor, first))
@@ -82,6 +81,11 @@ class SampleReader:
             own = ids[places] - self._first_part_id[part]
             classes[places] = self._parts[part].read(own, use_flip[places], arrays, places)
         return classes
+
+    def keep(self, shards: Iterable[int]) -> None:
+        """Close all other shards: an open file cannot be evicted from a cache."""
+        for shard in self.opened.keys() - set(shards):
+            os.close(self.opened.pop(shard))
 
     def close(self) -> None:
         """Close all files."""
