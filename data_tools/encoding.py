@@ -120,6 +120,8 @@ class ShardEncoder:
         self.source, self.vae, self.settings, self.output = source, vae, settings, output
         self.is_strict, self.num_threads, self.on_damage = is_strict, num_threads, on_damage
         self.device = next(vae.model.parameters()).device
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # whose stream the events below are recorded in
         self.clock, self.wall_sec = BusyClock(self.device), 0.0
         order = permutation(len(source), settings.seed, _SPLIT)
         self.order = order.astype(np.uint32)  # half the memory
@@ -285,29 +287,32 @@ class ShardEncoder:
             self.settings.layout.write(_Hashing(file, digest), samples())
             num_bytes = file.tell()
 
+        def describe() -> Sidecar:
+            record = Shard(
+                name=tar.name,
+                num_samples=len(keys),
+                bytes=num_bytes,
+                sha256=digest.hexdigest(),
+                stride=self.settings.layout.stride,
+                index_sha256="",
+                first_key=keys[0] if keys else "",
+                skipped=sorted(shard.skipped),
+            )
+            return Sidecar(record, totals)
+
         # A name of its own: another process may write the same shard, to the same bytes.
         temporary = tar.with_name(f"{tar.name}.{os.getpid()}-{uuid.uuid4().hex}.tmp")
         try:
             replace_file(tar, write, temporary)
-        except FileNotFoundError:
-            # It was believed dead, and its temporary file was removed; the shard is finished then.
-            sidecar = finished_sidecar(self.output, shard.index)
-            if sidecar is None:
-                raise
+            sidecar = describe()
+            write_json(tar.with_suffix(".json"), sidecar)
             return sidecar
-        record = Shard(
-            name=tar.name,
-            num_samples=len(keys),
-            bytes=num_bytes,
-            sha256=digest.hexdigest(),
-            stride=self.settings.layout.stride,
-            index_sha256="",
-            first_key=keys[0] if keys else "",
-            skipped=sorted(shard.skipped),
-        )
-        sidecar = Sidecar(record, totals)
-        write_json(tar.with_suffix(".json"), sidecar)
-        return sidecar
+        except FileNotFoundError:
+            # Others believed this process dead, wrote the shard, and removed its temporary file.
+            finished = finished_sidecar(self.output, shard.index)
+            if finished is None:
+                raise
+            return finished
 
     def _check(self, moments: np.ndarray, flips: np.ndarray | None) -> None:
         for part in (moments, flips):

@@ -120,6 +120,7 @@ class EncodingRun:
                 f"which --vae {vae} reduces images; use a multiple of {self.exact.downsample}."
             )
         self.num_threads, self.is_batch_free = choose_threads(workers), batch_size is None
+        self.busy_share = 0.0  # of the time spent encoding, that of the VAE's computing
         self.settings = make_settings(
             self.source,
             self.exact,
@@ -250,6 +251,7 @@ class EncodingRun:
                 progress.look_now_and_then()
                 time.sleep(POLL_SEC)
         progress.close()
+        self.busy_share = encoder.busy_share
         if encoder.wall_sec:
             self.say(
                 f"this process encoded for {duration(encoder.wall_sec)}; the VAE was busy "

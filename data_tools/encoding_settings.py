@@ -15,7 +15,7 @@ import torch
 
 from data_tools.claims import Claims
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json, write_json
+from data_tools.files import MalformedError, from_json, write_json_once
 from data_tools.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -183,7 +183,7 @@ def settle(
             time.sleep(POLL_SEC)
             continue
         if not (output / SETTINGS_NAME).exists():
-            write_json(output / SETTINGS_NAME, complete(settings))
+            write_json_once(output / SETTINGS_NAME, complete(settings))
         claims.release(SETTINGS_NAME)
     return found
 

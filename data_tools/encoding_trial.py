@@ -119,7 +119,11 @@ def choose_batch_size(vae: Vae, size: int, num_processes: int) -> int:
             f"--batch-size auto: not even {_SAMPLES[1]} images of {size} pixels fit into the "
             f"memory of {device}; end what else uses it, or use a larger device."
         ) from err
-    per_image = max((high - low) / (_SAMPLES[1] - _SAMPLES[0]), 1.0)
+    # What a process already holds and uses again hides small needs; but a layer at full resolution
+    # needs its input, its output and a workspace.
+    width, parameter = vae.model.config.block_out_channels[0], next(vae.model.parameters())
+    least = 3 * width * size**2 * parameter.element_size()
+    per_image = max((high - low) / (_SAMPLES[1] - _SAMPLES[0]), least)
     free = _free_bytes(device) / (num_processes if device.type == "cpu" else 1)
     fitting = max(1, int(free * _FREE_SHARE / per_image))
     return min(limit, 1 << (fitting.bit_length() - 1))

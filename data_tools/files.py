@@ -56,6 +56,24 @@ def write_json(path: Path, content: Any) -> None:
     replace_file(path, lambda file: file.write(text.encode()), temporary)
 
 
+def write_json_once(path: Path, content: Any) -> None:
+    """Write as write_json, unless the file exists; of several processes the first one wins.
+
+    Making a link is atomic on a network file system too, and asks the server and no cache.
+    """
+    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    write_json(own, content)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not path.exists():
+            write_json(path, content)
+    finally:
+        own.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, write: Callable[[Any], object], temporary: Path | None = None) -> None:
     """Call write(file) on a temporary file, flush it to the disk and give it its name."""
     temporary = temporary or path.with_name(path.name + ".tmp")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from PIL import Image
 
 import data_tools.encode_latents
 from data_tools.encode_latents import main, prepare_demo
@@ -25,9 +24,8 @@ from data_tools.loader import LatentStream
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources import scan_folder
 from data_tools.vae import DEMO_VAE, encode_moments, load_vae
+from tests.encode_jobs import VAE_FLAGS, content, flags, make_pictures
 from tests.launch import REPOSITORY, environment, run
-
-VAE_FLAGS = ("--vae", "data_tools/demo_vae")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,23 +39,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two classes, 23 pictures of 32x32."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for index in range(23):
-        path = folder / ("red_cars" if index % 3 else "blue_cars") / f"{index:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC).save(path)
-    return folder
-
-
-def flags(images, output, **changes):
-    settings = {"--size": 32, "--batch-size": 4, "--shard-size": 8} | changes
-    argv = ["--input", images, "--output", output, *VAE_FLAGS]
-    for name, value in settings.items():
-        argv += [name] if value is True else [name, value]
-    return [str(part) for part in argv]
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +47,6 @@ def encoded(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents") / "set"
     main(flags(images, folder))
     return folder
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def samples(folder):
@@ -350,7 +328,7 @@ def test_an_image_that_vanishes_meanwhile_is_named(images, tmp_path, monkeypatch
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr("data_tools.sources.FileSource.read", vanish)
-    with pytest.raises(ConfigError, match=r"^--input .*\.png: cannot be read \(No such file"):
+    with pytest.raises(ConfigError, match=r"^--input .*: .*\.png cannot be read \(No such file"):
         main(flags(images, tmp_path / "set"))
     assert [path.name for path in (tmp_path / "set").iterdir()] == [SETTINGS_NAME]
 

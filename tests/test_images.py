@@ -1,6 +1,8 @@
 """Image files: what is found, how it is cropped, what is refused; and the demo picture set."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 
 from data_tools.emoji import all_emoji, draw_emoji, emoji_classes, without_skin_tone
 from data_tools.errors import ConfigError
-from data_tools.images import BadImageError, load_pixels, square_crop
+from data_tools.images import BadImageError, decode_image, load_pixels, square_crop
 from data_tools.make_demo_images import evenly, make_demo_images, parse_arguments
 from data_tools.sources import scan_folder
 from tests.launch import run
@@ -102,6 +104,104 @@ def test_a_file_that_is_no_image_is_a_bad_image(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BadImageError, match=r"a\.png: "):
         load_pixels(path, 32)
+
+
+def test_sixteen_bits_keep_the_upper_eight(tmp_path):
+    shades = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+    grey = save(tmp_path / "grey.png", Image.fromarray(shades))
+    with Image.open(grey) as image:
+        assert image.mode == "I;16"
+    expected = np.repeat((shades >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(load_pixels(grey, 8), expected)
+    tiff = save(tmp_path / "grey.tif", Image.fromarray(shades))
+    np.testing.assert_array_equal(load_pixels(tiff, 8), expected)
+    colour = tmp_path / "colour.png"
+    colour.write_bytes(png48(np.stack([shades, shades[::-1], shades.T], axis=2)))
+    expected = np.stack([shades, shades[::-1], shades.T], axis=2) >> 8
+    np.testing.assert_array_equal(load_pixels(colour, 8), expected)
+
+
+def png48(pixels):
+    """Write 16-bit colours, which Pillow cannot: uint16 (H, W, 3)."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width, _ = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I", "tif"), ("F", "tif")])
+def test_pixels_without_a_known_range_are_refused(tmp_path, mode, suffix):
+    path = save(tmp_path / f"a.{suffix}", Image.new(mode, (8, 8), 70_000))
+    with pytest.raises(BadImageError, match=rf"pixels \(mode {mode}\) have no known range"):
+        load_pixels(path, 8)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_of_an_animation_the_first_frame_counts(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = tmp_path / f"a.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    assert (load_pixels(path, 8) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "1"])
+def test_one_pixel_fills_the_picture(tmp_path, mode):
+    path = save(tmp_path / "a.tif", Image.new(mode, (1, 1)))
+    pixels = load_pixels(path, 32)
+    assert pixels.shape == (32, 32, 3) and (pixels == pixels[0, 0]).all()
+
+
+def test_a_wrong_suffix_does_not_matter(tmp_path):
+    image = noise_image(8, 8)
+    for kind, name in (("PNG", "a.jpg"), ("BMP", "a.png"), ("TIFF", "a.webp"), ("WEBP", "a.gif")):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        image.save(tmp_path / name, kind, **options)
+        np.testing.assert_array_equal(load_pixels(tmp_path / name, 8), np.asarray(image))
+
+
+def test_large_images_are_read_and_senseless_ones_refused_before_they_are_decoded(tmp_path):
+    wide = save(tmp_path / "wide.png", Image.new("1", (20_000, 100), 1))
+    assert (load_pixels(wide, 16) == 255).all()
+    huge = save(tmp_path / "huge.png", Image.new("1", (20_000, 20_000)))  # 50 kB of file
+    with pytest.raises(BadImageError, match=r"huge\.png: .*400,?000,?000 pixels"):
+        load_pixels(huge, 16)
+    line = save(tmp_path / "line.png", Image.new("1", (20_000, 1)))
+    with pytest.raises(BadImageError, match=r"20000 x 1 are 327,680,000 pixels when scaled to 128"):
+        load_pixels(line, 128)
+    assert load_pixels(line, 16).shape == (16, 16, 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
+def test_damage_anywhere_in_a_file_is_a_bad_image_or_a_picture(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}
+    buffer = io.BytesIO()
+    noise_image(20, 24).save(buffer, kind, **options)
+    rng = np.random.default_rng(0)
+    num_refused = 0
+    for _ in range(150):
+        data = bytearray(buffer.getvalue())
+        reach = len(data) if rng.random() < 0.4 else 200
+        for place in rng.integers(0, min(reach, len(data)), 4):
+            data[place] = rng.integers(0, 256)
+        cut = len(data) if rng.random() < 0.6 else rng.integers(0, len(data))
+        try:
+            assert decode_image(bytes(data[:cut]), 16).shape == (16, 16, 3)
+        except BadImageError as err:
+            num_refused += 1
+            assert str(err)
+    assert num_refused > 30
 
 
 def test_a_file_that_cannot_be_read_is_not_a_bad_image(tmp_path):
