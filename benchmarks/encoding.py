@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(description="Images per second: ours against a naive loop.")
     add = parser.add_argument
     add("--vae", default=str(DEMO_VAE), help="as of encode_latents.py (default: the demo's)")
-    add("--size", type=int, default=128, help="side of the crop (default: %(default)s)")
+    add("--size", type=int, default=64, help="side of the crop (default: %(default)s)")
     add("--images", type=int, default=256, help="JPEG files (default: %(default)s)")
     add("--shard-size", type=int, default=64, help="default: %(default)s")
     add("--batch-size", type=int, default=32, help="ours (default: %(default)s)")

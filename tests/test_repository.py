@@ -22,6 +22,7 @@ ENTRY_POINTS = [path for path in CODE if '\nif __name__ == "__main__":\n' in pat
 # Flags of other people's programs that our documents mention.
 FOREIGN_FLAGS = {
     *("--logdir", "--port", "--num_gpus", "--nproc-per-node", "--hostfile", "--master_addr"),
+    "--array",
     *("--nodes", "--partition", "--account", "--signal", "--requeue", "--fix", "--check"),
     *("--no_ssh", "--node_rank", "--include", "--launcher", "--version", "--time", "--bind_all"),
 }
