@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+_PLAIN = (int, float, str, bool)
+
 
 class MalformedError(Exception):
     """JSON that is not what a dataclass describes."""
@@ -21,6 +23,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
     """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors."""
+    if kind in _PLAIN and type(value) is kind:
+        return value
     if is_dataclass(kind):
         hints = _hints(kind)
         if not isinstance(value, dict) or value.keys() != hints.keys():
@@ -38,6 +42,11 @@ def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
     if type(value) is not kind:
         raise MalformedError(f"{where} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
     return value
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)  # slow, and asked for once per shard
 
 
 def as_json(content: Any) -> str:

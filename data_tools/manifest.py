@@ -8,7 +8,7 @@ C latent channels, H W latent size.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from data_tools.errors import ConfigError
@@ -232,11 +232,14 @@ def content_hash(manifest: Manifest) -> str:
     a data set that was copied or encoded again with newer tools to the same bytes is the same.
     """
     content = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
-    counted = asdict(Manifest(**content))
-    del counted["versions"], counted["source"], counted["vae"]["id"]
-    for entry in counted["classes"]:
-        del entry["name"]
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+    del content["versions"], content["source"]
+    vae = {name: value for name, value in vars(manifest.vae).items() if name != "id"}
+    classes = [
+        {name: value for name, value in vars(entry).items() if name != "name"}
+        for entry in manifest.classes
+    ]
+    counted = content | {"vae": vae, "classes": classes}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=vars).encode()).hexdigest()
 
 
 def _parse(path: str, text: bytes) -> Manifest:
@@ -300,8 +303,8 @@ def _check_own_layout(manifest: Manifest) -> None:
 
 def _check_shard(path: Path, shard: Shard) -> None:
     try:
-        found = f"has {path.stat().st_size} bytes"
-        is_good = path.stat().st_size == shard.bytes
+        size = path.stat().st_size
+        found, is_good = f"has {size} bytes", size == shard.bytes
     except FileNotFoundError:
         found, is_good = "is missing", False
     if not is_good:

@@ -11,6 +11,7 @@ Classes of several data sets are united by their ids, in the order in which they
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -275,12 +276,13 @@ def _check_agreement(
 
 
 def _united_classes(manifests: Iterable[DatasetManifest]) -> list[ClassEntry]:
-    classes: dict[str, ClassEntry] = {}
+    names: dict[str, str] = {}
+    counts: Counter[str] = Counter()
     for manifest in manifests:
         for entry in manifest.classes:
-            known = classes.get(entry.id, replace(entry, index=len(classes), count=0))
-            classes[entry.id] = replace(known, count=known.count + entry.count)
-    return list(classes.values())
+            names.setdefault(entry.id, entry.name)
+            counts[entry.id] += entry.count
+    return [ClassEntry(i, id_, name, counts[id_]) for i, (id_, name) in enumerate(names.items())]
 
 
 def _united(
