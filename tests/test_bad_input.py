@@ -541,14 +541,14 @@ class TestThroughTheLauncher:
         assert "Traceback" not in output
 
     def test_damaged_data_stops_all_ranks_after_saving(self, latents, tmp_path):
-        # The size is right, so only reading tells. Shards are shuffled: damage the middle one.
+        # The size is right, so only the checksum tells. Shards are shuffled: damage the middle one.
         shard, run_dir = latents / "00002.tar", tmp_path / "run"
         shard.write_bytes(b"\0" * shard.stat().st_size)
 
         flags = ("--data", latents, "--run-dir", run_dir, *TRAINING, "--max-steps", 20)
         output = run(*deepspeed(2, "training/main.py", *flags, "--shuffle-window", 1), expect=2)
 
-        assert output.count(f"error: {shard}: holds other bytes than a sample where one") == 1
+        assert output.count(f"error: {shard}: its sha256 is not that of dataset.json") == 1
         assert "Traceback" not in output
         records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
         folder = latest_checkpoint(run_dir)
