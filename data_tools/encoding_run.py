@@ -131,7 +131,8 @@ class EncodingRun:
             batch_size=batch_size or 0,
             precision=precision,
         )
-        self.begun = begun_settings(output, self.settings, self.is_batch_free)
+        with disk_errors_as_config_errors(output):
+            self.begun = begun_settings(output, self.settings, self.is_batch_free)
 
     def say(self, text: str) -> None:
         """Print, where anybody wants to read it; whatever bytes a file's name has."""

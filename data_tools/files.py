@@ -44,11 +44,6 @@ def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
     return value
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)  # slow, and asked for once per shard
-
-
 def as_json(content: Any) -> str:
     """Return a dataclass or dictionary as the text of a file."""
     value = asdict(content) if is_dataclass(content) else content

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from data_tools.transports import (
     CHUNK_BYTES,
@@ -18,6 +18,7 @@ from data_tools.transports import (
     TransferError,
 )
 
+_AS_TYPED = "%!$&'()*+,;=:@/?~"  # in a URL; all but these, letters and digits is escaped
 _RETRIED_REFUSALS = (408, 425, 429)  # request timeout, too early, too many requests
 
 
@@ -148,7 +149,10 @@ def _opener(patience: Patience) -> urllib.request.OpenerDirector:
 def _request(url: str, start: int, validator: str) -> urllib.request.Request:
     parts = urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(urlunsplit(parts._replace(netloc=host)))
+    path, query = quote(parts.path, _AS_TYPED), quote(parts.query, _AS_TYPED)
+    host = host if host.isascii() else host.encode("idna").decode()
+    address = urlunsplit(parts._replace(netloc=host, path=path, query=query))
+    request = urllib.request.Request(address)
     request.add_header("Accept-Encoding", "identity")
     if user:
         secret = base64.b64encode(unquote(user).encode()).decode()

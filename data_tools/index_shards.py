@@ -185,13 +185,18 @@ def main(argv: list[str] | None = None) -> None:
     class_names = []
     if args.class_names is not None:
         try:
-            class_names = args.class_names.read_text(encoding="utf-8").split("\n")
+            class_names = args.class_names.read_text(encoding="utf-8").rstrip().split("\n")
         except (OSError, UnicodeDecodeError) as err:
             raise ConfigError(
                 f"--class-names {args.class_names}: is no text that can be read; give a file with "
                 "a line for each label."
             ) from err
-        class_names = [line.strip() for line in class_names if line.strip()]
+        class_names = [line.strip() for line in class_names]
+        if "" in class_names:
+            raise ConfigError(
+                f"--class-names {args.class_names}: line {class_names.index('') + 1} is empty; "
+                "give a line for each label from 0 on."
+            )
     vae = load_vae(args.vae)
     label = "" if args.label == "none" else args.label
     wanted = Wanted(args.array, args.flip, label, args.kind)

@@ -21,7 +21,7 @@ import numpy as np
 
 from data_tools.errors import ConfigError
 from data_tools.locations import Location
-from data_tools.records import TAR_BLOCK
+from data_tools.records import NPY_HEADER_ERRORS, TAR_BLOCK
 from data_tools.remote import read_small
 from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
@@ -106,9 +106,14 @@ def _scan(file: IO[bytes], wanted: Wanted) -> tuple[ScannedShard, bytes]:
                 flip_offset = offset if suffix == wanted.flip else -1
             rows.append((members[wanted.array][1], flip_offset, label))
             counts[str(label)] = counts.get(str(label), 0) + 1
+        end = tar.offset  # in the file, of the last member that tarfile could read
     hashing.drain()
     if not rows:
         raise _RefusedError("holds no samples; see --array")
+    if hashing.data_end > end:  # tarfile takes a damaged header for the end
+        raise _RefusedError(
+            f"has a damaged header after {end:,} bytes, behind sample {key}; copy it again"
+        )
     if any(hashing.end):
         raise _RefusedError("does not end as a tar does, so its last samples may be missing")
     index = io.BytesIO()
@@ -182,7 +187,7 @@ def _array(content: bytes, name: str) -> np.ndarray:
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(
             file, max_header_size=_MAX_HEADER_BYTES
         )
-    except ValueError as err:
+    except NPY_HEADER_ERRORS as err:
         raise _RefusedError(f"{name} is no .npy file of numbers ({err}); write it anew") from err
     if is_fortran or len(shape) != 3 or dtype.newbyteorder("=").name not in DTYPES:
         raise _RefusedError(
@@ -239,14 +244,17 @@ class _Sums:
 
 
 class _HashingReader:
-    """Passes a file on, and knows its size, its sha256 and its last two blocks."""
+    """Passes a file on, and knows its size, its sha256, its last two blocks, where zeros begin."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest, self.count, self.end = file, hashlib.sha256(), 0, b""
+        self.data_end = 0
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)
         self.digest.update(data)
+        if length := len(data.rstrip(b"\0")):
+            self.data_end = self.count + length
         self.count += len(data)
         self.end = (self.end + data)[-2 * TAR_BLOCK :]
         return data

@@ -88,7 +88,9 @@ def parse_location(text: str, flag: str) -> Location:
     if colon and rest.startswith("//"):
         try:
             host = urlsplit(text).netloc
-        except ValueError:  # such as http://[x
+            if scheme in ("http", "https"):
+                (urlsplit(text).hostname or "").encode("idna")
+        except ValueError:  # such as http://[x or http://a..b
             host = ""
         if scheme not in _REMOTE_SCHEMES or not host:
             known = ", ".join(f"{known}://" for known in _REMOTE_SCHEMES)

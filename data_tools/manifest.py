@@ -245,7 +245,7 @@ def content_hash(manifest: Manifest) -> str:
 def _parse(path: str, text: bytes) -> Manifest:
     try:
         content = json.loads(text)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigError(
             f"{path}: is not JSON ({err}); delete it and run {_ENCODE} again, the shards are kept."
         ) from err
@@ -288,6 +288,9 @@ def _check_consistent(manifest: Manifest) -> None:
         _check_own_layout(manifest)
     if [entry.index for entry in manifest.classes] != list(range(len(manifest.classes))):
         raise MalformedError("the class indices are not 0, 1, 2, ...")
+    if len({entry.id for entry in manifest.classes}) < len(manifest.classes):
+        # Sets are united by these: samples of both classes would get one label.
+        raise MalformedError("two classes have the same id")
 
 
 def _check_own_layout(manifest: Manifest) -> None:

@@ -12,6 +12,7 @@ N batch, C latent channels, H W latent size.
 import io
 import math
 import os
+import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO
@@ -21,6 +22,8 @@ import webdataset as wds
 
 TAR_BLOCK = 512  # tar pads headers and contents to this many bytes
 KEY_DIGITS = 8
+# What numpy raises for the header of an npy file, by what is damaged in it.
+NPY_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError)
 _NAME_BYTES = 96  # of the name, which is the first field of a tar header and has 100
 _WORD = 8  # bytes that are compared at once
 

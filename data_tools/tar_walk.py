@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_tools.manifest import LatentFormat, Members
-from data_tools.records import DamagedRecordError
+from data_tools.records import NPY_HEADER_ERRORS, DamagedRecordError
 
 _MAX_LABEL_BYTES = 1 << 20
 _SHOWN_NAME = 80  # characters of a member's name in a message
@@ -146,7 +146,7 @@ def _array(
             else np.lib.format.read_array_header_2_0
         )
         shape, is_fortran, dtype = read(file)
-    except ValueError as err:
+    except NPY_HEADER_ERRORS as err:
         raise DamagedRecordError(f"sample {shown!r} holds no .npy array ({err})") from err
     if list(shape) != latent.shape or dtype != np.dtype(latent.dtype) or is_fortran:
         raise DamagedRecordError(

@@ -281,3 +281,9 @@ def test_the_vae_is_busy_for_a_part_of_the_time(images, encoded, tmp_path, vae):
         *("00000.tar", "00001.tar", "00002.tar")
     ]
     assert 0 < encoder.busy_share < 1
+
+
+def test_an_output_inside_a_file_is_one_sentence(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^--output .*file/set: cannot write .*Not a directory"):
+        main(flags(images, tmp_path / "file" / "set"))

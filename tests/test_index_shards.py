@@ -141,6 +141,19 @@ def last_member_only(folder):
     path.write_bytes(path.read_bytes()[:cut])
 
 
+def damage_a_header(folder):
+    path = folder / "part-1.tar"
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[-4].offset  # of the last sample
+    content = bytearray(path.read_bytes())
+    content[start + 150] ^= 1  # in the header's sum
+    path.write_bytes(content)
+
+
+def damaged_header(content):
+    return content[:8] + b"\1" + content[9:]  # the length of the npy header
+
+
 @pytest.mark.parametrize(
     ("extra", "flags", "sentence"),
     [
@@ -149,6 +162,7 @@ def last_member_only(folder):
         ({"latent.npy": npy(latent(0).astype(">f4"))}, [], "not written by numpy.save of"),
         ({"latent.npy": npy(np.asfortranarray(latent(0)))}, [], "in C order can be read"),
         ({"latent.npy": npy(latent(0))[:-4]}, [], "shorter or longer than its shape"),
+        ({"latent.npy": damaged_header(npy(latent(0)))}, [], "is no .npy file of numbers"),
         ({"latent.npy": b"PK12"}, [], "is no .npy file of numbers"),
         ({"latent.npy": np.full(SHAPE, np.nan, np.float32)}, [], "a value that is no number"),
         ({"cls": b"tench"}, [], "sample dir.x/img5 has b'tench' as its cls"),
@@ -176,6 +190,7 @@ def test_tars_that_cannot_be_read_are_refused_in_one_sentence(tmp_path, extra, f
     ("damage", "sentence"),
     [
         (last_member_only, "does not end as a tar does, so its last samples may be missing"),
+        (damage_a_header, "has a damaged header after"),
         (lambda f: (f / "part-1.tar").write_bytes(b"no tar" * 500), "is no whole tar"),
         (lambda f: (f / "part-1.tar").write_bytes(bytes(10240)), "holds no samples"),
         (lambda f: (f / "part-1.tar").unlink(), "cannot be read (No such file"),
@@ -204,6 +219,14 @@ def test_wrong_flags_are_refused(tmp_path, monkeypatch, flags, sentence):
     with pytest.raises(ConfigError) as error:
         main([*flags, "--vae", VAE])
     assert sentence in str(error.value)
+
+
+def test_an_empty_line_moves_no_class_name(tmp_path):
+    write_tars(tmp_path)
+    names = tmp_path / "names.txt"
+    names.write_text("cat\n\ndog\nbird\n")
+    with pytest.raises(ConfigError, match=r"^--class-names .*names.txt: line 2 is empty; "):
+        index(tmp_path, "--class-names", str(names))
 
 
 def test_an_index_that_was_changed_is_refused(tmp_path, monkeypatch):

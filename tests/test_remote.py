@@ -392,3 +392,18 @@ def test_patience_comes_from_the_environment(monkeypatch):
         monkeypatch.setenv("SWITCH_DIT_FETCH_ATTEMPTS", wrong)
         with pytest.raises(ConfigError, match=f"SWITCH_DIT_FETCH_ATTEMPTS {wrong}: "):
             Patience.from_environment()
+
+
+def test_letters_that_are_no_ascii_are_escaped_for_the_server(server, tmp_path):
+    folder = server.folder / "größe 1"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(CONTENT)
+    assert bring(f"{server.url}/größe 1", tmp_path / "part") == CONTENT
+    (tmp_path / "part").unlink()
+    assert bring(f"{server.url}/gr%C3%B6%C3%9Fe%201", tmp_path / "part") == CONTENT
+
+
+@pytest.mark.parametrize("host", ["a..b", ".b", "x" * 70])
+def test_a_host_that_cannot_be_looked_up_is_refused(host):
+    with pytest.raises(ConfigError, match="is no URL that can be read"):
+        parse_location(f"http://{host}/a", "--data")

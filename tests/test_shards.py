@@ -164,11 +164,20 @@ def cut_shard(folder):
     path.write_bytes(path.read_bytes()[:-512])
 
 
+def name_a_class_twice(folder):
+    path = folder / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    content["classes"][1]["id"] = content["classes"][0]["id"]
+    path.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         (lambda f: (f / MANIFEST_NAME).unlink(), "no dataset.json, encoding did not finish; run "),
         (lambda f: (f / MANIFEST_NAME).write_text("{"), "dataset.json: is not JSON"),
+        (lambda f: (f / MANIFEST_NAME).write_text("[" * 100_000), "dataset.json: is not JSON"),
+        (name_a_class_twice, "dataset.json: two classes have the same id"),
         (lambda f: (f / MANIFEST_NAME).write_text("[]"), "lacks ['classes', 'format_version'"),
         (edit(format_version=9), "has format version 9, this code reads 2; "),
         (drop("vae"), "the content lacks ['vae'] and has the unknown []"),

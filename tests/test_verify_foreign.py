@@ -119,6 +119,10 @@ class Bomb:
         ),
         (replaced("part/2.latent.npy", pickle.dumps(Bomb())), "'part/2' holds no .npy array"),
         (
+            replaced("part/2.latent.npy", b"\x93NUMPY\1\0\1\0{" + bytes(100)),
+            "'part/2' holds no .npy array",
+        ),
+        (
             replaced("part/2.latent.npy", npy(np.full(SHAPE, np.nan, np.float32))),
             "a value that is no number in sample 'part/2'",
         ),
