@@ -143,7 +143,8 @@ def _samples(
     key, members = None, {}
     for member in tar:
         name = _NAME.fullmatch(member.name)
-        if not member.isreg() or name is None:
+        # The content of a sparse member does not lie in the tar as it is.
+        if not member.isreg() or member.issparse() or name is None:
             continue
         if name[1] != key:
             if members:

@@ -149,6 +149,7 @@ PRESET = (REPOSITORY / "tests" / "small.yaml").read_text()
         (("--keep-last", "1" + 400 * "0", "--seed", -1), "--seed must be >=0 and <9"),
         (("--lr",), "--lr: expected one argument; see --help."),
         (("--run-dir", ""), "--run-dir is empty; give a text."),
+        (("--data-cache", __file__), f"--data-cache {__file__}: "),
         (("--micro-batch-size", 3), "--global-batch-size 8 is not divisible by 1 ranks x micro-ba"),
         (("--vae", "nil", "--sample-every", 1), "--vae nil: does not exist; give a diffusers"),
     ],

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from data_tools.cache import open_cache
 from data_tools.loader import LatentStream
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
@@ -49,7 +48,7 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
         window=data.shuffle_window,
         num_streams=data.data_streams,
         check=data.check_shards,
-        cache=open_cache(data.data_cache, data.data_cache_gib),
+        cache=job.cache,
         global_batch_size=config.optim.global_batch_size,
         micro_batch_size=engine.train_micro_batch_size_per_gpu(),
         rank=ranks.rank,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_tools.cache import ShardCache, open_cache
 from data_tools.manifest import DatasetManifest
 from data_tools.training_data import TrainingData, open_data
 from data_tools.vae import Vae, load_decoder
@@ -32,6 +33,7 @@ class Job:
     config: Config
     deepspeed_config: dict[str, Any]
     data: TrainingData
+    cache: ShardCache | None  # of this node; None in a dry run
     layout: Layout
     resume_from: Path | None
     resume_manifest: CheckpointManifest | None
@@ -70,6 +72,8 @@ def check_without_data(command: CommandLine, ranks: Ranks) -> Prepared:
 def check(command: CommandLine, ranks: Ranks) -> Job:
     """Check everything that can be checked before a process group exists; write nothing.
 
+    The folder of the node's cache is made all the same, unless the run is a dry one.
+
     Raises:
         ConfigError: for the first mistake found.
     """
@@ -79,6 +83,9 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     manifest = data.manifest
     check_data(config, manifest)
     data.check_streams(config.data.data_streams)
+    cache = None
+    if not command.dry_run:
+        cache = open_cache(config.data.data_cache, config.data.data_cache_gib)
     layout = Layout(
         ranks.world_size,
         config.run.expert_parallel_size,
@@ -93,4 +100,5 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)
-    return Job(config, deepspeed_config, data, layout, folder, resume_manifest, warm_start, vae)
+    resume = folder, resume_manifest
+    return Job(config, deepspeed_config, data, cache, layout, *resume, warm_start, vae)
