@@ -23,6 +23,7 @@ from data_tools.images import load_pixels
 from data_tools.loader import LatentStream
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources import scan_folder
+from data_tools.training_data import open_data
 from data_tools.vae import DEMO_VAE, encode_moments, load_vae
 from tests.encode_jobs import VAE_FLAGS, content, flags, make_pictures
 from tests.launch import REPOSITORY, environment, run
@@ -106,9 +107,8 @@ def test_sidecars_and_checksums_agree_with_the_shards(encoded):
 
 
 def test_training_reads_what_was_encoded(encoded):
-    manifest = DatasetManifest.load(encoded)
     with LatentStream(
-        manifest,
+        open_data(str(encoded)),
         seed=0,
         window=2,
         global_batch_size=23,
@@ -167,7 +167,8 @@ def test_bad_images_are_skipped_counted_and_listed(images, tmp_path, capsys):
     # The stride is constant whatever a shard holds, so training still reads by arithmetic.
     assert len({shard.stride for shard in manifest.shards}) == 1
     settings = {"seed": 0, "window": 2, "global_batch_size": 23, "micro_batch_size": 23}
-    with LatentStream(manifest, rank=0, world_size=1, **settings) as stream:
+    data = open_data(str(tmp_path / "set"))
+    with LatentStream(data, rank=0, world_size=1, **settings) as stream:
         assert torch.bincount(next(stream).labels).tolist() == [8, 15]
     with pytest.raises(ConfigError, match=r"^--strict: .*(empty|text|cut)\..*; repair or remove"):
         main(flags(source, tmp_path / "strict", **{"--strict": True}))
