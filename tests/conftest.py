@@ -11,6 +11,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when a test imports it
 
 
+@pytest.fixture(scope="session", autouse=True)
+def node_cache(tmp_path_factory):
+    """A cache folder of this test session, for the processes it starts too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWITCH_DIT_CACHE", str(tmp_path_factory.mktemp("node-cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_images(tmp_path_factory):
     """A small class-per-folder tree: ten classes of eight pictures, 64x64."""
