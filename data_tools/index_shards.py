@@ -94,12 +94,17 @@ def scan_shard(location: Location, name: str, wanted: Wanted, output: Path) -> S
     known = _known(notes)
     if known is not None and known.wanted == wanted and index.is_file():
         tar = None if location.folder is None else location.folder / name
-        if tar is None or (tar.is_file() and tar.stat().st_size == known.bytes):
+        if tar is None or (tar.is_file() and _is_that(tar, known, notes)):
             return known
     found, content = scan(location, name, wanted)
     replace_file(index, lambda file: file.write(content))
     write_json(notes, found)
     return found
+
+
+def _is_that(tar: Path, known: ScannedShard, notes: Path) -> bool:
+    status = tar.stat()
+    return status.st_size == known.bytes and status.st_mtime_ns <= notes.stat().st_mtime_ns
 
 
 def _known(notes: Path) -> ScannedShard | None:

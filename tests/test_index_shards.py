@@ -120,7 +120,11 @@ def test_indexing_continues_where_it_was(tmp_path):
     assert (tmp_path / "part-0.index.npy").stat().st_ino == kept, "indexed once"
     write_tars(tmp_path, sizes=(6, 3))
     index(tmp_path)
-    assert DatasetManifest.load(tmp_path).num_samples == 9, "a tar that changed is indexed again"
+    manifest = DatasetManifest.load(tmp_path)
+    assert manifest.num_samples == 9, "a tar that changed is indexed again"
+    write_tars(tmp_path, sizes=(6, 3), txt="other text")
+    index(tmp_path)
+    assert DatasetManifest.load(tmp_path).hash != manifest.hash, "also where its size is the same"
 
 
 def npy(array, **options):
