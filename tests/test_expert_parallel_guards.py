@@ -138,17 +138,6 @@ def test_keys_that_change_what_is_trained_are_refused(refuse, top):
     assert sentence.startswith("FILE: remove ") and next(iter(top)) in sentence
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("change", [("expert_parallel_size", 2), ("world_size", 2)])
-def test_a_checkpoint_of_another_layout_is_not_loaded(stage, change):
-    saved = Layout(4, 4, stage, "fp32")
-    manifest = CheckpointManifest("step-0000001", TrainState(1), saved, "", ORDER_VERSION, {})
-    name, value = change
-
-    with pytest.raises(ConfigError, match=f"was saved with {name} 4, this command has {value};"):
-        check_resumable(manifest, replace(saved, **{name: value}), "")
-
-
 def test_a_parameter_that_is_sharded_already_is_not_accepted(single_process_group):
     mixture = ShardedExpertParallelMixture(4, ExpertOptions(2))
     next(mixture.parameters()).ds_id = 0  # as if built inside of zero.Init

@@ -31,17 +31,27 @@ from training.checkpoint_manifest import (
 from training.objective import Objective
 from training.processes import agreed_message
 from training.rebalance import ExpertPlacement
+from training.reshard import (
+    ENTRY,
+    StoredPartitions,
+    describe_partitions,
+    holds_optimizer_state,
+    load_resharded,
+)
 from training.weight_files import NonFiniteWeightsError, average_file, write_weights
 from training.weights import base_optimizer, consolidated_weights
 
 TEMPORARY_PREFIX = ".tmp-"
 
 
-def _recording_engine() -> Any:
+def _recording_engine(partitions: dict[str, Any]) -> Any:
     """Build DeepSpeed's plain checkpoint writer, durable and without exceptions on one rank alone.
 
     A writer that raised on one rank would leave the others in a barrier; the error is kept and
     all ranks agree on it after DeepSpeed is done.
+
+    Args:
+        partitions: what a file with optimizer state is to say beside DeepSpeed's own entries.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
@@ -52,6 +62,8 @@ def _recording_engine() -> Any:
             self.files: dict[str, FileRecord] = {}  # written by this rank
 
         def save(self, state_dict: dict[str, Any], path: str) -> None:
+            if holds_optimizer_state(state_dict):
+                state_dict = state_dict | {ENTRY: partitions}
             try:
                 with open(path, "wb") as file:
                     torch.save(state_dict, file)
@@ -106,12 +118,12 @@ class Checkpointer:
         message = _agreed_error(self._prepare(temporary))
         if message is not None:
             return message
-        writer = _recording_engine()
-        previous, self.engine.checkpoint_engine = self.engine.checkpoint_engine, writer
         client_state = asdict(state) | {
             "objective": self.objective.state(),
             "placement": self.placement.state(),
         }
+        writer = _recording_engine(describe_partitions(self.engine, client_state))
+        previous, self.engine.checkpoint_engine = self.engine.checkpoint_engine, writer
         self.engine.save_checkpoint(
             str(self.folder), tag=temporary.name, client_state=client_state, save_latest=False
         )
@@ -179,15 +191,32 @@ class Checkpointer:
         for old in complete[: -self.keep_last]:
             shutil.rmtree(old, ignore_errors=True)  # published all the same; tried again next time
 
-    def load(self, folder: Path) -> TrainState:
-        """Load a checkpoint whose manifest was checked. All ranks must call this."""
-        path, client_state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        assert path is not None, f"DeepSpeed loaded nothing from {folder}"
-        # The placement first: it makes the objective forget how timesteps are dealt.
-        self.placement.load_state(client_state.get("placement", {}))
-        self.objective.load_state(client_state.get("objective", {}))
+    def load(self, folder: Path, manifest: CheckpointManifest) -> TrainState:
+        """Load a checkpoint whose files match its manifest. All ranks must call this."""
+        if manifest.layout == self.layout:
+            path, client_state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            assert path is not None, f"DeepSpeed loaded nothing from {folder}"
+            # The placement first: it makes the objective forget how timesteps are dealt.
+            self.placement.load_state(client_state["placement"])
+        else:
+            client_state = self._load_other_layout(folder, manifest)
+        self.objective.load_state(client_state["objective"])
         fields = TrainState.__dataclass_fields__
         return TrainState(**{name: client_state[name] for name in fields})
+
+    def _load_other_layout(self, folder: Path, manifest: CheckpointManifest) -> dict[str, Any]:
+        stored = StoredPartitions(folder, manifest)
+        client_state = stored.client_state
+        source = target = self.placement.slots_of(client_state["placement"])
+        if manifest.layout.expert_parallel_size == self.layout.expert_parallel_size:
+            self.placement.load_state(client_state["placement"])
+        else:
+            # A place among other ranks means nothing here: experts start as in a new engine, and
+            # timesteps are dealt anew.
+            target = self.placement.slots_of({})
+            client_state["objective"].pop("served_at_home", None)
+        load_resharded(self.engine, stored, source, target)
+        return client_state
 
 
 def _merged(files: dict[str, FileRecord]) -> dict[str, FileRecord]:

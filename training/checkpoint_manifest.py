@@ -7,12 +7,13 @@
                      weights.safetensors  raw weights, likewise
                      manifest.json        files with sizes and sha256, layout, progress
 
-DeepSpeed loads a changed expert-parallel size as silent garbage, so the manifest is compared first.
+DeepSpeed loads a changed expert-parallel size as silent garbage: where the manifest has another
+layout than the job, training/reshard.py loads instead.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,21 +41,18 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint's tensors are spread; DeepSpeed's files load into no other."""
+    """How a checkpoint's tensors are spread."""
 
     world_size: int
     expert_parallel_size: int
     zero_stage: int
     precision: str  # "bf16", "autocast" or "fp32"
 
-
-# What a user changes to get a layout's value back.
-LAYOUT_OWNERS = {
-    "world_size": "the number of ranks",
-    "expert_parallel_size": "--expert-parallel-size",
-    "zero_stage": "zero_optimization.stage of the --deepspeed file",
-    "precision": "the precision of the --deepspeed file",
-}
+    def __str__(self) -> str:
+        return (
+            f"{self.world_size} rank(s), expert-parallel size {self.expert_parallel_size}, "
+            f"ZeRO {self.zero_stage}, {self.precision}"
+        )
 
 
 @dataclass(frozen=True)
@@ -169,15 +167,14 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def check_resumable(manifest: CheckpointManifest, layout: Layout, data_hash: str) -> None:
-    """Refuse to resume on another layout or another data set."""
-    for name, saved in asdict(manifest.layout).items():
-        current = asdict(layout)[name]
-        if saved != current:
-            raise ConfigError(
-                f"--run-dir: its checkpoint {manifest.tag} was saved with {name} {saved}, this "
-                f"command has {current}; change {LAYOUT_OWNERS[name]} back to {saved}, or start "
-                "another --run-dir."
-            )
+    """Refuse to resume in another precision, sample order or on another data set."""
+    saved = manifest.layout.precision
+    if saved != layout.precision:
+        raise ConfigError(
+            f"--run-dir: its checkpoint {manifest.tag} was saved with precision {saved}, this "
+            f"command has {layout.precision}; change the precision of the --deepspeed file back to "
+            f"{saved}, or start another --run-dir."
+        )
     if manifest.order_version != ORDER_VERSION:
         raise ConfigError(
             f"--run-dir: its checkpoint {manifest.tag} was trained in sample order version "

@@ -104,7 +104,7 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
     with assemble(job, ranks, device, state) as training:
         limit_all_groups()
         if job.resume_from is not None:
-            loaded = training.checkpointer.load(job.resume_from)
+            loaded = training.checkpointer.load(job.resume_from, job.resume_manifest)
             assert loaded == state, f"{job.resume_from} holds {loaded}, its manifest says {state}"
         training.placement.establish()
         if ranks.is_main:
@@ -129,6 +129,8 @@ def _start_text(job: Job, ranks: Ranks, state: TrainState) -> str:
         f"{model.size}/{model.patch_size}, {ranks.world_size} rank(s), "
         f"ZeRO {job.layout.zero_stage}, {job.layout.precision}, {job.manifest.num_samples} samples"
     )
+    if job.resume_manifest is not None and job.resume_manifest.layout != job.layout:
+        lines.append(f"its layout changes from {job.resume_manifest.layout} to {job.layout}")
     return "\n".join(lines)
 
 
