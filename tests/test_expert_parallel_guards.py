@@ -1,22 +1,14 @@
 """What expert parallelism cannot do is one sentence before any process starts."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.order import ORDER_VERSION
 from models.expert_parallel import ShardedExpertParallelMixture
 from models.moe import ExpertOptions
 from tests.configs import small
-from training.checkpoint_manifest import (
-    CheckpointManifest,
-    Layout,
-    TrainState,
-    check_resumable,
-)
 from training.count import count_parameters
 from training.expert_parallel_checks import expert_values
 from training.validation import validate
