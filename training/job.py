@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 from data_tools.manifest import DatasetManifest
 from data_tools.vae import Vae, load_decoder
 from training.checkpoint_manifest import (
-    CheckpointManifest,
     Layout,
+    ResumePoint,
     check_resumable,
-    latest_checkpoint,
-    read_manifest,
+    resume_points,
 )
 from training.command_line import CommandLine
 from training.config import Config
@@ -32,8 +31,8 @@ class Job:
     deepspeed_config: dict[str, Any]
     manifest: DatasetManifest
     layout: Layout
-    resume_from: Path | None
-    resume_manifest: CheckpointManifest | None
+    resume_points: list[ResumePoint]  # to be tried in this order; none = a new run
+    damaged: list[str]  # what is wrong with newer checkpoints
     warm_start: WarmStart | None  # of a run that begins with another model's weights
     vae: Vae | None  # on rank 0, if grids of samples are wanted
 
@@ -77,12 +76,10 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         stage_of(deepspeed_config),
         precision_of(deepspeed_config),
     )
-    folder = latest_checkpoint(Path(config.run.run_dir))
-    resume_manifest = None
-    if folder is not None:
-        resume_manifest = read_manifest(folder)
-        check_resumable(resume_manifest, layout, manifest.hash)
+    points, damaged = resume_points(Path(config.run.run_dir))
+    for point in points:
+        check_resumable(point.manifest, layout, manifest.hash)
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)
-    return Job(config, deepspeed_config, manifest, layout, folder, resume_manifest, warm_start, vae)
+    return Job(config, deepspeed_config, manifest, layout, points, damaged, warm_start, vae)

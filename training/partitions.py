@@ -64,6 +64,21 @@ def values_per_slot(param: Tensor) -> int:
     return shape.numel() // shape[0]
 
 
+def whole_shapes(engine: Any) -> dict[str, torch.Size]:
+    """Return the shape of every parameter, of experts with those of all ranks of a group."""
+    from deepspeed.moe.utils import is_moe_param
+    from deepspeed.utils import groups
+
+    shapes = {}
+    for name, param in engine.module.named_parameters():
+        shape = getattr(param, "ds_shape", param.shape)
+        if EXPERTS in name and is_moe_param(param):
+            num_ranks = groups._get_expert_parallel_world_size(param.group_name)
+            shape = torch.Size((shape[0] * num_ranks, *shape[1:]))
+        shapes[name] = shape
+    return shapes
+
+
 _Part = tuple[Tensor, int, int, int, int]  # parameter, then as of Fragment, start within this rank
 
 

@@ -7,6 +7,7 @@ converted on the disk, and beside its own state a rank holds one range at a time
 L blocks, E experts.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
-from training.checkpoint_manifest import CheckpointManifest
 from training.partitions import EXPERTS, Fragment, fragments, masters, states, values_per_slot
 from training.processes import RunError
 from training.weights import base_optimizer, block_of, renew_weights
@@ -60,21 +60,21 @@ class StoredPartitions:
     """The optimizer state of a checkpoint, whatever layout wrote it. The files are mapped.
 
     Args:
-        folder: of a checkpoint whose files match its manifest; they are unpickled.
-        manifest: of the checkpoint.
+        folder: of the checkpoint.
+        files: names of its files, which match their checksums; some are unpickled.
     """
 
-    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
-        names = sorted(name for name in manifest.files if name.endswith("optim_states.pt"))
+    def __init__(self, folder: Path, files: Iterable[str]) -> None:
+        names = sorted(name for name in files if name.endswith("optim_states.pt"))
         # ZeRO 0 without shared-out experts has all in one file.
-        names = names or sorted(n for n in manifest.files if n.endswith("model_states.pt"))
+        names = names or sorted(name for name in files if name.endswith("model_states.pt"))
         self.parts: list[dict[str, Any]] = []
         for name in names:
             stored = torch.load(folder / name, map_location="cpu", mmap=True, weights_only=False)
             if ENTRY not in stored:
                 raise NotReshardableError(
                     f"{folder} does not say which rank has what of the weights, so an older "
-                    f"version of this program wrote it; continue on its layout, {manifest.layout}."
+                    "version of this program wrote it; continue on the layout that it names."
                 )
             self.parts.append(stored[ENTRY])
         self.progress = Progress(*self.parts[0]["progress"])
@@ -118,6 +118,26 @@ class StoredPartitions:
             missing -= high - low
             end = high
         assert missing == 0, f"{name}: {missing} of {numel} values from {start} on are nowhere"
+
+    def whole(
+        self, name: str, key: str | None, shape: torch.Size, slot_of_expert: Tensor
+    ) -> Tensor:
+        """Put a parameter together, its experts in their own order.
+
+        Args:
+            name: of the parameter.
+            key: of the optimizer's state; None = the fp32 master.
+            shape: of the whole.
+            slot_of_expert: (L, E) on the host: where the experts are in the checkpoint.
+        """
+        value = torch.empty(shape, dtype=torch.float32)
+        flat = value.view(-1)
+        slots, size = [0], value.numel()
+        if EXPERTS in name:
+            slots, size = slot_of_expert[block_of(name)].tolist(), value.numel() // shape[0]
+        for expert, slot in enumerate(slots):
+            self.read(name, key, slot * size, size, flat[expert * size : (expert + 1) * size])
+        return value
 
     def _tensor(self, part: int, master: int, key: str | None) -> Tensor:
         stored = self.parts[part]
