@@ -14,7 +14,7 @@ from training.checkpoint_manifest import (
 )
 from training.command_line import CommandLine
 from training.config import Config
-from training.count import checkpoint_bytes
+from training.count import checkpoint_bytes, snapshot_bytes
 from training.deepspeed_config import merge_deepspeed, stage_of
 from training.precision import precision_of
 from training.processes import Ranks
@@ -56,7 +56,7 @@ def check_without_data(command: CommandLine, ranks: Ranks) -> Prepared:
     validate(config, command.deepspeed, ranks.world_size)
     check_is_elsewhere(config)
     check_run_directory(run_dir, config)
-    check_free_space(run_dir, checkpoint_bytes(config))
+    check_free_space(run_dir, checkpoint_bytes(config), snapshot_bytes(config))
     return Prepared(deepspeed_config, check_initial_weights(config))
 
 
