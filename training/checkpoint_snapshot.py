@@ -26,8 +26,13 @@ class HostCopies:
     def __init__(self, shared: Iterable[Tensor]) -> None:
         self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
         for tensor in shared:
-            flat = tensor.detach().reshape(-1)
-            self._copies[_address(flat)] = flat.to("cpu", copy=True)
+            if tensor.is_contiguous():
+                flat = tensor.detach().view(-1)
+                self._copies[_address(flat)] = flat.to("cpu", copy=True)
+
+    def forget_shared(self) -> None:
+        """Let go of the copies of shared tensors; those handed out stay."""
+        self._copies.clear()
 
     def of(self, value: Any) -> Any:
         """Return a copy of tensors and containers; anything else is taken for constant."""
@@ -84,6 +89,7 @@ def take_snapshot(engine: Any, tag: str, client_state: dict[str, Any]) -> FileCo
 
     with _checkpoint_engine(engine, SnapshotEngine()):
         engine.save_checkpoint("unused", tag=tag, client_state=client_state, save_latest=False)
+    copies.forget_shared()  # the class above keeps this object until garbage is collected
     return files
 
 

@@ -40,6 +40,7 @@ from training.weight_files import NonFiniteWeightsError, average_file, write_wei
 
 STORE_PREFIX = "checkpoint"
 SHORTEST_POLL_SEC, LONGEST_POLL_SEC = 0.01, 0.5
+THREAD_FAILED = "the thread that writes failed; see the error above"
 _numbers = itertools.count()  # of the checkpoints of this process; equal on all ranks
 
 WriteError = OSError | RuntimeError | SafetensorError | NonFiniteWeightsError
@@ -85,7 +86,7 @@ class BackgroundWrite:
         )
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._prefix = f"{STORE_PREFIX}/{next(_numbers)}"
-        self._problem: str | None = None
+        self._problem: str | None = THREAD_FAILED
         self._started = self._stopped = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
         self._thread.start()
@@ -108,22 +109,32 @@ class BackgroundWrite:
 
     def _write(self) -> str | None:
         done = f"{self._prefix}/done"
-        own = self._write_own_files()
+        # Whatever happens in a thread, the others wait for what it says.
         if self.rank > 0:
-            self._store.set(f"{self._prefix}/{self.rank}", json.dumps(own))
+            own: dict[str, Any] = {"problem": THREAD_FAILED, "files": {}}
+            try:
+                own = self._write_own_files()
+            finally:
+                self._store.set(f"{self._prefix}/{self.rank}", json.dumps(own))
             self._wait(done, None)
             return json.loads(self._store.get(done))
-        problem, files = self._collect(own)
-        if problem is None:
-            try:
-                self._consolidate(files)
-                self._publish(files)
-            except WriteError as err:
-                problem = describe_write_error(err)
-        if problem is not None:
-            shutil.rmtree(self.plan.temporary, ignore_errors=True)
-        self._store.set(done, json.dumps(problem))
-        return problem
+        outcome: str | None = THREAD_FAILED
+        try:
+            problem, files = self._collect(self._write_own_files())
+            outcome = self._complete(files) if problem is None else problem
+        finally:
+            if outcome is not None:
+                shutil.rmtree(self.plan.temporary, ignore_errors=True)
+            self._store.set(done, json.dumps(outcome))
+        return outcome
+
+    def _complete(self, files: dict[str, FileRecord]) -> str | None:
+        try:
+            self._consolidate(files)
+            self._publish(files)
+        except WriteError as err:
+            return describe_write_error(err)
+        return None
 
     def _write_own_files(self) -> dict[str, Any]:
         """Write this rank's files; return its problem and their records, ready for JSON."""
