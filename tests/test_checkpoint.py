@@ -25,8 +25,8 @@ from training.checkpoint_writer import name_latest, prune
 from training.monitor import read_metrics
 from training.run_lock import hold_run_directory
 
-KILLS = 10
-STEPS = 30
+KILLS = 8
+STEPS = 16
 TINY = [
     *("--num-experts", 2, "--global-batch-size", 4, "--warmup-steps", 2, "--patch-size", 16),
     *("--log-every", 1, "--sample-every", 0, "--loss-weight", "uncertainty"),
