@@ -1,6 +1,7 @@
 """What the commands answer to wrong input: one sentence, exit code 2, nothing written."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from training.checkpoint_manifest import (
     FileRecord,
     latest_checkpoint,
     read_manifest,
+    verify_file,
 )
 from training.monitor import read_metrics
 from training.preset import load_preset
 from training.processes import Ranks
 from training.run_directory import CONFIG_FILE
+from training.run_lock import hold_run_directory
 
 STEPS = 4
 # One checkpoint of the demo on two ranks is 58 MiB, its largest file 17 MiB.
@@ -245,6 +248,8 @@ class TestRunDirectoryBeforeTheFirstRun:
         stderr = train()
 
         assert f"--run-dir {tmp_path}/run: 1 MiB are free and one checkpoint takes about" in stderr
+        stderr = train("--ema-stds", "0.05,0.1", "--ema-snapshot-every", 1)
+        assert "and one checkpoint and snapshots of averages take about" in stderr
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +276,16 @@ def rewrite(path, change):
     path.write_bytes(change(data))
 
 
+class Planted:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
 class TestResuming:
     """The same --run-dir again."""
 
@@ -278,16 +293,6 @@ class TestResuming:
         stderr = train("--num-experts", 4, num_ranks=2)
 
         assert "was started with another configuration: num_experts (3 -> 4); use a new" in stderr
-
-    @pytest.mark.parametrize(
-        ("num_ranks", "argv", "sentence"),
-        [
-            (1, (), "saved with world_size 2, this command has 1; change the number of ranks back"),
-            (2, ("--deepspeed", "ds_configs/zero1.json"), "with zero_stage 2, this command has 1"),
-        ],
-    )
-    def test_on_another_layout(self, train, run_dir, num_ranks, argv, sentence):
-        assert sentence in train(*argv, num_ranks=num_ranks)
 
     def test_in_another_precision(self, train, run_dir, tmp_path):
         path = tmp_path / "bf16.json"
@@ -300,16 +305,6 @@ class TestResuming:
 
         assert f"was saved with precision {saved}, this command has" in stderr
         assert f"change the precision of the --deepspeed file back to {saved}, or" in stderr
-
-    def test_with_another_expert_parallel_size(self, train, run_dir):
-        rewrite(
-            latest_checkpoint(run_dir) / MANIFEST_FILE,
-            lambda data: data.replace(b'"expert_parallel_size": 1', b'"expert_parallel_size": 2'),
-        )
-
-        stderr = train(num_ranks=2)
-
-        assert "with expert_parallel_size 2, this command has 1; change --expert-para" in stderr
 
     def test_on_another_data_set(self, train, run_dir, latents):
         path = latents / MANIFEST_NAME
@@ -341,17 +336,19 @@ class TestResuming:
         assert "write the name of one that exists into it, or delete it to start afresh" in stderr
 
     @pytest.mark.parametrize("text", [b"", b"[]", b"\xff\xfe", b'{"tag": 1}'])
-    def test_with_a_damaged_manifest(self, train, run_dir, text):
+    def test_with_a_damaged_manifest_and_no_older_checkpoint(self, train, run_dir, text):
         path = latest_checkpoint(run_dir) / MANIFEST_FILE
         rewrite(path, lambda _: text)
+        shutil.rmtree(path.parents[1] / "step-0000002")
 
         stderr = train(num_ranks=2)
 
         assert f"error: {path} is not a checkpoint manifest (" in stderr
         assert f"write the name of an older checkpoint into {run_dir}/checkpoints/latest." in stderr
 
-    def test_with_a_file_missing_or_cut_off(self, train, run_dir):
+    def test_with_a_file_missing_or_cut_off_and_no_older_checkpoint(self, train, run_dir):
         path = next(latest_checkpoint(run_dir).glob("*optim_states.pt"))
+        shutil.rmtree(path.parents[1] / "step-0000002")
         rewrite(path, lambda data: data[:-1])
         short = train(num_ranks=2)
         path.unlink()
@@ -531,15 +528,46 @@ class TestThroughTheLauncher:
         assert "Traceback" not in output
         assert not (tmp_path / "run").exists()
 
-    def test_a_flipped_bit_in_the_checkpoint_stops_all_ranks(self, demo_latents, run_dir):
+    def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(self, demo_latents, run_dir):
+        before = read_metrics(run_dir)
         path = next(latest_checkpoint(run_dir).glob("zero_pp_rank_1*"))
         rewrite(path, lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+
+        # Nothing is left to train in the newest; from the one before it is.
+        flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
+        output = run(*deepspeed(2, "training/main.py", *flags))
+
+        reason = f"{path} does not match the checksum in its manifest.json"
+        event = f"warning: {reason}; continuing from step-0000002 instead\n"
+        assert output.count(event) == 1
+        assert "Traceback" not in output
+        assert latest_checkpoint(run_dir).name == "step-0000004"
+        verify_file(read_manifest(path.parent), path)
+        after = read_metrics(run_dir)
+        assert [r["loss/total"] for r in after] == [r["loss/total"] for r in before]
+
+    def test_a_file_that_no_manifest_lists_is_not_unpickled(self, demo_latents, run_dir, tmp_path):
+        folder = latest_checkpoint(run_dir)
+        planted = folder / "mp_rank_00_model_states.pt"
+        rewrite(planted, lambda _: pickle.dumps(Planted(str(tmp_path / "executed"))))
+        listed = json.loads((folder / MANIFEST_FILE).read_text())
+        del listed["files"][planted.name]
+        rewrite(folder / MANIFEST_FILE, lambda _: json.dumps(listed).encode())
 
         flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
         output = run(*deepspeed(2, "training/main.py", *flags), expect=2)
 
-        assert output.count(f"error: {path} does not match the checksum") == 1
+        assert output.count(f"error: {planted} is not a file of its checkpoint's manifest") == 1
+        assert not (tmp_path / "executed").exists()
+
+    def test_a_job_on_a_run_directory_in_use_is_refused_on_all_ranks(self, demo_latents, tmp_path):
+        flags = ("--data", demo_latents, "--run-dir", tmp_path / "run", *TRAINING)
+        with hold_run_directory(tmp_path / "run"):
+            output = run(*deepspeed(2, "training/main.py", *flags), expect=2)
+
+        assert output.count(f"error: --run-dir {tmp_path / 'run'} is in use by another job (") == 1
         assert "Traceback" not in output
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
     def test_damaged_data_stops_all_ranks_after_saving(self, latents, tmp_path):
         # The size is right, so only the checksum tells. Shards are shuffled: damage the middle one.

@@ -22,6 +22,8 @@ BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
 PARTITION = "deepspeed.runtime.zero.partition_parameters:Init"
 MOE = "deepspeed.moe.layer:MoE"
 
+TORCH_WRITER = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine"
+
 # Functions and methods, with the parameters that we pass.
 CALLED = [
     (ENGINE, "zero_optimization_stage", ""),
@@ -31,11 +33,10 @@ CALLED = [
     (ENGINE, "save_checkpoint", "save_dir tag client_state save_latest"),
     (ENGINE, "load_checkpoint", "load_dir tag"),
     (ENGINE, "_copy_recovery_script", "save_path"),  # replaced by nothing (checkpoint.py)
-    (
-        "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine",
-        "save",
-        "state_dict path",
-    ),
+    (TORCH_WRITER, "save", "state_dict path"),
+    (TORCH_WRITER, "load", "path map_location"),
+    (TORCH_WRITER, "makedirs", "path exist_ok"),
+    (TORCH_WRITER, "preserves_storage_sharing", ""),
     ("deepspeed", "initialize", "model optimizer config dist_init_required"),
     ("deepspeed", "init_distributed", "dist_backend timeout distributed_port verbose"),
     ("deepspeed.comm", "all_to_all_single", "output tensor output_split_sizes input_split_sizes"),
@@ -76,9 +77,12 @@ CALLED = [
 # Attributes that are set in the source of a class and read by us.
 ATTRIBUTES = [
     (ENGINE, "skipped_steps"),
+    (ENGINE, "global_steps"),
+    (ENGINE, "global_samples"),
     (ENGINE, "checkpoint_engine"),
     (ZERO_12, "single_partition_of_fp32_groups"),
     (ZERO_12, "parallel_partitioned_bit16_groups"),
+    (ZERO_12, "bit16_groups"),
     (ZERO_12, "bit16_groups_flat"),
     (ZERO_12, "real_dp_process_group"),
     (ZERO_12, "nccl_start_alignment_factor"),
@@ -86,11 +90,15 @@ ATTRIBUTES = [
     (ZERO_12, "_hp_optimizer_states_linked"),
     (BF16, "fp32_groups_flat_partition"),
     (BF16, "bf16_partitioned_groups"),
+    (BF16, "bf16_groups"),
     (BF16, "bf16_groups_flat"),
     (BF16, "real_dp_process_group"),
     (BF16, "nccl_start_alignment_factor"),
     (BF16, "allgather_bucket_size"),
+    (ZERO_3, "fp16_groups"),
     (ZERO_3, "fp32_partitioned_groups_flat"),
+    ("deepspeed.utils.tensor_fragment", "lp_fragment_address"),
+    ("deepspeed.utils.tensor_fragment", "hp_fragment_address"),
     (ZERO_3, "optimizer"),
 ]
 

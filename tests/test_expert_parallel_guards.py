@@ -1,22 +1,14 @@
 """What expert parallelism cannot do is one sentence before any process starts."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.order import ORDER_VERSION
 from models.expert_parallel import ShardedExpertParallelMixture
 from models.moe import ExpertOptions
 from tests.configs import small
-from training.checkpoint_manifest import (
-    CheckpointManifest,
-    Layout,
-    TrainState,
-    check_resumable,
-)
 from training.count import count_parameters
 from training.expert_parallel_checks import expert_values
 from training.validation import validate
@@ -136,17 +128,6 @@ def test_keys_that_change_what_is_trained_are_refused(refuse, top):
     sentence = refuse(2, 2, top=top)
 
     assert sentence.startswith("FILE: remove ") and next(iter(top)) in sentence
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("change", [("expert_parallel_size", 2), ("world_size", 2)])
-def test_a_checkpoint_of_another_layout_is_not_loaded(stage, change):
-    saved = Layout(4, 4, stage, "fp32")
-    manifest = CheckpointManifest("step-0000001", TrainState(1), saved, "", ORDER_VERSION, {})
-    name, value = change
-
-    with pytest.raises(ConfigError, match=f"was saved with {name} 4, this command has {value};"):
-        check_resumable(manifest, replace(saved, **{name: value}), "")
 
 
 def test_a_parameter_that_is_sharded_already_is_not_accepted(single_process_group):

@@ -25,6 +25,7 @@ from training.checkpoint_manifest import (
     CheckpointManifest,
     Layout,
     TrainState,
+    read_manifest,
     record_of,
     tag_of,
 )
@@ -32,6 +33,7 @@ from training.deepspeed_config import merge_deepspeed
 from training.ema_snapshots import SnapshotWriter
 from training.engine import build_engine, build_model
 from training.preset import load_preset
+from training.rebalance import ExpertPlacement
 from training.weight_files import (
     NonFiniteWeightsError,
     check_weights,
@@ -68,8 +70,16 @@ def train_step(engine, rank, world_size):
     engine.step()
 
 
-def check_without_updates(engine, build, layout, run_dir):
+def checkpointer(engine, config, layout):
+    stateless = {"state": dict, "load_state": lambda _: None, "use_slots": lambda _: None}
+    objective = SimpleNamespace(**stateless)
+    placement = ExpertPlacement(config, engine, objective)
+    return Checkpointer(engine, config.run, layout, "0" * 64, objective, placement)
+
+
+def check_without_updates(engine, build, config, layout):
     """As when the first steps are skipped; returns the engine that has loaded the checkpoint."""
+    run_dir = Path(config.run.run_dir)
     raw, *averages = raw_and_averages(engine)
     for average in averages:
         assert all(torch.equal(average[key], value) for key, value in raw.items())
@@ -78,12 +88,11 @@ def check_without_updates(engine, build, layout, run_dir):
     assert SnapshotWriter(engine, run_dir).save(0) is None
     assert not (run_dir / "ema_snapshots").exists()
 
-    stateless = SimpleNamespace(state=dict, load_state=lambda state: None)
-    saver = Checkpointer(engine, run_dir, layout, "0" * 64, 1, stateless, stateless)
-    assert saver.save(TrainState()) is None
-    engine = build()
-    loader = Checkpointer(engine, run_dir, layout, "0" * 64, 1, stateless, stateless)
-    loader.load(run_dir / CHECKPOINT_DIR / tag_of(0))
+    saver = checkpointer(engine, config, layout)
+    saver.begin(TrainState())
+    assert saver.finish().problem is None
+    engine, folder = build(), run_dir / CHECKPOINT_DIR / tag_of(0)
+    checkpointer(engine, config, layout).load(folder, read_manifest(folder))
     return engine
 
 
@@ -109,12 +118,12 @@ def check_snapshots(engine, run_dir, rank):
 def check_engine(rank, world_size, folder):
     for stage, expert_parallel_size in ((0, 2), (2, 2), (3, 2)):
         run_dir = folder / f"z{stage}"
-        config = small(expert_parallel_size=expert_parallel_size)
+        config = small(expert_parallel_size=expert_parallel_size, run_dir=str(run_dir))
         path = folder / f"rank{rank}-z{stage}.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         build = partial(build_engine, config, merge_deepspeed(path, config, world_size))
         layout = Layout(world_size, expert_parallel_size, stage, "fp32")
-        engine = check_without_updates(build(), build, layout, run_dir)
+        engine = check_without_updates(build(), build, config, layout)
 
         train_step(engine, rank, world_size)
         # The first step's weights are the whole of a power-function average.

@@ -80,8 +80,7 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
             loads=LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ()),
             monitor=monitor,
             checkpointer=Checkpointer(
-                *(engine, run_dir, job.layout, manifest.hash, config.run.keep_last, objective),
-                placement,
+                *(engine, config.run, job.layout, manifest.hash, objective, placement)
             ),
             placement=placement,
             snapshots=SnapshotWriter(engine, run_dir),

@@ -7,13 +7,15 @@
                      weights.safetensors  raw weights, likewise
                      manifest.json        files with sizes and sha256, layout, progress
 
-DeepSpeed loads a changed expert-parallel size as silent garbage, so the manifest is compared first.
+DeepSpeed loads a changed expert-parallel size as silent garbage: where the manifest has another
+layout than the job, training/reshard.py loads instead.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -40,21 +42,18 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint's tensors are spread; DeepSpeed's files load into no other."""
+    """How a checkpoint's tensors are spread."""
 
     world_size: int
     expert_parallel_size: int
     zero_stage: int
     precision: str  # "bf16", "autocast" or "fp32"
 
-
-# What a user changes to get a layout's value back.
-LAYOUT_OWNERS = {
-    "world_size": "the number of ranks",
-    "expert_parallel_size": "--expert-parallel-size",
-    "zero_stage": "zero_optimization.stage of the --deepspeed file",
-    "precision": "the precision of the --deepspeed file",
-}
+    def __str__(self) -> str:
+        return (
+            f"{self.world_size} rank(s), expert-parallel size {self.expert_parallel_size}, "
+            f"ZeRO {self.zero_stage}, {self.precision}"
+        )
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,43 @@ def record_of(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, sha256_of(path))
 
 
+class IncompleteCheckpointError(ConfigError):
+    """A checkpoint whose files are not what they were when it was published.
+
+    Args:
+        folder: of the checkpoint.
+        reason: what is wrong, naming the file.
+    """
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        pointer = folder.parent / LATEST_FILE
+        super().__init__(
+            f"{reason}; delete {folder} and write the name of an older checkpoint into {pointer}."
+        )
+        self.folder, self.reason = folder, reason
+
+
 class DamagedCheckpointError(RunError):
-    """A file of the checkpoint to resume from does not match its checksum."""
+    """No checkpoint can be continued from; raised on all ranks."""
 
     exit_code = CONFIG_ERROR_EXIT_CODE
+
+
+class ResumePoint(NamedTuple):
+    """A checkpoint that a run may continue from."""
+
+    folder: Path
+    manifest: CheckpointManifest
 
 
 def tag_of(step: int) -> str:
     """Name the checkpoint of a step so that names sort like steps."""
     return f"step-{step:07d}"
+
+
+def step_of(tag: str) -> int:
+    """Return the step of a checkpoint's name."""
+    return int(tag.removeprefix("step-"))
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
@@ -99,58 +126,100 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     try:
         manifest: CheckpointManifest = from_json(CheckpointManifest, json.loads(path.read_bytes()))
     except FileNotFoundError as err:
-        raise ConfigError(
-            f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint; "
-            f"{_use_older(folder)}"
-        ) from err
-    except (ValueError, MalformedError) as err:
-        raise ConfigError(
-            f"{path} is not a checkpoint manifest ({err}); {_use_older(folder)}"
-        ) from err
+        reason = f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint"
+        raise IncompleteCheckpointError(folder, reason) from err
+    except (OSError, ValueError, MalformedError) as err:
+        reason = f"{path} is not a checkpoint manifest ({err})"
+        raise IncompleteCheckpointError(folder, reason) from err
     for name, record in manifest.files.items():
         file = folder / name
         size = file.stat().st_size if file.exists() else None
         if size != record.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise ConfigError(
-                f"{file} {found}, its {MANIFEST_FILE} says {record.bytes} bytes; "
-                f"{_use_older(folder)}"
-            )
+            reason = f"{file} {found}, its {MANIFEST_FILE} says {record.bytes} bytes"
+            raise IncompleteCheckpointError(folder, reason)
     return manifest
-
-
-def _use_older(folder: Path) -> str:
-    return (
-        f"delete {folder} and write the name of an older checkpoint into "
-        f"{folder.parent / LATEST_FILE}."
-    )
 
 
 def verify_file(manifest: CheckpointManifest, path: Path) -> None:
     """Compare a file with the checksum in its checkpoint's manifest before it is read."""
     record = manifest.files.get(path.name)
-    if record is None or sha256_of(path) != record.sha256:
-        raise ConfigError(
-            f"{path} does not match the checksum in its {MANIFEST_FILE}; {_use_older(path.parent)}"
-        )
+    if record is None:
+        reason = f"{path} is not in its {MANIFEST_FILE}"
+        raise IncompleteCheckpointError(path.parent, reason)
+    try:
+        is_right = sha256_of(path) == record.sha256
+    except OSError as err:  # a disk that fails to read, or a file that has gone since
+        raise IncompleteCheckpointError(path.parent, f"{path}: {err.strerror}") from err
+    if not is_right:
+        reason = f"{path} does not match the checksum in its {MANIFEST_FILE}"
+        raise IncompleteCheckpointError(path.parent, reason)
 
 
-def verify_together(manifest: CheckpointManifest, folder: Path) -> None:
+def verify_together(point: ResumePoint) -> str | None:
     """Compare all files with their checksums, shared among the ranks. All ranks must call this.
 
-    Raises:
-        DamagedCheckpointError: on all ranks, naming the first file that differs.
+    Returns:
+        On all ranks, what is wrong with the first file that differs; None = nothing.
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    error = None
+    reason = None
     try:
-        for name in sorted(manifest.files)[rank::world_size]:
-            verify_file(manifest, folder / name)
-    except ConfigError as err:
-        error = err
-    message = agreed_message(error)
-    if message is not None:
-        raise DamagedCheckpointError(message)
+        for name in sorted(point.manifest.files)[rank::world_size]:
+            verify_file(point.manifest, point.folder / name)
+    except IncompleteCheckpointError as err:
+        reason = err.reason
+    return agreed_message(reason)
+
+
+def resume_points(run_dir: Path) -> tuple[list[ResumePoint], list[str]]:
+    """List the checkpoints to continue from, newest first, by manifests and sizes of files.
+
+    Later ones than `latest` names are of a line that was left.
+
+    Returns:
+        The points, and what is wrong with those left out; no points before the first checkpoint.
+
+    Raises:
+        ConfigError: there are checkpoints, but none to continue from.
+    """
+    newest = latest_checkpoint(run_dir)
+    if newest is None:
+        return [], []
+    points, errors = [], []
+    for folder in sorted(newest.parent.glob("step-*"), reverse=True):
+        if folder.name > newest.name:
+            continue
+        try:
+            points.append(ResumePoint(folder, read_manifest(folder)))
+        except IncompleteCheckpointError as err:
+            errors.append(err)
+    if not points:
+        raise errors[0]
+    reasons = [err.reason for err in errors if err.folder.name > points[0].folder.name]
+    return points, reasons
+
+
+def first_undamaged(points: list[ResumePoint]) -> tuple[ResumePoint, list[str]]:
+    """Choose the newest point whose files match their checksums. All ranks must call this.
+
+    Returns:
+        The point, and what is wrong with the newer ones.
+
+    Raises:
+        DamagedCheckpointError: on all ranks, when there is none.
+    """
+    reasons: list[str] = []
+    for point in points:
+        reason = verify_together(point)
+        if reason is None:
+            return point, reasons
+        reasons.append(reason)
+    folder = points[0].folder.parent
+    raise DamagedCheckpointError(
+        f"{reasons[0]}, and no older checkpoint in {folder} is whole; restore the file from a "
+        f"copy, or delete {folder / LATEST_FILE} to start afresh."
+    )
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -169,15 +238,14 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def check_resumable(manifest: CheckpointManifest, layout: Layout, data_hash: str) -> None:
-    """Refuse to resume on another layout or another data set."""
-    for name, saved in asdict(manifest.layout).items():
-        current = asdict(layout)[name]
-        if saved != current:
-            raise ConfigError(
-                f"--run-dir: its checkpoint {manifest.tag} was saved with {name} {saved}, this "
-                f"command has {current}; change {LAYOUT_OWNERS[name]} back to {saved}, or start "
-                "another --run-dir."
-            )
+    """Refuse to resume in another precision, sample order or on another data set."""
+    saved = manifest.layout.precision
+    if saved != layout.precision:
+        raise ConfigError(
+            f"--run-dir: its checkpoint {manifest.tag} was saved with precision {saved}, this "
+            f"command has {layout.precision}; change the precision of the --deepspeed file back to "
+            f"{saved}, or start another --run-dir."
+        )
     if manifest.order_version != ORDER_VERSION:
         raise ConfigError(
             f"--run-dir: its checkpoint {manifest.tag} was trained in sample order version "

@@ -209,7 +209,19 @@ class RunConfig:
     )
     log_every: int = option("steps between log lines", bounds=">=1", may_change=True)
     save_every: int = option("steps between checkpoints", bounds=">=1", may_change=True)
+    save_every_minutes: float = option(
+        "minutes after a checkpoint at which the next is due in any case; 0 = off",
+        0.0,
+        bounds=">=0",
+        may_change=True,
+    )
     keep_last: int = option("newest checkpoints kept", bounds=">=1", may_change=True)
+    keep_every: int = option(
+        "keep the checkpoints of multiples of this many steps for good; 0 = none",
+        0,
+        bounds=">=0",
+        may_change=True,
+    )
     sample_every: int = option("steps between sample grids; 0 = off", bounds=">=0", may_change=True)
     sample_count: int = option("images in a sample grid", bounds=">=1", may_change=True)
     sample_method: str | None = option(

@@ -103,6 +103,12 @@ def checkpoint_bytes(config: Config) -> int:
     return num_copies * FP32_BYTES * count_parameters(config).total
 
 
+def snapshot_bytes(config: Config) -> int:
+    """Return how many bytes the snapshots of averages that are stored at one step take."""
+    count = len(config.optim.ema_stds) if config.optim.ema_snapshot_every else 0
+    return count * FP32_BYTES * count_parameters(config).total
+
+
 def describe(
     config: Config,
     deepspeed_config: dict[str, Any],

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_tools.errors import ConfigError
-from training.checkpoint import describe_disk_error
 from training.checkpoint_manifest import tag_of
+from training.checkpoint_writer import describe_disk_error
 from training.ema import PowerProfile
 from training.processes import agreed_message
 from training.weight_files import NonFiniteWeightsError, write_weights

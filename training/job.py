@@ -9,15 +9,14 @@ from data_tools.manifest import DatasetManifest
 from data_tools.training_data import TrainingData, open_data
 from data_tools.vae import Vae, load_decoder
 from training.checkpoint_manifest import (
-    CheckpointManifest,
     Layout,
+    ResumePoint,
     check_resumable,
-    latest_checkpoint,
-    read_manifest,
+    resume_points,
 )
 from training.command_line import CommandLine
 from training.config import Config
-from training.count import checkpoint_bytes
+from training.count import checkpoint_bytes, snapshot_bytes
 from training.deepspeed_config import merge_deepspeed, stage_of
 from training.precision import precision_of
 from training.processes import Ranks
@@ -35,8 +34,8 @@ class Job:
     data: TrainingData
     cache: ShardCache | None  # of this node; None in a dry run
     layout: Layout
-    resume_from: Path | None
-    resume_manifest: CheckpointManifest | None
+    resume_points: list[ResumePoint]  # to be tried in this order; none = a new run
+    damaged: list[str]  # what is wrong with newer checkpoints
     warm_start: WarmStart | None  # of a run that begins with another model's weights
     vae: Vae | None  # on rank 0, if grids of samples are wanted
 
@@ -65,7 +64,7 @@ def check_without_data(command: CommandLine, ranks: Ranks) -> Prepared:
     validate(config, command.deepspeed, ranks.world_size)
     check_is_elsewhere(config)
     check_run_directory(run_dir, config)
-    check_free_space(run_dir, checkpoint_bytes(config))
+    check_free_space(run_dir, checkpoint_bytes(config), snapshot_bytes(config))
     return Prepared(deepspeed_config, check_initial_weights(config))
 
 
@@ -92,13 +91,10 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         stage_of(deepspeed_config),
         precision_of(deepspeed_config),
     )
-    folder = latest_checkpoint(Path(config.run.run_dir))
-    resume_manifest = None
-    if folder is not None:
-        resume_manifest = read_manifest(folder)
-        check_resumable(resume_manifest, layout, manifest.hash)
+    points, damaged = resume_points(Path(config.run.run_dir))
+    for point in points:
+        check_resumable(point.manifest, layout, manifest.hash)
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)
-    resume = folder, resume_manifest
-    return Job(config, deepspeed_config, data, cache, layout, *resume, warm_start, vae)
+    return Job(*(config, deepspeed_config, data, cache, layout, points, damaged, warm_start, vae))

@@ -14,6 +14,7 @@ from data_tools.loader import Batch, LatentStream
 from models.loss_weights import cluster_log_variances
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
+from training.checkpoint_writer import Outcome
 from training.config import Config
 from training.ema_snapshots import SnapshotWriter
 from training.engine import learning_rate, set_learning_rate
@@ -99,6 +100,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
     # start a step, and none waits for the device to learn it.
     following = read_step(training)
     stop.post(following.error is not None)
+    saver = training.checkpointer
     started = time.monotonic()
     training.sums.restart_clock()
     while state.step < run.max_steps:
@@ -106,16 +108,19 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         # A signal during the start still gets a step, so that there is something to save.
         if signal_number == RANK_FAILED or (signal_number and state.step > first_step):
             break
+        # What was posted before the last save is out of date.
+        is_clock_due = stop.is_save_due() and saved_step != state.step
         step_data, following = following, StepData()
         if state.step + 1 < run.max_steps:
             following = read_step(training)
-        stop.post(following.error is not None)
+        stop.post(following.error is not None, saver.is_due_by_clock())
         tables = train_step(training, step_data, state.step)
         state = TrainState(
             state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
         )
+        report_write(training, state.step, saver.poll())
         is_last = state.step == run.max_steps
-        is_save_due = is_last or state.step % run.save_every == 0
+        is_save_due = is_last or is_clock_due or state.step % run.save_every == 0
         is_sample_due = run.sample_every and (is_last or state.step % run.sample_every == 0)
         is_snapshot_due = snapshot_every and (is_last or state.step % snapshot_every == 0)
         is_interrupted = is_save_due or is_sample_due or is_snapshot_due
@@ -142,6 +147,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         end_interval(training, state, tables, speed)
     if saved_step != state.step:
         save(training, state, is_last=True)
+    report_write(training, state.step, saver.finish(), is_last=True)
     if message := agreed_message(following.error):
         raise DataError(message)
     return state
@@ -201,6 +207,7 @@ def handle_skipped_step(training: Training, step: int, cause: str) -> None:
     training.report(step + 1, event)
     count, limit = training.skipped_in_a_row, training.config.optim.max_skipped_steps
     if count > limit:
+        report_write(training, step, training.checkpointer.finish())
         raise NonFiniteLossError(
             f"{event}; {count} step(s) in a row were left out and --max-skipped-steps is {limit}. "
             "The checkpoints before it are intact: lower --lr, raise --warmup-steps, set "
@@ -267,17 +274,40 @@ def rebalance(training: Training, step: int) -> None:
 
 
 def save(training: Training, state: TrainState, is_last: bool) -> None:
-    """Write a checkpoint; a failure ends the run only where there is no later chance."""
-    problem = training.checkpointer.save(state)
-    if problem is None:
+    """Begin a checkpoint, after the one before is done; wait for it only if it is the last."""
+    saver, started = training.checkpointer, time.monotonic()
+    report_write(training, state.step, saver.finish())
+    saver.begin(state)
+    pause_sec = time.monotonic() - started
+    training.monitor.timing(state.step, "checkpoint/pause_sec", pause_sec)
+    if is_last:
+        report_write(training, state.step, saver.finish(), is_last=True)
+
+
+def report_write(
+    training: Training, step: int, outcome: Outcome | None, is_last: bool = False
+) -> None:
+    """Say how writing a checkpoint ended; a failure ends the run only if there is no later chance.
+
+    Args:
+        training: the run's parts.
+        step: steps done.
+        outcome: of the write; None = there is nothing to say.
+        is_last: no checkpoint follows.
+    """
+    if outcome is None:
         return
-    message = f"checkpoint of step {state.step} could not be written: {problem}"
+    if outcome.problem is None:
+        training.monitor.timing(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
+        return
+    message = f"checkpoint of step {outcome.state.step} could not be written: {outcome.problem}"
     if is_last:
         raise CheckpointError(
             f"{message}, and run the same command again: it continues from the checkpoint before."
         )
-    if training.is_main:
-        sys.stderr.write(f"warning: {message}; training goes on, the one before it is intact.\n")
+    training.report(
+        step, f"{message}; training goes on, the one before it is intact, the next save tries again"
+    )
 
 
 def save_snapshots(training: Training, step: int) -> None:

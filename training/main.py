@@ -6,6 +6,7 @@ Everything the user can get wrong is checked first, on every rank alike, before 
 exists and before anything is written.
 """
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -16,15 +17,13 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
-from data_tools.errors import exit_on_config_error
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
 from training import processes
-from training.checkpoint_manifest import (
-    TrainState,
-    verify_together,
-)
+from training.checkpoint_manifest import ResumePoint, TrainState, first_undamaged
+from training.checkpoint_writer import name_latest
 from training.command_line import CommandLine, parse_command_line
 from training.config import Config
 from training.count import describe
@@ -34,7 +33,14 @@ from training.lost_ranks import limit_all_groups, report_lost_ranks
 from training.precision import explain_precision
 from training.processes import Ranks
 from training.run_directory import create_run_directory
+from training.run_lock import hold_run_directory
 from training.validation import check_compiler
+
+
+class RunDirectoryInUseError(processes.RunError):
+    """Another job writes to the run directory."""
+
+    exit_code = CONFIG_ERROR_EXIT_CODE
 
 
 def is_demo_missing(config: Config) -> bool:
@@ -76,62 +82,70 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
     from training.assemble import assemble  # DeepSpeed reads its environment when imported
     from training.loop import train
 
-    run_dir = Path(job.config.run.run_dir)
-    state = TrainState() if job.resume_manifest is None else job.resume_manifest.state
     processes.check_agreement(
         {
             "the configuration": job.config.to_dict(),
             "the DeepSpeed configuration": job.deepspeed_config,
             "the data set's hash": job.manifest.hash,
             "the layout": job.layout,
-            "the checkpoint": str(job.resume_from),
-            "the state": state,
+            "the checkpoints": [(str(p.folder), p.manifest.state) for p in job.resume_points],
             "the initial weights' sha256": job.warm_start and job.warm_start.sha256,
         }
     )
-    if job.resume_from is not None:
-        verify_together(job.resume_manifest, job.resume_from)
-    problem = None
-    if ranks.is_main:
-        problem = create_run_directory(
-            run_dir,
-            job.config,
-            job.deepspeed_config,
-            job.manifest,
-            None if job.warm_start is None else job.warm_start.to_dict(),
-        )
-    if problem := processes.agreed_message(problem):
-        raise processes.RunError(problem)
-    stop = processes.StopSignal(device)
-    started = time.monotonic()
-    with assemble(job, ranks, device, state) as training:
-        limit_all_groups()
-        if job.resume_from is not None:
-            loaded = training.checkpointer.load(job.resume_from)
-            assert loaded == state, f"{job.resume_from} holds {loaded}, its manifest says {state}"
-        training.placement.establish()
+    run_dir = Path(job.config.run.run_dir)
+    with hold_run_directory(run_dir) if ranks.is_main else contextlib.nullcontext() as problem:
+        if problem := processes.agreed_message(problem):
+            raise RunDirectoryInUseError(problem)
+        point, damaged = None, job.damaged
+        if job.resume_points:
+            point, more = first_undamaged(job.resume_points)
+            damaged = [*damaged, *more]
+        state = TrainState() if point is None else point.manifest.state
         if ranks.is_main:
-            print(_start_text(job, ranks, state), flush=True)
-        state = train(training, state, stop)
-    stop.restore()
+            initial = None if job.warm_start is None else job.warm_start.to_dict()
+            problem = create_run_directory(
+                run_dir, job.config, job.deepspeed_config, job.manifest, initial
+            )
+        if problem := processes.agreed_message(problem):
+            raise processes.RunError(problem)
+        stop = processes.StopSignal(device)
+        started = time.monotonic()
+        with assemble(job, ranks, device, state) as training:
+            limit_all_groups()
+            if point is not None:
+                if damaged and ranks.is_main:
+                    with contextlib.suppress(OSError):  # else the next start finds out again
+                        name_latest(point.folder)
+                for reason in damaged:
+                    event = f"{reason}; continuing from {point.folder.name} instead"
+                    training.report(state.step, event)
+                loaded = training.checkpointer.load(*point)
+                assert loaded == state, f"{point.folder} holds {loaded}, not {state}"
+            training.placement.establish()
+            if ranks.is_main:
+                print(_start_text(job, ranks, state, point), flush=True)
+            state = train(training, state, stop)
+        stop.restore()
     if ranks.is_main:
         print(_end_line(job.config, state, time.monotonic() - started), flush=True)
     return state
 
 
-def _start_text(job: Job, ranks: Ranks, state: TrainState) -> str:
+def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | None) -> str:
     model, run = job.config.model, job.config.run
     lines = []
     if job.warm_start is not None:
         lines.append(job.warm_start.report())
     elif run.init_from is not None:
         lines.append(f"continuing {run.run_dir}; --init-from was applied when it started")
-    begin = f"resuming {job.resume_from} at" if job.resume_from else "starting at"
+    begin = f"resuming {point.folder} at" if point else "starting at"
     lines.append(
         f"{begin} step {state.step} of {run.max_steps}: {MODEL_NAMES[model.routing]} "
         f"{model.size}/{model.patch_size}, {ranks.world_size} rank(s), "
         f"ZeRO {job.layout.zero_stage}, {job.layout.precision}, {job.manifest.num_samples} samples"
     )
+    if point is not None and point.manifest.layout != job.layout:
+        lines.append(f"its layout changes from {point.manifest.layout} to {job.layout}")
     return "\n".join(lines)
 
 

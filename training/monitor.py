@@ -54,6 +54,12 @@ class Monitor:
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
 
+    def timing(self, step: int, name: str, seconds: float) -> None:
+        """Record how long something took that is no part of the training: TensorBoard only."""
+        if self._writer is not None:
+            with self.surviving_disk_errors():
+                self._writer.add_scalar(name, seconds, step)
+
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Record a picture, (H, W, 3) uint8."""
         if self._writer is not None:

@@ -231,8 +231,9 @@ class StopSignal:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self._on_host = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        # The stop signal, and whether a checkpoint is due.
+        self._flag = torch.zeros(2, dtype=torch.int32, device=device)
+        self._on_host = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None
         self._received = 0
         self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
@@ -241,13 +242,15 @@ class StopSignal:
         # A launcher often repeats the signal while the checkpoint is being written.
         self._received = number
 
-    def post(self, has_failed: bool = False) -> None:
+    def post(self, has_failed: bool = False, is_save_due: bool = False) -> None:
         """Send what this rank received to all ranks. All ranks must call this.
 
         Args:
             has_failed: this rank cannot go on; then all ranks read RANK_FAILED.
+            is_save_due: by this rank's clock a checkpoint is due; then it is for all ranks.
         """
-        self._flag.fill_(RANK_FAILED if has_failed else self._received)
+        self._flag[0] = RANK_FAILED if has_failed else self._received
+        self._flag[1] = int(is_save_due)
         torch.distributed.all_reduce(self._flag, op=torch.distributed.ReduceOp.MAX)
         self._on_host.copy_(self._flag, non_blocking=True)
         if self._flag.is_cuda:
@@ -256,9 +259,17 @@ class StopSignal:
 
     def read(self) -> int:
         """Return what any rank had received at the last `post`, 0 if nothing; all get the same."""
+        self._wait()
+        return int(self._on_host[0])
+
+    def is_save_due(self) -> bool:
+        """Tell whether by any rank's clock a checkpoint was due at the last `post`."""
+        self._wait()
+        return bool(self._on_host[1])
+
+    def _wait(self) -> None:
         if self._copied is not None:
             self._copied.synchronize()
-        return int(self._on_host)
 
     def restore(self) -> None:
         """Give the signals back to the handlers that had them."""

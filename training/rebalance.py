@@ -51,6 +51,12 @@ class ExpertPlacement:
             return {}
         return {"placement": self._kind, "slots": self.engine.module.gate.slots.tolist()}
 
+    def slots_of(self, state: dict[str, Any]) -> Tensor:
+        """Return where the experts are in a checkpoint with this state, (L, E) on the host."""
+        model = self.config.model
+        new = torch.arange(model.num_experts).repeat(MODEL_SIZES[model.size].depth, 1)
+        return torch.tensor(state["slots"]) if "slots" in state else new
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over the slots of a checkpoint whose files the engine has loaded."""
         self._kind = state.get("placement", NEW_ENGINE)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from training.checkpoint import describe_disk_error
+from training.checkpoint_writer import describe_disk_error
 from training.config import option_named
 from training.ema import PowerProfile
 from training.ema_snapshots import Snapshot, list_snapshots, snapshot_file

@@ -45,13 +45,16 @@ def check_run_directory(run_dir: Path, config: Config) -> None:
         raise ConfigError(f"--run-dir {run_dir}: {existing} is not writable; choose another.")
 
 
-def check_free_space(run_dir: Path, checkpoint_bytes: int) -> None:
-    """Refuse to start where not even one checkpoint would fit."""
-    free = shutil.disk_usage(_existing_folder(run_dir)).free
-    if free < checkpoint_bytes:
+def check_free_space(run_dir: Path, checkpoint_bytes: int, snapshot_bytes: int) -> None:
+    """Refuse to start where not even one checkpoint, with snapshots of averages, would fit."""
+    free, wanted = shutil.disk_usage(_existing_folder(run_dir)).free, checkpoint_bytes
+    what = "one checkpoint takes"
+    if snapshot_bytes:
+        what, wanted = "one checkpoint and snapshots of averages take", wanted + snapshot_bytes
+    if free < wanted:
         raise ConfigError(
-            f"--run-dir {run_dir}: {free / 2**20:,.0f} MiB are free and one checkpoint takes about "
-            f"{checkpoint_bytes / 2**20:,.0f} MiB; free some space or choose another disk."
+            f"--run-dir {run_dir}: {free / 2**20:,.0f} MiB are free and {what} about "
+            f"{wanted / 2**20:,.0f} MiB; free some space or choose another disk."
         )
 
 
