@@ -1,6 +1,6 @@
 """How fast are latents read? Our reader against plain webdataset, .npy files and safetensors.
 
-    python benchmarks/data.py --folder /tmp/latents
+    python benchmarks/data.py --folder FOLDER
 
 In one run, on the same latents (float16, 8x32x32) and labels, in batches of 256 in one tensor:
 warm and cold page cache, one and two processes; then the stream that training consumes, the time
