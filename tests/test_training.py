@@ -16,12 +16,11 @@ pytestmark = pytest.mark.ranks
 STEPS = 6
 RELATIVE = 1e-5
 BF16_RELATIVE = 1e-2  # bf16 keeps 8 bits: 0.4 % per rounding, averaged over many
-# Every job trains the same tiny problem: 4 experts, batch 8, 16 tokens a sample, fp32.
+# Every job trains the same tiny problem: 4 experts, batch 8, fp32.
 COMMON = [
     *("--num-experts", 4, "--global-batch-size", 8, "--warmup-steps", 2, "--max-steps", STEPS),
     *("--log-every", 1, "--save-every", 3, "--sample-every", 0),
     *("--ema-stds", 0.05),  # a second average, beside the preset's
-    *("--patch-size", 4),
 ]
 
 # Averaged weights are swapped in and out in the middle of training.
