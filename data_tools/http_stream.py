@@ -102,16 +102,8 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(self._stall_sec)
 
 
-class _SecureConnection(http.client.HTTPSConnection):
+class _SecureConnection(_Connection, http.client.HTTPSConnection):
     """Likewise, encrypted."""
-
-    def __init__(self, host: str, *, stall_sec: float, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._stall_sec = stall_sec
-
-    def connect(self) -> None:
-        super().connect()
-        self.sock.settimeout(self._stall_sec)
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
