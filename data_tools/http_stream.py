@@ -50,6 +50,9 @@ class HttpStream:
             err.close()
             raise _refusal(err) from err
         except urllib.error.URLError as err:  # before the request was sent
+            if isinstance(err.reason, ssl.SSLCertVerificationError):
+                cause = err.reason.verify_message
+                raise RefusalError(f"the server's certificate is not trusted ({cause})") from err
             is_late = isinstance(err.reason, TimeoutError)
             late = f"no connection within {patience.connect_sec:g} s"
             raise TransferError(late if is_late else str(err.reason)) from err
