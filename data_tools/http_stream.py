@@ -50,6 +50,9 @@ class HttpStream:
             err.close()
             raise _refusal(err) from err
         except urllib.error.URLError as err:  # before the request was sent
+            if isinstance(err.reason, ssl.SSLCertVerificationError):
+                cause = err.reason.verify_message
+                raise RefusalError(f"the server's certificate is not trusted ({cause})") from err
             is_late = isinstance(err.reason, TimeoutError)
             late = f"no connection within {patience.connect_sec:g} s"
             raise TransferError(late if is_late else str(err.reason)) from err
@@ -102,16 +105,8 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(self._stall_sec)
 
 
-class _SecureConnection(http.client.HTTPSConnection):
+class _SecureConnection(_Connection, http.client.HTTPSConnection):
     """Likewise, encrypted."""
-
-    def __init__(self, host: str, *, stall_sec: float, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._stall_sec = stall_sec
-
-    def connect(self) -> None:
-        super().connect()
-        self.sock.settimeout(self._stall_sec)
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):

@@ -84,7 +84,7 @@ def parse_location(text: str, flag: str) -> Location:
                 f"{flag} {text}: a file: URL cannot name another machine ({host}); write "
                 "file:///FOLDER with three slashes."
             )
-        return Location(text, Path(unquote(urlsplit(text).path)))
+        return _local(text, unquote(urlsplit(text).path), flag)
     if colon and rest.startswith("//"):
         try:
             host = urlsplit(text).netloc
@@ -101,7 +101,18 @@ def parse_location(text: str, flag: str) -> Location:
         return Location(text, None)
     if not text:
         raise ConfigError(f"{flag}: is empty; name a folder or a URL.")
-    return Location(text, Path(text))
+    return _local(text, text, flag)
+
+
+def _local(text: str, path: str, flag: str) -> Location:
+    folder = Path(path)
+    try:
+        folder.exists()
+    except OSError as err:  # a name too long, or a folder above it that may not be entered
+        raise ConfigError(
+            f"{flag} {text}: {err.strerror}; name a folder that can be read."
+        ) from err
+    return Location(text, folder)
 
 
 def expand_braces(text: str, flag: str) -> list[str]:

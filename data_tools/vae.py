@@ -10,10 +10,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,6 +22,9 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from data_tools.manifest import VaeReference
 from models.latents import vae_latents
+
+if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples
+    from diffusers import AutoencoderKL
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_VAE = REPOSITORY / "data_tools" / "demo_vae"
@@ -45,7 +48,7 @@ class Vae:
         downsample: image side over latent side.
     """
 
-    model: AutoencoderKL
+    model: "AutoencoderKL"
     source_id: str
     sha256: str
     scaling_factor: float
@@ -142,7 +145,9 @@ def _source_id(path: Path) -> str:
     return str(path)
 
 
-def _from_folder(folder: Path) -> AutoencoderKL:
+def _from_folder(folder: Path) -> "AutoencoderKL":
+    from diffusers import AutoencoderKL
+
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"  # a whole Stable Diffusion pipeline
     _check_config(folder / "config.json")
@@ -155,8 +160,10 @@ def _from_folder(folder: Path) -> AutoencoderKL:
         ) from err
 
 
-def _from_file(path: Path) -> AutoencoderKL:
+def _from_file(path: Path) -> "AutoencoderKL":
     """Load one file, with the configuration beside it: a weight file states no scaling factor."""
+    from diffusers import AutoencoderKL
+
     config = path.parent / "config.json"
     if not config.is_file():
         raise ConfigError(
@@ -181,7 +188,9 @@ def _from_file(path: Path) -> AutoencoderKL:
         ) from err
 
 
-def _from_hub(hub_id: str) -> AutoencoderKL:
+def _from_hub(hub_id: str) -> "AutoencoderKL":
+    from diffusers import AutoencoderKL
+
     try:
         return AutoencoderKL.from_pretrained(hub_id, **_LOADING)
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as err:
@@ -213,7 +222,7 @@ def _first_line(err: Exception) -> str:
     return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")
 
 
-def _weights_sha256(model: AutoencoderKL) -> str:
+def _weights_sha256(model: "AutoencoderKL") -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())

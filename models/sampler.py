@@ -18,11 +18,6 @@ N batch, C latent channels, H W latent size, S timesteps of training.
 from collections.abc import Callable
 
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-)
 from torch import Tensor
 
 from models.diffusion import Diffusion
@@ -163,19 +158,21 @@ class _Scheduled:
     def __init__(
         self, method: str, chain: Diffusion, predict: Callable[[Tensor, int], Tensor]
     ) -> None:
+        import diffusers  # takes seconds, and training rarely gets here
+
         self.chain, self.predict = chain, predict
         # On the CPU: the scheduler computes its coefficients from them without waiting for a GPU.
         levels = chain.sigma.flip(0).cpu()
         if method == "dpmpp-2m":
             levels = levels / chain.signal.flip(0).cpu()
             # The last step, to no noise at all, is of first order: log(signal / sigma) is infinite.
-            self.scheduler = DPMSolverMultistepScheduler(
+            self.scheduler = diffusers.DPMSolverMultistepScheduler(
                 solver_order=2, prediction_type="sample", final_sigmas_type="zero"
             )
         elif method == "euler":
-            self.scheduler = FlowMatchEulerDiscreteScheduler()
+            self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         else:
-            self.scheduler = FlowMatchHeunDiscreteScheduler()
+            self.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
             # It looks up the level of every call: the first, then predictor and corrector in turn.
             levels = torch.cat((levels[:1], levels[1:].repeat_interleave(2)))
         self.scheduler.set_timesteps(chain.num_steps)

@@ -1,6 +1,7 @@
 """A web server that misbehaves on purpose, one request at a time."""
 
 import socket
+import ssl
 import struct
 import threading
 from collections import defaultdict
@@ -45,12 +46,12 @@ class HttpServer:
     """Serves a folder with ETags and ranges; each fault in `faults[name]` spoils one request.
 
     Attributes:
-        url: of the folder.
+        url: of the folder; https if an SSLContext is given.
         requests: all of them, in order.
         etags: of files, where not "1".
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, context: ssl.SSLContext | None = None) -> None:
         self.folder, self.requests = folder, []
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.etags: dict[str, str] = {}
@@ -59,7 +60,13 @@ class HttpServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self.url = f"http://127.0.0.1:{self._server.server_port}/data"
+        scheme = "http" if context is None else "https"
+        if context is not None:
+            # The handshake waits for the first read, which happens in the request's own thread.
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.url = f"{scheme}://127.0.0.1:{self._server.server_port}/data"
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -355,6 +355,7 @@ def test_local_locations(text, folder):
         ("http:///x", "is no URL that can be read"),
         ("http://[x/y", "is no URL that can be read"),
         ("file://host/x", "cannot name another machine"),
+        ("x" * 300, "x: File name too long; name a folder that can be read."),
     ],
 )
 def test_wrong_locations(text, message):
