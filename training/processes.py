@@ -26,6 +26,7 @@ TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
 DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
 DEFAULT_MASTER_PORT = 29500
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, saved, and to be started again
 RANK_FAILED = 1000  # as a stop signal: a rank cannot go on; above every signal number
 FOLLOWER_WAIT_SEC = 30.0  # longer than a launcher needs to notice that rank 0 has left
 

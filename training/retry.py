@@ -1,0 +1,100 @@
+"""Whether a training command that ended should be started again: the job scripts ask this.
+
+    python training/retry.py EXIT_CODE [the flags of training/main.py]
+
+Exit code 0 = yes. What was stopped by a signal and saved is started again, a user's mistake is not,
+anything else is a crash. No more than MAX_RESTARTS times in a row without a new checkpoint.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
+from data_tools.files import MalformedError, from_json, write_json
+from training.checkpoint_manifest import latest_checkpoint
+from training.command_line import parse_command_line
+from training.processes import SAVED_EXIT_CODE
+
+RESTARTS_FILE = "restarts.json"  # in the run directory
+LIMIT_VARIABLE = "MAX_RESTARTS"
+DEFAULT_LIMIT = 3
+NO_EXIT_CODE = 1
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """How often a job was started again from where it is."""
+
+    job: str = ""  # of the batch system; a new one counts afresh
+    checkpoint: str = ""
+    count: int = 0
+
+
+def decide(
+    exit_code: int, job: str, checkpoint: str, before: Restarts, limit: int
+) -> tuple[Restarts | None, str]:
+    """Return the new count, None if the job should not be started again, and why.
+
+    Args:
+        exit_code: of the training command.
+        job: that ran it.
+        checkpoint: the newest one; empty if there is none.
+        before: the count after the last restart.
+        limit: restarts from one checkpoint.
+    """
+    if exit_code == 0:
+        return None, "done"
+    if exit_code == CONFIG_ERROR_EXIT_CODE:
+        return None, "the error above needs a person; the job is not started again"
+    if (before.job, before.checkpoint) != (job, checkpoint):
+        before = Restarts(job, checkpoint)
+    now = replace(before, count=before.count + 1)
+    what = "saved" if exit_code == SAVED_EXIT_CODE else f"ended with exit code {exit_code}"
+    where = checkpoint or "the beginning"
+    if now.count > limit:
+        return None, (
+            f"{what}; no progress since {where} in {limit} restart(s), so the job is not started "
+            "again: look at the errors above"
+        )
+    again = f" (restart {now.count} of {limit} from there)" if exit_code != SAVED_EXIT_CODE else ""
+    return now, f"{what}; starting again from {where}{again}"
+
+
+def read_restarts(path: Path) -> Restarts:
+    """Read the last count; a missing or damaged file is none."""
+    try:
+        return from_json(Restarts, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, MalformedError):
+        return Restarts()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the decision; exit with code 0 if the job should be started again."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: training/retry.py EXIT_CODE [FLAG ...]  (--help: this)\n\n" + __doc__)
+        sys.exit(0 if argv else CONFIG_ERROR_EXIT_CODE)
+    with exit_on_config_error():
+        limit = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
+        if not argv[0].isdecimal() or not limit.isdecimal():
+            raise ConfigError(f"EXIT_CODE {argv[0]} and {LIMIT_VARIABLE}={limit}: use numbers.")
+        run_dir = Path(parse_command_line(argv[1:]).config.run.run_dir)
+        folder = latest_checkpoint(run_dir)
+    path = run_dir / RESTARTS_FILE
+    job, checkpoint = os.environ.get("SLURM_JOB_ID", ""), folder.name if folder else ""
+    restarts, why = decide(int(argv[0]), job, checkpoint, read_restarts(path), int(limit))
+    print(f"{run_dir}: {why}.", flush=True)
+    if restarts is None:
+        sys.exit(NO_EXIT_CODE)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, restarts)
+
+
+if __name__ == "__main__":
+    main()
