@@ -1,5 +1,5 @@
 """A real Slurm on this machine: a login node and virtual nodes with fake GPUs, each in its own
-network, process and host-name namespace, joined by a bridge.
+network, process and host-name namespace, joined by a bridge. The nodes also run sshd.
 
     python -m tests.local_slurm --nodes 2     # a shell on the login node; everything ends with it
 
@@ -50,6 +50,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
 JobRequeue=1
+KillWait=15
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
@@ -58,6 +59,22 @@ SlurmdTimeout={node_timeout}
 SchedulerParameters=sched_interval=2
 {nodes}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+SSHD_CONFIG = """
+HostKey {folder}/ssh/key
+AuthorizedKeysFile {folder}/ssh/key.pub
+PermitRootLogin yes
+StrictModes no
+UsePAM no
+PidFile none
+"""
+
+SSH_CONFIG = """
+IdentityFile {folder}/ssh/key
+StrictHostKeyChecking no
+UserKnownHostsFile /dev/null
+LogLevel ERROR
 """
 
 # The first process of a machine reaps what others leave behind. The login node's ends when our end
@@ -134,6 +151,7 @@ class LocalSlurm:
             ip address add {NETWORK}.{10 + number}/24 dev eth0
             ip link set eth0 up
             slurmd -f {self.folder}/slurm.conf -N {node}
+            /usr/sbin/sshd -f {self.folder}/ssh/sshd_config
             """,
             parent="login",
         )
@@ -188,13 +206,19 @@ class LocalSlurm:
 
     def _write_files(self):
         folder = self.folder
-        for name in ("state", "spool", "munge", "gpu"):
+        for name in ("state", "spool", "munge", "gpu", "ssh"):
             (folder / name).mkdir(mode=0o700)
         key = folder / "munge/key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
         for number in range(GPUS):
             (folder / f"gpu/gpu{number}").touch()
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "ssh/key"], check=True
+        )
+        (folder / "ssh/sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
+        (folder / "ssh/ssh_config").write_text(SSH_CONFIG.format(folder=folder))
+        Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it
         hosts = ["127.0.0.1 localhost", f"{LOGIN_ADDRESS} login"]
         lines = []
         for number, node in enumerate(self.nodes, 11):
@@ -230,6 +254,7 @@ class LocalSlurm:
             set -e
             hostname {name}
             mount --bind {self.folder}/hosts /etc/hosts
+            mount --bind {self.folder}/ssh/ssh_config /etc/ssh/ssh_config
             ip link set lo up
             {script}
             touch {self.folder}/{name}.up

@@ -198,7 +198,7 @@ def report(problems: list[str], ranks: Ranks) -> None:
         if len(problems) > MAX_SENTENCES:
             sys.stderr.write(f"error: and {len(problems) - MAX_SENTENCES} nodes more.\n")
     else:
-        time.sleep(GRACE_SEC)
+        processes.wait_to_be_ended(CONFIG_ERROR_EXIT_CODE)
     sys.exit(CONFIG_ERROR_EXIT_CODE)
 
 
