@@ -23,7 +23,7 @@ NETWORK = "10.99.0"  # inside the namespaces only, so it cannot collide with the
 LOGIN_ADDRESS = f"{NETWORK}.1"
 CPUS, GPUS = 8, 8  # per node; Slurm is told so, the machine may have fewer
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
-NODE_TIMEOUT_SEC = 15
+NODE_TIMEOUT_SEC = 25
 START_SEC = 60
 MISSING = "needs root, network namespaces and the packages of tests/install_cluster.sh (as root)"
 
@@ -56,6 +56,7 @@ AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 SlurmdParameters=config_overrides
 SlurmdTimeout={node_timeout}
+MessageTimeout=25
 SchedulerParameters=sched_interval=2
 {nodes}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP

@@ -20,7 +20,7 @@ from training.checkpoint_manifest import latest_checkpoint, read_manifest
 pytestmark = pytest.mark.cluster
 
 SHAPE = (8, 8, 8)
-STEPS = 160
+STEPS = 120
 WAIT_SEC = 420  # for whatever a loaded machine may need minutes for
 VENV = Path(os.sys.prefix)
 
@@ -74,8 +74,11 @@ class Job:
         self.wait(lambda: self.step() >= target, f"step {target}")
         assert self.field("JobState") == "RUNNING", self.explain()
 
-    def wait_for_restart(self, number):
-        self.wait(lambda: int(self.field("Restarts")) == number, f"restart {number}")
+    def restarts(self):
+        return int(self.field("Restarts"))
+
+    def wait_for_restart(self, before):
+        self.wait(lambda: self.restarts() > before, f"more than {before} restarts")
 
     def end(self):
         """Wait until the job has ended for good; return its state."""
@@ -123,18 +126,21 @@ def test_whatever_ends_a_job_it_comes_back_and_ends_as_if_nothing_had_happened(
 
     # Told to stop: every rank saves at the next step.
     job.wait_for_progress()
+    before = job.restarts()
     cluster.run("scancel", "--signal=TERM", job.number)
-    job.wait_for_restart(1)
+    job.wait_for_restart(before)
     assert "stopped by a signal after step" in job.output()
     stopped_at = int(re.search(r"stopped by a signal after step (\d+)", job.output())[1])
     assert job.step() == stopped_at
+    assert "srun: error: node2: task" in job.output() and "exit code 75" in job.output()
 
     # The time limit: the template asks for a signal five minutes before it. Slurm looks every half
     # minute, so a thin cable makes the steps last.
     job.wait_for_progress()
+    before = job.restarts()
     cluster.slow_down("node2", "150mbit")
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=5")
-    job.wait_for_restart(2)
+    job.wait_for_restart(before)
     cluster.slow_down("node2")
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     assert f"job {job.number} is near its time limit" in job.output()
@@ -142,21 +148,23 @@ def test_whatever_ends_a_job_it_comes_back_and_ends_as_if_nothing_had_happened(
 
     # An administrator, or a job of higher priority.
     job.wait_for_progress()
+    before = job.restarts()
     cluster.run("scontrol", "requeue", job.number)
-    job.wait_for_restart(3)
-    assert job.output().count("stopped by a signal after step") == 3
+    job.wait_for_restart(before)
+    job.wait(lambda: job.output().count("stopped by a signal after step") == 3, "the ranks to save")
 
-    # The power of a node fails, the first one's too.
-    for restart, node in ((4, "node2"), (5, "node1")):
-        job.wait_for_progress()
-        cluster.power_off(node)
-        job.wait_for_restart(restart)
-        cluster.boot(node)
-
-    # Slurm loses a node whose tasks go on.
+    # The power of a node fails.
     job.wait_for_progress()
+    before = job.restarts()
+    cluster.power_off("node2")
+    job.wait_for_restart(before)
+    cluster.boot("node2")
+
+    # Slurm loses the first node, whose tasks go on.
+    job.wait_for_progress()
+    before = job.restarts()
     cluster.kill_slurmd("node1")
-    job.wait_for_restart(6)
+    job.wait_for_restart(before)
     cluster.start_slurmd("node1")
 
     assert job.end() == "COMPLETED", job.explain()

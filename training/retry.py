@@ -4,8 +4,10 @@
 
 Exit code 0 = yes. What was stopped by a signal and saved is started again, a user's mistake is not,
 anything else is a crash. No more than MAX_RESTARTS times in a row without a new checkpoint.
+It runs between a crash and the next try, so it does without torch, whose import takes seconds.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -15,12 +17,13 @@ from pathlib import Path
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import yaml
+
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
 from data_tools.files import MalformedError, from_json, write_json
-from training.checkpoint_manifest import latest_checkpoint
-from training.command_line import parse_command_line
-from training.processes import SAVED_EXIT_CODE
 
+SAVED_EXIT_CODE = 75  # as in processes.py, which imports torch
+PRESETS = Path(__file__).parent / "presets"
 RESTARTS_FILE = "restarts.json"  # in the run directory
 LIMIT_VARIABLE = "MAX_RESTARTS"
 DEFAULT_LIMIT = 3
@@ -74,6 +77,25 @@ def read_restarts(path: Path) -> Restarts:
         return Restarts()
 
 
+def run_dir_of(flags: list[str]) -> Path:
+    """Return the run directory of flags that training/main.py has accepted."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run-dir")
+    parser.add_argument("--preset", default="demo")
+    given, _ = parser.parse_known_args(flags)
+    if given.run_dir is not None:
+        return Path(given.run_dir)
+    is_file = given.preset.endswith((".yaml", ".yml"))
+    path = Path(given.preset) if is_file else PRESETS / f"{given.preset}.yaml"
+    return Path(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["run_dir"])
+
+
+def newest_checkpoint(run_dir: Path) -> str:
+    """Return the name of the newest checkpoint; empty if there is none."""
+    pointer = run_dir / "checkpoints" / "latest"
+    return pointer.read_text(encoding="ascii").strip() if pointer.exists() else ""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the decision; exit with code 0 if the job should be started again."""
     argv = sys.argv[1:] if argv is None else argv
@@ -84,11 +106,14 @@ def main(argv: list[str] | None = None) -> None:
         limit = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
         if not argv[0].isdecimal() or not limit.isdecimal():
             raise ConfigError(f"EXIT_CODE {argv[0]} and {LIMIT_VARIABLE}={limit}: use numbers.")
-        run_dir = Path(parse_command_line(argv[1:]).config.run.run_dir)
-        folder = latest_checkpoint(run_dir)
+    exit_code, flags = int(argv[0]), argv[1:]
+    if exit_code in (0, CONFIG_ERROR_EXIT_CODE):  # then the flags need not be right
+        print(decide(exit_code, "", "", Restarts(), int(limit))[1], flush=True)
+        sys.exit(NO_EXIT_CODE)
+    run_dir = run_dir_of(flags)
     path = run_dir / RESTARTS_FILE
-    job, checkpoint = os.environ.get("SLURM_JOB_ID", ""), folder.name if folder else ""
-    restarts, why = decide(int(argv[0]), job, checkpoint, read_restarts(path), int(limit))
+    job, checkpoint = os.environ.get("SLURM_JOB_ID", ""), newest_checkpoint(run_dir)
+    restarts, why = decide(exit_code, job, checkpoint, read_restarts(path), int(limit))
     print(f"{run_dir}: {why}.", flush=True)
     if restarts is None:
         sys.exit(NO_EXIT_CODE)
