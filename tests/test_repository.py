@@ -23,16 +23,8 @@ ENTRY_POINTS = [path for path in CODE if '\nif __name__ == "__main__":\n' in pat
 FOREIGN_FLAGS = {
     *("--logdir", "--port", "--num_gpus", "--nproc-per-node", "--hostfile", "--master_addr"),
     *("--nodes", "--partition", "--account", "--signal", "--requeue", "--fix", "--check"),
-    *(
-        "--exclude",
-        "--no_ssh",
-        "--node_rank",
-        "--include",
-        "--launcher",
-        "--version",
-        "--time",
-        "--bind_all",
-    ),
+    *("--no_ssh", "--node_rank", "--include", "--launcher", "--version", "--time", "--bind_all"),
+    *("--exclude", "--host"),
 }
 
 
