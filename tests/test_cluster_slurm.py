@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cluster
 
 SHAPE = (8, 8, 8)
 STEPS = 120
-WAIT_SEC = 420  # for whatever a loaded machine may need minutes for
+WAIT_SEC = 900  # for whatever a loaded machine may need minutes for
 VENV = Path(os.sys.prefix)
 
 
@@ -248,7 +248,7 @@ def test_a_node_that_hangs_is_named_in_bounded_time(cluster, latents, tmp_path):
 
 
 def test_a_slow_node_is_named(cluster, latents, tmp_path):
-    cluster.slow_down("node2", "40mbit")
+    cluster.slow_down("node2", "80mbit")
     try:
         job = Job(cluster, tmp_path, latents, check_nodes="yes", MIN_NODE_GBPS="0.02")
         lines = error_lines(job)
@@ -257,7 +257,7 @@ def test_a_slow_node_is_named(cluster, latents, tmp_path):
 
     assert len(lines) == 1, job.output()
     assert re.match(
-        r"error: node node2 exchanges 0\.00\d GB/s with the first node, MIN_NODE_GBPS is 0\.02; ",
+        r"error: node node2 exchanges 0\.0[01]\d GB/s with the first node, MIN_NODE_GBPS is 0\.02; ",
         lines[0],
     ), lines
 

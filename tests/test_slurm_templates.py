@@ -103,7 +103,7 @@ def test_outside_a_job_the_script_says_how_to_submit_it():
 
 def test_an_array_that_may_be_empty_is_no_unset_variable():
     # To a bash before 4.4, `set -u` and "${EMPTY[@]}" are an error.
-    arrays = re.findall(r"^([A-Z]+)=\(", (ROOT / "slurm/site.sh").read_text(), re.MULTILINE)
+    arrays = re.findall(r"^([A-Z_]+)=\(", (ROOT / "slurm/site.sh").read_text(), re.MULTILINE)
     assert {"MODULES", "CONTAINER", "SRUN_FLAGS"} <= set(arrays)
 
     for path in (ROOT / "slurm").glob("*.sh"):
