@@ -257,7 +257,7 @@ def test_a_slow_node_is_named(cluster, latents, tmp_path):
 
     assert len(lines) == 1, job.output()
     assert re.match(
-        r"error: node node2 exchanges 0\.0[01]\d GB/s with the first node, MIN_NODE_GBPS is 0\.02; ",
+        r"error: node node2 exchanges 0\.0[01]\d GB/s with the first node, MIN_NODE_GBPS is 0\.02;",
         lines[0],
     ), lines
 
