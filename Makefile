@@ -1,5 +1,6 @@
 # make demo    demo images -> latents -> training -> samples, on any machine (about 15 minutes on two cores)
 # make test    lint and tests
+# make test-cluster   the tests that start a real Slurm, OpenMPI and sshd (root, Debian; about ten minutes)
 # make lint    lint only
 # make clean   remove caches and the virtual environment; runs/ and datasets/ stay
 #
@@ -14,7 +15,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-cluster lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +33,10 @@ demo: $(INSTALLED)
 
 test: lint
 	pytest
+
+test-cluster: $(INSTALLED)
+	tests/install_cluster.sh
+	pytest -m cluster
 
 lint: $(INSTALLED)
 	ruff check .

@@ -1,18 +1,15 @@
-# Shared by the job scripts beside it: settings of the site, and `launch`. Sourced, never run.
+# Shared by the job scripts beside it: `train` and `launch`. Sourced, never run.
+# Settings of the site are in site.sh.
 #
 # One task per GPU; training/processes.py reads Slurm's variables, so no MPI is needed.
-# A job that nears its time limit saves a checkpoint, is queued again and continues. So does a
-# preempted job where the partition's PreemptMode is REQUEUE.
+# A training job that nears its time limit, or is told to stop by `scancel --signal=TERM`, saves a
+# checkpoint, is queued again and continues. So does one that crashes, a bounded number of times,
+# and one that Slurm itself queues again: preempted (PreemptMode=REQUEUE), or after a node failed.
 
-# --- Site settings: edit here, once per cluster --------------------------------------------------
-# Partition and account are sbatch's own: give them with `sbatch --partition=... --account=...`, or
-# export SBATCH_PARTITION and SBATCH_ACCOUNT in your shell.
-MODULES=()                   # environment modules to load, e.g. MODULES=(cuda/13.0 gcc/13)
-VENV=${VENV:-.venv}          # virtual environment whose python runs the job, on a shared disk
-CONTAINER=()                 # command that enters a container, e.g. CONTAINER=(apptainer exec --nv image.sif)
-SRUN_FLAGS=()                # further flags of srun, e.g. SRUN_FLAGS=(--cpu-bind=cores --mpi=none)
-# export NCCL_SOCKET_IFNAME=ib0  # and whatever else the site's network needs
-# -------------------------------------------------------------------------------------------------
+# shellcheck source=site.sh
+source "${SLURM_SUBMIT_DIR:-.}/slurm/site.sh"
+
+SAVED=75  # exit code of a program that saved its work and is to be started again
 
 # Print the value of `#SBATCH --NAME=VALUE` in the job script.
 directive() {
@@ -28,8 +25,41 @@ rendezvous() {
 
 # Run a Python program on every task of the job: launch PROGRAM ARGUMENT...
 # With --dry-run among the arguments, print the command instead; needs no Slurm.
+# A program that saved its work and says so is queued again.
 launch() {
-  local word is_dry_run=no arguments=()
+  local status=0
+  run_tasks "$@" || status=$?
+  if ((status == SAVED)) && [[ $is_ended == no ]]; then queue_again; fi
+  return "$status"
+}
+
+# Train on every task of the job, after a look at its nodes: train FLAG-OF-training/main.py...
+train() {
+  local status=0
+  if [[ $CHECK_NODES == yes ]]; then run_tasks training/preflight.py "$@" || status=$?; fi
+  if ((status == 0)) && [[ $nears_limit == yes ]]; then status=$SAVED; fi
+  if ((status == 0)); then run_tasks training/main.py "$@" || status=$?; fi
+  if ((status == 0)) || [[ $is_dry_run == yes || $is_ended == yes ]]; then return "$status"; fi
+  # Before a rank minds signals, SIGTERM ends it: no crash.
+  if ((status > 128)) && [[ $nears_limit == yes ]]; then status=$SAVED; fi
+  if python_command training/retry.py "$status" "$@"; then queue_again; fi
+  return "$status"
+}
+
+queue_again() {
+  echo "job $SLURM_JOB_ID is queued again"
+  scontrol requeue "$SLURM_JOB_ID"
+}
+
+# An empty array is an unset variable to a bash before 4.4, hence the + below.
+python_command() {
+  ${CONTAINER[@]+"${CONTAINER[@]}"} "$VENV/bin/python" -u "$@"
+}
+
+is_dry_run=no nears_limit=no is_ended=no
+
+run_tasks() {
+  local word arguments=()
   for word in "$@"; do
     if [[ $word == --dry-run ]]; then is_dry_run=yes; else arguments+=("$word"); fi
   done
@@ -40,7 +70,8 @@ launch() {
     --ntasks-per-node="${SLURM_NTASKS_PER_NODE:-$(directive ntasks-per-node)}"
     --cpus-per-task="$cpus"  # srun does not take it over from sbatch
     --kill-on-bad-exit=1     # one dead rank ends the job instead of leaving the others waiting
-    "${SRUN_FLAGS[@]}" "${CONTAINER[@]}" "$VENV/bin/python" -u "${arguments[@]}"
+    ${SRUN_FLAGS[@]+"${SRUN_FLAGS[@]}"}
+    ${CONTAINER[@]+"${CONTAINER[@]}"} "$VENV/bin/python" -u "${arguments[@]}"
   )
   if [[ $is_dry_run == yes ]]; then
     printf '%q ' "${command[@]}"
@@ -49,21 +80,17 @@ launch() {
   fi
   if [[ -z ${SLURM_JOB_ID:-} ]]; then
     echo "error: $0: not inside a Slurm job; submit it with: sbatch $0 (or look at it: bash $0 --dry-run)" >&2
-    return 2
+    exit 2
   fi
   if ((${#MODULES[@]})); then module load "${MODULES[@]}"; fi
   rendezvous
   export OMP_NUM_THREADS=$cpus
-  run_until_done_or_requeue "${command[@]}"
+  run_and_mind_signals "${command[@]}"
 }
 
 # Run a command in the background, so that this shell can react to signals meanwhile.
-run_until_done_or_requeue() {
-  local step status nears_limit=no is_interrupted
-  # sbatch --signal=B:USR1@SECONDS tells this shell that the limit is near; the ranks save and
-  # leave on SIGTERM, which scancel sends to the tasks and not to this shell.
-  trap 'is_interrupted=yes; nears_limit=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-  trap 'is_interrupted=yes' TERM  # Slurm has sent it to the tasks as well: wait for them to save
+run_and_mind_signals() {
+  local step status
   "$@" &
   step=$!
   while  # a trapped signal ends `wait` early
@@ -71,12 +98,22 @@ run_until_done_or_requeue() {
     wait "$step" || status=$?
     [[ $is_interrupted == yes ]]
   do :; done
-  trap - USR1 TERM
-  if [[ $nears_limit == yes && $status == 0 ]]; then
-    echo "time limit near: checkpoint saved, job $SLURM_JOB_ID is queued again"
-    scontrol requeue "$SLURM_JOB_ID"
-  fi
   return "$status"
 }
+
+# sbatch --signal=B:USR1@SECONDS tells this shell that the limit is near; the ranks save and leave on
+# SIGTERM, which scancel sends to the tasks and not to this shell.
+on_near_limit() {
+  is_interrupted=yes nears_limit=yes
+  echo "job $SLURM_JOB_ID is near its time limit: the ranks save and leave"
+  scancel --signal=TERM "$SLURM_JOB_ID"
+}
+
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+  trap on_near_limit USR1
+  # Slurm ends the job and has sent it to the tasks as well: wait for them to save. Whether the job
+  # is queued again is decided by who ended it.
+  trap 'is_interrupted=yes is_ended=yes' TERM
+fi
 
 cd "${SLURM_SUBMIT_DIR:-.}"

@@ -23,4 +23,4 @@
 set -euo pipefail
 source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
 
-launch training/main.py --preset xl --deepspeed ds_configs/zero2.json "$@"
+train --preset xl --deepspeed ds_configs/zero2.json "$@"

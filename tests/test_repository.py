@@ -25,6 +25,7 @@ FOREIGN_FLAGS = {
     "--array",
     *("--nodes", "--partition", "--account", "--signal", "--requeue", "--fix", "--check"),
     *("--no_ssh", "--node_rank", "--include", "--launcher", "--version", "--time", "--bind_all"),
+    *("--exclude", "--host"),
 }
 
 
@@ -168,11 +169,11 @@ def test_no_tracked_file_holds_a_path_of_one_machine():
 
 
 def test_shell_scripts_parse_and_those_that_are_run_are_executable():
-    scripts = [ROOT / ".ci/run", *(ROOT / "slurm").glob("*.sh")]
+    scripts = [ROOT / ".ci/run", *ROOT.glob("tests/*.sh"), *ROOT.glob("slurm/*.sh")]
 
     for script in scripts:
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-        assert os.access(script, os.X_OK) or script.name == "common.sh"
+        assert os.access(script, os.X_OK) or script.name in ("common.sh", "site.sh")
 
 
 def test_make_demo_runs_the_three_commands_that_a_user_types():

@@ -1,12 +1,14 @@
 """The job scripts: what they would run, and what they do with Slurm's signals.
 
-Slurm itself is replaced by programs of its commands' names that write down how they were called.
+Here Slurm is replaced by programs of its commands' names that write down how they were called;
+test_cluster_slurm.py has a real one.
 """
 
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import pytest
 from training.command_line import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != "common.sh")
+SHARED = ("common.sh", "site.sh")
+JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name not in SHARED)
 TRAIN_JOBS = [name for name in JOBS if name.startswith("train_")]
 
 
@@ -36,7 +39,7 @@ def test_every_job_script_is_there():
     assert ["encode_latents.sh", "sample.sh", *training] == JOBS
 
 
-@pytest.mark.parametrize("name", [*JOBS, "common.sh"])
+@pytest.mark.parametrize("name", [*JOBS, *SHARED])
 def test_scripts_parse(name):
     assert bash("-n", f"slurm/{name}").returncode == 0
 
@@ -71,7 +74,9 @@ def test_training_jobs_start_one_task_per_gpu_with_their_preset(name):
     assert directives["signal"] == "B:USR1@300"
     assert "#SBATCH --requeue" in text
     printed = bash(f"slurm/{name}", "--dry-run").stdout
-    argv = printed.split("training/main.py ")[1].split()
+    look, train = printed.splitlines()
+    argv = train.split("training/main.py ")[1].split()
+    assert look == train.replace("main.py", "preflight.py")
     command = parse_command_line(argv)
     assert command.preset == name.removeprefix("train_").removesuffix(".sh")
     assert (ROOT / command.deepspeed).exists()
@@ -96,6 +101,18 @@ def test_outside_a_job_the_script_says_how_to_submit_it():
     assert "not inside a Slurm job; submit it with: sbatch slurm/train_xl.sh" in result.stderr
 
 
+def test_an_array_that_may_be_empty_is_no_unset_variable():
+    # To a bash before 4.4, `set -u` and "${EMPTY[@]}" are an error.
+    arrays = re.findall(r"^([A-Z_]+)=\(", (ROOT / "slurm/site.sh").read_text(), re.MULTILINE)
+    assert {"MODULES", "CONTAINER", "SRUN_FLAGS"} <= set(arrays)
+
+    for path in (ROOT / "slurm").glob("*.sh"):
+        for name in arrays:
+            used, guarded = f'"${{{name}[@]}}"', f'${{{name}[@]+"${{{name}[@]}}"}}'
+            text = path.read_text().replace(guarded, "").replace(f"module load {used}", "")
+            assert used not in text, f"{path.name} expands {name} without a guard"
+
+
 @pytest.fixture
 def job(tmp_path):
     """Start a job script whose srun runs BODY; return the process and the log of calls."""
@@ -110,16 +127,17 @@ def job(tmp_path):
     program("scontrol", '[[ $1 == show ]] && printf "node7\\nnode8\\n" || true')
     program("scancel", f"kill -TERM $(cat {tmp_path}/srun.pid)")
 
-    def start(body):
+    def start(body, *flags, **values):
         program("srun", f"echo $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS >>{log}\n{body}")
         env = environment(
             PATH=f"{tmp_path}:{os.environ['PATH']}",
+            VENV=sys.prefix,
             SLURM_JOB_ID="41234",
             SLURM_JOB_NODELIST="node[7-8]",
+            **{"CHECK_NODES": "no"} | values,
         )
-        process = subprocess.Popen(
-            ["bash", "slurm/train_s.sh", "--seed", "3"], cwd=ROOT, env=env, text=True
-        )
+        flags = ("--run-dir", tmp_path / "run", *flags)
+        process = subprocess.Popen(["bash", "slurm/train_s.sh", *flags], cwd=ROOT, env=env)
         return process, log
 
     return start
@@ -148,25 +166,44 @@ def test_a_job_gives_its_ranks_a_place_to_meet(job):
     calls = log.read_text().splitlines()
     assert calls[0] == "scontrol show hostnames node[7-8]"
     assert calls[1].startswith("srun --nodes=1 --ntasks-per-node=8 ")
-    assert calls[1].endswith("--preset s --deepspeed ds_configs/zero2.json --seed 3")
+    assert " --preset s --deepspeed ds_configs/zero2.json --run-dir " in calls[1]
     assert calls[2] == f"node7 {10000 + 41234 % 20000} 8"
     assert len(calls) == 3
 
 
-def test_a_failing_rank_fails_the_job(job):
-    process, log = job("exit 7")
+def test_training_starts_only_on_nodes_that_pass(job):
+    process, log = job("[[ $* != *preflight.py* ]] || exit 2", CHECK_NODES="yes")
 
-    assert process.wait(timeout=60) == 7
+    assert process.wait(timeout=60) == 2
+    calls = log.read_text()
+    assert "training/preflight.py" in calls
+    assert "training/main.py" not in calls
+    assert "requeue" not in calls
+
+
+def test_a_mistake_of_the_users_is_not_tried_again(job):
+    process, log = job("exit 2")
+
+    assert process.wait(timeout=60) == 2
     assert "requeue" not in log.read_text()
 
 
+def test_a_crash_is_tried_again_a_bounded_number_of_times(job, tmp_path):
+    for restart in range(3):
+        process, log = job("exit 7", MAX_RESTARTS="2")
+        assert process.wait(timeout=60) == 7
+        assert log.read_text().count("scontrol requeue 41234") == min(restart + 1, 2)
+
+    assert (tmp_path / "run" / "restarts.json").exists()
+
+
 def test_near_the_time_limit_the_ranks_save_and_the_job_is_queued_again(job, tmp_path):
-    process, log = job(WAITING_TASK.format(folder=tmp_path, status=0))
+    process, log = job(WAITING_TASK.format(folder=tmp_path, status=75))
     wait_for(tmp_path / "srun.pid")
 
     process.send_signal(signal.SIGUSR1)
 
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 75
     calls = log.read_text().splitlines()
     assert calls[-3:] == [
         "scancel --signal=TERM 41234",
@@ -175,22 +212,34 @@ def test_near_the_time_limit_the_ranks_save_and_the_job_is_queued_again(job, tmp
     ]
 
 
-def test_a_job_whose_ranks_fail_to_save_is_not_queued_again(job, tmp_path):
-    process, log = job(WAITING_TASK.format(folder=tmp_path, status=1))
+def test_a_job_that_is_done_at_the_time_limit_is_not_queued_again(job, tmp_path):
+    process, log = job(WAITING_TASK.format(folder=tmp_path, status=0))
     wait_for(tmp_path / "srun.pid")
 
     process.send_signal(signal.SIGUSR1)
 
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=60) == 0
     assert "requeue" not in log.read_text()
 
 
-def test_a_terminated_job_waits_for_its_ranks_to_save(job, tmp_path):
-    process, log = job(WAITING_TASK.format(folder=tmp_path, status=0))
+def test_the_time_limit_during_the_look_at_the_nodes_queues_again_at_once(job, tmp_path):
+    task = WAITING_TASK.format(folder=tmp_path, status=143)
+    process, log = job(task, CHECK_NODES="yes")
+    wait_for(tmp_path / "srun.pid")
+
+    process.send_signal(signal.SIGUSR1)
+
+    assert process.wait(timeout=60) == 75
+    assert log.read_text().splitlines()[-1] == "scontrol requeue 41234"
+    assert "training/main.py" not in log.read_text()
+
+
+def test_a_terminated_job_waits_for_its_ranks_to_save_and_leaves_the_rest_to_slurm(job, tmp_path):
+    process, log = job(WAITING_TASK.format(folder=tmp_path, status=75))
     wait_for(tmp_path / "srun.pid")
 
     process.send_signal(signal.SIGTERM)
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
 
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 75
     assert log.read_text().splitlines()[-1] == "saved"

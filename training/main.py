@@ -182,13 +182,15 @@ def main(argv: list[str] | None = None) -> None:
         processes.start_process_group(ranks, device)
         try:
             with report_lost_ranks(ranks):
-                train_job(job, ranks, device)
+                state = train_job(job, ranks, device)
         except processes.RunError as err:
             if ranks.is_main:
                 sys.stderr.write(f"error: {err}\n")
             processes.stop_process_group()
             sys.exit(err.exit_code)
         processes.stop_process_group()
+        if state.step < job.config.run.max_steps:
+            sys.exit(processes.SAVED_EXIT_CODE)
 
 
 if __name__ == "__main__":

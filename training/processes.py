@@ -26,6 +26,7 @@ TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
 DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
 DEFAULT_MASTER_PORT = 29500
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, saved, and to be started again
 RANK_FAILED = 1000  # as a stop signal: a rank cannot go on; above every signal number
 FOLLOWER_WAIT_SEC = 30.0  # longer than a launcher needs to notice that rank 0 has left
 
@@ -124,9 +125,18 @@ def one_sentence(ranks: Ranks) -> Iterator[None]:
         if ranks.is_main:
             sys.stderr.write(f"error: {err}\n")
         else:
-            time.sleep(FOLLOWER_WAIT_SEC)
+            wait_to_be_ended(CONFIG_ERROR_EXIT_CODE)
             sys.stderr.write(f"error: [rank {ranks.rank}] {err}\n")
         sys.exit(CONFIG_ERROR_EXIT_CODE)
+
+
+def wait_to_be_ended(exit_code: int) -> None:
+    """Let rank 0 leave first; the SIGTERM that follows must not hide the exit code.
+
+    srun and others report the highest code of all ranks, and a signal's is above every other.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
+    time.sleep(FOLLOWER_WAIT_SEC)
 
 
 def agreed_message(error: Exception | str | None) -> str | None:
@@ -218,7 +228,12 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
 
 
 def stop_process_group() -> None:
-    """Leave together: without this a gloo thread can abort the interpreter at exit."""
+    """Leave together: without this a gloo thread can abort the interpreter at exit.
+
+    The first rank that leaves with an error makes the launcher end the others, whose own exit code
+    must not become a signal's.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

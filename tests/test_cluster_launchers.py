@@ -1,0 +1,120 @@
+"""Every other way to start training, for real: OpenMPI with mpi4py, torchrun, a hostfile over ssh.
+
+Two ranks each, on one machine or on two nodes with networks of their own; the same losses.
+"""
+
+import json
+
+import pytest
+
+from tests.launch import REPOSITORY, deepspeed, finish, free_port, run, start
+from tests.local_slurm import LocalSlurm
+from tests.synthetic import make_dataset, random_moments
+
+pytestmark = pytest.mark.cluster
+
+SHAPE = (8, 8, 8)
+STEPS = 6
+# As root, which a user is not, mpirun wants to be told so. By default it gives each rank one core.
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents") / "set"
+    make_dataset(folder, [32], shape=SHAPE, moments=random_moments(SHAPE), num_classes=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalSlurm(2) as slurm:
+        yield slurm
+
+
+def program(latents, run_dir):
+    flags = ["--preset", "tests/small.yaml", "--data", latents, "--run-dir", run_dir]
+    flags += ["--latent-size", SHAPE[1], "--num-experts", 4, "--expert-parallel-size", 2]
+    flags += ["--global-batch-size", 8, "--max-steps", STEPS, "--log-every", 1]
+    return ["training/main.py", *flags, "--sample-every", 0]
+
+
+def losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss/total"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def expected(latents, tmp_path_factory):
+    """The losses under DeepSpeed's own launcher on one machine."""
+    run_dir = tmp_path_factory.mktemp("deepspeed") / "run"
+    run(*deepspeed(2, *program(latents, run_dir)))
+    assert len(losses(run_dir)) == STEPS
+    return losses(run_dir)
+
+
+def test_mpirun_finds_its_ranks_with_mpi4py(latents, expected, tmp_path):
+    command = ["mpirun", "-np", 2, "python", *program(latents, tmp_path / "run")]
+
+    output = run(*command, MASTER_PORT=str(free_port()), **AS_ROOT)
+
+    assert "2 rank(s), ZeRO 2" in output
+    assert losses(tmp_path / "run") == expected
+
+
+def test_torchrun(latents, expected, tmp_path):
+    port = f"--master-port={free_port()}"
+
+    run("torchrun", "--nproc-per-node=2", port, *program(latents, tmp_path / "run"))
+
+    assert losses(tmp_path / "run") == expected
+
+
+def on_node(cluster, *command, **env):
+    """Run a command on the first node to its end; return its output."""
+    process = start(*cluster.inside("node1", *command), cwd=REPOSITORY, **env)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_mpirun_on_two_nodes(cluster, latents, expected, tmp_path):
+    interface = ["--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"]
+    command = ["mpirun", "-np", 2, "--host", "node1,node2", *interface, "-x", "PATH"]
+    command += ["-x", "OMP_NUM_THREADS", "python", *program(latents, tmp_path / "run")]
+
+    on_node(cluster, *command, **AS_ROOT)
+
+    assert losses(tmp_path / "run") == expected
+
+
+def test_deepspeed_with_a_hostfile_reaches_both_nodes_over_ssh(
+    cluster, latents, expected, tmp_path
+):
+    hostfile, variables = tmp_path / "hostfile", tmp_path / "variables"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+    variables.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    command = ["deepspeed", "--hostfile", hostfile, *program(latents, tmp_path / "run")]
+
+    output = on_node(cluster, *command, DS_ENV_FILE=str(variables))
+
+    assert "node2: " in output
+    assert losses(tmp_path / "run") == expected
+
+
+def test_deepspeed_without_ssh_is_started_on_every_node(cluster, latents, expected, tmp_path):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+    starter = ["deepspeed", "--hostfile", hostfile, "--no_ssh", "--master_addr", "node1"]
+    processes = [
+        start(
+            *cluster.inside(node, *starter, "--node_rank", rank),
+            *program(latents, tmp_path / "run"),
+        )
+        for rank, node in enumerate(cluster.nodes)
+    ]
+
+    outputs = [finish(process) for process in processes]
+
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert losses(tmp_path / "run") == expected

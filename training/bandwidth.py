@@ -1,0 +1,91 @@
+"""How fast the nodes of a job exchange data: each with the first one, then all together."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+MIB = 1 << 20
+PAIR_MIB = 4  # what a node exchanges with the first one
+TOGETHER_MIB = 16  # what every rank contributes to a collective
+SLOW_RATIO = 4  # a node this much slower than the middle one is reported
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Gigabytes per second that one rank sends."""
+
+    pairs: dict[str, float]  # by node: with the first node
+    all_reduce: float
+    all_to_all: float
+
+    def slow_nodes(self) -> list[str]:
+        """Return the nodes that are much slower than the others; needs three to tell."""
+        if len(self.pairs) < 2:
+            return []
+        middle = sorted(self.pairs.values())[len(self.pairs) // 2]
+        return [node for node, rate in self.pairs.items() if rate * SLOW_RATIO < middle]
+
+    def __str__(self) -> str:
+        parts = [
+            f"all-reduce {self.all_reduce:.2f} GB/s",
+            f"all-to-all {self.all_to_all:.2f} GB/s",
+        ]
+        if self.pairs:
+            node = min(self.pairs, key=lambda name: self.pairs[name])
+            parts.append(f"slowest node {node} {self.pairs[node]:.2f} GB/s")
+        return ", ".join(parts)
+
+
+def measure(nodes: list[str], device: torch.device, begin: Callable[[str], None]) -> Bandwidth:
+    """Exchange some data. All ranks must call this.
+
+    Args:
+        nodes: every rank's node.
+        device: what the process group works on.
+        begin: told what is exchanged next, so that a failure can be named.
+    """
+    rank, world_size = dist.get_rank(), len(nodes)
+    leaders = {node: nodes.index(node) for node in dict.fromkeys(nodes)}  # its first rank
+    pairs = {}
+    data = torch.zeros(PAIR_MIB * MIB, dtype=torch.uint8, device=device)
+    for node, leader in leaders.items():
+        if leader == 0:
+            continue
+        begin(f"{node} with {nodes[0]}")
+        seconds = torch.zeros(1, device=device)
+        if rank in (0, leader):
+            seconds[0] = _timed(_exchange, data, leader if rank == 0 else 0)
+        dist.broadcast(seconds, 0)
+        pairs[node] = data.numel() / float(seconds) / 1e9
+    data = torch.zeros(TOGETHER_MIB * MIB // 4 // world_size * world_size, device=device)
+    num_bytes = data.numel() * data.element_size()
+    share = (world_size - 1) / world_size  # of its data that a rank sends, once or twice
+    begin("all-reduce")
+    all_reduce = 2 * share * num_bytes / _timed(dist.all_reduce, data) / 1e9
+    begin("all-to-all")
+    received = torch.empty_like(data)
+    all_to_all = share * num_bytes / _timed(dist.all_to_all_single, received, data) / 1e9
+    return Bandwidth(pairs, all_reduce, all_to_all)
+
+
+def _exchange(data: torch.Tensor, other: int) -> None:
+    received = torch.empty_like(data)
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, data, other), dist.P2POp(dist.irecv, received, other)]
+    )
+    for work in works:
+        work.wait()
+
+
+def _timed(call: Callable[..., object], *args: object) -> float:
+    """Return the seconds of a second call; the first one connects."""
+    for _ in range(2):
+        started = time.monotonic()
+        call(*args)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - started
+    return seconds

@@ -1,0 +1,202 @@
+"""What a rank can say of its node before any collective, and what is wrong with a set of nodes."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_tools.errors import ConfigError
+from training.processes import Ranks, select_accelerator
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCES = ("models", "data_tools", "training")
+MIN_TEMPORARY_MIB = 256  # torch, Triton and data loaders write there
+NUM_NAMED = 3  # packages that a sentence names
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """One rank's node."""
+
+    rank: int
+    node: str
+    problem: str  # why this rank cannot train; empty if it can
+    hardware: str
+    commit: str
+    sources: str  # sha256 of our Python files
+    python: str
+    packages: dict[str, str]  # version by name
+    data: str  # hash of the data set's manifest
+    checkpoint: str  # that a run would continue from
+
+    def to_json(self) -> str:
+        """Return what `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "NodeFacts":
+        """Read what another rank's `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+def own_node() -> str:
+    """Return the name by which a user knows this node."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def allocated_nodes() -> list[str]:
+    """Return the nodes that Slurm gave the job; none without Slurm."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if nodes is None or shutil.which("scontrol") is None:
+        return []
+    command = ["scontrol", "show", "hostnames", nodes]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+
+
+def collect(ranks: Ranks, check: Callable[[], tuple[str, str]]) -> NodeFacts:
+    """Look at this node.
+
+    Args:
+        ranks: this process's place.
+        check: raises ConfigError if this rank cannot train; returns the hash of the data and the
+            checkpoint to continue from.
+    """
+    problem, data, checkpoint = "", "", ""
+    try:
+        _check_gpus()
+        select_accelerator(ranks)
+        _check_temporary_space()
+        data, checkpoint = check()
+    except ConfigError as err:
+        problem = str(err)
+    return NodeFacts(
+        rank=ranks.rank,
+        node=own_node(),
+        problem=problem,
+        hardware=_hardware(),
+        commit=_commit(),
+        sources=_sources(),
+        python=".".join(map(str, sys.version_info[:3])),
+        packages={d.metadata["Name"]: d.version for d in distributions()},
+        data=data,
+        checkpoint=checkpoint,
+    )
+
+
+def _check_gpus() -> None:
+    given = os.environ.get("SLURM_GPUS_PER_TASK") or os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not given.isdecimal():
+        return
+    seen = torch.cuda.device_count()
+    if seen < int(given):
+        raise ConfigError(
+            f"torch sees {seen} GPU(s) and Slurm gave {given}; look at nvidia-smi and at the "
+            "driver there, or set DS_ACCELERATOR=cpu."
+        )
+
+
+def _check_temporary_space() -> None:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free >> 20
+    if free < MIN_TEMPORARY_MIB:
+        raise ConfigError(
+            f"{folder}: {free} MiB are free, {MIN_TEMPORARY_MIB} are needed; free some space, or "
+            "set TMPDIR."
+        )
+
+
+def _hardware() -> str:
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return "CPU"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+
+
+def _commit() -> str:
+    command = ["git", "-c", "safe.directory=*", "rev-parse", "--short", "HEAD"]
+    if shutil.which("git") is None:
+        return "unknown"
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(REPOSITORY)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def compare(everyone: list[NodeFacts]) -> list[str]:
+    """Return one sentence for every node that cannot train or differs from most others."""
+    problems = [facts.problem for facts in everyone]
+    if problems[0] and len(set(problems)) == 1:  # the same everywhere: not a node's fault
+        return [problems[0]]
+    sentences = {}
+    usual = {name: _most_common(everyone, name) for name in ("commit", "sources", "python")}
+    usual |= {name: _most_common(everyone, name) for name in ("hardware", "data", "checkpoint")}
+    packages = dict(_most_common(everyone, "packages"))
+    for facts in everyone:
+        if facts.node not in sentences:
+            what = facts.problem or _difference(facts, usual, packages)
+            if what:
+                sentences[facts.node] = f"node {facts.node}: {what}"
+    return list(sentences.values())
+
+
+def _most_common(everyone: list[NodeFacts], name: str) -> Any:
+    """Return what most of the ranks that can train have; of packages, the items."""
+    values = [getattr(facts, name) for facts in everyone if not facts.problem]
+    if name == "packages":
+        values = [tuple(sorted(value.items())) for value in values]
+    return Counter(values).most_common(1)[0][0] if values else ""
+
+
+def _difference(facts: NodeFacts, usual: dict[str, str], packages: dict[str, str]) -> str:
+    hints = {
+        "hardware": "choose nodes of one kind, e.g. with sbatch --constraint.",
+        "commit": "check out the same commit everywhere.",
+        "python": "make VENV in slurm/site.sh the same everywhere.",
+        "data": "copy the same data set there.",
+        "checkpoint": "put --run-dir on a disk that all nodes share.",
+        "sources": "its copy of this program was changed; make it the same everywhere.",
+    }
+    for name, hint in hints.items():
+        have = getattr(facts, name)
+        if have != usual[name]:
+            if name in ("sources", "data"):  # a hash says nothing to a person
+                return f"{name} differ from the other nodes'; {hint}"
+            return f"{name} {have or 'none'}, the other nodes have {usual[name] or 'none'}; {hint}"
+    names = sorted(facts.packages.keys() | packages.keys())
+    other = [name for name in names if facts.packages.get(name) != packages.get(name)]
+    if not other:
+        return ""
+    named = ", ".join(
+        f"{name} {facts.packages.get(name, 'missing')} instead of {packages.get(name, 'none')}"
+        for name in other[:NUM_NAMED]
+    )
+    more = f" and {len(other) - NUM_NAMED} more" if len(other) > NUM_NAMED else ""
+    return f"packages differ from the other nodes': {named}{more}; make VENV the same everywhere."
+
+
+def summary(everyone: list[NodeFacts]) -> str:
+    """Return what all nodes have in common, for the log."""
+    nodes = list(dict.fromkeys(facts.node for facts in everyone))
+    first = everyone[0]
+    named = ", ".join(nodes[:NUM_NAMED]) + (", ..." if len(nodes) > NUM_NAMED else "")
+    return (
+        f"{len(everyone)} rank(s) on {len(nodes)} node(s) ({named}), {first.hardware}, commit "
+        f"{first.commit}, torch {first.packages.get('torch')}, "
+        f"deepspeed {first.packages.get('deepspeed')}"
+    )

@@ -1,0 +1,241 @@
+"""Whether the nodes of a job can train together: asked before the expensive part.
+
+    srun python training/preflight.py [the flags of training/main.py]
+
+Every rank tells rank 0 what its node has, through a plain store and before any collective, so that
+a node that is missing or hangs is named. Nodes that differ, lack data, disk or GPUs, or exchange
+too little end the job with one sentence each; the bandwidth is printed. No wait is longer than
+COLLECTIVE_TIMEOUT_SEC.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
+from training import processes
+from training.bandwidth import Bandwidth, measure
+from training.command_line import CommandLine, parse_command_line
+from training.job import check, check_without_data
+from training.main import is_demo_missing
+from training.node_facts import NodeFacts, allocated_nodes, collect, compare, own_node, summary
+from training.processes import Ranks
+
+FLOOR_VARIABLE = "MIN_NODE_GBPS"
+GRACE_SEC = 10.0  # beyond the time limit, for rank 0 to say who is missing
+MAX_SENTENCES = 8
+
+
+class PreflightError(Exception):
+    """A node with which training would fail or hang; one sentence that names it."""
+
+
+class Stage:
+    """What is being done, for the sentence of a rank that runs out of time."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self.now = "start"
+        self._timer = threading.Timer(timeout.total_seconds() + GRACE_SEC, self._give_up)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def begin(self, what: str) -> None:
+        """Remember what is done next."""
+        self.now = what
+
+    def _give_up(self) -> None:
+        sys.stderr.write(f"error: node {own_node()} does not get on with: {self.now}\n")
+        sys.stderr.flush()
+        os._exit(CONFIG_ERROR_EXIT_CODE)  # the main thread may hang where no exception reaches
+
+
+def floor_gbps() -> float:
+    """Return what a node must exchange with the first one, gigabytes per second."""
+    text = os.environ.get(FLOOR_VARIABLE, "0")
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{FLOOR_VARIABLE}={text} is no number; use GB/s, or 0.") from None
+
+
+def check_job(command: CommandLine, ranks: Ranks) -> tuple[str, str]:
+    """Check all that training/main.py will check; return data hash and checkpoint."""
+    if is_demo_missing(command.config):  # training makes it
+        check_without_data(command, ranks)
+        return "", ""
+    job = check(replace(command, dry_run=True), ranks)  # dry: rank 0 need not load a decoder
+    return job.manifest.hash, str(job.resume_from or "")
+
+
+def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
+    """Reach rank 0's store.
+
+    Raises:
+        PreflightError: it does not answer in time.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return torch.distributed.TCPStore(
+            host, port, ranks.world_size, ranks.is_main, timeout, wait_for_workers=False
+        )
+    except RuntimeError as err:
+        raise PreflightError(
+            f"node {own_node()} cannot reach {host} port {port}; look at the network between them, "
+            "or state its interface in slurm/site.sh (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."
+        ) from err
+
+
+def gather_facts(
+    store: torch.distributed.Store, ranks: Ranks, timeout: timedelta
+) -> list[NodeFacts]:
+    """Collect what all ranks have said. Rank 0 only.
+
+    Raises:
+        PreflightError: naming the nodes that did not report in time.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    missing = set(range(ranks.world_size))
+    while missing and time.monotonic() < deadline:
+        missing = {rank for rank in missing if not store.check([f"facts/{rank}"])}
+        time.sleep(0.05)
+    present = sorted(set(range(ranks.world_size)) - missing)
+    everyone = [NodeFacts.from_json(store.get(f"facts/{rank}").decode()) for rank in present]
+    if not missing:
+        return everyone
+    heard = {facts.node for facts in everyone}
+    silent = ", ".join(node for node in allocated_nodes() if node not in heard)
+    numbers = ", ".join(str(rank) for rank in sorted(missing))
+    who = f"node {silent} (rank {numbers})" if silent else f"rank {numbers}"
+    raise PreflightError(
+        f"{who} did not report within {timeout.total_seconds():.0f} s: it cannot reach "
+        f"{own_node()}, or hangs, for example in its storage; look at it, or leave it out with "
+        "sbatch --exclude."
+    )
+
+
+def agree(
+    store: torch.distributed.Store, ranks: Ranks, timeout: timedelta
+) -> tuple[list[str], list[str], str]:
+    """Compare the nodes; return every rank's node, what is wrong, and a summary, on all ranks."""
+    if ranks.is_main:
+        try:
+            everyone = gather_facts(store, ranks, timeout)
+            verdict = [facts.node for facts in everyone], compare(everyone), summary(everyone)
+        except PreflightError as err:
+            verdict = [], [str(err)], ""
+        store.set("verdict", json.dumps(verdict))
+    store.set_timeout(timeout + timedelta(seconds=GRACE_SEC / 2))
+    nodes, problems, text = json.loads(store.get("verdict"))
+    return nodes, problems, text
+
+
+def exchange(
+    store: torch.distributed.Store,
+    ranks: Ranks,
+    nodes: list[str],
+    timeout: timedelta,
+    stage: Stage,
+) -> Bandwidth:
+    """Measure the bandwidth. All ranks must call this.
+
+    Raises:
+        PreflightError: an exchange failed or did not end.
+    """
+    device = processes.select_accelerator(ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an exception instead of an abort
+    try:
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=torch.distributed.PrefixStore("exchange", store),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timeout,
+        )
+        bandwidth = measure(nodes, device, stage.begin)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except RuntimeError as err:  # what torch raises for a failed collective, of any backend
+        reason = str(err).splitlines()[0].split("] ", 1)[-1]
+        raise PreflightError(
+            f"node {own_node()} failed to exchange data: {stage.now} ({reason}); look at the "
+            "network between the nodes, or leave one out with sbatch --exclude."
+        ) from err
+    return bandwidth
+
+
+def judge(bandwidth: Bandwidth, floor: float) -> tuple[list[str], list[str]]:
+    """Return sentences on nodes that are too slow to train with, and on those to look at."""
+    slow = [
+        f"node {node} exchanges {rate:.3f} GB/s with the first node, {FLOOR_VARIABLE} is {floor:g};"
+        " look at its network, or leave it out with sbatch --exclude."
+        for node, rate in bandwidth.pairs.items()
+        if rate < floor
+    ]
+    odd = [
+        f"node {node} exchanges {bandwidth.pairs[node]:.3f} GB/s, the others much more."
+        for node in bandwidth.slow_nodes()
+    ]
+    return slow, odd
+
+
+def report(problems: list[str], ranks: Ranks) -> None:
+    """Print what is wrong and leave, rank 0 first: the launcher ends all when one leaves."""
+    if ranks.is_main:
+        for sentence in problems[:MAX_SENTENCES]:
+            sys.stderr.write(f"error: {sentence}\n")
+        if len(problems) > MAX_SENTENCES:
+            sys.stderr.write(f"error: and {len(problems) - MAX_SENTENCES} nodes more.\n")
+    else:
+        processes.wait_to_be_ended(CONFIG_ERROR_EXIT_CODE)
+    sys.exit(CONFIG_ERROR_EXIT_CODE)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check the nodes of this job; exit with code 2 if training on them would fail."""
+    started = time.monotonic()
+    with exit_on_config_error():
+        ranks = processes.discover_ranks()
+        if "MASTER_ADDR" not in os.environ:
+            raise ConfigError("MASTER_ADDR is not set; the address of the first node is needed.")
+        timeout, floor = processes.collective_timeout(), floor_gbps()
+    stage = Stage(2 * timeout)
+    with processes.one_sentence(ranks):
+        command = parse_command_line(argv)
+    try:
+        stage.begin("a connection to the first node")
+        store = connect(ranks, timeout)
+        stage.begin("a look at its own files")
+        facts = collect(ranks, lambda: check_job(command, ranks))
+        store.set(f"facts/{ranks.rank}", facts.to_json())
+        stage.begin("the other nodes' reports")
+        nodes, problems, text = agree(store, ranks, timeout)
+        if problems:
+            report(problems, ranks)
+        bandwidth = exchange(store, ranks, nodes, timeout, stage)
+    except PreflightError as err:
+        sys.stderr.write(f"error: [rank {ranks.rank}] {err}\n")
+        sys.stderr.flush()
+        os._exit(CONFIG_ERROR_EXIT_CODE)  # threads of broken connections would hold up an exit
+    slow, odd = judge(bandwidth, floor)
+    if slow:
+        report(slow, ranks)
+    if ranks.is_main:
+        for sentence in odd:
+            sys.stderr.write(f"warning: {sentence}\n")
+        print(f"nodes: {text}; {bandwidth}; checked in {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

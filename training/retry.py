@@ -1,0 +1,125 @@
+"""Whether a training command that ended should be started again: the job scripts ask this.
+
+    python training/retry.py EXIT_CODE [the flags of training/main.py]
+
+Exit code 0 = yes. What was stopped by a signal and saved is started again, a user's mistake is not,
+anything else is a crash. No more than MAX_RESTARTS times in a row without a new checkpoint.
+It runs between a crash and the next try, so it does without torch, whose import takes seconds.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import yaml
+
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
+from data_tools.files import MalformedError, from_json, write_json
+
+SAVED_EXIT_CODE = 75  # as in processes.py, which imports torch
+PRESETS = Path(__file__).parent / "presets"
+RESTARTS_FILE = "restarts.json"  # in the run directory
+LIMIT_VARIABLE = "MAX_RESTARTS"
+DEFAULT_LIMIT = 3
+NO_EXIT_CODE = 1
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """How often a job was started again from where it is."""
+
+    job: str = ""  # of the batch system; a new one counts afresh
+    checkpoint: str = ""
+    count: int = 0
+
+
+def decide(
+    exit_code: int, job: str, checkpoint: str, before: Restarts, limit: int
+) -> tuple[Restarts | None, str]:
+    """Return the new count, None if the job should not be started again, and why.
+
+    Args:
+        exit_code: of the training command.
+        job: that ran it.
+        checkpoint: the newest one; empty if there is none.
+        before: the count after the last restart.
+        limit: restarts from one checkpoint.
+    """
+    if exit_code == 0:
+        return None, "done"
+    if exit_code == CONFIG_ERROR_EXIT_CODE:
+        return None, "the error above needs a person; the job is not started again"
+    if (before.job, before.checkpoint) != (job, checkpoint):
+        before = Restarts(job, checkpoint)
+    now = replace(before, count=before.count + 1)
+    what = "saved" if exit_code == SAVED_EXIT_CODE else f"ended with exit code {exit_code}"
+    where = checkpoint or "the beginning"
+    if now.count > limit:
+        return None, (
+            f"{what}; no progress since {where} in {limit} restart(s), so the job is not started "
+            "again: look at the errors above"
+        )
+    again = f" (restart {now.count} of {limit} from there)" if exit_code != SAVED_EXIT_CODE else ""
+    return now, f"{what}; starting again from {where}{again}"
+
+
+def read_restarts(path: Path) -> Restarts:
+    """Read the last count; a missing or damaged file is none."""
+    try:
+        return from_json(Restarts, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, MalformedError):
+        return Restarts()
+
+
+def run_dir_of(flags: list[str]) -> Path:
+    """Return the run directory of flags that training/main.py has accepted."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run-dir")
+    parser.add_argument("--preset", default="demo")
+    given, _ = parser.parse_known_args(flags)
+    if given.run_dir is not None:
+        return Path(given.run_dir)
+    is_file = given.preset.endswith((".yaml", ".yml"))
+    path = Path(given.preset) if is_file else PRESETS / f"{given.preset}.yaml"
+    return Path(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["run_dir"])
+
+
+def newest_checkpoint(run_dir: Path) -> str:
+    """Return the name of the newest checkpoint; empty if there is none."""
+    pointer = run_dir / "checkpoints" / "latest"
+    return pointer.read_text(encoding="ascii").strip() if pointer.exists() else ""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the decision; exit with code 0 if the job should be started again."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: training/retry.py EXIT_CODE [FLAG ...]  (--help: this)\n\n" + __doc__)
+        sys.exit(0 if argv else CONFIG_ERROR_EXIT_CODE)
+    with exit_on_config_error():
+        limit = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
+        if not argv[0].isdecimal() or not limit.isdecimal():
+            raise ConfigError(f"EXIT_CODE {argv[0]} and {LIMIT_VARIABLE}={limit}: use numbers.")
+    exit_code, flags = int(argv[0]), argv[1:]
+    if exit_code in (0, CONFIG_ERROR_EXIT_CODE):  # then the flags need not be right
+        print(decide(exit_code, "", "", Restarts(), int(limit))[1], flush=True)
+        sys.exit(NO_EXIT_CODE)
+    run_dir = run_dir_of(flags)
+    path = run_dir / RESTARTS_FILE
+    job, checkpoint = os.environ.get("SLURM_JOB_ID", ""), newest_checkpoint(run_dir)
+    restarts, why = decide(exit_code, job, checkpoint, read_restarts(path), int(limit))
+    print(f"{run_dir}: {why}.", flush=True)
+    if restarts is None:
+        sys.exit(NO_EXIT_CODE)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, restarts)
+
+
+if __name__ == "__main__":
+    main()
