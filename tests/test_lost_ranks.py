@@ -8,12 +8,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from training.lost_ranks import limit_all_groups
 
 from data_tools.errors import ConfigError
 from tests.launch import deepspeed, finish, start
 from tests.ranks import run_ranks
 from training.checkpoint_manifest import latest_checkpoint
-from training.lost_ranks import limit_all_groups
 from training.processes import collective_timeout
 
 START_SEC = 120

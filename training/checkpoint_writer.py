@@ -76,6 +76,9 @@ class BackgroundWrite:
         plan: the same on all ranks.
         files: of this rank, in host memory; they are freed one by one.
         error: why the folder could not be made, on rank 0.
+
+    Attributes:
+        doing: what the thread is at.
     """
 
     def __init__(self, plan: WritePlan, files: FileContents, error: OSError | None) -> None:
@@ -87,6 +90,7 @@ class BackgroundWrite:
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._prefix = f"{STORE_PREFIX}/{next(_numbers)}"
         self._problem: str | None = THREAD_FAILED
+        self.doing = ""
         self._started = self._stopped = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
         self._thread.start()
@@ -145,6 +149,7 @@ class BackgroundWrite:
             if error is not None:
                 continue
             path = self.plan.temporary / name
+            self.doing = f"writing {path}"
             try:
                 with path.open("wb") as file:
                     torch.save(content, file)
@@ -173,6 +178,7 @@ class BackgroundWrite:
         return problem, dict(sorted(files.items()))
 
     def _wait(self, key: str, limit_sec: float | None) -> bool:
+        self.doing = f"waiting for {'rank 0' if self.rank else 'other ranks'} to write"
         started, pause = time.monotonic(), SHORTEST_POLL_SEC
         while not self._store.check([key]):
             if limit_sec is not None and time.monotonic() - started > limit_sec:
@@ -193,11 +199,13 @@ class BackgroundWrite:
                 for name, shape in plan.shapes.items()
             }
             path = plan.temporary / (RAW_FILE if key is None else average_file(key))
+            self.doing = f"writing {path}"
             write_weights(path, weights)
             files[path.name] = record_of(path)
 
     def _publish(self, files: dict[str, FileRecord]) -> None:
         plan = self.plan
+        self.doing = f"publishing {plan.final}"
         text = json.dumps(asdict(plan.manifest_of(files)), indent=1)
         _write_durably(plan.temporary / MANIFEST_FILE, text)
         _sync(plan.temporary)

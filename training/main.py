@@ -7,12 +7,16 @@ exists and before anything is written.
 """
 
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+# The report on a lost rank must not drown in what every rank's libraries say of their connections.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
@@ -28,13 +32,14 @@ from training.command_line import CommandLine, parse_command_line
 from training.config import Config
 from training.count import describe
 from training.deepspeed_config import load_deepspeed_json
+from training.heartbeat import LEAVING
 from training.job import Job, check, check_without_data
-from training.lost_ranks import limit_all_groups, report_lost_ranks
 from training.precision import explain_precision
 from training.processes import Ranks
 from training.run_directory import create_run_directory
 from training.run_lock import hold_run_directory
 from training.validation import check_compiler
+from training.watchdog import Watchdog, limit_all_groups
 
 
 class RunDirectoryInUseError(processes.RunError):
@@ -73,8 +78,16 @@ def dry_run(command: CommandLine, ranks: Ranks) -> str:
     return text if warm_start is None else f"{text}\n\n# initial weights\n{warm_start.report()}"
 
 
-def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
+def train_job(
+    job: Job, ranks: Ranks, device: torch.device, watchdog: Watchdog | None = None
+) -> TrainState:
     """Train a checked job in an existing process group. All ranks must call this.
+
+    Args:
+        job: what to train.
+        ranks: this process's place.
+        device: to train on.
+        watchdog: that looks after it; None = nobody does.
 
     Raises:
         RunError: on all ranks, with what ended the run.
@@ -82,6 +95,7 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
     from training.assemble import assemble  # DeepSpeed reads its environment when imported
     from training.loop import train
 
+    watchdog = watchdog or Watchdog(ranks, device)
     processes.check_agreement(
         {
             "the configuration": job.config.to_dict(),
@@ -110,7 +124,11 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
             raise processes.RunError(problem)
         stop = processes.StopSignal(device)
         started = time.monotonic()
-        with assemble(job, ranks, device, state) as training:
+        # What fails must not wait for the threads that are taken apart afterwards.
+        with (
+            assemble(job, ranks, device, state, watchdog.heartbeat) as training,
+            watchdog.reporting(),
+        ):
             limit_all_groups()
             if point is not None:
                 if damaged and ranks.is_main:
@@ -180,17 +198,21 @@ def main(argv: list[str] | None = None) -> None:
         print(text, flush=True)
     if not command.dry_run:
         processes.start_process_group(ranks, device)
-        try:
-            with report_lost_ranks(ranks):
-                state = train_job(job, ranks, device)
-        except processes.RunError as err:
-            if ranks.is_main:
-                sys.stderr.write(f"error: {err}\n")
-            processes.stop_process_group()
-            sys.exit(err.exit_code)
+        exit_code = 0
+        with Watchdog(ranks, device) as watchdog:
+            try:
+                state = train_job(job, ranks, device, watchdog)
+                if state.step < job.config.run.max_steps:
+                    exit_code = processes.SAVED_EXIT_CODE
+            except processes.RunError as err:
+                if ranks.is_main:
+                    sys.stderr.write(f"error: {err}\n")
+                exit_code = err.exit_code
+            watchdog.heartbeat.enter(LEAVING, 0)
+            torch.distributed.barrier()  # while somebody watches
         processes.stop_process_group()
-        if state.step < job.config.run.max_steps:
-            sys.exit(processes.SAVED_EXIT_CODE)
+        if exit_code:
+            sys.exit(exit_code)
 
 
 if __name__ == "__main__":
