@@ -122,7 +122,8 @@ def test_the_last_rank_speaks_when_rank_0_cannot(ended, name):
     last = 1 if name == "stopped 0" else 2
     assert re.match(
         rf"error: \[rank {last}\] lost rank 0, dead or hanging: rank 0: last heard of \d+ s ago, "
-        rf"{LAST_PLACE}; rank {last}: {PLACE}.*; look at its node and the output above, and {AGAIN}$",
+        rf"{LAST_PLACE}; rank {last}: {PLACE}.*; look at its node and the output above, and "
+        rf"{AGAIN}$",
         only_report(ended[name]),
     ), only_report(ended[name])
 

@@ -31,6 +31,7 @@ from training.checkpoint_writer import name_latest
 from training.command_line import CommandLine, parse_command_line
 from training.config import Config
 from training.count import describe
+from training.crash_loops import describe_crash_loop
 from training.deepspeed_config import load_deepspeed_json
 from training.heartbeat import LEAVING
 from training.job import Job, check, check_without_data
@@ -44,6 +45,12 @@ from training.watchdog import Watchdog, limit_all_groups
 
 class RunDirectoryInUseError(processes.RunError):
     """Another job writes to the run directory."""
+
+    exit_code = CONFIG_ERROR_EXIT_CODE
+
+
+class CrashLoopError(processes.RunError):
+    """Starting again and again leads nowhere."""
 
     exit_code = CONFIG_ERROR_EXIT_CODE
 
@@ -115,6 +122,7 @@ def train_job(
             point, more = first_undamaged(job.resume_points)
             damaged = [*damaged, *more]
         state = TrainState() if point is None else point.manifest.state
+        _check_crash_loop(run_dir, state, job.config.run.max_steps, ranks)
         if ranks.is_main:
             initial = None if job.warm_start is None else job.warm_start.to_dict()
             problem = create_run_directory(
@@ -147,6 +155,18 @@ def train_job(
     if ranks.is_main:
         print(_end_line(job.config, state, time.monotonic() - started), flush=True)
     return state
+
+
+def _check_crash_loop(run_dir: Path, state: TrainState, max_steps: int, ranks: Ranks) -> None:
+    """Warn of starts that lead nowhere; end on all ranks if a launcher goes on making them."""
+    problem = None
+    if ranks.is_main and state.step < max_steps:
+        text, is_over = describe_crash_loop(run_dir, state.step)
+        if text and not is_over:
+            sys.stderr.write(f"warning: {text}\n")
+        problem = text if is_over else None
+    if problem := processes.agreed_message(problem):
+        raise CrashLoopError(problem)
 
 
 def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | None) -> str:
