@@ -6,6 +6,7 @@ Every job below is trained for real by tests/faulty_jobs.py, with a fault on one
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,8 @@ FAULTS = [
 
 
 def job(folder, data, name, num_ranks, *flags, fault="none", rank=0, limit_sec=LIMIT_SEC, **env):
-    argv = ["--data", data, "--run-dir", folder / f"{name}-run", "--global-batch-size", 12]
+    folder /= name.replace(" ", "-")
+    argv = ["--data", data, "--run-dir", f"{folder}-run", "--global-batch-size", 12]
     argv += ["--max-steps", 100_000, "--log-every", 1, "--save-every", 2, "--sample-every", 0]
     return {
         "name": name,
@@ -45,7 +47,7 @@ def job(folder, data, name, num_ranks, *flags, fault="none", rank=0, limit_sec=L
         "fault": fault,
         "rank": rank,
         "step": FAULT_STEP,
-        "folder": str(folder / name),
+        "folder": str(folder),
     }
 
 
@@ -58,7 +60,7 @@ def ended(tmp_path_factory, demo_latents):
         slow.spoil(SLOW_SHARD, "silent")
         jobs = []
         for name, server, stall_sec in (("dead data", dead, 1000), ("slow data", slow, STALL_SEC)):
-            env = {"SWITCH_DIT_CACHE": str(folder / f"{name}-cache")}
+            env = {"SWITCH_DIT_CACHE": str(folder / f"{name[:4]}-cache")}
             env["SWITCH_DIT_FETCH_STALL_SEC"] = str(stall_sec)
             flags = ("--data-streams", 2, "--max-steps", 6)
             limit_sec = DATA_LIMIT_SEC if server is dead else LIMIT_SEC
@@ -72,7 +74,8 @@ def ended(tmp_path_factory, demo_latents):
         path.write_text(json.dumps(jobs))
         output = run("python", "tests/faulty_jobs.py", "--jobs", path, DS_ACCELERATOR="cpu")
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    yield {result["name"]: result | {"run": folder / f"{result['name']}-run"} for result in results}
+    runs = {one["name"]: Path(f"{one['folder']}-run") for one in jobs}
+    yield {result["name"]: result | {"run": runs[result["name"]]} for result in results}
     shutil.rmtree(folder)
 
 
@@ -122,8 +125,8 @@ def test_the_last_rank_speaks_when_rank_0_cannot(ended, name):
     last = 1 if name == "stopped 0" else 2
     assert re.match(
         rf"error: \[rank {last}\] lost rank 0, dead or hanging: rank 0: last heard of \d+ s ago, "
-        rf"{LAST_PLACE}; rank {last}: {PLACE}.*; look at its node and the output above, and "
-        rf"{AGAIN}$",
+        rf"{LAST_PLACE}; rank {last}: .*, step 4, for .*; look at its node and the output above, "
+        rf"and {AGAIN}$",
         only_report(ended[name]),
     ), only_report(ended[name])
 

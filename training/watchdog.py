@@ -282,7 +282,7 @@ class Watchdog:
             is_lost = self._failure is not None or stuck_sec > self.heartbeat.limit(self._limit_sec)
             if silent_sec > SILENT_SEC and is_lost:
                 self._end_without_store(f"this rank has not moved for {stuck_sec:.0f} s")
-            time.sleep(ALARMED_BEAT_SEC)
+            time.sleep(BEAT_SEC)
 
     def _end_without_store(self, reason: str) -> None:
         own = self.heartbeat.beat(True)
