@@ -25,15 +25,17 @@ from training import processes
 from training.checkpoint_manifest import ResumePoint, TrainState, first_undamaged
 from training.checkpoint_writer import name_latest
 from training.command_line import CommandLine, parse_command_line
-from training.config import Config
+from training.config import Config, differences
 from training.count import describe
 from training.deepspeed_config import load_deepspeed_json
 from training.job import Job, check, check_without_data
 from training.lost_ranks import limit_all_groups, report_lost_ranks
 from training.precision import explain_precision
 from training.processes import Ranks
-from training.run_directory import create_run_directory
+from training.provenance import count_hosts, record_start
+from training.run_directory import CONFIG_FILE, create_run_directory, load_config
 from training.run_lock import hold_run_directory
+from training.run_log import log_to
 from training.validation import check_compiler
 
 
@@ -101,16 +103,15 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
             point, more = first_undamaged(job.resume_points)
             damaged = [*damaged, *more]
         state = TrainState() if point is None else point.manifest.state
+        hosts = count_hosts()
         if ranks.is_main:
-            initial = None if job.warm_start is None else job.warm_start.to_dict()
-            problem = create_run_directory(
-                run_dir, job.config, job.deepspeed_config, job.manifest, initial
-            )
+            problem = _write_start(job, state, point, hosts)
         if problem := processes.agreed_message(problem):
             raise processes.RunError(problem)
         stop = processes.StopSignal(device)
         started = time.monotonic()
-        with assemble(job, ranks, device, state) as training:
+        log = log_to(run_dir) if ranks.is_main else contextlib.nullcontext()
+        with log, assemble(job, ranks, device, state) as training:
             limit_all_groups()
             if point is not None:
                 if damaged and ranks.is_main:
@@ -125,10 +126,34 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
             if ranks.is_main:
                 print(_start_text(job, ranks, state, point), flush=True)
             state = train(training, state, stop)
+            if ranks.is_main:
+                print(_end_line(job.config, state, time.monotonic() - started), flush=True)
         stop.restore()
-    if ranks.is_main:
-        print(_end_line(job.config, state, time.monotonic() - started), flush=True)
     return state
+
+
+def _write_start(
+    job: Job, state: TrainState, point: ResumePoint | None, hosts: dict[str, int]
+) -> str | None:
+    """Write into the run directory what this start is made of; return why that is impossible."""
+    run_dir = Path(job.config.run.run_dir)
+    is_new = not (run_dir / CONFIG_FILE).exists()
+    changes = [] if is_new else differences(load_config(run_dir), job.config, of_any_kind=True)
+    initial = None if job.warm_start is None else job.warm_start.to_dict()
+    try:
+        create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest, initial)
+        record_start(
+            run_dir,
+            step=state.step,
+            checkpoint="" if point is None else point.folder.name,
+            layout=str(job.layout),
+            hosts=hosts,
+            data_hash=job.manifest.hash,
+            config_changes=changes,
+        )
+    except OSError as err:
+        return f"--run-dir {run_dir}: cannot write ({err.strerror}); choose another."
+    return None
 
 
 def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | None) -> str:

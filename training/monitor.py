@@ -1,12 +1,10 @@
 """Where metrics and pictures go: TensorBoard and metrics.jsonl, from rank 0 only."""
 
-import errno
 import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from data_tools.files import replace_file
+from data_tools.files import append_whole, replace_file
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -48,7 +46,7 @@ class Monitor:
         if self._writer is None:
             return
         with self.surviving_disk_errors():
-            _append_whole(self._lines, json.dumps({"step": step} | metrics) + "\n")
+            append_whole(self._lines, json.dumps({"step": step} | metrics))
         with self.surviving_disk_errors():
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
@@ -96,17 +94,6 @@ class Monitor:
                     "training goes on without them, TensorBoard shows no more until a restart.\n"
                 )
             self._has_warned = True
-
-
-def _append_whole(file: FileIO, line: str) -> None:
-    """Append a line or nothing of it."""
-    data, end = line.encode("ascii"), file.seek(0, os.SEEK_END)
-    try:
-        if file.write(data) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError:
-        file.truncate(end)
-        raise
 
 
 def _drop_later_records(path: Path, resume_step: int) -> None:
