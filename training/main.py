@@ -29,7 +29,7 @@ from training import processes
 from training.checkpoint_manifest import ResumePoint, TrainState, first_undamaged
 from training.checkpoint_writer import name_latest
 from training.command_line import CommandLine, parse_command_line
-from training.config import Config
+from training.config import Config, differences
 from training.count import describe
 from training.crash_loops import describe_crash_loop
 from training.deepspeed_config import load_deepspeed_json
@@ -37,8 +37,10 @@ from training.heartbeat import LEAVING
 from training.job import Job, check, check_without_data
 from training.precision import explain_precision
 from training.processes import Ranks
-from training.run_directory import create_run_directory
+from training.provenance import count_hosts, record_start
+from training.run_directory import CONFIG_FILE, create_run_directory, load_config
 from training.run_lock import hold_run_directory
+from training.run_log import log_to
 from training.validation import check_compiler
 from training.watchdog import Watchdog, limit_all_groups
 
@@ -123,17 +125,17 @@ def train_job(
             damaged = [*damaged, *more]
         state = TrainState() if point is None else point.manifest.state
         _check_crash_loop(run_dir, state, job.config.run.max_steps, ranks)
+        hosts = count_hosts()
         if ranks.is_main:
-            initial = None if job.warm_start is None else job.warm_start.to_dict()
-            problem = create_run_directory(
-                run_dir, job.config, job.deepspeed_config, job.manifest, initial
-            )
+            problem = _write_start(job, state, point, hosts)
         if problem := processes.agreed_message(problem):
             raise processes.RunError(problem)
         stop = processes.StopSignal(device)
         started = time.monotonic()
+        log = log_to(run_dir) if ranks.is_main else contextlib.nullcontext()
         # What fails must not wait for the threads that are taken apart afterwards.
         with (
+            log,
             assemble(job, ranks, device, state, watchdog.heartbeat) as training,
             watchdog.reporting(),
         ):
@@ -151,9 +153,9 @@ def train_job(
             if ranks.is_main:
                 print(_start_text(job, ranks, state, point), flush=True)
             state = train(training, state, stop)
+            if ranks.is_main:
+                print(_end_line(job.config, state, time.monotonic() - started), flush=True)
         stop.restore()
-    if ranks.is_main:
-        print(_end_line(job.config, state, time.monotonic() - started), flush=True)
     return state
 
 
@@ -167,6 +169,30 @@ def _check_crash_loop(run_dir: Path, state: TrainState, max_steps: int, ranks: R
         problem = text if is_over else None
     if problem := processes.agreed_message(problem):
         raise CrashLoopError(problem)
+
+
+def _write_start(
+    job: Job, state: TrainState, point: ResumePoint | None, hosts: dict[str, int]
+) -> str | None:
+    """Write into the run directory what this start is made of; return why that is impossible."""
+    run_dir = Path(job.config.run.run_dir)
+    is_new = not (run_dir / CONFIG_FILE).exists()
+    changes = [] if is_new else differences(load_config(run_dir), job.config, of_any_kind=True)
+    initial = None if job.warm_start is None else job.warm_start.to_dict()
+    try:
+        create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest, initial)
+        record_start(
+            run_dir,
+            step=state.step,
+            checkpoint="" if point is None else point.folder.name,
+            layout=str(job.layout),
+            hosts=hosts,
+            data_hash=job.manifest.hash,
+            config_changes=changes,
+        )
+    except OSError as err:
+        return f"--run-dir {run_dir}: cannot write ({err.strerror}); choose another."
+    return None
 
 
 def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | None) -> str:

@@ -28,8 +28,9 @@ from training.bandwidth import Bandwidth, measure
 from training.command_line import CommandLine, parse_command_line
 from training.job import check, check_without_data
 from training.main import is_demo_missing
-from training.node_facts import NodeFacts, allocated_nodes, collect, compare, own_node, summary
+from training.node_facts import NodeFacts, allocated_nodes, collect, compare, summary
 from training.processes import Ranks
+from training.provenance import own_node
 
 FLOOR_VARIABLE = "MIN_NODE_GBPS"
 GRACE_SEC = 10.0  # beyond the time limit, for rank 0 to say who is missing
