@@ -105,6 +105,16 @@ def test_a_heartbeat_explains_itself_only_when_asked():
     assert PHASES[asked.phase] is READING
 
 
+def test_a_first_step_may_take_as_long_as_a_start():
+    heartbeat = Heartbeat(torch.device("cpu"))
+    heartbeat.begin(5)
+
+    heartbeat.enter(FORWARD, 5)
+    assert PHASES[heartbeat.beat(False).phase].end_after == STARTING.end_after
+    heartbeat.enter(FORWARD, 6)
+    assert PHASES[heartbeat.beat(False).phase].end_after == 1.0
+
+
 def test_a_host_that_waits_for_its_gpu_says_so():
     heartbeat = Heartbeat(torch.device("cuda"))
     heartbeat.enter(FORWARD, 1)

@@ -42,13 +42,16 @@ FORWARD = Phase("in the forward pass", is_on_device=True)
 BACKWARD = Phase("in the backward pass", is_on_device=True)
 UPDATING = Phase("in the optimizer's step", is_on_device=True)
 AGREEING = Phase("between two steps", is_on_device=True)
+FIRST_STEP = Phase("in its first step", 1.0, LONGEST_END_AFTER, True)  # it may be compiling
+COMPUTING = (FORWARD, BACKWARD, UPDATING)
+LOGGING = Phase("writing metrics", end_after=LONGEST_END_AFTER)
 SAVING = Phase("saving a checkpoint", end_after=LONGEST_END_AFTER)
 SAMPLING = Phase("drawing samples", 1.0, LONGEST_END_AFTER)
 LEAVING = Phase("leaving")
 PHASES = {
     phase.text: phase
     for phase in (
-        *(STARTING, READING, FORWARD, BACKWARD, UPDATING, AGREEING, SAVING, SAMPLING, LEAVING),
+        *(STARTING, READING, *COMPUTING, FIRST_STEP, AGREEING, LOGGING, SAVING, SAMPLING, LEAVING),
     )
 }
 
@@ -84,12 +87,20 @@ class Heartbeat:
         self._on_device = device.type != "cpu"
         self._now = (STARTING, 0, time.monotonic())
         self._details: dict[Phase, Callable[[], str]] = {}
+        self._first_step = 0
         self._main_thread = threading.get_ident()
         self._number = 0
 
     def enter(self, phase: Phase, step: int) -> None:
         """Note that a phase of a step begins; only the main thread calls this."""
+        if phase in COMPUTING and step == self._first_step:
+            phase = FIRST_STEP
         self._now = (phase, step, time.monotonic())
+
+    def begin(self, step: int) -> None:
+        """Note that a training begins, whose first step this will be."""
+        self._first_step = step
+        self.enter(STARTING, step)
 
     def explain(self, phase: Phase, detail: Callable[[], str]) -> None:
         """Have `detail` say what a phase is busy with, whenever somebody asks."""

@@ -23,6 +23,7 @@ from training.heartbeat import (
     AGREEING,
     BACKWARD,
     FORWARD,
+    LOGGING,
     READING,
     SAMPLING,
     SAVING,
@@ -115,6 +116,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
     first_step = saved_step = logged_step = state.step
     # Read and posted one step ahead: all ranks know of damaged data, and of a signal, before they
     # start a step, and none waits for the device to learn it.
+    training.heartbeat.begin(state.step + 1)
     following = read_step(training, state.step)
     stop.post(following.error is not None)
     saver = training.checkpointer
@@ -251,6 +253,7 @@ def end_interval(training: Training, state: TrainState, tables: StepTables, spee
         tables: of the last step.
         speed: steps per second since this process started.
     """
+    training.heartbeat.enter(LOGGING, state.step)
     metrics, step_losses, expert_count = training.sums.reduce()
     of_experts, newly_dead = training.loads.add(expert_count)
     metrics |= of_experts
