@@ -30,6 +30,7 @@ FAULTS = [
     ("out of memory", 2, 1),
     ("other collective", 3, 1),
     ("other shape", 2, 1),
+    ("hanging", 2, 1),
     ("mistaken", 2, 1),
     ("all mistaken", 2, 1),
 ]
@@ -148,6 +149,17 @@ def test_ranks_that_call_different_collectives_are_told_apart(ended):
     assert re.search(
         rf"ranks 0, 2: waiting in all_reduce of 1000 float32, {PLACE}, for \d+ s; rank 1: waiting "
         rf"in barrier, {PLACE}, for \d+ s; .*the ranks do not agree on what comes next",
+        report,
+    ), report
+
+
+def test_a_rank_that_computes_for_ever_is_told_from_those_that_wait(ended):
+    report = only_report(ended["hanging 1"])
+
+    assert re.search(
+        rf"rank 1: {PLACE}, for \d+ s; rank 0: waiting in all_reduce of \d+ float32, {PLACE}, for "
+        rf"\d+ s; the limit is 1 x COLLECTIVE_TIMEOUT_SEC = 8 s; see to what it waits "
+        rf"for, and {AGAIN}$",
         report,
     ), report
 
