@@ -85,7 +85,7 @@ def main():
             rank.kill()
         for rank in ranks:
             rank.join()
-        was_writing = any(folder.glob(".tmp-*"))
+        was_writing = any(folder.glob(".staging-*/step-*"))
         print(json.dumps([before, newest(folder), was_writing]), flush=True)
     ranks = start(num_ranks, argv)
     for rank in ranks:

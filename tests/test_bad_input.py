@@ -551,7 +551,7 @@ class TestThroughTheLauncher:
         planted = folder / "mp_rank_00_model_states.pt"
         rewrite(planted, lambda _: pickle.dumps(Planted(str(tmp_path / "executed"))))
         listed = json.loads((folder / MANIFEST_FILE).read_text())
-        del listed["files"][planted.name]
+        del listed["files"][planted.name], listed["sha256"]
         rewrite(folder / MANIFEST_FILE, lambda _: json.dumps(listed).encode())
 
         flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
@@ -567,7 +567,10 @@ class TestThroughTheLauncher:
 
         assert output.count(f"error: --run-dir {tmp_path / 'run'} is in use by another job (") == 1
         assert "Traceback" not in output
-        assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+            CHECKPOINT_DIR,
+            "lock",
+        ]
 
     def test_damaged_data_stops_all_ranks_after_saving(self, latents, tmp_path):
         # The size is right, so only the checksum tells. Shards are shuffled: damage the middle one.

@@ -20,8 +20,8 @@ from training.checkpoint_manifest import (
     latest_checkpoint,
     resume_points,
 )
+from training.checkpoint_publishing import name_latest, prune
 from training.checkpoint_snapshot import HostCopies
-from training.checkpoint_writer import name_latest, prune
 from training.monitor import read_metrics
 from training.run_lock import hold_run_directory
 
@@ -115,14 +115,20 @@ def checkpoint_at(folder, step):
     manifest = {"tag": path.name, "state": state, "layout": layout, "data_hash": ""}
     text = json.dumps(manifest | {"order_version": 1, "files": {}})
     (path / MANIFEST_FILE).write_text(text)
-    name_latest(path)
+    name_latest(path, staging_of(folder))
+    return path
+
+
+def staging_of(folder):
+    path = folder / "checkpoints" / ".staging-test"
+    path.mkdir(exist_ok=True)
     return path
 
 
 def test_pruning_keeps_the_newest_those_of_multiples_and_what_a_left_line_had(tmp_path):
     folders = {step: checkpoint_at(tmp_path, step) for step in (2, 4, 6, 8, 10, 12)}
 
-    prune(folders[10], keep_last=2, keep_every=4)
+    prune(folders[10], staging_of(tmp_path), keep_last=2, keep_every=4)
 
     assert [step for step, path in folders.items() if path.exists()] == [4, 8, 10, 12]
 
@@ -130,7 +136,7 @@ def test_pruning_keeps_the_newest_those_of_multiples_and_what_a_left_line_had(tm
 def test_resume_points_are_the_whole_checkpoints_up_to_the_latest_newest_first(tmp_path):
     assert resume_points(tmp_path) == ([], [])
     folders = {step: checkpoint_at(tmp_path, step) for step in (2, 4, 6, 8)}
-    name_latest(folders[6])
+    name_latest(folders[6], staging_of(tmp_path))
     (folders[6] / MANIFEST_FILE).write_text("{")
     (folders[2] / MANIFEST_FILE).unlink()
 
@@ -156,8 +162,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from training.run_lock import hold_run_directory
-with hold_run_directory(Path(sys.argv[1])) as problem:
-    print(problem, flush=True)
+with hold_run_directory(Path(sys.argv[1])) as claim:
+    print(claim.problem, flush=True)
     time.sleep(600)
 """
 
@@ -167,11 +173,16 @@ def test_a_second_job_is_kept_out_until_the_first_is_gone(tmp_path):
     first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "None\n"
-        with hold_run_directory(tmp_path, wait_sec=0.0) as problem:
+        with hold_run_directory(tmp_path, wait_sec=0.0) as (staging, problem):
+            assert staging is None
             assert f"--run-dir {tmp_path} is in use by another job (process {first.pid}" in problem
         os.kill(first.pid, signal.SIGKILL)
-        with hold_run_directory(tmp_path) as problem:
+        with hold_run_directory(tmp_path) as (staging, problem):
             assert problem is None
+            assert list((tmp_path / "checkpoints").iterdir()) == [staging], (
+                "the first one's is gone"
+            )
+        assert not staging.exists()
     finally:
         first.kill()
         first.communicate()

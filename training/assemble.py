@@ -26,8 +26,18 @@ from training.warm_start import initial_values
 
 
 @contextmanager
-def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) -> Iterator[Training]:
-    """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this."""
+def assemble(
+    job: Job, ranks: Ranks, device: torch.device, state: TrainState, staging: Path
+) -> Iterator[Training]:
+    """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this.
+
+    Args:
+        job: checked.
+        ranks: this process's place.
+        device: of this process.
+        state: to begin with.
+        staging: this job's folder for what it will publish.
+    """
     config, manifest, data = job.config, job.manifest, job.config.data
     run_dir = Path(config.run.run_dir)
     initial = job.warm_start and partial(initial_values, job.warm_start, rank=ranks.rank)
@@ -80,7 +90,7 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
             loads=LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ()),
             monitor=monitor,
             checkpointer=Checkpointer(
-                *(engine, config.run, job.layout, manifest.hash, objective, placement)
+                *(engine, config.run, job.layout, manifest.hash, objective, placement, staging)
             ),
             placement=placement,
             snapshots=SnapshotWriter(engine, run_dir),

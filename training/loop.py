@@ -37,10 +37,6 @@ class NonFiniteLossError(RunError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
-class CheckpointError(RunError):
-    """The last checkpoint of a run could not be written."""
-
-
 class DataError(RunError):
     """A rank cannot read its samples; what was trained until then is saved."""
 
@@ -132,7 +128,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
             logged_step = state.step
         if is_save_due:
             rebalance(training, state.step)
-            save(training, state, is_last)
+            save(training, state, stop, is_last)
             saved_step = state.step
         if is_snapshot_due:
             save_snapshots(training, state.step)
@@ -146,7 +142,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         speed = (state.step - first_step) / (time.monotonic() - started)
         end_interval(training, state, tables, speed)
     if saved_step != state.step:
-        save(training, state, is_last=True)
+        save(training, state, stop, is_last=True)
     report_write(training, state.step, saver.finish(), is_last=True)
     if message := agreed_message(following.error):
         raise DataError(message)
@@ -273,10 +269,13 @@ def rebalance(training: Training, step: int) -> None:
             sys.stdout.write(f"step {step}: {report}\n")
 
 
-def save(training: Training, state: TrainState, is_last: bool) -> None:
-    """Begin a checkpoint, after the one before is done; wait for it only if it is the last."""
+def save(training: Training, state: TrainState, stop: StopSignal, is_last: bool) -> None:
+    """Begin a checkpoint, after the one before is done; wait for it only if it is the last.
+
+    A signal does not wait for the one before: that is given up for this one.
+    """
     saver, started = training.checkpointer, time.monotonic()
-    report_write(training, state.step, saver.finish())
+    report_write(training, state.step, saver.finish(stop.is_received))
     saver.begin(state)
     pause_sec = time.monotonic() - started
     training.monitor.timing(state.step, "checkpoint/pause_sec", pause_sec)
@@ -300,14 +299,10 @@ def report_write(
     if outcome.problem is None:
         training.monitor.timing(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
         return
-    message = f"checkpoint of step {outcome.state.step} could not be written: {outcome.problem}"
     if is_last:
-        raise CheckpointError(
-            f"{message}, and run the same command again: it continues from the checkpoint before."
-        )
-    training.report(
-        step, f"{message}; training goes on, the one before it is intact, the next save tries again"
-    )
+        raise outcome.error()
+    if not outcome.is_taken_over:  # else the next save ends the run, on all ranks at the same step
+        training.report(step, outcome.warning())
 
 
 def save_snapshots(training: Training, step: int) -> None:
