@@ -22,7 +22,7 @@ import torch
 
 import training.assemble
 import training.loop  # noqa: F401
-from training import processes
+from training import engine, processes
 from training.command_line import parse_command_line
 from training.job import check
 from training.main import train_job
@@ -70,6 +70,7 @@ def wait_for_progress(folder, before, ranks):
 
 def main():
     torch.set_num_threads(1)  # no pool of threads may exist before a fork
+    engine.import_muon_uncompiled()
     plan = json.loads(Path(sys.argv[sys.argv.index("--jobs") + 1]).read_text())
     argv, num_ranks, rng = plan["argv"], plan["num_ranks"], random.Random(plan["seed"])
     folder = Path(argv[argv.index("--run-dir") + 1]) / "checkpoints"
@@ -80,7 +81,7 @@ def main():
             time.sleep(rng.uniform(0.0, 2.0))
         else:
             wait_for_progress(folder, before, ranks)
-            time.sleep(rng.uniform(0.0, 0.3))
+            time.sleep(rng.uniform(0.0, 0.2))
         for rank in ranks:
             rank.kill()
         for rank in ranks:

@@ -77,7 +77,7 @@ def build_engine(
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    _import_muon_uncompiled()
+    import_muon_uncompiled()
     stage = stage_of(deepspeed_config)
     model = build_model(
         config,
@@ -113,7 +113,7 @@ def build_engine(
     return engine
 
 
-def _import_muon_uncompiled() -> None:
+def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon, which it wants to know of and we never use, without Inductor.
 
     Muon compiles functions when it is imported. That imports the whole compiler: seconds at the

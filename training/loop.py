@@ -61,6 +61,7 @@ class Training:
     is_main: bool
     spikes: SpikeDetector
     skipped_in_a_row: int = 0  # steps left out since the last one that was not
+    pause_sec: float = 0.0  # for which the last save interrupted training
 
     def report(self, step: int, event: str) -> None:
         """Tell the person who watches, and TensorBoard, of an event. Of rank 0 only."""
@@ -277,8 +278,8 @@ def save(training: Training, state: TrainState, stop: StopSignal, is_last: bool)
     saver, started = training.checkpointer, time.monotonic()
     report_write(training, state.step, saver.finish(stop.is_received))
     saver.begin(state)
-    pause_sec = time.monotonic() - started
-    training.monitor.timing(state.step, "checkpoint/pause_sec", pause_sec)
+    training.pause_sec = time.monotonic() - started
+    training.monitor.timing(state.step, "checkpoint/pause_sec", training.pause_sec)
     if is_last:
         report_write(training, state.step, saver.finish(), is_last=True)
 
@@ -298,6 +299,11 @@ def report_write(
         return
     if outcome.problem is None:
         training.monitor.timing(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
+        if training.is_main:
+            sys.stdout.write(
+                f"checkpoint of step {outcome.state.step}: training stood still for "
+                f"{training.pause_sec:.2f} s, written after {outcome.write_sec:.2f} s\n"
+            )
         return
     if is_last:
         raise outcome.error()
