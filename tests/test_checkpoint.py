@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import threading
 import time
 from functools import partial
@@ -18,15 +19,21 @@ from training.checkpoint_manifest import (
     CheckpointManifest,
     IncompleteCheckpointError,
     Layout,
+    ResumePoint,
     TrainState,
     latest_checkpoint,
+    manifest_text,
+    read_manifest,
+    record_of,
     resume_points,
+    verify_together,
 )
 from training.checkpoint_publishing import is_taken_over, name_latest, prune, publish
 from training.checkpoint_snapshot import HostCopies
 from training.checkpoint_writer import GIVEN_UP, BackgroundWrite, WritePlan
 from training.monitor import read_metrics
 from training.run_lock import hold_run_directory, take_over
+from training.unpickling import unpickle
 
 KILLS = 20
 STEPS = 64
@@ -197,6 +204,45 @@ def test_a_second_job_is_kept_out_until_the_first_is_gone(tmp_path):
     finally:
         first.kill()
         first.join()
+
+
+def test_a_manifest_that_has_changed_is_noticed(tmp_path):
+    layout = Layout(2, 1, 3, "bf16")
+    manifest = CheckpointManifest("step-0000004", TrainState(4, 32), layout, "abc", 1, {})
+    path = tmp_path / MANIFEST_FILE
+    path.write_text(manifest_text(manifest))
+    assert read_manifest(tmp_path) == manifest
+
+    path.write_text(manifest_text(manifest).replace('"step": 4', '"step": 5'))
+
+    with pytest.raises(IncompleteCheckpointError, match="does not match the checksum in it"):
+        read_manifest(tmp_path)
+
+
+class Planted:
+    """Runs a program when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_a_file_that_could_run_a_program_is_not_unpickled_even_if_it_is_listed(tmp_path):
+    path, executed = tmp_path / "mp_rank_00_model_states.pt", tmp_path / "executed"
+    torch.save({"module": {"a": torch.zeros(2)}, "more": Planted(str(executed))}, path)
+    files = {path.name: record_of(path)}
+    layout = Layout(1, 1, 0, "fp32")
+    manifest = CheckpointManifest("step-0000004", TrainState(4), layout, "", 1, files)
+
+    reason = verify_together(ResumePoint(tmp_path, manifest))
+
+    assert reason == f"{path} holds posix.mkdir, which no checkpoint of this program does"
+    with pytest.raises(pickle.UnpicklingError):
+        unpickle(path)
+    assert not executed.exists()
 
 
 def visible(run_dir):
