@@ -7,13 +7,14 @@ import os
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import TIMEOUT_SEC, deepspeed, finish, run, run_jobs, start
+from tests.launch import run
 from training.checkpoint_manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
@@ -57,20 +58,16 @@ def steps(count):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, demo_latents, fp32):
+def whole(tmp_path_factory, demo_latents, fp32, train_forked):
     """A run of two ranks that nobody disturbed; one that saves by the clock."""
     folder = tmp_path_factory.mktemp("runs")
     common = ["--deepspeed", fp32, "--data", demo_latents, *TINY]
     common += ["--save-every", CLOCK_STEPS]
     clock = ["--save-every-minutes", "1e-5", "--keep-last", 3, "--keep-every", 4]
-    run_jobs(
-        2,
-        [
-            [*common, "--run-dir", folder / "whole", *steps(STEPS), "--keep-every", CLOCK_STEPS],
-            [*common, "--run-dir", folder / "clock", *steps(CLOCK_STEPS), *clock],
-        ],
-        folder,
+    train_forked(
+        *(*common, "--run-dir", folder / "whole", *steps(STEPS), "--keep-every", CLOCK_STEPS)
     )
+    train_forked(*common, "--run-dir", folder / "clock", *steps(CLOCK_STEPS), *clock)
     return folder / "whole"
 
 
@@ -283,23 +280,20 @@ def test_a_job_that_another_one_has_taken_over_from_changes_nothing_more(
     assert visible(tmp_path) == seen[0]
 
 
-def test_a_job_that_is_taken_over_says_so_and_ends(whole, demo_latents, fp32, tmp_path):
+@pytest.mark.ranks
+def test_a_job_that_is_taken_over_says_so_and_ends(train_forked, demo_latents, fp32, tmp_path):
     run_dir = tmp_path / "run"
     argv = ["--deepspeed", fp32, "--data", demo_latents, "--run-dir", run_dir, *TINY]
-    process = start(*deepspeed(2, "training/main.py", *argv, "--save-every", 1, *steps(1_000_000)))
-    try:
-        deadline = time.monotonic() + TIMEOUT_SEC
-        while not (run_dir / "checkpoints" / "latest").exists():
-            assert process.poll() is None, finish(process)
-            assert time.monotonic() < deadline
+    argv += ["--save-every", 1, *steps(1_000_000)]
+    with ThreadPoolExecutor() as pool:
+        said = pool.submit(train_forked, *argv, expect=2)
+        while not (run_dir / "checkpoints" / "latest").exists() and not said.done():
             time.sleep(0.05)
         take_over(run_dir)
         before = visible(run_dir)
-    finally:
-        output = finish(process)
+        output = said.result()
 
-    assert process.returncode == 2, output
-    assert output.count(f"error: --run-dir {run_dir}: another job has taken it over") == 1, output
+    assert output.count(f"error: --run-dir {run_dir}: another job has taken it over") == 1
     assert "Traceback" not in output
     assert visible(run_dir) == before
 

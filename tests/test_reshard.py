@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import run_jobs
 from training.checkpoint_manifest import latest_checkpoint, read_manifest
 from training.monitor import read_metrics
 
@@ -30,7 +29,7 @@ WHOLE = "whole"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, demo_latents):
+def runs(tmp_path_factory, demo_latents, train_forked):
     """Train every run leg by leg, and one in one piece."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -50,9 +49,8 @@ def runs(tmp_path_factory, demo_latents):
         named = [(name, (*legs[leg], max_steps)) for name, legs in RUNS.items()]
         if num_ranks == 1:
             named.append((WHOLE, (2, 1, "contiguous", LEGS[-1])))
-        # ZeRO 3 last: it replaces torch's linear layer for the rest of the process.
-        named.sort(key=lambda item: item[1][0] == 3)
-        run_jobs(num_ranks, [job(name, *values) for name, values in named], folder)
+        for name, values in named:
+            train_forked(*job(name, *values), num_ranks=num_ranks)
     return lambda name: folder / name
 
 
