@@ -146,6 +146,13 @@ def agreed_message(error: Exception | str | None) -> str | None:
     return next((message for message in messages if message is not None), None)
 
 
+def from_main(value: Any) -> Any:
+    """Return the main rank's value on all ranks; others' is ignored. All ranks must call this."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def check_agreement(decisions: dict[str, Any]) -> None:
     """Compare what the ranks decided before they could talk. All ranks must call this.
 
@@ -256,6 +263,10 @@ class StopSignal:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # A launcher often repeats the signal while the checkpoint is being written.
         self._received = number
+
+    def is_received(self) -> bool:
+        """Tell whether this rank has received a signal; others may not know it yet."""
+        return self._received != 0
 
     def post(self, has_failed: bool = False, is_save_due: bool = False) -> None:
         """Send what this rank received to all ranks. All ranks must call this.
