@@ -74,7 +74,8 @@ def check_job(command: CommandLine, ranks: Ranks) -> tuple[str, str]:
         check_without_data(command, ranks)
         return "", ""
     job = check(replace(command, dry_run=True), ranks)  # dry: rank 0 need not load a decoder
-    return job.manifest.hash, str(job.resume_from or "")
+    newest = str(job.resume_points[0].folder) if job.resume_points else ""
+    return job.manifest.hash, newest
 
 
 def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
