@@ -13,6 +13,9 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from training.exit_codes import end_early_on_sigterm
+
+    end_early_on_sigterm()
 
 import torch
 
@@ -28,19 +31,20 @@ from training.command_line import CommandLine, parse_command_line
 from training.config import Config
 from training.count import describe
 from training.deepspeed_config import load_deepspeed_json
+from training.exit_codes import SAVED_EXIT_CODE
 from training.job import Job, check, check_without_data
 from training.lost_ranks import limit_all_groups, report_lost_ranks
 from training.precision import explain_precision
 from training.processes import Ranks
 from training.run_directory import create_run_directory
-from training.run_lock import hold_run_directory
+from training.run_lock import WAIT_SEC, hold_run_directory, is_started_again
 from training.validation import check_compiler
 
 
 class RunDirectoryInUseError(processes.RunError):
-    """Another job writes to the run directory."""
+    """Another job writes to the run directory, or, worth another try, this one's earlier ranks."""
 
-    exit_code = CONFIG_ERROR_EXIT_CODE
+    exit_code = 1 if is_started_again() else CONFIG_ERROR_EXIT_CODE
 
 
 def is_demo_missing(config: Config) -> bool:
@@ -93,7 +97,11 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
         }
     )
     run_dir = Path(job.config.run.run_dir)
-    with hold_run_directory(run_dir) if ranks.is_main else contextlib.nullcontext() as problem:
+    # The others wait meanwhile, so no longer than they are allowed to.
+    patience = processes.collective_timeout() / 2
+    wait_sec = patience.total_seconds() if is_started_again() else WAIT_SEC
+    lock = hold_run_directory(run_dir, wait_sec) if ranks.is_main else contextlib.nullcontext()
+    with lock as problem:
         if problem := processes.agreed_message(problem):
             raise RunDirectoryInUseError(problem)
         point, damaged = None, job.damaged
@@ -190,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(err.exit_code)
         processes.stop_process_group()
         if state.step < job.config.run.max_steps:
-            sys.exit(processes.SAVED_EXIT_CODE)
+            sys.exit(SAVED_EXIT_CODE)
 
 
 if __name__ == "__main__":
