@@ -36,7 +36,7 @@ test: lint
 
 test-cluster: $(INSTALLED)
 	tests/install_cluster.sh
-	pytest -m cluster
+	pytest -m cluster -rP
 
 lint: $(INSTALLED)
 	ruff check .
