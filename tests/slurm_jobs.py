@@ -81,6 +81,12 @@ class TrainingJob(Job):
         lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()
         return {line["step"]: line["loss/total"] for line in map(json.loads, lines)}
 
+    def wait_for_first_step(self):
+        """Wait until a job that was just submitted trains; tell how long, to compare with."""
+        began = time.monotonic()
+        self.wait(lambda: re.search(r"^step \d+/", self.output(), re.M), "the first step")
+        print(f"sbatch: {time.monotonic() - began:.0f} s until the first step")
+
     def wait_for_progress(self, steps=10):
         """Wait until the job has trained on by some steps; it has not ended by then."""
         target = self.step() + steps

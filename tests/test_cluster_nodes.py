@@ -43,16 +43,21 @@ def test_a_mistake_of_the_users_is_one_sentence_and_not_tried_again(cluster, lat
     assert job.field("ExitCode") == "2:0"
 
 
-def test_a_node_without_the_data_is_named(cluster, latents, tmp_path):
+def test_nodes_without_space_or_data_are_named(cluster, latents, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    cluster.run("mount", "-t", "tmpfs", "-o", "size=1m", "none", scratch, machine="node1")
     cluster.run("mount", "-t", "tmpfs", "none", latents, machine="node2")
     try:
-        job = TrainingJob(cluster, tmp_path, latents, check_nodes="yes")
+        job = TrainingJob(cluster, tmp_path, latents, check_nodes="yes", TMPDIR=str(scratch))
         lines = error_lines(job)
     finally:
+        cluster.run("umount", scratch, machine="node1")
         cluster.run("umount", latents, machine="node2")
 
-    assert len(lines) == 1, job.output()
-    assert lines[0].startswith(f"error: node node2: --data {latents}: no dataset.json")
+    assert len(lines) == 2, job.output()
+    assert re.match(rf"error: node node1: {scratch}: [01] MiB are free, 256 are needed;", lines[0])
+    assert lines[1].startswith(f"error: node node2: --data {latents}: no dataset.json")
 
 
 def test_a_node_with_another_version_is_named(cluster, latents, tmp_path):

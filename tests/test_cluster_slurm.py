@@ -94,6 +94,7 @@ def test_a_job_that_is_told_to_end_saves_and_comes_back_as_if_nothing_had_happen
     cluster, latents, uninterrupted, tmp_path
 ):
     job = TrainingJob(cluster, tmp_path, latents)
+    job.wait_for_first_step()
 
     def scontrol_update(limit):
         cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={limit}")
