@@ -11,7 +11,7 @@ from tests.local_slurm import wait_for
 from training.checkpoint_manifest import latest_checkpoint, read_manifest
 
 LATENT_SIZE = 8
-STEPS = 120
+STEPS, SAVE_EVERY = 120, 10
 WAIT_SEC = 900  # for whatever a loaded machine may need minutes for
 VENV = Path(sys.prefix)
 ON_CPU = {"DS_ACCELERATOR": "cpu", "VENV": str(VENV)}
@@ -68,7 +68,7 @@ class TrainingJob(Job):
         train = ["--preset", "tests/small.yaml", "--data", latents, "--run-dir", self.run_dir]
         train += ["--latent-size", LATENT_SIZE, "--num-experts", 4, "--expert-parallel-size", 2]
         train += ["--global-batch-size", 8, "--max-steps", STEPS, "--log-every", 1]
-        train += ["--save-every", 10, "--sample-every", 0, *flags]
+        train += ["--save-every", SAVE_EVERY, "--sample-every", 0, *flags]
         env = {"CHECK_NODES": check_nodes} | env
         super().__init__(cluster, folder, sbatch, "train_xl.sh", *train, **env)
 
@@ -87,7 +87,7 @@ class TrainingJob(Job):
         self.wait(lambda: re.search(r"^step \d+/", self.output(), re.M), "the first step")
         print(f"sbatch: {time.monotonic() - began:.0f} s until the first step")
 
-    def wait_for_progress(self, steps=10):
+    def wait_for_progress(self, steps=SAVE_EVERY):
         """Wait until the job has trained on by some steps; it has not ended by then."""
         target = self.step() + steps
         self.wait(lambda: self.step() >= target, f"step {target}")
@@ -100,6 +100,7 @@ class TrainingJob(Job):
             The steps that were trained when it happened, and the one that training went on from.
         """
         self.wait_for_progress()
+        self.wait(lambda: max(self.losses()) % SAVE_EVERY > 4, "steps after a checkpoint")
         restarts, starts = self.restarts(), len(RESUMED.findall(self.output()))
         reached, began = max(self.losses()), time.monotonic()
         action()
