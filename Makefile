@@ -1,6 +1,6 @@
 # make demo    demo images -> latents -> training -> samples, on any machine (about 15 minutes on two cores)
 # make test    lint and tests
-# make test-cluster   the tests that start a real Slurm, OpenMPI and sshd (root, Debian; about ten minutes)
+# make test-cluster   the tests that start a real Slurm, OpenMPI and sshd (root, Debian; about a quarter of an hour)
 # make lint    lint only
 # make clean   remove caches and the virtual environment; runs/ and datasets/ stay
 #

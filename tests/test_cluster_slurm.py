@@ -102,7 +102,7 @@ def test_a_job_that_is_told_to_end_saves_and_comes_back_as_if_nothing_had_happen
     def near_the_limit():
         # The template asks for a signal five minutes before the limit. Slurm looks every half
         # minute, so a thin cable makes the steps last.
-        cluster.slow_down("node2", "150mbit")
+        cluster.slow_down("node2", "75mbit")
         scontrol_update(5)
         said = f"job {job.number} is near its time limit"
         job.wait(lambda: said in job.output(), "the time limit")

@@ -6,6 +6,7 @@ test_cluster_slurm.py has a real one.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,24 @@ def test_slurms_own_numbers_come_before_the_scripts():
     )
 
     assert "--nodes=4 --ntasks-per-node=2 --cpus-per-task=3 " in result.stdout
+
+
+def test_the_site_is_one_file(tmp_path):
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    site = tmp_path / "slurm/site.sh"
+    text = site.read_text().replace("CONTAINER=()", "CONTAINER=(enter 'my image')")
+    site.write_text(text.replace("SRUN_FLAGS=()", "SRUN_FLAGS=(--mpi=none)"))
+
+    result = subprocess.run(
+        ["bash", "slurm/sample.sh", "--dry-run", "runs/a"],
+        cwd=tmp_path,
+        env=environment(VENV="/opt/venv"),
+        capture_output=True,
+        text=True,
+    )
+
+    program = r"enter my\ image /opt/venv/bin/python -u training/sample.py runs/a"
+    assert result.stdout.strip().endswith(f"--kill-on-bad-exit=1 --mpi=none {program}")
 
 
 def test_outside_a_job_the_script_says_how_to_submit_it():
