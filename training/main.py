@@ -14,6 +14,9 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from training.exit_codes import end_early_on_sigterm
+
+    end_early_on_sigterm()
 
 # The report on a lost rank must not drown in what every rank's libraries say of their connections.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -33,20 +36,21 @@ from training.config import Config, differences
 from training.count import describe
 from training.crash_loops import describe_crash_loop
 from training.deepspeed_config import load_deepspeed_json
+from training.exit_codes import SAVED_EXIT_CODE
 from training.heartbeat import LEAVING
 from training.job import Job, check, check_without_data, find_resume_points
 from training.precision import explain_precision
 from training.processes import Ranks
 from training.provenance import count_hosts, record_start
 from training.run_directory import CONFIG_FILE, create_run_directory, load_config
-from training.run_lock import hold_run_directory
+from training.run_lock import WAIT_SEC, hold_run_directory, is_started_again
 from training.run_log import log_to
 from training.validation import check_compiler
 from training.watchdog import Watchdog, limit_all_groups
 
 
 class RunDirectoryError(processes.RunError):
-    """Another job writes to the run directory, or nothing in it can be continued."""
+    """Nothing in the run directory can be continued."""
 
     exit_code = CONFIG_ERROR_EXIT_CODE
 
@@ -55,6 +59,12 @@ class CrashLoopError(processes.RunError):
     """Starting again and again leads nowhere."""
 
     exit_code = CONFIG_ERROR_EXIT_CODE
+
+
+class RunDirectoryInUseError(processes.RunError):
+    """Another job writes to the run directory, or, worth another try, this one's earlier ranks."""
+
+    exit_code = 1 if is_started_again() else CONFIG_ERROR_EXIT_CODE
 
 
 def is_demo_missing(config: Config) -> bool:
@@ -141,10 +151,14 @@ def train_job(
         }
     )
     run_dir = Path(job.config.run.run_dir)
-    with hold_run_directory(run_dir) if ranks.is_main else contextlib.nullcontext() as claim:
+    # The others wait meanwhile, so no longer than they are allowed to.
+    patience = processes.collective_timeout() / 2
+    wait_sec = patience.total_seconds() if is_started_again() else WAIT_SEC
+    lock = hold_run_directory(run_dir, wait_sec) if ranks.is_main else contextlib.nullcontext()
+    with lock as claim:
         staging, problem = processes.from_main(claim)
         if problem is not None:
-            raise RunDirectoryError(problem)
+            raise RunDirectoryInUseError(problem)
         point, damaged = choose_resume_point(job)
         state = TrainState() if point is None else point.manifest.state
         _check_crash_loop(run_dir, state, job.config.run.max_steps, ranks)
@@ -272,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 state = train_job(job, ranks, device, watchdog)
                 if state.step < job.config.run.max_steps:
-                    exit_code = processes.SAVED_EXIT_CODE
+                    exit_code = SAVED_EXIT_CODE
             except processes.RunError as err:
                 if ranks.is_main:
                     sys.stderr.write(f"error: {err}\n")
