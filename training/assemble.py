@@ -28,9 +28,23 @@ from training.warm_start import initial_values
 
 @contextmanager
 def assemble(
-    job: Job, ranks: Ranks, device: torch.device, state: TrainState, heartbeat: Heartbeat
+    job: Job,
+    ranks: Ranks,
+    device: torch.device,
+    state: TrainState,
+    staging: Path,
+    heartbeat: Heartbeat,
 ) -> Iterator[Training]:
-    """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this."""
+    """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this.
+
+    Args:
+        job: checked.
+        ranks: this process's place.
+        device: of this process.
+        state: to begin with.
+        staging: this job's folder for what it will publish.
+        heartbeat: of this process.
+    """
     config, manifest, data = job.config, job.manifest, job.config.data
     run_dir = Path(config.run.run_dir)
     initial = job.warm_start and partial(initial_values, job.warm_start, rank=ranks.rank)
@@ -62,7 +76,9 @@ def assemble(
     monitor = Monitor(run_dir if ranks.is_main else None, resume_step=state.step)
     monitor.text("configuration", config.to_yaml())
     depth, num_experts = len(engine.module.blocks), engine.module.num_experts
-    checkpointer = Checkpointer(engine, config.run, job.layout, manifest.hash, objective, placement)
+    checkpointer = Checkpointer(
+        *(engine, config.run, job.layout, manifest.hash, objective, placement, staging)
+    )
     heartbeat.explain(READING, stream.awaits)
     heartbeat.explain(SAVING, checkpointer.awaits)
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)

@@ -54,10 +54,6 @@ class NonFiniteLossError(RunError):
     exit_code = CONFIG_ERROR_EXIT_CODE
 
 
-class CheckpointError(RunError):
-    """The last checkpoint of a run could not be written."""
-
-
 class DataError(RunError):
     """A rank cannot read its samples; what was trained until then is saved."""
 
@@ -83,6 +79,7 @@ class Training:
     spikes: SpikeDetector
     heartbeat: Heartbeat
     skipped_in_a_row: int = 0  # steps left out since the last one that was not
+    pause_sec: float = 0.0  # for which the last save interrupted training
 
     def report(self, step: int, event: str) -> None:
         """Tell the person who watches, and TensorBoard, of an event. Of rank 0 only."""
@@ -152,7 +149,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         if is_save_due:
             training.heartbeat.enter(SAVING, state.step)
             rebalance(training, state.step)
-            save(training, state, is_last)
+            save(training, state, stop, is_last)
             saved_step = state.step
         if is_snapshot_due:
             training.heartbeat.enter(SAVING, state.step)
@@ -169,7 +166,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         end_interval(training, state, tables, speed)
     training.heartbeat.enter(SAVING, state.step)
     if saved_step != state.step:
-        save(training, state, is_last=True)
+        save(training, state, stop, is_last=True)
     report_write(training, state.step, saver.finish(), is_last=True)
     if message := agreed_message(following.error):
         raise DataError(message)
@@ -303,13 +300,16 @@ def rebalance(training: Training, step: int) -> None:
             sys.stdout.write(f"step {step}: {report}\n")
 
 
-def save(training: Training, state: TrainState, is_last: bool) -> None:
-    """Begin a checkpoint, after the one before is done; wait for it only if it is the last."""
+def save(training: Training, state: TrainState, stop: StopSignal, is_last: bool) -> None:
+    """Begin a checkpoint, after the one before is done; wait for it only if it is the last.
+
+    A signal does not wait for the one before: that is given up for this one.
+    """
     saver, started = training.checkpointer, time.monotonic()
-    report_write(training, state.step, saver.finish())
+    report_write(training, state.step, saver.finish(stop.is_received))
     saver.begin(state)
-    pause_sec = time.monotonic() - started
-    training.monitor.timing(state.step, "checkpoint/pause_sec", pause_sec)
+    training.pause_sec = time.monotonic() - started
+    training.monitor.timing(state.step, "checkpoint/pause_sec", training.pause_sec)
     if is_last:
         report_write(training, state.step, saver.finish(), is_last=True)
 
@@ -329,15 +329,16 @@ def report_write(
         return
     if outcome.problem is None:
         training.monitor.timing(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
+        if training.is_main:
+            sys.stdout.write(
+                f"checkpoint of step {outcome.state.step}: training stood still for "
+                f"{training.pause_sec:.2f} s, written after {outcome.write_sec:.2f} s\n"
+            )
         return
-    message = f"checkpoint of step {outcome.state.step} could not be written: {outcome.problem}"
     if is_last:
-        raise CheckpointError(
-            f"{message}, and run the same command again: it continues from the checkpoint before."
-        )
-    training.report(
-        step, f"{message}; training goes on, the one before it is intact, the next save tries again"
-    )
+        raise outcome.error()
+    if not outcome.is_taken_over:  # else the next save ends the run, on all ranks at the same step
+        training.report(step, outcome.warning())
 
 
 def save_snapshots(training: Training, step: int) -> None:
