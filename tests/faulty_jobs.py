@@ -22,11 +22,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as main.py, before torch is imported
 
-import deepspeed  # noqa: F401 - before the forks
 import torch
 
-import training.assemble
 import training.loop
+from tests.forked_jobs import prepare_to_fork
 from training.main import main as train
 
 JOBS_AT_A_TIME = 3
@@ -147,7 +146,7 @@ def run_job(job):
 
 
 def main():
-    torch.set_num_threads(1)  # no pool of threads may exist before a fork
+    prepare_to_fork()
     jobs = json.loads(Path(sys.argv[sys.argv.index("--jobs") + 1]).read_text())
     waiting = map(run_job, jobs)
     running = list(islice(waiting, JOBS_AT_A_TIME))

@@ -104,7 +104,6 @@ def test_every_rank_ends_by_itself_and_one_report_is_left(ended, fault, num_rank
         assert codes.pop(rank) == gone[fault]
     assert set(codes.values()) == {1}, result["output"]
     assert result["output"].count("Traceback") == ("mistaken" in fault)
-    assert latest_checkpoint(result["run"]) is not None
 
 
 AGAIN = "run the same command again: it continues from the last checkpoint."
@@ -222,6 +221,6 @@ def test_a_slow_disk_is_named_with_the_file_and_ends_nothing(ended):
     assert SLOW_DISK_SEC > 2 * LIMIT_SEC and result["codes"] == [0, 0], result["output"]
     named = warnings(result, "rank 1: saving a checkpoint, step 8, for ")
     assert named and re.search(
-        r" s \(writing /\S+/\.tmp-step-0000004/zero_pp_rank_1\S+\.pt\)", named[0]
+        r" s \(writing /\S+/step-0000004/zero_pp_rank_1\S+\.pt\)", named[0]
     ), result["output"]
     assert read_manifest(latest_checkpoint(result["run"])).state.step == 8
