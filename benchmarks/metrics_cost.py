@@ -41,7 +41,7 @@ GROUP_SIZE = 2
 ADDS_PER_TIMING = 20
 NOTES_PER_TIMING = 1000
 PHASES_PER_STEP = 6  # reading, agreeing, forward, backward, updating, agreeing
-WATCH_SEC = 10.0
+WATCH_SEC = 4.0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
