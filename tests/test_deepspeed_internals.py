@@ -177,7 +177,7 @@ FACTS = {
     "new groups take torch's default timeout": (
         *("deepspeed.comm.torch:TorchBackend", "new_group"),
         r"torch\.distributed\.new_group\(ranks\)",
-        "lost_ranks.py gives them ours",
+        "watchdog.py gives them ours",
     ),
 }
 

@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from training.expert_load import load_metrics
 from training.monitor import (
     MAP_BELOW_PIXELS,
     MAP_LEFT_PIXELS,
     MAP_ROW_PIXELS,
+    MAX_LOAD_TAGS,
     METRICS_FILE,
     TENSORBOARD_DIR,
     Monitor,
@@ -38,6 +40,37 @@ def test_tensorboard_and_json_lines_hold_the_same_scalars(tmp_path):
     for tag, events in scalars_in_tensorboard(tmp_path).items():
         assert events == [(record["step"], record[tag]) for record in records]
     assert [record["step"] for record in records] == [10, 20]
+
+
+def test_tensorboards_files_are_bounded_and_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.monitor.MAX_EVENTS_BYTES", 2000)
+    monitor = Monitor(tmp_path)
+    for step in range(1, 201):
+        monitor.scalars(step, {"loss/total": step / 8})
+    monitor.close()
+
+    files = list((tmp_path / TENSORBOARD_DIR).iterdir())
+    assert len(files) > 3
+    assert max(file.stat().st_size for file in files) < 2200
+    expected = [(step, step / 8) for step in range(1, 201)]
+    assert scalars_in_tensorboard(tmp_path)["loss/total"] == expected
+
+
+def test_thousands_of_experts_are_a_histogram_per_block_and_whole_in_the_records(tmp_path):
+    depth, num_experts = 2, MAX_LOAD_TAGS // 2 + 1
+    counts = torch.arange(1.0, depth * num_experts + 1).view(depth, num_experts)
+    metrics = load_metrics(counts, num_samples=1000)
+    monitor = Monitor(tmp_path)
+    monitor.scalars(10, metrics)
+    monitor.close()
+
+    assert read_metrics(tmp_path) == [{"step": 10} | metrics]
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_DIR))
+    events.Reload()
+    assert events.Tags()["histograms"] == ["moe_load/block_00", "moe_load/block_01"]
+    assert len(events.Tags()["scalars"]) == len(metrics) - depth * num_experts
+    (histogram,) = events.Histograms("moe_load/block_01")
+    assert histogram.histogram_value.num == num_experts
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -114,6 +114,11 @@ class Checkpointer:
         """Return the outcome of a write that has ended, once; ranks see it at different times."""
         return self.finish() if self._write is not None and self._write.is_done() else None
 
+    def awaits(self) -> str:
+        """Say what the write that was begun is at; any thread may ask."""
+        write = self._write
+        return "" if write is None else write.doing
+
     def finish(self, is_urgent: Callable[[], bool] = lambda: False) -> Outcome | None:
         """Wait for the write that was begun; None if its outcome is known already.
 

@@ -112,6 +112,9 @@ class BackgroundWrite:
         plan: the same on all ranks.
         files: of this rank, in host memory; they are freed one by one.
         error: why the folder could not be made, on rank 0.
+
+    Attributes:
+        doing: what the thread is at.
     """
 
     def __init__(self, plan: WritePlan, files: FileContents, error: OSError | None) -> None:
@@ -123,6 +126,7 @@ class BackgroundWrite:
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._prefix = f"{STORE_PREFIX}/{next(_numbers)}"
         self._problem: str | None = THREAD_FAILED
+        self.doing = ""
         self._is_taken_over = False
         self._is_given_up, self._asked_others = False, 0.0
         self._started = self._stopped = time.monotonic()
@@ -212,6 +216,7 @@ class BackgroundWrite:
             if error is not None:
                 continue
             path = self.plan.temporary / name
+            self.doing = f"writing {path}"
             try:
                 with io.BufferedWriter(_StoppableFile(path, self._should_give_up)) as file:
                     torch.save(content, file)
@@ -242,6 +247,7 @@ class BackgroundWrite:
         return problem, dict(sorted(files.items()))
 
     def _wait(self, key: str, limit_sec: float | None) -> bool:
+        self.doing = f"waiting for {'rank 0' if self.rank else 'other ranks'} to write"
         started, pause = time.monotonic(), SHORTEST_POLL_SEC
         while not self._store.check([key]):
             is_late = limit_sec is not None and time.monotonic() - started > limit_sec
@@ -264,11 +270,13 @@ class BackgroundWrite:
                     raise _given_up()
                 weights[name] = stored.whole(name, source, shape, plan.slot_of_expert)
             path = plan.temporary / (RAW_FILE if key is None else average_file(key))
+            self.doing = f"writing {path}"
             write_weights(path, weights)
             files[path.name] = record_of(path)
 
     def _publish(self, files: dict[str, FileRecord]) -> None:
         plan = self.plan
+        self.doing = f"publishing {plan.final}"
         publish(plan.temporary, plan.final, manifest_text(plan.manifest_of(files)))
         prune(plan.final, plan.staging, plan.keep_last, plan.keep_every)
 

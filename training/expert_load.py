@@ -14,6 +14,7 @@ from models.gate import RoutingPlan
 
 STARVED_FRACTION = 0.1  # of the even share; the paper's prior with 8 experts goes down to 0.18
 DEAD_INTERVALS = 10  # logging intervals without a sample
+_LOAD_PREFIX = "moe_load/"
 PASSES, PASSES_WITH_RECOMPUTATION = 2, 3  # forward and backward; what is recomputed travels again
 
 
@@ -51,7 +52,16 @@ def load_metrics(expert_count: Tensor, num_samples: float) -> dict[str, float]:
 
 def load_tag(block: int, expert: int) -> str:
     """Name the fraction of samples that an expert received."""
-    return f"moe_load/block_{block:02d}/expert_{expert}"
+    return f"{_LOAD_PREFIX}block_{block:02d}/expert_{expert}"
+
+
+def by_block(metrics: dict[str, float]) -> dict[str, list[float]]:
+    """Collect the loads of `load_metrics` by the part of their names that tells the block."""
+    loads: dict[str, list[float]] = {}
+    for name, value in metrics.items():
+        if name.startswith(_LOAD_PREFIX):
+            loads.setdefault(name.rpartition("/")[0], []).append(value)
+    return loads
 
 
 def relative_entropy(counts: Tensor) -> Tensor:

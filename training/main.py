@@ -7,12 +7,19 @@ exists and before anything is written.
 """
 
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from training.exit_codes import end_early_on_sigterm
+
+    end_early_on_sigterm()
+
+# The report on a lost rank must not drown in what every rank's libraries say of their connections.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
@@ -25,22 +32,39 @@ from training import processes
 from training.checkpoint_manifest import ResumePoint, TrainState, first_undamaged
 from training.checkpoint_publishing import name_latest
 from training.command_line import CommandLine, parse_command_line
-from training.config import Config
+from training.config import Config, differences
 from training.count import describe
+from training.crash_loops import describe_crash_loop
 from training.deepspeed_config import load_deepspeed_json
+from training.exit_codes import SAVED_EXIT_CODE
+from training.heartbeat import LEAVING
 from training.job import Job, check, check_without_data, find_resume_points
-from training.lost_ranks import limit_all_groups, report_lost_ranks
 from training.precision import explain_precision
 from training.processes import Ranks
-from training.run_directory import create_run_directory
-from training.run_lock import hold_run_directory
+from training.provenance import count_hosts, record_start
+from training.run_directory import CONFIG_FILE, create_run_directory, load_config
+from training.run_lock import WAIT_SEC, hold_run_directory, is_started_again
+from training.run_log import log_to
 from training.validation import check_compiler
+from training.watchdog import Watchdog, limit_all_groups
 
 
 class RunDirectoryError(processes.RunError):
-    """Another job writes to the run directory, or nothing in it can be continued."""
+    """Nothing in the run directory can be continued."""
 
     exit_code = CONFIG_ERROR_EXIT_CODE
+
+
+class CrashLoopError(processes.RunError):
+    """Starting again and again leads nowhere."""
+
+    exit_code = CONFIG_ERROR_EXIT_CODE
+
+
+class RunDirectoryInUseError(processes.RunError):
+    """Another job writes to the run directory, or, worth another try, this one's earlier ranks."""
+
+    exit_code = 1 if is_started_again() else CONFIG_ERROR_EXIT_CODE
 
 
 def is_demo_missing(config: Config) -> bool:
@@ -99,8 +123,16 @@ def choose_resume_point(job: Job) -> tuple[ResumePoint | None, list[str]]:
     return point, [*damaged, *more]
 
 
-def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
+def train_job(
+    job: Job, ranks: Ranks, device: torch.device, watchdog: Watchdog | None = None
+) -> TrainState:
     """Train a checked job in an existing process group. All ranks must call this.
+
+    Args:
+        job: what to train.
+        ranks: this process's place.
+        device: to train on.
+        watchdog: that looks after it; None = nobody does.
 
     Raises:
         RunError: on all ranks, with what ended the run.
@@ -108,6 +140,7 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
     from training.assemble import assemble  # DeepSpeed reads its environment when imported
     from training.loop import train
 
+    watchdog = watchdog or Watchdog(ranks, device)
     processes.check_agreement(
         {
             "the configuration": job.config.to_dict(),
@@ -118,22 +151,31 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
         }
     )
     run_dir = Path(job.config.run.run_dir)
-    with hold_run_directory(run_dir) if ranks.is_main else contextlib.nullcontext() as claim:
+    # The others wait meanwhile, so no longer than they are allowed to.
+    patience = processes.collective_timeout() / 2
+    wait_sec = patience.total_seconds() if is_started_again() else WAIT_SEC
+    lock = hold_run_directory(run_dir, wait_sec) if ranks.is_main else contextlib.nullcontext()
+    with lock as claim:
         staging, problem = processes.from_main(claim)
         if problem is not None:
-            raise RunDirectoryError(problem)
+            raise RunDirectoryInUseError(problem)
         point, damaged = choose_resume_point(job)
         state = TrainState() if point is None else point.manifest.state
+        _check_crash_loop(run_dir, state, job.config.run.max_steps, ranks)
+        hosts = count_hosts()
         if ranks.is_main:
-            initial = None if job.warm_start is None else job.warm_start.to_dict()
-            problem = create_run_directory(
-                run_dir, job.config, job.deepspeed_config, job.manifest, initial
-            )
+            problem = _write_start(job, state, point, hosts)
         if problem := processes.agreed_message(problem):
             raise processes.RunError(problem)
         stop = processes.StopSignal(device)
         started = time.monotonic()
-        with assemble(job, ranks, device, state, staging) as training:
+        log = log_to(run_dir) if ranks.is_main else contextlib.nullcontext()
+        # What fails must not wait for the threads that are taken apart afterwards.
+        with (
+            log,
+            assemble(job, ranks, device, state, staging, watchdog.heartbeat) as training,
+            watchdog.reporting(),
+        ):
             limit_all_groups()
             if point is not None:
                 if damaged and ranks.is_main:
@@ -148,10 +190,46 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
             if ranks.is_main:
                 print(_start_text(job, ranks, state, point), flush=True)
             state = train(training, state, stop)
+            if ranks.is_main:
+                print(_end_line(job.config, state, time.monotonic() - started), flush=True)
         stop.restore()
-    if ranks.is_main:
-        print(_end_line(job.config, state, time.monotonic() - started), flush=True)
     return state
+
+
+def _check_crash_loop(run_dir: Path, state: TrainState, max_steps: int, ranks: Ranks) -> None:
+    """Warn of starts that lead nowhere; end on all ranks if a launcher goes on making them."""
+    problem = None
+    if ranks.is_main and state.step < max_steps:
+        text, is_over = describe_crash_loop(run_dir, state.step)
+        if text and not is_over:
+            sys.stderr.write(f"warning: {text}\n")
+        problem = text if is_over else None
+    if problem := processes.agreed_message(problem):
+        raise CrashLoopError(problem)
+
+
+def _write_start(
+    job: Job, state: TrainState, point: ResumePoint | None, hosts: dict[str, int]
+) -> str | None:
+    """Write into the run directory what this start is made of; return why that is impossible."""
+    run_dir = Path(job.config.run.run_dir)
+    is_new = not (run_dir / CONFIG_FILE).exists()
+    changes = [] if is_new else differences(load_config(run_dir), job.config, of_any_kind=True)
+    initial = None if job.warm_start is None else job.warm_start.to_dict()
+    try:
+        create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest, initial)
+        record_start(
+            run_dir,
+            step=state.step,
+            checkpoint="" if point is None else point.folder.name,
+            layout=str(job.layout),
+            hosts=hosts,
+            data_hash=job.manifest.hash,
+            config_changes=changes,
+        )
+    except OSError as err:
+        return f"--run-dir {run_dir}: cannot write ({err.strerror}); choose another."
+    return None
 
 
 def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | None) -> str:
@@ -203,17 +281,21 @@ def main(argv: list[str] | None = None) -> None:
         print(text, flush=True)
     if not command.dry_run:
         processes.start_process_group(ranks, device)
-        try:
-            with report_lost_ranks(ranks):
-                state = train_job(job, ranks, device)
-        except processes.RunError as err:
-            if ranks.is_main:
-                sys.stderr.write(f"error: {err}\n")
-            processes.stop_process_group()
-            sys.exit(err.exit_code)
+        exit_code = 0
+        with Watchdog(ranks, device) as watchdog:
+            try:
+                state = train_job(job, ranks, device, watchdog)
+                if state.step < job.config.run.max_steps:
+                    exit_code = SAVED_EXIT_CODE
+            except processes.RunError as err:
+                if ranks.is_main:
+                    sys.stderr.write(f"error: {err}\n")
+                exit_code = err.exit_code
+            watchdog.heartbeat.enter(LEAVING, 0)
+            torch.distributed.barrier()  # while somebody watches
         processes.stop_process_group()
-        if state.step < job.config.run.max_steps:
-            sys.exit(processes.SAVED_EXIT_CODE)
+        if exit_code:
+            sys.exit(exit_code)
 
 
 if __name__ == "__main__":

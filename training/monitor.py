@@ -1,12 +1,10 @@
 """Where metrics and pictures go: TensorBoard and metrics.jsonl, from rank 0 only."""
 
-import errno
 import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from data_tools.files import replace_file
+from data_tools.files import append_whole, replace_file
+from training.expert_load import by_block
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+MAX_EVENTS_BYTES = 64 << 20  # of one of TensorBoard's files; then the next one is begun
+MAX_LOAD_TAGS = 512  # TensorBoard gets slow with thousands; beyond, it has a histogram per block
 MAP_ROW_PIXELS, MAP_GAP_PIXELS = 10, 4
 MAP_LEFT_PIXELS, MAP_BELOW_PIXELS = 58, 18  # room for the axes' texts
 NO_SAMPLES_GREY = 128
@@ -41,18 +42,28 @@ class Monitor:
         path = run_dir / METRICS_FILE
         _drop_later_records(path, resume_step)
         self._lines = path.open("ab", buffering=0)
-        self._writer = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=resume_step + 1)
+        self._folder = run_dir / TENSORBOARD_DIR
+        self._writer = SummaryWriter(str(self._folder), purge_step=resume_step + 1)
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of one logging interval that ended with `step`."""
         if self._writer is None:
             return
         with self.surviving_disk_errors():
-            _append_whole(self._lines, json.dumps({"step": step} | metrics) + "\n")
+            append_whole(self._lines, json.dumps({"step": step} | metrics))
         with self.surviving_disk_errors():
+            loads = by_block(metrics)
+            if sum(map(len, loads.values())) <= MAX_LOAD_TAGS:
+                loads = {}
+            for name, values in loads.items():
+                self._writer.add_histogram(name, np.array(values), step)
             for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+                if name.rpartition("/")[0] not in loads:
+                    self._writer.add_scalar(name, value, step)
             self._writer.flush()
+            if _newest_size(self._folder) > MAX_EVENTS_BYTES:
+                self._writer.close()
+                self._writer = SummaryWriter(str(self._folder))
 
     def timing(self, step: int, name: str, seconds: float) -> None:
         """Record how long something took that is no part of the training: TensorBoard only."""
@@ -98,15 +109,9 @@ class Monitor:
             self._has_warned = True
 
 
-def _append_whole(file: FileIO, line: str) -> None:
-    """Append a line or nothing of it."""
-    data, end = line.encode("ascii"), file.seek(0, os.SEEK_END)
-    try:
-        if file.write(data) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError:
-        file.truncate(end)
-        raise
+def _newest_size(folder: Path) -> int:
+    """Return the bytes of the file that TensorBoard's writer writes."""
+    return max((file.stat() for file in folder.iterdir()), key=lambda s: s.st_mtime_ns).st_size
 
 
 def _drop_later_records(path: Path, resume_step: int) -> None:

@@ -26,7 +26,6 @@ TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
 DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
 DEFAULT_MASTER_PORT = 29500
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAVED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, saved, and to be started again
 RANK_FAILED = 1000  # as a stop signal: a rank cannot go on; above every signal number
 FOLLOWER_WAIT_SEC = 30.0  # longer than a launcher needs to notice that rank 0 has left
 
@@ -135,8 +134,13 @@ def wait_to_be_ended(exit_code: int) -> None:
 
     srun and others report the highest code of all ranks, and a signal's is above every other.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
+    end_on_sigterm_with(exit_code)
     time.sleep(FOLLOWER_WAIT_SEC)
+
+
+def end_on_sigterm_with(exit_code: int) -> None:
+    """Let the next SIGTERM end this process with an exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
 
 
 def agreed_message(error: Exception | str | None) -> str | None:
