@@ -284,7 +284,7 @@ def test_a_job_that_another_one_has_taken_over_from_changes_nothing_more(
 def test_a_job_that_is_taken_over_says_so_and_ends(train_forked, demo_latents, fp32, tmp_path):
     run_dir = tmp_path / "run"
     argv = ["--deepspeed", fp32, "--data", demo_latents, "--run-dir", run_dir, *TINY]
-    argv += ["--save-every", 1, *steps(1_000_000)]
+    argv += ["--save-every", 10, *steps(1_000_000)]
     with ThreadPoolExecutor() as pool:
         said = pool.submit(train_forked, *argv, expect=2)
         while not (run_dir / "checkpoints" / "latest").exists() and not said.done():

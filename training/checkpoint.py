@@ -72,6 +72,11 @@ class Checkpointer:
         minutes = (time.monotonic() - self._saved_at) / 60.0
         return 0 < self.run.save_every_minutes <= minutes
 
+    @property
+    def is_taken_over(self) -> bool:
+        """Tell whether this rank knows already that another job has the run directory."""
+        return self._taken_over is not None
+
     def begin(self, state: TrainState) -> None:
         """Copy what a checkpoint needs and start to write it. All ranks must call this.
 

@@ -129,7 +129,8 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         step_data, following = following, StepData()
         if state.step + 1 < run.max_steps:
             following = read_step(training, state.step)
-        stop.post(following.error is not None, saver.is_due_by_clock())
+        has_failed = following.error is not None or saver.is_taken_over
+        stop.post(has_failed, saver.is_due_by_clock())
         tables = train_step(training, step_data, state.step)
         state = TrainState(
             state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
@@ -337,7 +338,7 @@ def report_write(
         return
     if is_last:
         raise outcome.error()
-    if not outcome.is_taken_over:  # else the next save ends the run, on all ranks at the same step
+    if not outcome.is_taken_over:  # else the run ends soon, on all ranks at the same step
         training.report(step, outcome.warning())
 
 
