@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
                     sys.stderr.write(f"error: {err}\n")
                 exit_code = err.exit_code
             watchdog.heartbeat.enter(LEAVING, 0)
-            torch.distributed.barrier()  # while somebody watches
+            processes.meet_to_leave()  # while somebody watches
         processes.stop_process_group()
         if exit_code:
             sys.exit(exit_code)

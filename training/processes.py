@@ -238,14 +238,19 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
     assert got == (ranks.rank, ranks.world_size), f"process group is {got}, launcher said {ranks}"
 
 
-def stop_process_group() -> None:
-    """Leave together: without this a gloo thread can abort the interpreter at exit.
+def meet_to_leave() -> None:
+    """Wait for all ranks, deaf to SIGTERM from now on. All ranks must call this.
 
     The first rank that leaves with an error makes the launcher end the others, whose own exit code
     must not become a signal's.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.distributed.barrier()
+
+
+def stop_process_group() -> None:
+    """Leave together: without this a gloo thread can abort the interpreter at exit."""
+    meet_to_leave()
     torch.distributed.destroy_process_group()
 
 
