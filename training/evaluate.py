@@ -23,7 +23,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import replace_file, write_json
 from training.evaluation.card import (
     CARD_VERSION,
@@ -34,11 +34,14 @@ from training.evaluation.card import (
     describe_weights,
 )
 from training.evaluation.drawing import (
+    CARD_FILE,
     LABEL_RULES,
     Artist,
+    as_rank_0_says,
     assemble,
     disk_errors,
     draw,
+    fail_together,
     prepare_folder,
     write_pngs,
 )
@@ -129,8 +132,13 @@ def draw_images(
         device,
     )
     for point in job.points:
+        error = None
         if ranks.is_main:
-            prepare_folder(point.folder, point.settings, is_forced=args.force)
+            try:
+                prepare_folder(point.folder, point.settings, is_forced=args.force)
+            except ConfigError as err:
+                error = err
+        fail_together(error, ranks)
         own = len(range(ranks.rank, point.settings.num_parts, ranks.world_size))
         with tqdm(
             total=own * args.batch_size,
@@ -152,12 +160,12 @@ def finish_point(
     samples = assemble(point.folder, point.settings, job.class_counts)
     if args.png:
         write_pngs(samples, point.folder)
-    path, reference = point.folder / "card.json", job.reference
+    path, reference = point.folder / CARD_FILE, job.reference
     if reference is not None:
         against = f"{reference.sha256[:8]}-{reference.network.sha256[:8]}"
         path = point.folder / f"score-{against}.json"
-        if path.exists():
-            return json.loads(path.read_text())
+    if path.exists():  # of these very images
+        return json.loads(path.read_text())
     card = {
         "card_version": CARD_VERSION,
         "weights": describe_weights(job.config, job.run_dir, job.weights),
@@ -202,11 +210,12 @@ def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:
 def measure_loss(
     args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
 ) -> None:
-    """Compute the held-out loss and write its card. All ranks must call this."""
-    held_out = job.held_out
-    settings = (len(held_out.timesteps), held_out.num_samples, held_out.data.manifest.hash[:8])
-    name = "validation-{}-t{}-{}-{}.json".format(name_of_weights(job.weights), *settings)
-    path = job.output / name
+    """Compute the held-out loss and keep it, unless it is there. All ranks must call this."""
+    held_out, path = job.held_out, job.loss_path
+    if as_rank_0_says(path.exists() and not args.force, ranks):  # of these weights and samples
+        if ranks.is_main:
+            _tell_loss(json.loads(path.read_text()), path)
+        return
     terms = held_out_loss(
         load_model(job.config, job.weights, device),
         build_diffusion(job.config).to(device),
@@ -234,7 +243,12 @@ def measure_loss(
     with disk_errors(job.output):
         job.output.mkdir(parents=True, exist_ok=True)
         write_json(path, card)
-    means = ", ".join(f"{name} {term['mean']:.6f}" for name, term in terms.items())
+    _tell_loss(card, path)
+
+
+def _tell_loss(card: dict[str, Any], path: Path) -> None:
+    terms = card["validation_loss"].items()
+    means = ", ".join(f"{name} {term['mean']:.6f}" for name, term in terms)
     print(f"held-out loss: {means} ({path})")
 
 

@@ -4,6 +4,7 @@
     parts/          one file per batch while images are drawn, whole or not there
     samples.npz     all of them: arr_0 uint8 (N, H, W, 3), arr_1 labels; then the parts go
     png/            one file per image, if asked for
+    card.json       how they were drawn; score-REFERENCE-NETWORK.json what they scored as well
 
 Batch b holds the images b * batch_size and so on, whoever draws it and whenever: numerics depend on
 the composition of a batch, so the bytes are the same after any kill and on any number of processes
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +40,7 @@ from training.sampling import SamplerSettings, sample_latents
 
 SETTINGS_FILE = "settings.json"
 SAMPLES_FILE = "samples.npz"
+CARD_FILE = "card.json"
 PARTS_DIR, PNG_DIR = "parts", "png"
 LABEL_RULES = {
     "random": "each class as likely, by (seed, index)",
@@ -108,11 +111,12 @@ def check_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> No
     """Refuse a folder that holds anything but a part of this very image set."""
     path = folder / SETTINGS_FILE
     try:
-        is_empty = not folder.exists() or not any(folder.iterdir())
+        names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
         text = path.read_text(encoding="utf-8") if path.exists() else None
     except OSError as err:
         raise ConfigError(f"--output {folder}: {err.strerror}; choose another.") from err
-    if is_empty:
+    # A kill may leave the temporary file of the settings, which are written first of all.
+    if all(name.startswith(f"{SETTINGS_FILE}.") for name in names):
         return
     if text is None:
         raise ConfigError(
@@ -125,12 +129,10 @@ def check_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> No
         found = json.loads(text)
     except ValueError:
         found = {}
-    wanted = asdict(settings)
     changed = [
-        f"{name} {found.get(name, 'missing') if isinstance(found, dict) else 'damaged'} (now "
-        f"{value})"
-        for name, value in wanted.items()
-        if not isinstance(found, dict) or found.get(name) != value
+        f"{name} {found.get(name)} (now {value})"
+        for name, value in asdict(settings).items()
+        if found.get(name) != value
     ]
     if changed:
         raise ConfigError(
@@ -142,13 +144,14 @@ def check_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> No
 def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> None:
     """Write the settings, after removing what --force replaces. Only rank 0 calls this."""
     with disk_errors(folder):
-        if is_forced and (folder / SETTINGS_FILE).exists():
+        if is_forced and folder.exists():
             for name in (PARTS_DIR, PNG_DIR):
                 shutil.rmtree(folder / name, ignore_errors=True)
-            for path in (folder / SAMPLES_FILE, *folder.glob("*.json")):
+            for path in (folder / SAMPLES_FILE, folder / CARD_FILE, *folder.glob("score-*.json")):
                 path.unlink(missing_ok=True)
-        (folder / PARTS_DIR).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS_FILE, settings)
+        (folder / PARTS_DIR).mkdir(exist_ok=True)
 
 
 @contextmanager
@@ -181,11 +184,7 @@ def draw(
         ranks: this process's place.
         on_images: called with the number of images of each part of this rank.
     """
-    missing = _missing_parts(folder, settings) if ranks.is_main else []
-    if ranks.world_size > 1:  # one rank looks: a network disk may show the others an older state
-        shared = [missing]
-        torch.distributed.broadcast_object_list(shared)
-        missing = shared[0]
+    missing = as_rank_0_says(_missing_parts(folder, settings) if ranks.is_main else [], ranks)
     error: ConfigError | None = None
     try:
         for part in missing[ranks.rank :: ranks.world_size]:
@@ -196,12 +195,27 @@ def draw(
             on_images(len(indices))
     except ConfigError as err:
         error = err
+    fail_together(error, ranks)
+
+
+def as_rank_0_says(value: Any, ranks: Ranks) -> Any:
+    """Return rank 0's value on all ranks; all must call this.
+
+    One rank looks at what is on the disk: a network disk may show the others an older state.
+    """
+    shared = [value]
+    if ranks.world_size > 1:
+        torch.distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
+def fail_together(error: ConfigError | None, ranks: Ranks) -> None:
+    """Raise the first error of any rank on all of them; all must call this."""
+    message = None if error is None else str(error)
     if ranks.world_size > 1:
         message = agreed_message(error)
-        if message is not None:
-            raise ConfigError(message)
-    if error is not None:
-        raise error
+    if message is not None:
+        raise ConfigError(message)
 
 
 def _missing_parts(folder: Path, settings: DrawSettings) -> list[int]:

@@ -23,6 +23,7 @@ from models.latents import final_latents, frozen_latents
 from models.randomness import Stream, normal
 from models.switch_dit import SwitchDiT
 from training.config import Config
+from training.evaluation.drawing import fail_together
 from training.processes import Ranks
 from training.validation import check_data
 
@@ -136,6 +137,7 @@ def held_out_loss(
     reader = SampleReader(data, data.stores("sha256", cache))
     starts = range(0, held_out.num_samples, batch_size)
     sums: dict[int, np.ndarray] = {}
+    error: ConfigError | None = None
     try:
         for start in starts[ranks.rank :: ranks.world_size]:
             ids = np.arange(start, min(start + batch_size, held_out.num_samples))
@@ -155,8 +157,11 @@ def held_out_loss(
                 torch.from_numpy(ids).to(device),
                 held_out.timesteps,
             )
+    except ConfigError as err:
+        error = err
     finally:
         reader.close()
+    fail_together(error, ranks)
     if ranks.world_size > 1:
         everyone: list[dict[int, np.ndarray]] = [{} for _ in range(ranks.world_size)]
         torch.distributed.all_gather_object(everyone, sums)

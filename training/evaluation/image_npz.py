@@ -116,7 +116,7 @@ def write_npz(
                 assert count == shape[0], f"{count} images instead of {shape[0]}"
             for name, array in arrays.items():
                 with _member(archive, name) as member:
-                    npy.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+                    npy.write_array(member, np.asarray(array, order="C"), allow_pickle=False)
 
     replace_file(path, write)
 

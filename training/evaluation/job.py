@@ -53,6 +53,13 @@ class EvaluationJob:
     output: Path  # folder of all evaluations
 
     @property
+    def loss_path(self) -> Path:
+        """Where the held-out loss is kept; weights and samples are in the name."""
+        found, data = self.held_out, self.held_out.data.manifest.hash[:8]
+        name = f"validation-{name_of_weights(self.weights)}-{weights_sha256(self.weights)[:8]}"
+        return self.output / f"{name}-t{len(found.timesteps)}-{found.num_samples}-{data}.json"
+
+    @property
     def class_counts(self) -> list[int]:
         """Samples of each class of the model's data; empty without classes."""
         return [c.count for c in self.manifest.classes] if self.config.model.num_classes else []
@@ -112,17 +119,17 @@ def _check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
-    if args.num_images is None and args.validation_data is None:
-        raise ConfigError(
-            f"{args.run_dir}: nothing to evaluate; give --num-images N, with --reference NPZ to "
-            "score them, or --validation-data DATA."
-        )
     needed = {"--reference": args.num_images, "--png": args.num_images}
     needed |= {f"--sweep-{name}": args.num_images for name in ("cfg-scale", "steps", "sampler")}
     for flag, other in needed.items():
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if value and other is None:
             raise ConfigError(f"{flag} needs images; add --num-images N, as 50000.")
+    if args.num_images is None and args.validation_data is None:
+        raise ConfigError(
+            f"{args.run_dir}: nothing to evaluate; give --num-images N, with --reference NPZ to "
+            "score them, or --validation-data DATA."
+        )
     for flag in ("inception", "features"):
         if getattr(args, flag) is not None and args.reference is None:
             raise ConfigError(f"--{flag} needs something to compare with; add --reference NPZ.")

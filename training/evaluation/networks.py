@@ -99,7 +99,7 @@ class ScriptedNetwork(FeatureNetwork):
         try:
             with torch.no_grad(), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
                 features = self.model(pixels.to(self.device).permute(0, 3, 1, 2).contiguous())
-        except RuntimeError as err:
+        except (RuntimeError, torch.jit.Error) as err:
             reason = str(err).strip().splitlines()[-1].rstrip(".")
             raise ConfigError(
                 f"{self._flag}: fails on images {tuple(pixels.shape[1:])} ({reason}); it must take "
