@@ -7,7 +7,7 @@ import torch
 from tests import reference_scores
 from training.evaluation.frechet import Gaussian, GaussianFit, frechet_distance
 from training.evaluation.inception_score import inception_score
-from training.evaluation.manifold import precision_and_recall
+from training.evaluation.manifold import precision_and_recall, squared_distances
 
 
 def features(count, width, seed=0, scale=1.0, shift=0.0):
@@ -86,6 +86,20 @@ def test_precision_and_recall_are_those_of_a_loop_over_pairs(monkeypatch, scale,
     expected = reference_scores.precision_and_recall(reference, samples, 3, dtype)
     assert found == pytest.approx(expected)
     assert 0 < found.precision < 1 and 0 < found.recall < 1
+
+
+def test_distances_are_rounded_to_half_precision_as_the_official_ones_are():
+    """On features whose sums are exact in float32, so that only the rounding to halves counts."""
+    one, other = (np.round(16 * features(6, 40, seed, scale=2.0)) / 16 for seed in (0, 1))
+
+    found = squared_distances(torch.from_numpy(one), torch.from_numpy(other)).numpy()
+
+    half, single = (
+        [[reference_scores.squared_distance(u, v, dtype) for v in other] for u in one]
+        for dtype in (np.float16, np.float32)
+    )
+    np.testing.assert_array_equal(found, np.array(half, np.float32))
+    assert (found != np.array(single)).mean() > 0.5
 
 
 def test_precision_and_recall_of_a_set_with_itself_are_whole_and_of_a_far_one_nothing():

@@ -182,6 +182,16 @@ def finish_point(
     return card
 
 
+def finish(args: argparse.Namespace, job: EvaluationJob, device: torch.device) -> None:
+    """Make of the parts what was asked for, and say so. Only rank 0 calls this."""
+    cards = [finish_point(args, job, point, device) for point in job.points]
+    for point, card in zip(job.points, cards, strict=True):
+        found = "".join(f", {name} {value:.4f}" for name, value in card.get("metrics", {}).items())
+        print(f"{point.folder}: {point.settings.num_images:,} images{found}")
+    if len(job.points) > 1 and job.reference is not None:
+        print(f"sweep: {write_sweep(job, cards)} and .png")
+
+
 def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:
     """Write the table of all points as text and as a picture. Only rank 0 calls this."""
     points = [
@@ -268,18 +278,16 @@ def main(argv: list[str] | None = None) -> None:
             draw_images(args, job, ranks, device)
         if job.held_out is not None:
             measure_loss(args, job, ranks, device)
+        error = None
+        if ranks.is_main:
+            try:
+                finish(args, job, device)
+            except ConfigError as err:
+                error = err
+        # The others wait: some launchers end a job soon after its first process has left.
+        fail_together(error, ranks)
     if ranks.world_size > 1:
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if not (ranks.is_main and job.points):
-        return
-    with exit_on_config_error():
-        cards = [finish_point(args, job, point, device) for point in job.points]
-        for point, card in zip(job.points, cards, strict=True):
-            found = "".join(f", {k} {v:.4f}" for k, v in card.get("metrics", {}).items())
-            print(f"{point.folder}: {point.settings.num_images:,} images{found}")
-        if len(job.points) > 1 and job.reference is not None:
-            print(f"sweep: {write_sweep(job, cards)} and .png")
 
 
 if __name__ == "__main__":
