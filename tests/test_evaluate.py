@@ -17,7 +17,7 @@ from models.guidance import Guidance
 from models.latents import final_latents
 from models.randomness import Stream, normal
 from tests.evaluated_run import IMAGE_SIZE, Means, Wrong, make_data, make_run, save_network
-from tests.launch import finish, free_port, run, start
+from tests.launch import TIMEOUT_SEC, finish, free_port, run, start
 from tests.reference_scores import frechet_distance, precision_and_recall
 from tests.synthetic import make_dataset, random_moments
 from training import evaluate, reference_statistics, score_images
@@ -90,7 +90,7 @@ def refuse(capsys):
     return refused
 
 
-def wait_for(process, condition, timeout=300):
+def wait_for(process, condition, timeout=TIMEOUT_SEC):
     deadline = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, finish(process)

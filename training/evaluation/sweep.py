@@ -102,7 +102,7 @@ def _draw_panel(
     places = sorted({place for line in lines.values() for place, _ in line})
     across = _Axis(places, left, right)
     up = _Axis([value for line in lines.values() for _, value in line], bottom, top)
-    draw.text(((left + right) / 2, top - 8), metric, fill=INK, font=_font(14), anchor="mb")
+    draw.text(((left + right) / 2, top - 8), metric, fill=INK, font=_font(14), anchor="ms")
     for value in up.ticks():
         draw.line([(left, up(value)), (right, up(value))], fill=GRID)
         draw.text((left - 6, up(value)), f"{value:.4g}", fill=INK, font=_font(11), anchor="rm")
