@@ -338,6 +338,22 @@ class TestScoring:
         assert card["metrics"]["recall"] == 1.0
         assert card["reference"]["statistics"] == "stated in the file"
 
+    def test_statistics_without_images_give_the_distance_alone(self, network, reference, tmp_path):
+        images = np.load(reference)["arr_0"]
+        features = self.features(images).astype(np.float64)
+        statistics = {
+            "features_mu": features.mean(axis=0),
+            "features_sigma": np.cov(features, rowvar=False),
+        }
+        np.savez(tmp_path / "none.npz", **statistics)
+        np.savez(tmp_path / "one.npz", images[:1], **statistics)
+
+        for name in ("none", "one"):
+            flags = ("--reference", tmp_path / f"{name}.npz", "--features", network)
+            call(score_images.main, reference, *flags, "--output", tmp_path / f"{name}.json")
+            metrics = json.loads((tmp_path / f"{name}.json").read_text())["metrics"]
+            assert metrics == {"frechet_distance": pytest.approx(0.0, abs=1e-6)}
+
     def test_a_sweep_scores_every_combination(self, run_dir, network, reference, tmp_path, capsys):
         flags = ("--num-images", 14, "--output", tmp_path, "--reference", reference)
         sweep = ("--sweep-cfg-scale", "1,2", "--sweep-steps", "1,2", "--sweep-sampler", "ddim,ddpm")

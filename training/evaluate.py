@@ -32,6 +32,7 @@ from training.evaluation.card import (
     describe_reference,
     describe_vae,
     describe_weights,
+    weights_sha256,
 )
 from training.evaluation.drawing import (
     CARD_FILE,
@@ -139,9 +140,9 @@ def draw_images(
             except ConfigError as err:
                 error = err
         fail_together(error, ranks)
-        own = len(range(ranks.rank, point.settings.num_parts, ranks.world_size))
+        own = range(ranks.rank, point.settings.num_parts, ranks.world_size)
         with tqdm(
-            total=own * args.batch_size,
+            total=sum(len(point.settings.indices(part)) for part in own),
             unit="image",
             desc=f"drawing {point.folder.name}",
             disable=not ranks.is_main,
@@ -182,8 +183,15 @@ def finish_point(
     return card
 
 
-def finish(args: argparse.Namespace, job: EvaluationJob, device: torch.device) -> None:
+def finish(
+    args: argparse.Namespace,
+    job: EvaluationJob,
+    loss: dict[str, Any] | None,
+    device: torch.device,
+) -> None:
     """Make of the parts what was asked for, and say so. Only rank 0 calls this."""
+    if job.held_out is not None:
+        write_loss(job, loss, device)
     cards = [finish_point(args, job, point, device) for point in job.points]
     for point, card in zip(job.points, cards, strict=True):
         found = "".join(f", {name} {value:.4f}" for name, value in card.get("metrics", {}).items())
@@ -204,7 +212,8 @@ def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:
         for point, card in zip(job.points, cards, strict=True)
     ]
     # Of the same points the same file, so that nothing else is ever overwritten.
-    key = "\n".join([job.reference.sha256, *(point.folder.name for point in job.points)])
+    compared = (weights_sha256(job.weights), job.reference.sha256, job.reference.network.sha256)
+    key = "\n".join((*compared, *(point.folder.name for point in job.points)))
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     name = f"sweep-{name_of_weights(job.weights)}-{digest}"
     title = f"{job.run_dir.resolve().name}, {name_of_weights(job.weights)}, "
@@ -219,46 +228,43 @@ def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:
 
 def measure_loss(
     args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
-) -> None:
-    """Compute the held-out loss and keep it, unless it is there. All ranks must call this."""
-    held_out, path = job.held_out, job.loss_path
-    if as_rank_0_says(path.exists() and not args.force, ranks):  # of these weights and samples
-        if ranks.is_main:
-            _tell_loss(json.loads(path.read_text()), path)
-        return
-    terms = held_out_loss(
+) -> dict[str, Any] | None:
+    """Compute the held-out loss by term, None if it is there already. All ranks must call this."""
+    if as_rank_0_says(job.loss_path.exists() and not args.force, ranks):
+        return None  # in the name are the weights and the samples
+    return held_out_loss(
         load_model(job.config, job.weights, device),
         build_diffusion(job.config).to(device),
-        held_out,
+        job.held_out,
         ranks,
         device,
         batch_size=args.batch_size,
         cache=job.cache,
     )
-    if not ranks.is_main:
-        return
-    diffusion = job.config.diffusion
-    card = {
-        "card_version": CARD_VERSION,
-        "validation_loss": terms,
-        "timesteps": held_out.timesteps,
-        "seed": SEED,
-        "num_samples": held_out.num_samples,
-        "data_sha256": held_out.data.manifest.hash,
-        "objective": diffusion.objective,
-        "noise_schedule": None if diffusion.objective == "flow" else diffusion.noise_schedule,
-        "weights": describe_weights(job.config, job.run_dir, job.weights),
-        "program": describe_program(device),
-    }
-    with disk_errors(job.output):
-        job.output.mkdir(parents=True, exist_ok=True)
-        write_json(path, card)
-    _tell_loss(card, path)
 
 
-def _tell_loss(card: dict[str, Any], path: Path) -> None:
-    terms = card["validation_loss"].items()
-    means = ", ".join(f"{name} {term['mean']:.6f}" for name, term in terms)
+def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.device) -> None:
+    """Keep the held-out loss and tell it; None = tell the one that is there. For rank 0."""
+    held_out, diffusion, path = job.held_out, job.config.diffusion, job.loss_path
+    if loss is None:
+        loss = json.loads(path.read_text())["validation_loss"]
+    else:
+        card = {
+            "card_version": CARD_VERSION,
+            "validation_loss": loss,
+            "timesteps": held_out.timesteps,
+            "seed": SEED,
+            "num_samples": held_out.num_samples,
+            "data_sha256": held_out.data.manifest.hash,
+            "objective": diffusion.objective,
+            "noise_schedule": None if diffusion.objective == "flow" else diffusion.noise_schedule,
+            "weights": describe_weights(job.config, job.run_dir, job.weights),
+            "program": describe_program(device),
+        }
+        with disk_errors(job.output):
+            job.output.mkdir(parents=True, exist_ok=True)
+            write_json(path, card)
+    means = ", ".join(f"{name} {term['mean']:.6f}" for name, term in loss.items())
     print(f"held-out loss: {means} ({path})")
 
 
@@ -276,12 +282,11 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(ranks):
         if job.points:
             draw_images(args, job, ranks, device)
-        if job.held_out is not None:
-            measure_loss(args, job, ranks, device)
+        loss = None if job.held_out is None else measure_loss(args, job, ranks, device)
         error = None
         if ranks.is_main:
             try:
-                finish(args, job, device)
+                finish(args, job, loss, device)
             except ConfigError as err:
                 error = err
         # The others wait: some launchers end a job soon after its first process has left.

@@ -6,6 +6,7 @@ sigma_s) beside some images (arr_0) for precision and recall; or images alone.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ NETWORK_SHA256 = "features_sha256"  # of the network that made the latter
 class Looked:
     """What a network saw in a set of images."""
 
-    gaussians: dict[str, Gaussian]  # by layer
+    gaussians: dict[str, Gaussian]  # by layer; empty if there were fewer than two images
     pool: Tensor  # (N, D) float32 on the CPU
 
 
@@ -71,7 +72,8 @@ def look_at(
         pool.append(features[POOL][kept].cpu())
         seen += len(batch)
         on_batch(len(batch))
-    return Looked({layer: fit.gaussian() for layer, fit in fits.items()}, torch.cat(pool))
+    gaussians = {layer: fit.gaussian() for layer, fit in fits.items() if seen > 1}
+    return Looked(gaussians, torch.cat(pool))
 
 
 class Reference:
@@ -132,18 +134,19 @@ class Reference:
                 )
         return True
 
-    def load(self) -> tuple[dict[str, Gaussian], Tensor]:
-        """Return the statistics by layer, and the features (M, D) of the images; M may be 0."""
+    @cached_property
+    def looked(self) -> Looked:
+        """The statistics by layer, and the features (M, D) of the images; M may be 0."""
         looked = None
         if self.num_images:
             looked = look_at(self.network, self._file.batches(BATCH_SIZE))
         if not self.has_statistics:
-            return looked.gaussians, looked.pool
+            return looked
         gaussians = {
             layer: Gaussian(*(self._doubles(name) for name in names))
             for layer, names in arrays_of(self.network).items()
         }
-        return gaussians, torch.zeros(0, 0) if looked is None else looked.pool
+        return Looked(gaussians, torch.zeros(0, 0) if looked is None else looked.pool)
 
     def _doubles(self, name: str) -> Tensor:
         return torch.from_numpy(self._file.array(name).astype(np.float64))
@@ -172,9 +175,9 @@ def score(
     """
     network = reference.network
     looked = look_at(network, samples.batches(BATCH_SIZE), on_batch=on_batch)
-    gaussians, pool = reference.load()
+    pool = reference.looked.pool
     distances = {
-        layer: frechet_distance(looked.gaussians[layer], gaussians[layer])
+        layer: frechet_distance(looked.gaussians[layer], reference.looked.gaussians[layer])
         for layer in network.widths
     }
     if isinstance(network, InceptionNetwork):
