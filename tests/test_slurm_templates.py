@@ -37,7 +37,7 @@ def bash(*command, **values):
 def test_every_job_script_is_there():
     training = [f"train_{size}.sh" for size in ("b", "l", "s", "xl")]
 
-    assert ["encode_latents.sh", "sample.sh", *training] == JOBS
+    assert ["encode_latents.sh", "evaluate.sh", "sample.sh", *training] == JOBS
 
 
 @pytest.mark.parametrize("name", [*JOBS, *SHARED])
@@ -59,7 +59,7 @@ def test_a_dry_run_prints_the_srun_command_without_slurm(name):
     result = bash(f"slurm/{name}", "--dry-run", "--some-flag", "two words")
 
     assert result.returncode == 0, result.stderr
-    tasks = 8 if name in TRAIN_JOBS else 1
+    tasks = 1 if name in ("encode_latents.sh", "sample.sh") else 8
     assert result.stdout.startswith(f"srun --nodes=1 --ntasks-per-node={tasks} --cpus-per-task=")
     assert "--kill-on-bad-exit=1" in result.stdout
     assert result.stdout.strip().endswith(r"--some-flag two\ words")
