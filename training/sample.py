@@ -27,9 +27,9 @@ from data_tools.vae import Vae, decode_pixels, load_decoder
 from models.switch_dit import SwitchDiT
 from training.config import Config
 from training.engine import build_model
-from training.monitor import save_png
 from training.objective import build_diffusion
 from training.option import did_you_mean
+from training.pictures import save_png
 from training.processes import (
     Ranks,
     discover_ranks,
