@@ -1,6 +1,6 @@
 # make demo    demo images -> latents -> training -> samples, on any machine (about 15 minutes on two cores)
 # make test    lint and tests
-# make test-cluster   the tests that start a real Slurm, OpenMPI and sshd (root, Debian; about ten minutes)
+# make test-cluster   the tests that start a real Slurm, OpenMPI and sshd (root, Debian; about a quarter of an hour)
 # make test-long   the test of 20,000 steps (about a quarter of an hour on one core)
 # make lint    lint only
 # make clean   remove caches and the virtual environment; runs/ and datasets/ stay
@@ -37,7 +37,7 @@ test: lint
 
 test-cluster: $(INSTALLED)
 	tests/install_cluster.sh
-	pytest -m cluster
+	pytest -m cluster -rP
 
 test-long: $(INSTALLED)
 	pytest -m long

@@ -19,10 +19,22 @@ from training.config import Config
 from training.ema_snapshots import SnapshotWriter
 from training.engine import learning_rate, set_learning_rate
 from training.expert_load import DEAD_INTERVALS, LoadHistory
+from training.heartbeat import (
+    AGREEING,
+    BACKWARD,
+    FORWARD,
+    LOGGING,
+    READING,
+    SAMPLING,
+    SAVING,
+    UPDATING,
+    Heartbeat,
+)
 from training.metrics import MetricSums
 from training.monitor import Monitor, expert_map, load_map
 from training.objective import Objective
 from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
+from training.progress_line import print_progress
 from training.rebalance import ExpertPlacement
 from training.stability import (
     MicroStepRecord,
@@ -34,11 +46,12 @@ from training.stability import (
 
 
 class NonFiniteLossError(RunError):
-    """Too many steps in a row had a loss or a gradient that is not finite."""
+    """Too many steps in a row had a loss or a gradient that is not finite.
 
+    A resumed run repeats them exactly, so it is a person's turn.
+    """
 
-class CheckpointError(RunError):
-    """The last checkpoint of a run could not be written."""
+    exit_code = CONFIG_ERROR_EXIT_CODE
 
 
 class DataError(RunError):
@@ -64,7 +77,9 @@ class Training:
     draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
     is_main: bool
     spikes: SpikeDetector
+    heartbeat: Heartbeat
     skipped_in_a_row: int = 0  # steps left out since the last one that was not
+    pause_sec: float = 0.0  # for which the last save interrupted training
 
     def report(self, step: int, event: str) -> None:
         """Tell the person who watches, and TensorBoard, of an event. Of rank 0 only."""
@@ -98,7 +113,8 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
     first_step = saved_step = logged_step = state.step
     # Read and posted one step ahead: all ranks know of damaged data, and of a signal, before they
     # start a step, and none waits for the device to learn it.
-    following = read_step(training)
+    training.heartbeat.begin(state.step + 1)
+    following = read_step(training, state.step)
     stop.post(following.error is not None)
     saver = training.checkpointer
     started = time.monotonic()
@@ -112,8 +128,9 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         is_clock_due = stop.is_save_due() and saved_step != state.step
         step_data, following = following, StepData()
         if state.step + 1 < run.max_steps:
-            following = read_step(training)
-        stop.post(following.error is not None, saver.is_due_by_clock())
+            following = read_step(training, state.step)
+        has_failed = following.error is not None or saver.is_taken_over
+        stop.post(has_failed, saver.is_due_by_clock())
         tables = train_step(training, step_data, state.step)
         state = TrainState(
             state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
@@ -131,13 +148,16 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
             end_interval(training, state, tables, speed)
             logged_step = state.step
         if is_save_due:
+            training.heartbeat.enter(SAVING, state.step)
             rebalance(training, state.step)
-            save(training, state, is_last)
+            save(training, state, stop, is_last)
             saved_step = state.step
         if is_snapshot_due:
+            training.heartbeat.enter(SAVING, state.step)
             save_snapshots(training, state.step)
         # A launcher that stops the job waits for seconds only.
         if is_sample_due and not stop.read():
+            training.heartbeat.enter(SAMPLING, state.step)
             draw_experts(training, state.step, tables.gates)
             training.draw_samples(state.step)
         if is_interrupted:
@@ -145,16 +165,18 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
     if logged_step != state.step:
         speed = (state.step - first_step) / (time.monotonic() - started)
         end_interval(training, state, tables, speed)
+    training.heartbeat.enter(SAVING, state.step)
     if saved_step != state.step:
-        save(training, state, is_last=True)
+        save(training, state, stop, is_last=True)
     report_write(training, state.step, saver.finish(), is_last=True)
     if message := agreed_message(following.error):
         raise DataError(message)
     return state
 
 
-def read_step(training: Training) -> StepData:
-    """Read this rank's micro-batches of one step."""
+def read_step(training: Training, step: int) -> StepData:
+    """Read this rank's micro-batches of one more step, while `step` steps are done."""
+    training.heartbeat.enter(READING, step + 1)
     data, stream = StepData(), training.stream
     try:
         for _ in range(training.engine.gradient_accumulation_steps()):
@@ -162,6 +184,7 @@ def read_step(training: Training) -> StepData:
             data.batches.append((next(stream), stream.wait_sec - waited))
     except ConfigError as err:
         data.error = err
+    training.heartbeat.enter(AGREEING, step + 1)
     return data
 
 
@@ -178,14 +201,17 @@ def train_step(training: Training, data: StepData, step: int) -> StepTables:
     Raises:
         NonFiniteLossError: on all ranks, when this step and too many before it were left out.
     """
-    engine, objective = training.engine, training.objective
+    engine, objective, heartbeat = training.engine, training.objective, training.heartbeat
     set_learning_rate(engine, learning_rate(training.config.optim, step))
     skipped_before, records = engine.skipped_steps, []
     for batch, wait_sec in data.batches:
+        heartbeat.enter(FORWARD, step + 1)
         micro_batch = objective.micro_batch(batch)
         output = engine(micro_batch.x_t, micro_batch.t, micro_batch.y, micro_batch.group_t)
         terms, samples = objective.loss(output, micro_batch, step)
+        heartbeat.enter(BACKWARD, step + 1)
         engine.backward(poison_non_finite(terms.total))
+        heartbeat.enter(UPDATING, step + 1)
         engine.step()
         records.append(MicroStepRecord(terms, samples, micro_batch.t))
         training.sums.add(
@@ -197,6 +223,7 @@ def train_step(training: Training, data: StepData, step: int) -> StepTables:
         handle_skipped_step(training, step, describe_non_finite(records))
     else:
         training.skipped_in_a_row = 0
+    heartbeat.enter(AGREEING, step + 1)
     tables = (output.gate_table, output.loss_log_variance)
     return StepTables(*(None if table is None else table.detach() for table in tables))
 
@@ -224,6 +251,7 @@ def end_interval(training: Training, state: TrainState, tables: StepTables, spee
         tables: of the last step.
         speed: steps per second since this process started.
     """
+    training.heartbeat.enter(LOGGING, state.step)
     metrics, step_losses, expert_count = training.sums.reduce()
     of_experts, newly_dead = training.loads.add(expert_count)
     metrics |= of_experts
@@ -273,13 +301,16 @@ def rebalance(training: Training, step: int) -> None:
             sys.stdout.write(f"step {step}: {report}\n")
 
 
-def save(training: Training, state: TrainState, is_last: bool) -> None:
-    """Begin a checkpoint, after the one before is done; wait for it only if it is the last."""
+def save(training: Training, state: TrainState, stop: StopSignal, is_last: bool) -> None:
+    """Begin a checkpoint, after the one before is done; wait for it only if it is the last.
+
+    A signal does not wait for the one before: that is given up for this one.
+    """
     saver, started = training.checkpointer, time.monotonic()
-    report_write(training, state.step, saver.finish())
+    report_write(training, state.step, saver.finish(stop.is_received))
     saver.begin(state)
-    pause_sec = time.monotonic() - started
-    training.monitor.timing(state.step, "checkpoint/pause_sec", pause_sec)
+    training.pause_sec = time.monotonic() - started
+    training.monitor.timing(state.step, "checkpoint/pause_sec", training.pause_sec)
     if is_last:
         report_write(training, state.step, saver.finish(), is_last=True)
 
@@ -299,42 +330,19 @@ def report_write(
         return
     if outcome.problem is None:
         training.monitor.timing(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
+        if training.is_main:
+            sys.stdout.write(
+                f"checkpoint of step {outcome.state.step}: training stood still for "
+                f"{training.pause_sec:.2f} s, written after {outcome.write_sec:.2f} s\n"
+            )
         return
-    message = f"checkpoint of step {outcome.state.step} could not be written: {outcome.problem}"
     if is_last:
-        raise CheckpointError(
-            f"{message}, and run the same command again: it continues from the checkpoint before."
-        )
-    training.report(
-        step, f"{message}; training goes on, the one before it is intact, the next save tries again"
-    )
+        raise outcome.error()
+    if not outcome.is_taken_over:  # else the run ends soon, on all ranks at the same step
+        training.report(step, outcome.warning())
 
 
 def save_snapshots(training: Training, step: int) -> None:
     """Store the power-function averages; a failure costs this snapshot only."""
     if problem := training.snapshots.save(step):
         training.report(step, f"snapshot of step {step} could not be written: {problem}")
-
-
-def print_progress(metrics: dict[str, float], step: int, max_steps: int, speed: float) -> None:
-    """Print one line for the person who watches.
-
-    Args:
-        metrics: of the interval.
-        step: steps done.
-        max_steps: steps wanted.
-        speed: steps per second since this process started.
-    """
-    left = round((max_steps - step) / speed)
-    clock = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
-    losses = "every step was left out"
-    if "loss/total" in metrics:
-        losses = (
-            f"loss {metrics['loss/total']:.4f} (mse {metrics['loss/mse']:.4f} vlb "
-            f"{metrics['loss/vlb']:.4f} prior {metrics['loss/prior']:.4f})"
-        )
-    sys.stdout.write(
-        f"step {step}/{max_steps}  {losses}  lr {metrics['optim/lr']:.2e}  "
-        f"{metrics['speed/samples_per_sec']:.1f} samples/s  left {clock}\n"
-    )
-    sys.stdout.flush()

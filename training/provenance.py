@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 from data_tools.files import append_line, from_json, replace_file
+from training.crash_loops import STARTS_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = ("models", "data_tools", "training")
 COMPARED = (*SOURCES, "ds_configs", "requirements.txt")  # what decides a result
-STARTS_FILE = "starts.jsonl"
 PROVENANCE_DIR = "provenance"
 MAX_CHANGES_BYTES = 1 << 24  # a patch that is larger holds something else than a program
 HASH_DIGITS = 12
