@@ -20,9 +20,10 @@ from training.metrics import MetricSums
 from training.monitor import Monitor, read_metrics
 from training.objective import Objective
 from training.processes import Ranks
+from training.provenance import read_starts
 from training.rebalance import ExpertPlacement
+from training.reporting import Reporter
 from training.sample_grid import SampleGrid
-from training.stability import SpikeDetector
 from training.warm_start import initial_values
 
 
@@ -74,13 +75,26 @@ def assemble(
         horizontal_flip=data.horizontal_flip,
     )
     monitor = Monitor(run_dir if ranks.is_main else None, resume_step=state.step)
-    monitor.text("configuration", config.to_yaml())
     depth, num_experts = len(engine.module.blocks), engine.module.num_experts
     checkpointer = Checkpointer(
         *(engine, config.run, job.layout, manifest.hash, objective, placement, staging)
     )
     heartbeat.explain(READING, stream.awaits)
     heartbeat.explain(SAVING, checkpointer.awaits)
+    sums = MetricSums(
+        depth,
+        num_experts,
+        config.diffusion.num_timesteps,
+        device,
+        exchange_shape(
+            *(engine.module, ranks.rank, config.run.expert_parallel_size), job.layout.precision
+        ),
+    )
+    # Only the main rank reports it, and only that one's records are complete.
+    loads = LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ())
+    reporter = Reporter(config, engine, sums, loads, monitor, device, ranks.is_main)
+    if ranks.is_main:
+        reporter.begin(read_starts(run_dir))
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)
     try:
         yield Training(
@@ -88,25 +102,14 @@ def assemble(
             engine=engine,
             stream=stream,
             objective=objective,
-            sums=MetricSums(
-                depth,
-                num_experts,
-                config.diffusion.num_timesteps,
-                device,
-                exchange_shape(
-                    *(engine.module, ranks.rank, config.run.expert_parallel_size),
-                    job.layout.precision,
-                ),
-            ),
-            # Only the main rank reports it, and only that one's records are complete.
-            loads=LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ()),
+            sums=sums,
             monitor=monitor,
             checkpointer=checkpointer,
             placement=placement,
             snapshots=SnapshotWriter(engine, run_dir),
             draw_samples=grid.draw,
             is_main=ranks.is_main,
-            spikes=SpikeDetector(config.optim.spike_threshold),
+            reporter=reporter,
             heartbeat=heartbeat,
         )
     finally:

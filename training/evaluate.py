@@ -51,8 +51,8 @@ from training.evaluation.held_out_loss import SEED, held_out_loss
 from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check, name_of_weights
 from training.evaluation.scores import score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
-from training.monitor import save_png
 from training.objective import build_diffusion
+from training.pictures import save_png
 from training.processes import (
     Ranks,
     discover_ranks,

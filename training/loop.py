@@ -1,24 +1,19 @@
 """The training loop: when things happen. What they compute is in objective.py and models/."""
 
-import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 from data_tools.loader import Batch, LatentStream
-from models.loss_weights import cluster_log_variances
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.checkpoint_writer import Outcome
 from training.config import Config
 from training.ema_snapshots import SnapshotWriter
 from training.engine import learning_rate, set_learning_rate
-from training.expert_load import DEAD_INTERVALS, LoadHistory
 from training.heartbeat import (
     AGREEING,
     BACKWARD,
@@ -31,14 +26,13 @@ from training.heartbeat import (
     Heartbeat,
 )
 from training.metrics import MetricSums
-from training.monitor import Monitor, expert_map, load_map
+from training.monitor import Monitor
 from training.objective import Objective
 from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
-from training.progress_line import print_progress
 from training.rebalance import ExpertPlacement
+from training.reporting import Reporter, StepTables
 from training.stability import (
     MicroStepRecord,
-    SpikeDetector,
     describe_non_finite,
     drop_skipped_gradients,
     poison_non_finite,
@@ -69,23 +63,20 @@ class Training:
     stream: LatentStream
     objective: Objective
     sums: MetricSums
-    loads: LoadHistory
     monitor: Monitor
+    reporter: Reporter
     checkpointer: Checkpointer
     placement: ExpertPlacement
     snapshots: SnapshotWriter
     draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
     is_main: bool
-    spikes: SpikeDetector
     heartbeat: Heartbeat
     skipped_in_a_row: int = 0  # steps left out since the last one that was not
     pause_sec: float = 0.0  # for which the last save interrupted training
 
     def report(self, step: int, event: str) -> None:
         """Tell the person who watches, and TensorBoard, of an event. Of rank 0 only."""
-        if self.is_main:
-            sys.stderr.write(f"warning: {event}\n")
-            self.monitor.event(step, event)
+        self.reporter.warn(step, event)
 
 
 @dataclass
@@ -145,7 +136,8 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         # training time.
         if state.step % run.log_every == 0 or is_interrupted:
             speed = (state.step - first_step) / (time.monotonic() - started)
-            end_interval(training, state, tables, speed)
+            training.heartbeat.enter(LOGGING, state.step)
+            training.reporter.end_interval(state, tables, speed)
             logged_step = state.step
         if is_save_due:
             training.heartbeat.enter(SAVING, state.step)
@@ -158,13 +150,14 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         # A launcher that stops the job waits for seconds only.
         if is_sample_due and not stop.read():
             training.heartbeat.enter(SAMPLING, state.step)
-            draw_experts(training, state.step, tables.gates)
+            training.reporter.draw_experts(state.step, tables.gates)
             training.draw_samples(state.step)
         if is_interrupted:
             training.sums.restart_clock()
     if logged_step != state.step:
         speed = (state.step - first_step) / (time.monotonic() - started)
-        end_interval(training, state, tables, speed)
+        training.heartbeat.enter(LOGGING, state.step)
+        training.reporter.end_interval(state, tables, speed)
     training.heartbeat.enter(SAVING, state.step)
     if saved_step != state.step:
         save(training, state, stop, is_last=True)
@@ -186,13 +179,6 @@ def read_step(training: Training, step: int) -> StepData:
         data.error = err
     training.heartbeat.enter(AGREEING, step + 1)
     return data
-
-
-class StepTables(NamedTuple):
-    """What the model says about all timesteps, detached; None where it says nothing."""
-
-    gates: torch.Tensor | None  # (L, S, E)
-    loss_log_variance: torch.Tensor | None  # (S,)
 
 
 def train_step(training: Training, data: StepData, step: int) -> StepTables:
@@ -242,52 +228,6 @@ def handle_skipped_step(training: Training, step: int, cause: str) -> None:
         )
 
 
-def end_interval(training: Training, state: TrainState, tables: StepTables, speed: float) -> None:
-    """Reduce and record the metrics since the last call. All ranks must call this.
-
-    Args:
-        training: the run's parts.
-        state: reached.
-        tables: of the last step.
-        speed: steps per second since this process started.
-    """
-    training.heartbeat.enter(LOGGING, state.step)
-    metrics, step_losses, expert_count = training.sums.reduce()
-    of_experts, newly_dead = training.loads.add(expert_count)
-    metrics |= of_experts
-    if newly_dead:
-        text = f"experts without a sample in {DEAD_INTERVALS} logging intervals: {newly_dead}"
-        training.monitor.event(state.step, text)
-    num_spikes = 0
-    for step, loss in step_losses.items():
-        if math.isfinite(loss) and (spike := training.spikes.add(step + 1, loss)):
-            training.report(spike.step, str(spike))
-            num_spikes += 1
-    metrics["loss/spikes"] = float(num_spikes)
-    metrics["optim/lr"] = learning_rate(training.config.optim, state.step - 1)
-    metrics["optim/skipped_steps"] = float(training.engine.skipped_steps)
-    norm = training.engine.get_global_grad_norm()
-    if norm is not None and math.isfinite(norm):  # ZeRO 0 without clipping computes none
-        metrics["optim/grad_norm"] = float(norm)
-    if tables.loss_log_variance is not None:
-        for cluster, value in enumerate(cluster_log_variances(tables.loss_log_variance).tolist()):
-            metrics[f"uncertainty/cluster_{cluster}"] = value
-    training.monitor.scalars(state.step, metrics)
-    if training.is_main:
-        print_progress(metrics, state.step, training.config.run.max_steps, speed)
-
-
-def draw_experts(training: Training, step: int, gates: torch.Tensor | None) -> None:
-    """Show which experts the gates (L, S, E) choose for which timesteps, and whom they served."""
-    if not training.is_main or gates is None:
-        return
-    picture = expert_map(gates, training.config.model.top_k)
-    training.monitor.image(step, "moe/timestep_to_expert", picture)
-    if (counts := training.loads.take_counts()) is not None:
-        picture = load_map(counts, len(gates[0]))
-        training.monitor.image(step, "moe/load_by_timestep", picture)
-
-
 def rebalance(training: Training, step: int) -> None:
     """Place the experts anew, if it is time to. All ranks must call this before they save.
 
@@ -310,7 +250,7 @@ def save(training: Training, state: TrainState, stop: StopSignal, is_last: bool)
     report_write(training, state.step, saver.finish(stop.is_received))
     saver.begin(state)
     training.pause_sec = time.monotonic() - started
-    training.monitor.timing(state.step, "checkpoint/pause_sec", training.pause_sec)
+    training.monitor.extra(state.step, "checkpoint/pause_sec", training.pause_sec)
     if is_last:
         report_write(training, state.step, saver.finish(), is_last=True)
 
@@ -329,7 +269,7 @@ def report_write(
     if outcome is None:
         return
     if outcome.problem is None:
-        training.monitor.timing(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
+        training.monitor.extra(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
         if training.is_main:
             sys.stdout.write(
                 f"checkpoint of step {outcome.state.step}: training stood still for "

@@ -24,9 +24,9 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.manifest import DatasetManifest
 from data_tools.vae import Vae, decode_pixels, load_decoder
 from training.config import Config
-from training.monitor import save_png
 from training.objective import build_diffusion
 from training.option import did_you_mean
+from training.pictures import save_png
 from training.processes import (
     Ranks,
     discover_ranks,

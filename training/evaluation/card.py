@@ -1,7 +1,5 @@
 """The card of a score: everything that another person needs to get the number again, as JSON."""
 
-import shutil
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,16 +8,16 @@ import numpy as np
 import torch
 
 from data_tools.manifest import VaeReference
-from data_tools.vae import REPOSITORY, Vae
+from data_tools.vae import Vae
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest, sha256_of
 from training.config import Config
 from training.ema import profiles_of
 from training.evaluation.drawing import LABEL_RULES, SEED_RULE, DrawSettings
 from training.evaluation.scores import Reference
+from training.provenance import commit, local_changes
 from training.weight_files import recorded_sha256
 
 CARD_VERSION = 1
-_SOURCES = ("models", "data_tools", "training")
 
 
 def weights_sha256(path: Path) -> str:
@@ -80,17 +78,9 @@ def describe_program(device: torch.device) -> dict[str, Any]:
     """Say what computed."""
     is_gpu = device.type == "cuda"
     return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "has_local_changes": bool(_git("status", "--porcelain", "--", *_SOURCES)),
+        "commit": commit(),
+        "has_local_changes": bool(local_changes()),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "device": torch.cuda.get_device_name(device) if is_gpu else "CPU",
     }
-
-
-def _git(*arguments: str) -> str:
-    if shutil.which("git") is None:
-        return ""
-    command = ["git", "-c", "safe.directory=*", *arguments]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return result.stdout.strip()
