@@ -34,7 +34,7 @@ from models.diffusion import Diffusion
 from models.randomness import Stream, integers, uniform
 from models.switch_dit import SwitchDiT
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
-from training.monitor import save_png
+from training.pictures import save_png
 from training.processes import Ranks, agreed_message
 from training.sampling import SamplerSettings, sample_latents
 
