@@ -102,7 +102,7 @@ def measure_metrics(
         synchronise(device)
         started = time.perf_counter()
         interval = sums.reduce()
-        metrics = interval.metrics | history.add(interval.expert_count)[0]
+        metrics = interval.metrics | history.add(step, interval.expert_count)[0]
         monitor.scalars(step, metrics)
         intervals.append(time.perf_counter() - started)
         num_scalars = len(metrics)
