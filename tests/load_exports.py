@@ -1,6 +1,7 @@
 """Load exports where this repository does not exist, and keep what they compute.
 
-python -I tests/load_exports.py JOBS RESULTS THREADS: JOBS is JSON, a list of {"kind", "folder", ...}.
+python -I tests/load_exports.py JOBS RESULTS THREADS: JOBS is JSON, a list of {"kind", "folder",
+...}.
 """
 
 import importlib.util

@@ -81,7 +81,8 @@ def _vae_fact(job: ExportJob) -> str:
     if job.vae is None:
         return f"not included; the data was encoded with {reference.id}, sha256 {reference.sha256}"
     other = "" if job.vae.sha256 == reference.sha256 else " (not the one that encoded the data)"
-    return f"{job.vae.source_id}, sha256 {job.vae.sha256}{other}"
+    name = Path(job.vae.source_id)  # a path of this machine tells others nothing
+    return f"{name.name if name.is_absolute() else name}, sha256 {job.vae.sha256}{other}"
 
 
 def _training_facts(job: ExportJob) -> dict[str, Any]:

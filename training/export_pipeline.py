@@ -28,7 +28,6 @@ INDEX_FILE = "model_index.json"
 # Arguments of SwitchDiT that change nothing about predictions.
 TRAINING_ONLY = ("activation_checkpointing", "compile_blocks", "has_loss_uncertainty")
 _LOADING = """\
-    import torch
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
