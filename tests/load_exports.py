@@ -12,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 PACKAGES = ("models", "data_tools", "training")
+# Requirements of this repository that an export must do without.
+NOT_NEEDED = {"deepspeed", "webdataset", "braceexpand", "mpi4py", "tensorboard"}
 
 
 def tensors_of(job):
@@ -70,4 +72,5 @@ if __name__ == "__main__":
     ]
     ours = [name for name in PACKAGES if importlib.util.find_spec(name) or name in sys.modules]
     assert ours == [], f"this repository can be imported: {ours}"
+    assert not NOT_NEEDED & set(sys.modules), "an export needs more than diffusers"
     torch.save(results, sys.argv[2])
