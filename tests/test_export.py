@@ -39,7 +39,7 @@ from training.checkpoint_manifest import (
 )
 from training.engine import build_model
 from training.export import main
-from training.export_bundle import bundle
+from training.export_bundle import bundle, file_name
 from training.export_code.transformer import SwitchDiTTransformer2DModel
 from training.export_pipeline import TRAINING_ONLY
 from training.sampling import SamplerSettings, sample_latents
@@ -352,6 +352,16 @@ def test_exported_code_needs_no_more_than_diffusers(module):
         check=False,
     )
     assert found.returncode == 0, found.stdout
+
+
+def test_code_of_another_version_has_another_module_name(exports):
+    """Else a model that is loaded second would replace the functions of the first."""
+    names = [path.stem for path in exports["switch"][0].rglob("*.py")]
+
+    assert len(names) == 3
+    text = bundle("training.export_code.transformer")
+    assert file_name("switch_dit", text) in names
+    assert file_name("switch_dit", text.replace("top_k", "k")) not in names
 
 
 def test_no_argument_of_the_network_is_forgotten():
