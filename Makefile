@@ -1,6 +1,7 @@
 # make demo    demo images -> latents -> training -> samples, on any machine (about 15 minutes on two cores)
 # make test    lint and tests
-# make test-cluster   the tests that start a real Slurm, OpenMPI and sshd (root, Debian; about ten minutes)
+# make test-cluster   the tests that start a real Slurm, OpenMPI and sshd (root, Debian; about a quarter of an hour)
+# make test-long   the test of 20,000 steps (about a quarter of an hour on one core)
 # make lint    lint only
 # make clean   remove caches and the virtual environment; runs/ and datasets/ stay
 #
@@ -15,7 +16,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test test-cluster lint clean
+.PHONY: help demo test test-cluster test-long lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,7 +37,10 @@ test: lint
 
 test-cluster: $(INSTALLED)
 	tests/install_cluster.sh
-	pytest -m cluster
+	pytest -m cluster -rP
+
+test-long: $(INSTALLED)
+	pytest -m long
 
 lint: $(INSTALLED)
 	ruff check .

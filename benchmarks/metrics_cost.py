@@ -1,17 +1,20 @@
-"""What do the metrics cost, as a share of the training step?
+"""What do the metrics and the watchdog cost, as a share of the training step?
 
     python benchmarks/metrics_cost.py
     python benchmarks/metrics_cost.py --size XL --device cuda --batch 64 --experts 16
 
 Per micro-step sums are updated on the device; per logging interval they are reduced over ranks
 (here one, as rank 0 of an expert-parallel group of two), described, and written to TensorBoard and
-metrics.jsonl. The step is that of train_step.py, without a process group.
+metrics.jsonl. Per step the loop notes a few phases, and each second the watchdog's thread tells
+the job's store where the rank is: what that takes of a core is the most it can take of the step.
+The step is that of train_step.py, without a process group.
 """
 
 import argparse
 import dataclasses
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -28,11 +31,17 @@ from models.gate import RoutingPlan, build_plan
 from models.switch_dit import MODEL_SIZES
 from training.config import Config
 from training.expert_load import LoadHistory, exchange_shape
+from training.heartbeat import FORWARD
 from training.metrics import MetricSums
 from training.monitor import Monitor
+from training.processes import Ranks
+from training.watchdog import Watchdog
 
 GROUP_SIZE = 2
 ADDS_PER_TIMING = 20
+NOTES_PER_TIMING = 1000
+PHASES_PER_STEP = 6  # reading, agreeing, forward, backward, updating, agreeing
+WATCH_SEC = 4.0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,6 +110,19 @@ def measure_metrics(
     return add_sec, min(intervals), num_scalars
 
 
+def measure_watchdog(device: torch.device) -> tuple[float, float]:
+    """Return the seconds of a note and the share of a core that watching takes."""
+    with Watchdog(Ranks(0, 1, 0), device) as watchdog:
+        note_sec = best_seconds(
+            lambda: watchdog.heartbeat.enter(FORWARD, 1), device, inner=NOTES_PER_TIMING
+        )
+        thread = next(one for one in threading.enumerate() if one.name == "watchdog")
+        clock = time.pthread_getcpuclockid(thread.ident)
+        before = time.clock_gettime(clock)
+        time.sleep(WATCH_SEC)
+        return note_sec, (time.clock_gettime(clock) - before) / WATCH_SEC
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse(argv)
@@ -119,11 +141,12 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(name)
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{folder}/store",
+            store=torch.distributed.TCPStore("127.0.0.1", 0, 1, True),
             rank=0,
             world_size=1,
         )
         add_sec, end_sec, num_scalars = measure_metrics(config, side.model, batch.t, folder)
+        note_sec, watch_share = measure_watchdog(device)
         torch.distributed.destroy_process_group()
     every = config.run.log_every
     share = (add_sec + end_sec / every) / step_sec
@@ -133,7 +156,10 @@ def main(argv: list[str] | None = None) -> None:
         f"sums of a micro-step       {1e3 * add_sec:9.2f} ms\n"
         f"end of an interval         {1e3 * end_sec:9.2f} ms, {num_scalars} scalars, every "
         f"{every} steps\n"
-        f"share of the step          {share:9.2%}"
+        f"share of the step          {share:9.2%}\n"
+        f"notes of a step's phases   {1e6 * PHASES_PER_STEP * note_sec:9.2f} us, "
+        f"{PHASES_PER_STEP * note_sec / step_sec:.5%} of the step\n"
+        f"the watchdog's thread      {watch_share:9.3%} of a core"
     )
 
 

@@ -30,7 +30,7 @@ from benchmarks.scaling_plot import draw_scaling
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from training.command_line import parse_command_line
 from training.config import Config
-from training.monitor import save_png
+from training.pictures import save_png
 from training.validation import validate
 
 CPU = "cpu"

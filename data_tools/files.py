@@ -1,11 +1,13 @@
 """JSON files that are read strictly, and files that are written whole or not at all."""
 
+import errno
 import json
 import os
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -76,6 +78,34 @@ def write_json_once(path: Path, content: Any) -> None:
             write_json(path, content)
     finally:
         own.unlink(missing_ok=True)
+
+
+def append_whole(file: FileIO, line: str) -> None:
+    """Append a line of ASCII or nothing of it.
+
+    Args:
+        file: opened for appending and without a buffer, which would be written again on closing.
+        line: without its end.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    data, end = f"{line}\n".encode("ascii"), file.seek(0, os.SEEK_END)
+    try:
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line of ASCII to a file, durably; what a write that was cut off left there goes."""
+    with path.open("a+b", buffering=0) as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        append_whole(file, line)
+        os.fsync(file.fileno())
 
 
 def replace_file(path: Path, write: Callable[[Any], object], temporary: Path | None = None) -> None:

@@ -188,6 +188,10 @@ class LatentStream:
             raise item
         return item
 
+    def awaits(self) -> str:
+        """Name the shard that is being read, or waited for; any thread may ask."""
+        return self.batches.reader.describe_last()
+
     def close(self) -> None:
         """Stop the threads and close the files; calling it again does nothing."""
         if self._closing.is_set():

@@ -52,6 +52,7 @@ class SampleReader:
         self._first_part_id = self.first_id[self._first_shard]
         self._stores, self._open_shard = stores, open_shard or self._open_in_store
         self.num_open_shards = _allowed_descriptors(num_open_shards)
+        self._last_shard = -1  # that was asked for
         self.opened: OrderedDict[int, int] = OrderedDict()
         self._parts = [
             PartReader(part, store, partial(self._descriptor, first))
@@ -94,7 +95,7 @@ class SampleReader:
 
     def _descriptor(self, first: int, shard: int) -> int:
         """Return the descriptor of a shard of the part whose first shard is `first`."""
-        shard += first
+        shard = self._last_shard = shard + first
         descriptor = self.opened.get(shard)
         if descriptor is None:
             descriptor = self.opened[shard] = self._open_shard(shard)
@@ -104,8 +105,19 @@ class SampleReader:
         return descriptor
 
     def _open_in_store(self, shard: int) -> int:
+        store, own = self._locate(shard)
+        return store.open(own)
+
+    def _locate(self, shard: int) -> tuple[ShardStore, int]:
         part = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
-        return self._stores[part].open(shard - int(self._first_shard[part]))
+        return self._stores[part], shard - int(self._first_shard[part])
+
+    def describe_last(self) -> str:
+        """Name the shard that was asked for last; empty before the first. Any thread may ask."""
+        if self._last_shard < 0:
+            return ""
+        store, own = self._locate(self._last_shard)
+        return store.describe(own)
 
 
 def _allowed_descriptors(wanted: int) -> int:

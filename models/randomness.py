@@ -35,6 +35,7 @@ class Stream(IntEnum):
     SAMPLE_START = 5
     SAMPLE_STEP = 6
     TIMESTEP_STRATUM = 7
+    SAMPLE_LABEL = 8
 
 
 def uniform(seed: int, stream: Stream, positions: Tensor, count: int) -> Tensor:

@@ -29,6 +29,8 @@ rendezvous() {
 launch() {
   local status=0
   run_tasks "$@" || status=$?
+  # What a program had finished before SIGTERM ended it stays finished.
+  if ((status > 128)) && [[ $nears_limit == yes ]]; then status=$SAVED; fi
   if ((status == SAVED)) && [[ $is_ended == no ]]; then queue_again; fi
   return "$status"
 }
@@ -40,15 +42,32 @@ train() {
   if ((status == 0)) && [[ $nears_limit == yes ]]; then status=$SAVED; fi
   if ((status == 0)); then run_tasks training/main.py "$@" || status=$?; fi
   if ((status == 0)) || [[ $is_dry_run == yes || $is_ended == yes ]]; then return "$status"; fi
-  # Before a rank minds signals, SIGTERM ends it: no crash.
-  if ((status > 128)) && [[ $nears_limit == yes ]]; then status=$SAVED; fi
+  # A rank that does not mind signals yet ends with 1 or the signal's number: no crash.
+  if ((status == 1 || status > 128)) && [[ $nears_limit == yes ]]; then status=$SAVED; fi
   if python_command training/retry.py "$status" "$@"; then queue_again; fi
   return "$status"
 }
 
+# This job in Slurm's commands. One job of an array may have the array's own number, which means all.
+job_number() {
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  else
+    echo "$SLURM_JOB_ID"
+  fi
+}
+
 queue_again() {
-  echo "job $SLURM_JOB_ID is queued again"
-  scontrol requeue "$SLURM_JOB_ID"
+  local job restarts
+  job=$(job_number)
+  # On a node that Slurm has lost, this script may outlive its job and must not end the next start.
+  restarts=$(scontrol show job "$job" | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' || true)
+  if [[ -n $restarts && $restarts != "${SLURM_RESTART_COUNT:-0}" ]]; then
+    echo "job $job was queued again by Slurm itself"
+    return
+  fi
+  echo "job $job is queued again"
+  scontrol requeue "$job"
 }
 
 # An empty array is an unset variable to a bash before 4.4, hence the + below.
@@ -105,8 +124,8 @@ run_and_mind_signals() {
 # SIGTERM, which scancel sends to the tasks and not to this shell.
 on_near_limit() {
   is_interrupted=yes nears_limit=yes
-  echo "job $SLURM_JOB_ID is near its time limit: the ranks save and leave"
-  scancel --signal=TERM "$SLURM_JOB_ID"
+  echo "job $(job_number) is near its time limit: the ranks save and leave"
+  scancel --signal=TERM "$(job_number)"
 }
 
 if [[ -n ${SLURM_JOB_ID:-} ]]; then

@@ -14,7 +14,7 @@
 #   Result:    datasets/imagenet256/ with dataset.json, about 42 GB for ImageNet (fp16 moments,
 #              mirrored ones too)
 #
-# Running it again keeps the finished shards. Tasks divide the shards among themselves as they go, so
+# Near the time limit the job queues itself again. Running it again keeps the finished shards. Tasks divide the shards among themselves as they go, so
 # any number may start, end or be killed at any time.
 #SBATCH --job-name=encode-latents
 #SBATCH --nodes=1
@@ -22,6 +22,7 @@
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=16
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out

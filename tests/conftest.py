@@ -1,11 +1,17 @@
 """Fixtures that several test files share."""
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 
-from tests.launch import run
+from tests.launch import REPOSITORY, TIMEOUT_SEC, environment, run
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when a test imports it
@@ -17,6 +23,43 @@ def node_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCH_DIT_CACHE", str(tmp_path_factory.mktemp("node-cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def train_forked(tmp_path_factory):
+    """A function that trains without the start of a launcher and returns what the ranks say.
+
+    Its arguments are those of training/main.py, the number of ranks, the exit code to expect, and
+    the largest file that the ranks may write.
+    """
+    server = subprocess.Popen(
+        [sys.executable, "tests/forked_jobs.py"],
+        cwd=REPOSITORY,
+        env=environment(DS_ACCELERATOR="cpu"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+    def train(*argv, num_ranks=2, expect=0, file_kib=None):
+        output = tmp_path_factory.mktemp("said") / "output"
+        job = {"num_ranks": num_ranks, "argv": [str(part) for part in argv]}
+        job |= {"output": str(output), "file_kib": file_kib}
+        timer = threading.Timer(TIMEOUT_SEC, os.killpg, (server.pid, signal.SIGKILL))
+        timer.start()
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        timer.cancel()
+        said = output.read_text() if output.exists() else ""
+        assert answer == f"{expect}\n", f"exit {answer or 'after a timeout'}:\n{said}"
+        return said
+
+    yield train
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ set -euo pipefail
 declare -A package=(
   [slurmctld]=slurmctld [slurmd]=slurmd [sbatch]=slurm-client [munged]=munge [mpirun]=openmpi-bin
   [sshd]=openssh-server [ssh]=openssh-client [pdsh]=pdsh [ip]=iproute2 [nsenter]=util-linux
+  [mount]=mount [hostname]=hostname [pkill]=procps
 )
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
@@ -17,7 +18,13 @@ if ((${#missing[@]})); then
     exit 2
   fi
   apt-get update
-  # The tests start their own daemons, so the system's need not run.
+  # The tests start their own daemons; the system's stay off.
+  policy=/usr/sbin/policy-rc.d
+  if [[ ! -e $policy ]]; then
+    trap 'rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod +x "$policy"
+  fi
   DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${missing[@]}"
 fi
 if ! unshare --net --uts --mount --pid --fork true; then

@@ -7,52 +7,16 @@ kill: the newest checkpoint before and after, and whether one was being written.
 """
 
 import json
-import multiprocessing
-import os
 import random
-import socket
 import sys
 import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import deepspeed  # noqa: F401 - before the forks
-import torch
-
-import training.assemble
-import training.loop  # noqa: F401
-from training import processes
-from training.command_line import parse_command_line
-from training.job import check
-from training.main import train_job
+from tests.forked_jobs import fork_ranks, prepare_to_fork, wait_for
 
 PROGRESS_SEC = 120
-
-
-def run_rank(rank, num_ranks, port, argv):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = processes.discover_ranks()
-    device = processes.select_accelerator(ranks)
-    job = check(parse_command_line(argv), ranks)
-    processes.start_process_group(ranks, device)
-    train_job(job, ranks, device)
-    processes.stop_process_group()
-
-
-def start(num_ranks, argv):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=run_rank, args=(rank, num_ranks, port, argv))
-        for rank in range(num_ranks)
-    ]
-    for rank in ranks:
-        rank.start()
-    return ranks
 
 
 def newest(folder):
@@ -69,28 +33,25 @@ def wait_for_progress(folder, before, ranks):
 
 
 def main():
-    torch.set_num_threads(1)  # no pool of threads may exist before a fork
+    prepare_to_fork()
     plan = json.loads(Path(sys.argv[sys.argv.index("--jobs") + 1]).read_text())
     argv, num_ranks, rng = plan["argv"], plan["num_ranks"], random.Random(plan["seed"])
     folder = Path(argv[argv.index("--run-dir") + 1]) / "checkpoints"
     for kill in range(plan["kills"]):
         before = newest(folder)
-        ranks = start(num_ranks, argv)
+        ranks = fork_ranks(num_ranks, argv)
         if kill % 3 == 2:  # while it starts, loads, or trains its first steps
             time.sleep(rng.uniform(0.0, 2.0))
         else:
             wait_for_progress(folder, before, ranks)
-            time.sleep(rng.uniform(0.0, 0.3))
+            time.sleep(rng.uniform(0.0, 0.2))
         for rank in ranks:
             rank.kill()
         for rank in ranks:
             rank.join()
-        was_writing = any(folder.glob(".tmp-*"))
+        was_writing = any(folder.glob(".staging-*/step-*"))
         print(json.dumps([before, newest(folder), was_writing]), flush=True)
-    ranks = start(num_ranks, argv)
-    for rank in ranks:
-        rank.join()
-    sys.exit(any(rank.exitcode for rank in ranks))
+    sys.exit(wait_for(fork_ranks(num_ranks, argv)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ one process tree: killing its first process is a power cut, taking its link down
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,8 +24,9 @@ NETWORK = "10.99.0"  # inside the namespaces only, so it cannot collide with the
 LOGIN_ADDRESS = f"{NETWORK}.1"
 CPUS, GPUS = 8, 8  # per node; Slurm is told so, the machine may have fewer
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
-NODE_TIMEOUT_SEC = 25
-START_SEC = 60
+NODE_TIMEOUT_SEC = 25  # until Slurm takes a silent node for lost
+GRACE_SEC = 120  # between the signal to a job that is preempted and its end
+START_SEC = 180  # on a loaded machine
 MISSING = "needs root, network namespaces and the packages of tests/install_cluster.sh (as root)"
 
 SLURM_CONF = """
@@ -50,7 +52,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
 JobRequeue=1
-KillWait=15
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=30
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
@@ -59,7 +63,8 @@ SlurmdTimeout={node_timeout}
 MessageTimeout=25
 SchedulerParameters=sched_interval=2
 {nodes}
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace}
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
 
 SSHD_CONFIG = """
@@ -104,7 +109,7 @@ class LocalSlurm:
             self._boot("login", self._login_script())
             for node in self.nodes:
                 self.boot(node)
-            self.wait_until_idle()
+            self.wait_until_up()
         except BaseException:
             self.__exit__()
             raise
@@ -192,12 +197,12 @@ class LocalSlurm:
                 limit = f"tc qdisc add dev {device} root tbf rate {rate} burst 64kb latency 400ms"
                 self.run(*limit.split(), machine=machine)
 
-    def wait_until_idle(self):
-        """Wait until every node takes jobs."""
+    def wait_until_up(self):
+        """Wait until Slurm has heard of every node, busy or not."""
         wait_for(
-            lambda: set(self.run("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"},
+            lambda: not re.search(r"down|unk|\*", self.run("sinfo", "-h", "-N", "-o", "%T")),
             START_SEC,
-            lambda: "nodes are not idle:\n" + self.run("sinfo", "-N", "-l") + self.logs(),
+            lambda: "nodes are not up:\n" + self.run("sinfo", "-N", "-l") + self.logs(),
         )
 
     def logs(self):
@@ -219,7 +224,6 @@ class LocalSlurm:
         )
         (folder / "ssh/sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
         (folder / "ssh/ssh_config").write_text(SSH_CONFIG.format(folder=folder))
-        Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it
         hosts = ["127.0.0.1 localhost", f"{LOGIN_ADDRESS} login"]
         lines = []
         for number, node in enumerate(self.nodes, 11):
@@ -233,6 +237,7 @@ class LocalSlurm:
             login=LOGIN_ADDRESS,
             folder=folder,
             node_timeout=NODE_TIMEOUT_SEC,
+            grace=GRACE_SEC,
             nodes="\n".join(lines),
         )
         (folder / "slurm.conf").write_text(text)
@@ -256,6 +261,8 @@ class LocalSlurm:
             hostname {name}
             mount --bind {self.folder}/hosts /etc/hosts
             mount --bind {self.folder}/ssh/ssh_config /etc/ssh/ssh_config
+            mount -t tmpfs none /run
+            mkdir /run/sshd  # sshd insists on it
             ip link set lo up
             {script}
             touch {self.folder}/{name}.up

@@ -253,11 +253,10 @@ class TestRunDirectoryBeforeTheFirstRun:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, demo_latents):
+def trained(tmp_path_factory, demo_latents, train_forked):
     """A finished run of two ranks with two checkpoints."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
-    run(*deepspeed(2, "training/main.py", *flags))
+    train_forked("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
     return run_dir
 
 
@@ -528,14 +527,20 @@ class TestThroughTheLauncher:
         assert "Traceback" not in output
         assert not (tmp_path / "run").exists()
 
-    def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(self, demo_latents, run_dir):
+
+@pytest.mark.ranks
+class TestWithTwoRanks:
+    """The same without the launcher."""
+
+    def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+        self, train_forked, demo_latents, run_dir
+    ):
         before = read_metrics(run_dir)
         path = next(latest_checkpoint(run_dir).glob("zero_pp_rank_1*"))
         rewrite(path, lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
 
         # Nothing is left to train in the newest; from the one before it is.
-        flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
-        output = run(*deepspeed(2, "training/main.py", *flags))
+        output = train_forked("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
 
         reason = f"{path} does not match the checksum in its manifest.json"
         event = f"warning: {reason}; continuing from step-0000002 instead\n"
@@ -546,36 +551,43 @@ class TestThroughTheLauncher:
         after = read_metrics(run_dir)
         assert [r["loss/total"] for r in after] == [r["loss/total"] for r in before]
 
-    def test_a_file_that_no_manifest_lists_is_not_unpickled(self, demo_latents, run_dir, tmp_path):
+    def test_a_file_that_no_manifest_lists_is_not_unpickled(
+        self, train_forked, demo_latents, run_dir, tmp_path
+    ):
         folder = latest_checkpoint(run_dir)
         planted = folder / "mp_rank_00_model_states.pt"
         rewrite(planted, lambda _: pickle.dumps(Planted(str(tmp_path / "executed"))))
         listed = json.loads((folder / MANIFEST_FILE).read_text())
-        del listed["files"][planted.name]
+        del listed["files"][planted.name], listed["sha256"]
         rewrite(folder / MANIFEST_FILE, lambda _: json.dumps(listed).encode())
 
         flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
-        output = run(*deepspeed(2, "training/main.py", *flags), expect=2)
+        output = train_forked(*flags, expect=2)
 
         assert output.count(f"error: {planted} is not a file of its checkpoint's manifest") == 1
         assert not (tmp_path / "executed").exists()
 
-    def test_a_job_on_a_run_directory_in_use_is_refused_on_all_ranks(self, demo_latents, tmp_path):
+    def test_a_job_on_a_run_directory_in_use_is_refused_on_all_ranks(
+        self, train_forked, demo_latents, tmp_path
+    ):
         flags = ("--data", demo_latents, "--run-dir", tmp_path / "run", *TRAINING)
         with hold_run_directory(tmp_path / "run"):
-            output = run(*deepspeed(2, "training/main.py", *flags), expect=2)
+            output = train_forked(*flags, expect=2)
 
         assert output.count(f"error: --run-dir {tmp_path / 'run'} is in use by another job (") == 1
         assert "Traceback" not in output
-        assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+            CHECKPOINT_DIR,
+            "lock",
+        ]
 
-    def test_damaged_data_stops_all_ranks_after_saving(self, latents, tmp_path):
+    def test_damaged_data_stops_all_ranks_after_saving(self, train_forked, latents, tmp_path):
         # The size is right, so only the checksum tells. Shards are shuffled: damage the middle one.
         shard, run_dir = latents / "00002.tar", tmp_path / "run"
         shard.write_bytes(b"\0" * shard.stat().st_size)
 
         flags = ("--data", latents, "--run-dir", run_dir, *TRAINING, "--max-steps", 20)
-        output = run(*deepspeed(2, "training/main.py", *flags, "--shuffle-window", 1), expect=2)
+        output = train_forked(*flags, "--shuffle-window", 1, expect=2)
 
         assert output.count(f"error: {shard}: its sha256 is not that of dataset.json") == 1
         assert "Traceback" not in output
@@ -584,13 +596,11 @@ class TestThroughTheLauncher:
         assert (read_manifest(folder).state.step if folder else 0) == len(records)
 
     def test_a_disk_that_refuses_a_checkpoint_keeps_the_one_before(
-        self, demo_latents, run_dir, tmp_path
+        self, train_forked, demo_latents, run_dir
     ):
         flags = ("--data", demo_latents, "--run-dir", run_dir, *TRAINING, "--max-steps", 7)
-        command = " ".join(map(str, deepspeed(2, "training/main.py", *flags)))
-        limit = f"ulimit -f {SMALLER_THAN_OPTIMIZER_KIB}; exec {command}"
 
-        output = run("bash", "-c", limit, expect=1)
+        output = train_forked(*flags, expect=1, file_kib=SMALLER_THAN_OPTIMIZER_KIB)
 
         assert "warning: checkpoint of step 6 could not be written: File too large; " in output
         assert output.count("error: checkpoint of step 7 could not be written: File too") == 1

@@ -1,36 +1,48 @@
 """Checkpoints survive: kill -9 at any moment, damage, a second job, and changes after the copy."""
 
+import contextlib
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import REPOSITORY, run, run_jobs
+from tests.launch import run
 from training.checkpoint_manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
     IncompleteCheckpointError,
     Layout,
+    ResumePoint,
     TrainState,
     latest_checkpoint,
+    manifest_text,
+    read_manifest,
+    record_of,
     resume_points,
+    verify_together,
 )
+from training.checkpoint_publishing import is_taken_over, name_latest, prune, publish
 from training.checkpoint_snapshot import HostCopies
-from training.checkpoint_writer import name_latest, prune
+from training.checkpoint_writer import GIVEN_UP, BackgroundWrite, WritePlan
 from training.monitor import read_metrics
-from training.run_lock import hold_run_directory
+from training.run_lock import hold_run_directory, take_over
+from training.unpickling import unpickle
 
-KILLS = 8
-STEPS = 16
+KILLS = 20
+STEPS = 64
+CLOCK_STEPS = 16
 TINY = [
     *("--num-experts", 2, "--global-batch-size", 4, "--warmup-steps", 2, "--patch-size", 16),
     *("--log-every", 1, "--sample-every", 0, "--loss-weight", "uncertainty"),
-    *("--prior-matching-every", 4, "--max-steps", STEPS),
+    *("--prior-matching-every", 4),
 ]
 
 
@@ -41,20 +53,21 @@ def fp32(tmp_path_factory):
     return path
 
 
+def steps(count):
+    return "--max-steps", count
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, demo_latents, fp32):
+def whole(tmp_path_factory, demo_latents, fp32, train_forked):
     """A run of two ranks that nobody disturbed; one that saves by the clock."""
     folder = tmp_path_factory.mktemp("runs")
     common = ["--deepspeed", fp32, "--data", demo_latents, *TINY]
+    common += ["--save-every", CLOCK_STEPS]
     clock = ["--save-every-minutes", "1e-5", "--keep-last", 3, "--keep-every", 4]
-    run_jobs(
-        2,
-        [
-            [*common, "--run-dir", folder / "whole", "--save-every", STEPS],
-            [*common, "--run-dir", folder / "clock", "--save-every", STEPS, *clock],
-        ],
-        folder,
+    train_forked(
+        *(*common, "--run-dir", folder / "whole", *steps(STEPS), "--keep-every", CLOCK_STEPS)
     )
+    train_forked(*common, "--run-dir", folder / "clock", *steps(CLOCK_STEPS), *clock)
     return folder / "whole"
 
 
@@ -66,9 +79,11 @@ def exact(run_dir):
 
 
 def assert_same_weights(one, other):
-    folder, files = latest_checkpoint(one), ("weights.safetensors", "ema.safetensors")
-    for file in files:
-        expected, got = load_file(folder / file), load_file(latest_checkpoint(other) / file)
+    """Compare the weights of a run's newest checkpoint with another's of that step, bit by bit."""
+    folder = latest_checkpoint(other)
+    for file in ("weights.safetensors", "ema.safetensors"):
+        expected = load_file(one / "checkpoints" / folder.name / file)
+        got = load_file(folder / file)
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[key], value) for key, value in expected.items())
 
@@ -78,14 +93,14 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
     whole, demo_latents, fp32, tmp_path
 ):
     argv = ["--deepspeed", fp32, "--data", demo_latents, "--run-dir", tmp_path / "run", *TINY]
-    argv += ["--save-every", 1, "--log-every", 1]
+    argv += ["--save-every", 1, *steps(STEPS)]
     plan = {"argv": [str(part) for part in argv], "num_ranks": 2, "kills": KILLS, "seed": 0}
     (tmp_path / "jobs.json").write_text(json.dumps(plan))
 
     jobs = ("--jobs", tmp_path / "jobs.json")
     output = run("python", "tests/killed_jobs.py", *jobs, DS_ACCELERATOR="cpu")
 
-    kills = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+    kills = [json.loads(line) for line in output.splitlines() if line.startswith('["')]
     assert len(kills) == KILLS
     assert any(was_writing for _, _, was_writing in kills), "the premise: killed during saves"
     assert all(before <= after for before, after, _ in kills), "nothing published is lost"
@@ -97,12 +112,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
 def test_saving_by_the_clock_changes_nothing_and_keeps_what_it_should(whole):
     run_dir = whole.parent / "clock"
 
-    steps = sorted(int(path.name[-7:]) for path in run_dir.glob("checkpoints/step-*"))
+    saved = sorted(int(path.name[-7:]) for path in run_dir.glob("checkpoints/step-*"))
 
-    assert steps[-1] == STEPS
-    assert len(steps) > 3
-    assert all(step % 4 == 0 for step in steps[:-3])
-    assert exact(run_dir) == exact(whole)
+    assert saved[-1] == CLOCK_STEPS
+    assert len(saved) >= 3, "the premise: the clock has saved in between"
+    assert all(step % 4 == 0 for step in saved[:-3])
+    assert exact(run_dir) == exact(whole)[:CLOCK_STEPS]
     assert_same_weights(whole, run_dir)
 
 
@@ -115,14 +130,20 @@ def checkpoint_at(folder, step):
     manifest = {"tag": path.name, "state": state, "layout": layout, "data_hash": ""}
     text = json.dumps(manifest | {"order_version": 1, "files": {}})
     (path / MANIFEST_FILE).write_text(text)
-    name_latest(path)
+    name_latest(path, staging_of(folder))
+    return path
+
+
+def staging_of(folder):
+    path = folder / "checkpoints" / ".staging-test"
+    path.mkdir(exist_ok=True)
     return path
 
 
 def test_pruning_keeps_the_newest_those_of_multiples_and_what_a_left_line_had(tmp_path):
     folders = {step: checkpoint_at(tmp_path, step) for step in (2, 4, 6, 8, 10, 12)}
 
-    prune(folders[10], keep_last=2, keep_every=4)
+    prune(folders[10], staging_of(tmp_path), keep_last=2, keep_every=4)
 
     assert [step for step, path in folders.items() if path.exists()] == [4, 8, 10, 12]
 
@@ -130,7 +151,7 @@ def test_pruning_keeps_the_newest_those_of_multiples_and_what_a_left_line_had(tm
 def test_resume_points_are_the_whole_checkpoints_up_to_the_latest_newest_first(tmp_path):
     assert resume_points(tmp_path) == ([], [])
     folders = {step: checkpoint_at(tmp_path, step) for step in (2, 4, 6, 8)}
-    name_latest(folders[6])
+    name_latest(folders[6], staging_of(tmp_path))
     (folders[6] / MANIFEST_FILE).write_text("{")
     (folders[2] / MANIFEST_FILE).unlink()
 
@@ -152,29 +173,172 @@ def test_resume_points_are_the_whole_checkpoints_up_to_the_latest_newest_first(t
         resume_points(tmp_path)
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from training.run_lock import hold_run_directory
-with hold_run_directory(Path(sys.argv[1])) as problem:
-    print(problem, flush=True)
-    time.sleep(600)
-"""
+def hold_until_killed(run_dir, pipe):
+    with hold_run_directory(run_dir) as claim:
+        pipe.send(claim)
+        time.sleep(600)
 
 
 def test_a_second_job_is_kept_out_until_the_first_is_gone(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    context = multiprocessing.get_context("fork")
+    first = context.Process(target=hold_until_killed, args=(tmp_path, sender))
+    first.start()
     try:
-        assert first.stdout.readline() == "None\n"
-        with hold_run_directory(tmp_path, wait_sec=0.0) as problem:
+        claim = receiver.recv()
+        assert claim.problem is None
+        with hold_run_directory(tmp_path, wait_sec=0.0) as (staging, problem):
+            assert staging is None
             assert f"--run-dir {tmp_path} is in use by another job (process {first.pid}" in problem
-        os.kill(first.pid, signal.SIGKILL)
-        with hold_run_directory(tmp_path) as problem:
+        assert claim.staging.is_dir()
+        first.kill()
+        with hold_run_directory(tmp_path) as (staging, problem):
             assert problem is None
+            assert list((tmp_path / "checkpoints").iterdir()) == [staging], (
+                "the first one's is gone"
+            )
+        assert not staging.exists()
     finally:
         first.kill()
-        first.communicate()
+        first.join()
+
+
+def test_a_manifest_that_has_changed_is_noticed(tmp_path):
+    layout = Layout(2, 1, 3, "bf16")
+    manifest = CheckpointManifest("step-0000004", TrainState(4, 32), layout, "abc", 1, {})
+    path = tmp_path / MANIFEST_FILE
+    path.write_text(manifest_text(manifest))
+    assert read_manifest(tmp_path) == manifest
+
+    path.write_text(manifest_text(manifest).replace('"step": 4', '"step": 5'))
+
+    with pytest.raises(IncompleteCheckpointError, match="does not match the checksum in it"):
+        read_manifest(tmp_path)
+
+
+class Planted:
+    """Runs a program when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_a_file_that_could_run_a_program_is_not_unpickled_even_if_it_is_listed(tmp_path):
+    path, executed = tmp_path / "mp_rank_00_model_states.pt", tmp_path / "executed"
+    torch.save({"module": {"a": torch.zeros(2)}, "more": Planted(str(executed))}, path)
+    files = {path.name: record_of(path)}
+    layout = Layout(1, 1, 0, "fp32")
+    manifest = CheckpointManifest("step-0000004", TrainState(4), layout, "", 1, files)
+
+    reason = verify_together(ResumePoint(tmp_path, manifest))
+
+    assert reason == f"{path} holds posix.mkdir, which no checkpoint of this program does"
+    with pytest.raises(pickle.UnpicklingError):
+        unpickle(path)
+    assert not executed.exists()
+
+
+def visible(run_dir):
+    """What another job sees of a run's checkpoints."""
+    folder = run_dir / "checkpoints"
+    return (folder / "latest").read_text(), sorted(folder.glob("step-*/*"))
+
+
+@pytest.mark.parametrize("moves_before", range(5))
+def test_a_job_that_another_one_has_taken_over_from_changes_nothing_more(
+    tmp_path, monkeypatch, moves_before
+):
+    """Such as one on a node that Slurm has lost: its lock may not reach the other node."""
+    for step in (2, 4, 6):
+        checkpoint_at(tmp_path, step)
+    staging, moves, seen = take_over(tmp_path), [], []
+
+    def move(original, *args):
+        moves.append(args)
+        if len(moves) == moves_before + 1:
+            monkeypatch.undo()
+            assert take_over(tmp_path).is_dir()
+            seen.append(visible(tmp_path))
+        return original(*args)
+
+    # Of step 4, which is there already: it takes part in being replaced, too.
+    complete = staging / "step-0000004"
+    complete.mkdir()
+    final = tmp_path / "checkpoints" / complete.name
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, partial(move, getattr(os, name)))
+    with contextlib.suppress(OSError):
+        publish(complete, final, "manifest")
+        prune(final, staging, keep_last=1, keep_every=0)
+
+    assert len(moves) >= moves_before + 1, "the premise"
+    assert is_taken_over(staging)
+    assert visible(tmp_path) == seen[0]
+
+
+@pytest.mark.ranks
+def test_a_job_that_is_taken_over_says_so_and_ends(train_forked, demo_latents, fp32, tmp_path):
+    run_dir = tmp_path / "run"
+    argv = ["--deepspeed", fp32, "--data", demo_latents, "--run-dir", run_dir, *TINY]
+    argv += ["--save-every", 10, *steps(1_000_000)]
+    with ThreadPoolExecutor() as pool:
+        said = pool.submit(train_forked, *argv, expect=2)
+        while not (run_dir / "checkpoints" / "latest").exists() and not said.done():
+            time.sleep(0.05)
+        take_over(run_dir)
+        before = visible(run_dir)
+        output = said.result()
+
+    assert output.count(f"error: --run-dir {run_dir}: another job has taken it over") == 1
+    assert "Traceback" not in output
+    assert visible(run_dir) == before
+
+
+def slow_write(tmp_path, monkeypatch, num_files=200):
+    """A write that does not go on after its first file before the event that is returned is set."""
+    staging, may_go_on = take_over(tmp_path), threading.Event()
+    checkpoint_at(tmp_path, 2)
+    final = staging.parent / "step-0000004"
+    (staging / final.name).mkdir()
+    fsync = os.fsync
+
+    def wait_and_sync(descriptor):
+        assert may_go_on.wait(60)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", wait_and_sync)
+    plan = WritePlan(
+        *(staging, final, TrainState(4), [], {}, torch.empty(0), None), keep_last=1, keep_every=0
+    )
+    files = [(f"{i}.pt", {"a": torch.zeros(1000)}) for i in range(num_files)]
+    return BackgroundWrite(plan, files, None), may_go_on
+
+
+@pytest.mark.usefixtures("single_process_group")
+@pytest.mark.parametrize("whose_signal", ["own", "another rank's"])
+def test_a_signal_does_not_wait_for_a_checkpoint_that_is_being_written(
+    tmp_path, monkeypatch, whose_signal
+):
+    write, may_go_on = slow_write(tmp_path, monkeypatch)
+    before = visible(tmp_path)
+    if whose_signal == "another rank's":
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set(f"{write._prefix}/give_up", "")
+
+    def is_urgent():
+        may_go_on.set()
+        return whose_signal == "own"
+
+    outcome = write.outcome(is_urgent)
+
+    assert outcome.problem == GIVEN_UP
+    assert outcome.warning() == f"the checkpoint of step 4 is {GIVEN_UP}"
+    assert visible(tmp_path) == before
+    assert not write.plan.temporary.exists()
 
 
 def test_a_snapshot_does_not_change_any_more_and_shares_what_was_shared():

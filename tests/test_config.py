@@ -254,7 +254,8 @@ def test_differences_name_what_makes_another_run(demo):
 def test_what_may_change_in_a_run_is_a_closed_list():
     assert {leaf.name for leaf in options() if leaf.field.metadata["may_change"]} == {
         *("activation_checkpointing", "data", "micro_batch_size", "run_dir", "max_steps"),
-        *("expert_parallel_size", "log_every", "save_every", "keep_last", "vae"),
+        *("expert_parallel_size", "log_every", "save_every", "save_every_minutes"),
+        *("keep_last", "keep_every", "vae"),
         *("sample_every", "sample_count", "sample_steps", "sample_cfg_scale", "sample_method"),
         *("compile_blocks", "expert_dispatch", "ema_snapshot_every"),
         *("max_skipped_steps", "spike_threshold", "placement", "rebalance_every"),

@@ -102,7 +102,6 @@ def test_a_stopped_run_saves_leaves_and_continues(trained, demo_latents, tmp_pat
     run(*command)
 
     assert "stopped by a signal after step" in output, output
-    assert "return code = 75" in output or process.returncode == 75, output
     assert 2 <= state.step < STEPS
     assert state.samples_consumed == 8 * state.step
     assert losses(run_dir) == losses(trained[0])

@@ -13,6 +13,7 @@ from training.expert_load import (
     DEAD_INTERVALS,
     ExchangeShape,
     ExchangeSums,
+    GateDrift,
     LoadHistory,
     entropy_by_timestep,
     exchange_shape,
@@ -79,39 +80,55 @@ def counts_of(*load):
 
 def test_an_expert_is_dead_after_ten_intervals_and_named_once():
     history = LoadHistory(1, 3)
-    history.add(counts_of(1, 1, 0))
+    history.add(1, counts_of(1, 1, 0))
 
-    numbers, names = zip(*(history.add(counts_of(4, 0, 0)) for _ in range(11)), strict=True)
+    numbers, names = zip(*(history.add(i, counts_of(4, 0, 0)) for i in range(2, 13)), strict=True)
 
     dead = [metrics["moe/dead_experts"] for metrics in numbers]
     assert dead == [0.0] * (DEAD_INTERVALS - 2) + [1.0, 2.0, 2.0]
     assert names[8:] == ("block 0: 2", "block 0: 1", "") and not any(names[:8])
     assert all(metrics["moe/never_used_experts"] == 1.0 for metrics in numbers)
-    revived, _ = history.add(counts_of(4, 0, 1))
+    revived, _ = history.add(13, counts_of(4, 0, 1))
     assert (revived["moe/never_used_experts"], revived["moe/dead_experts"]) == (0.0, 1.0)
 
 
 def test_a_continued_run_remembers_its_experts_from_the_records():
     intervals = [counts_of(3, 1, 0)] + [counts_of(4, 0, 0)] * 9
     uninterrupted, records = LoadHistory(1, 3), [{"step": 0}]  # a step left out has no loads
-    for counts in intervals:
-        records.append(uninterrupted.add(counts)[0] | load_metrics(counts.sum(2), 4.0))
-    uninterrupted.add(None)
+    for step, counts in enumerate(intervals, 1):
+        metrics = uninterrupted.add(step, counts)[0] | load_metrics(counts.sum(2), 4.0)
+        records.append({"step": step} | metrics)
+    uninterrupted.add(11, None)
 
     continued = LoadHistory(1, 3, records)
 
-    expected = uninterrupted.add(counts_of(4, 0, 0))
-    assert continued.add(counts_of(4, 0, 0)) == expected
+    expected = uninterrupted.add(12, counts_of(4, 0, 0))
+    assert continued.add(12, counts_of(4, 0, 0)) == expected
+    (steps, loads), (old_steps, old_loads) = continued.over_time(), uninterrupted.over_time()
+    assert steps == old_steps == [*range(1, 11), 12]
+    share = loads / loads.sum(dim=2, keepdim=True)
+    assert torch.equal(share, old_loads / old_loads.sum(dim=2, keepdim=True))
     assert expected[0]["moe/dead_experts"] == 2.0 and expected[1] == "block 0: 1"
 
 
 def test_the_counts_of_a_picture_begin_after_the_last_one():
     history = LoadHistory(1, 2)
-    for counts in (counts_of(1, 2), counts_of(3, 4)):
-        history.add(counts)
+    for step, counts in enumerate((counts_of(1, 2), counts_of(3, 4))):
+        history.add(step, counts)
 
     assert torch.equal(history.take_counts(), counts_of(4, 6))
     assert history.take_counts() is None
+
+
+def test_the_drift_of_gates_is_their_total_variation_distance():
+    gates = torch.tensor([[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]])
+    drift = GateDrift()
+
+    assert drift.add(gates) is None
+    assert drift.add(gates) == 0.0
+    gates[0, 0] = torch.tensor([0.0, 0.0, 1.0])  # the caller's table may change in place
+    assert drift.add(gates) == 0.5
+    assert drift.add(torch.tensor([[[0.0, 0.0, 1.0], [0.5, 0.25, 0.25]]])) == 0.125
 
 
 def test_traffic_of_two_steps_by_hand():

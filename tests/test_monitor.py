@@ -5,16 +5,17 @@ import json
 import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from tests.configs import small
+from training.dashboard import dashboard
+from training.expert_load import load_metrics
 from training.monitor import (
-    MAP_BELOW_PIXELS,
-    MAP_LEFT_PIXELS,
-    MAP_ROW_PIXELS,
+    MAX_LOAD_TAGS,
     METRICS_FILE,
     TENSORBOARD_DIR,
     Monitor,
-    expert_map,
-    load_map,
     read_metrics,
 )
 
@@ -38,6 +39,37 @@ def test_tensorboard_and_json_lines_hold_the_same_scalars(tmp_path):
     for tag, events in scalars_in_tensorboard(tmp_path).items():
         assert events == [(record["step"], record[tag]) for record in records]
     assert [record["step"] for record in records] == [10, 20]
+
+
+def test_tensorboards_files_are_bounded_and_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.monitor.MAX_EVENTS_BYTES", 2000)
+    monitor = Monitor(tmp_path)
+    for step in range(1, 201):
+        monitor.scalars(step, {"loss/total": step / 8})
+    monitor.close()
+
+    files = list((tmp_path / TENSORBOARD_DIR).iterdir())
+    assert len(files) > 3
+    assert max(file.stat().st_size for file in files) < 2200
+    expected = [(step, step / 8) for step in range(1, 201)]
+    assert scalars_in_tensorboard(tmp_path)["loss/total"] == expected
+
+
+def test_thousands_of_experts_are_a_histogram_per_block_and_whole_in_the_records(tmp_path):
+    depth, num_experts = 2, MAX_LOAD_TAGS // 2 + 1
+    counts = torch.arange(1.0, depth * num_experts + 1).view(depth, num_experts)
+    metrics = load_metrics(counts, num_samples=1000)
+    monitor = Monitor(tmp_path)
+    monitor.scalars(10, metrics)
+    monitor.close()
+
+    assert read_metrics(tmp_path) == [{"step": 10} | metrics]
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_DIR))
+    events.Reload()
+    assert events.Tags()["histograms"] == ["moe_load/block_00", "moe_load/block_01"]
+    assert len(events.Tags()["scalars"]) == len(metrics) - depth * num_experts
+    (histogram,) = events.Histograms("moe_load/block_01")
+    assert histogram.histogram_value.num == num_experts
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -70,29 +102,21 @@ def test_resuming_drops_records_of_lost_steps_and_a_torn_line(tmp_path):
     assert scalars_in_tensorboard(tmp_path)["loss/total"] == [(10, 10.0), (20, 20.0), (30, 31.0)]
 
 
-def test_the_expert_map_shows_chosen_experts_only():
-    gate_table = torch.zeros(2, 4, 3)
-    gate_table[..., 0] = 0.6
-    gate_table[..., 1] = 0.3
-    gate_table[..., 2] = 0.1
+def test_tensorboards_plugins_find_the_charts_and_the_hyperparameters(tmp_path):
+    monitor = Monitor(tmp_path)
+    monitor.layout(dashboard(small(), depth=6, num_experts=3))
+    monitor.hyperparameters({"lr": 1e-4, "size": "XL", "ema_decays": [0.9]})
+    monitor.scalars(10, {"loss/total": 1.0})
+    monitor.close()
 
-    picture = expert_map(gate_table, top_k=2)
-
-    rows = picture[:-MAP_BELOW_PIXELS, MAP_LEFT_PIXELS:].reshape(2, -1, 4, 3)
-    assert picture.dtype == np.uint8
-    assert (rows[:, 0] > rows[:, MAP_ROW_PIXELS]).any(), "a larger gate value is brighter"
-    assert (rows[:, 2 * MAP_ROW_PIXELS] == 0).all(), "an expert outside the top k is black"
-
-
-def test_the_load_map_shows_the_share_of_each_range_of_timesteps():
-    counts = torch.zeros(2, 3, 4)
-    counts[0, :, 0] = torch.tensor([6.0, 2.0, 0.0])
-    counts[1, 2, 3] = 5.0
-
-    picture = load_map(counts, num_timesteps=8)
-
-    rows = picture[:-MAP_BELOW_PIXELS, MAP_LEFT_PIXELS:].reshape(2, -1, 8, 3).astype(int)
-    first, second, third = (rows[0, e * MAP_ROW_PIXELS, :2].sum() for e in range(3))
-    assert first > second > third == 0, "a larger share is brighter"
-    assert (rows[0, : 3 * MAP_ROW_PIXELS, 2:] == 128).all(), "no sample in these ranges: grey"
-    assert (rows[1, 2 * MAP_ROW_PIXELS, 6:] == 255).all()
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_DIR))
+    events.Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    categories = Layout.FromString(layout.tensor_proto.string_val[0]).category
+    assert [category.title for category in categories][0] == "Is it learning?"
+    assert "block 05" in [chart.title for chart in categories[3].chart]
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert values["lr"].number_value == 1e-4
+    assert values["size"].string_value == "XL"
+    assert values["ema_decays"].string_value == "[0.9]"

@@ -103,6 +103,7 @@ def test_stream_values_never_change():
         "SAMPLE_START": 5,
         "SAMPLE_STEP": 6,
         "TIMESTEP_STRATUM": 7,
+        "SAMPLE_LABEL": 8,
     }
 
 

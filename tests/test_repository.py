@@ -25,7 +25,7 @@ FOREIGN_FLAGS = {
     "--array",
     *("--nodes", "--partition", "--account", "--signal", "--requeue", "--fix", "--check"),
     *("--no_ssh", "--node_rank", "--include", "--launcher", "--version", "--time", "--bind_all"),
-    *("--exclude", "--host"),
+    *("--exclude", "--host", "--max-restarts"),
 }
 
 

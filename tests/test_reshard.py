@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import run_jobs
 from training.checkpoint_manifest import latest_checkpoint, read_manifest
 from training.monitor import read_metrics
 
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.ranks
 LEGS = (3, 8, 13, 18)  # the steps at which runs change their layout
 RANKS = (2, 1, 4, 2)
 COMMON = [
-    *("--num-experts", 4, "--global-batch-size", 8, "--warmup-steps", 2, "--patch-size", 16),
+    *("--num-experts", 4, "--global-batch-size", 8, "--warmup-steps", 2, "--patch-size", 8),
     *("--log-every", 1, "--save-every", 100, "--sample-every", 0, "--ema-stds", "0.05,0.1"),
     *("--expert-kind", "mlp", "--expert-hidden-ratio", 0.5, "--loss-weight", "uncertainty"),
     *("--prior-matching-every", 4),
@@ -30,7 +29,7 @@ WHOLE = "whole"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, demo_latents):
+def runs(tmp_path_factory, demo_latents, train_forked):
     """Train every run leg by leg, and one in one piece."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -50,9 +49,8 @@ def runs(tmp_path_factory, demo_latents):
         named = [(name, (*legs[leg], max_steps)) for name, legs in RUNS.items()]
         if num_ranks == 1:
             named.append((WHOLE, (2, 1, "contiguous", LEGS[-1])))
-        # ZeRO 3 last: it replaces torch's linear layer for the rest of the process.
-        named.sort(key=lambda item: item[1][0] == 3)
-        run_jobs(num_ranks, [job(name, *values) for name, values in named], folder)
+        for name, values in named:
+            train_forked(*job(name, *values), num_ranks=num_ranks)
     return lambda name: folder / name
 
 
@@ -82,4 +80,9 @@ def test_weights_and_averages_equal_those_of_a_run_that_never_changed(runs, name
         expected, got = load_file(theirs / file), load_file(ours / file)
         assert got.keys() == expected.keys()
         for key, value in expected.items():
-            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=2e-5, msg=f"{file} {key}")
+            if key.endswith("attn.qkv.bias"):
+                # Adding one value to all keys changes no attention, so its gradient is rounding
+                # alone, which Adam scales up.
+                for each in (value, got[key]):
+                    each[len(value) // 3 : -len(value) // 3] = 0.0
+            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=5e-6, msg=f"{file} {key}")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.launch import run
-from training import checkpoint_manifest, processes, retry
+from training import checkpoint_manifest
 from training.command_line import parse_command_line
 from training.retry import Restarts, decide, newest_checkpoint, read_restarts, run_dir_of
 
@@ -96,7 +96,6 @@ def test_it_knows_the_names_that_training_writes(tmp_path):
     pointer.write_text("step-0000010\n")
 
     assert newest_checkpoint(tmp_path) == "step-0000010"
-    assert retry.SAVED_EXIT_CODE == processes.SAVED_EXIT_CODE
 
 
 def test_it_starts_without_torch():

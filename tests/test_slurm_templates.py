@@ -6,6 +6,7 @@ test_cluster_slurm.py has a real one.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def bash(*command, **values):
 def test_every_job_script_is_there():
     training = [f"train_{size}.sh" for size in ("b", "l", "s", "xl")]
 
-    assert ["encode_latents.sh", "sample.sh", *training] == JOBS
+    assert ["encode_latents.sh", "evaluate.sh", "sample.sh", *training] == JOBS
 
 
 @pytest.mark.parametrize("name", [*JOBS, *SHARED])
@@ -58,7 +59,7 @@ def test_a_dry_run_prints_the_srun_command_without_slurm(name):
     result = bash(f"slurm/{name}", "--dry-run", "--some-flag", "two words")
 
     assert result.returncode == 0, result.stderr
-    tasks = 8 if name in TRAIN_JOBS else 1
+    tasks = 1 if name in ("encode_latents.sh", "sample.sh") else 8
     assert result.stdout.startswith(f"srun --nodes=1 --ntasks-per-node={tasks} --cpus-per-task=")
     assert "--kill-on-bad-exit=1" in result.stdout
     assert result.stdout.strip().endswith(r"--some-flag two\ words")
@@ -94,6 +95,24 @@ def test_slurms_own_numbers_come_before_the_scripts():
     assert "--nodes=4 --ntasks-per-node=2 --cpus-per-task=3 " in result.stdout
 
 
+def test_the_site_is_one_file(tmp_path):
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    site = tmp_path / "slurm/site.sh"
+    text = site.read_text().replace("CONTAINER=()", "CONTAINER=(enter 'my image')")
+    site.write_text(text.replace("SRUN_FLAGS=()", "SRUN_FLAGS=(--mpi=none)"))
+
+    result = subprocess.run(
+        ["bash", "slurm/sample.sh", "--dry-run", "runs/a"],
+        cwd=tmp_path,
+        env=environment(VENV="/opt/venv"),
+        capture_output=True,
+        text=True,
+    )
+
+    program = r"enter my\ image /opt/venv/bin/python -u training/sample.py runs/a"
+    assert result.stdout.strip().endswith(f"--kill-on-bad-exit=1 --mpi=none {program}")
+
+
 def test_outside_a_job_the_script_says_how_to_submit_it():
     result = bash("slurm/train_xl.sh")
 
@@ -124,10 +143,11 @@ def job(tmp_path):
         path.write_text(f'#!/bin/bash\necho {name} "$@" >>{log}\n{body}\n')
         path.chmod(0o755)
 
-    program("scontrol", '[[ $1 == show ]] && printf "node7\\nnode8\\n" || true')
+    job = 'echo "   Requeue=1 Restarts=${RESTARTS:-0} BatchFlag=1"'
+    program("scontrol", f'case $2 in hostnames) printf "node7\\nnode8\\n";; job) {job};; esac')
     program("scancel", f"kill -TERM $(cat {tmp_path}/srun.pid)")
 
-    def start(body, *flags, **values):
+    def start(body, script="train_s.sh", **values):
         program("srun", f"echo $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS >>{log}\n{body}")
         env = environment(
             PATH=f"{tmp_path}:{os.environ['PATH']}",
@@ -136,8 +156,8 @@ def job(tmp_path):
             SLURM_JOB_NODELIST="node[7-8]",
             **{"CHECK_NODES": "no"} | values,
         )
-        flags = ("--run-dir", tmp_path / "run", *flags)
-        process = subprocess.Popen(["bash", "slurm/train_s.sh", *flags], cwd=ROOT, env=env)
+        command = ["bash", f"slurm/{script}", "--run-dir", tmp_path / "run"]
+        process = subprocess.Popen(command, cwd=ROOT, env=env)
         return process, log
 
     return start
@@ -205,11 +225,33 @@ def test_near_the_time_limit_the_ranks_save_and_the_job_is_queued_again(job, tmp
 
     assert process.wait(timeout=60) == 75
     calls = log.read_text().splitlines()
-    assert calls[-3:] == [
+    assert calls[-4:] == [
         "scancel --signal=TERM 41234",
         "saved",
+        "scontrol show job 41234",
         "scontrol requeue 41234",
     ]
+
+
+def test_a_job_of_an_array_speaks_for_itself_only(job, tmp_path):
+    task = WAITING_TASK.format(folder=tmp_path, status=143)
+    array = {"SLURM_ARRAY_JOB_ID": "41234", "SLURM_ARRAY_TASK_ID": "7"}
+    process, log = job(task, script="encode_latents.sh", **array)
+    wait_for(tmp_path / "srun.pid")
+
+    process.send_signal(signal.SIGUSR1)
+
+    assert process.wait(timeout=60) == 75
+    calls = log.read_text().splitlines()
+    assert "scancel --signal=TERM 41234_7" in calls
+    assert calls[-1] == "scontrol requeue 41234_7"
+
+
+def test_a_script_that_outlived_its_job_leaves_the_next_start_alone(job):
+    process, log = job("exit 1", SLURM_RESTART_COUNT="2", RESTARTS="3")
+
+    assert process.wait(timeout=60) == 1
+    assert "scontrol requeue" not in log.read_text()
 
 
 def test_a_job_that_is_done_at_the_time_limit_is_not_queued_again(job, tmp_path):

@@ -74,7 +74,9 @@ def checkpointer(engine, config, layout):
     stateless = {"state": dict, "load_state": lambda _: None, "use_slots": lambda _: None}
     objective = SimpleNamespace(**stateless)
     placement = ExpertPlacement(config, engine, objective)
-    return Checkpointer(engine, config.run, layout, "0" * 64, objective, placement)
+    staging = Path(config.run.run_dir) / CHECKPOINT_DIR / ".staging-x"
+    staging.mkdir(parents=True, exist_ok=True)
+    return Checkpointer(engine, config.run, layout, "0" * 64, objective, placement, staging)
 
 
 def check_without_updates(engine, build, config, layout):

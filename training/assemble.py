@@ -13,21 +13,39 @@ from training.checkpoint_manifest import TrainState
 from training.ema_snapshots import SnapshotWriter
 from training.engine import build_engine
 from training.expert_load import LoadHistory, exchange_shape
+from training.heartbeat import READING, SAVING, Heartbeat
 from training.job import Job
 from training.loop import Training
 from training.metrics import MetricSums
 from training.monitor import Monitor, read_metrics
 from training.objective import Objective
 from training.processes import Ranks
+from training.provenance import read_starts
 from training.rebalance import ExpertPlacement
+from training.reporting import Reporter
 from training.sample_grid import SampleGrid
-from training.stability import SpikeDetector
 from training.warm_start import initial_values
 
 
 @contextmanager
-def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) -> Iterator[Training]:
-    """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this."""
+def assemble(
+    job: Job,
+    ranks: Ranks,
+    device: torch.device,
+    state: TrainState,
+    staging: Path,
+    heartbeat: Heartbeat,
+) -> Iterator[Training]:
+    """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this.
+
+    Args:
+        job: checked.
+        ranks: this process's place.
+        device: of this process.
+        state: to begin with.
+        staging: this job's folder for what it will publish.
+        heartbeat: of this process.
+    """
     config, manifest, data = job.config, job.manifest, job.config.data
     run_dir = Path(config.run.run_dir)
     initial = job.warm_start and partial(initial_values, job.warm_start, rank=ranks.rank)
@@ -57,8 +75,26 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
         horizontal_flip=data.horizontal_flip,
     )
     monitor = Monitor(run_dir if ranks.is_main else None, resume_step=state.step)
-    monitor.text("configuration", config.to_yaml())
     depth, num_experts = len(engine.module.blocks), engine.module.num_experts
+    checkpointer = Checkpointer(
+        *(engine, config.run, job.layout, manifest.hash, objective, placement, staging)
+    )
+    heartbeat.explain(READING, stream.awaits)
+    heartbeat.explain(SAVING, checkpointer.awaits)
+    sums = MetricSums(
+        depth,
+        num_experts,
+        config.diffusion.num_timesteps,
+        device,
+        exchange_shape(
+            *(engine.module, ranks.rank, config.run.expert_parallel_size), job.layout.precision
+        ),
+    )
+    # Only the main rank reports it, and only that one's records are complete.
+    loads = LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ())
+    reporter = Reporter(config, engine, sums, loads, monitor, device, ranks.is_main)
+    if ranks.is_main:
+        reporter.begin(read_starts(run_dir))
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)
     try:
         yield Training(
@@ -66,27 +102,15 @@ def assemble(job: Job, ranks: Ranks, device: torch.device, state: TrainState) ->
             engine=engine,
             stream=stream,
             objective=objective,
-            sums=MetricSums(
-                depth,
-                num_experts,
-                config.diffusion.num_timesteps,
-                device,
-                exchange_shape(
-                    *(engine.module, ranks.rank, config.run.expert_parallel_size),
-                    job.layout.precision,
-                ),
-            ),
-            # Only the main rank reports it, and only that one's records are complete.
-            loads=LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ()),
+            sums=sums,
             monitor=monitor,
-            checkpointer=Checkpointer(
-                *(engine, config.run, job.layout, manifest.hash, objective, placement)
-            ),
+            checkpointer=checkpointer,
             placement=placement,
             snapshots=SnapshotWriter(engine, run_dir),
             draw_samples=grid.draw,
             is_main=ranks.is_main,
-            spikes=SpikeDetector(config.optim.spike_threshold),
+            reporter=reporter,
+            heartbeat=heartbeat,
         )
     finally:
         stream.close()

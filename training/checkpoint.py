@@ -8,6 +8,7 @@ needs host memory for its own part of a checkpoint, and rank 0 for one average o
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ import torch
 
 from data_tools.order import ORDER_VERSION
 from training.checkpoint_manifest import (
-    CHECKPOINT_DIR,
     CheckpointManifest,
     FileRecord,
     Layout,
     TrainState,
     tag_of,
 )
+from training.checkpoint_publishing import TakenOverError
 from training.checkpoint_snapshot import load_verified, take_snapshot
 from training.checkpoint_writer import BackgroundWrite, Outcome, WritePlan
 from training.config import RunConfig
@@ -31,8 +32,6 @@ from training.partitions import whole_shapes
 from training.rebalance import ExpertPlacement
 from training.reshard import StoredPartitions, load_resharded
 from training.weights import base_optimizer
-
-TEMPORARY_PREFIX = ".tmp-"
 
 
 class Checkpointer:
@@ -45,6 +44,7 @@ class Checkpointer:
         data_hash: of the data set's manifest.
         objective: has a small state of its own, equal on all ranks.
         placement: likewise.
+        staging: this job's folder beside the checkpoints (run_lock.py).
     """
 
     def __init__(
@@ -55,12 +55,14 @@ class Checkpointer:
         data_hash: str,
         objective: Objective,
         placement: ExpertPlacement,
+        staging: Path,
     ) -> None:
         self.engine, self.run, self.layout, self.data_hash = engine, run, layout, data_hash
         self.objective, self.placement = objective, placement
-        self.folder = Path(run.run_dir) / CHECKPOINT_DIR
+        self.staging = staging
         self.is_main = torch.distributed.get_rank() == 0
         self._write: BackgroundWrite | None = None
+        self._taken_over: str | None = None
         self._saved_at = time.monotonic()
         # DeepSpeed copies two scripts beside the tags that cannot read experts.
         engine._copy_recovery_script = lambda save_path: None
@@ -70,15 +72,24 @@ class Checkpointer:
         minutes = (time.monotonic() - self._saved_at) / 60.0
         return 0 < self.run.save_every_minutes <= minutes
 
+    @property
+    def is_taken_over(self) -> bool:
+        """Tell whether this rank knows already that another job has the run directory."""
+        return self._taken_over is not None
+
     def begin(self, state: TrainState) -> None:
         """Copy what a checkpoint needs and start to write it. All ranks must call this.
 
         The write before must have been asked for its outcome.
+
+        Raises:
+            TakenOverError: on all ranks, when that one could not be published for this reason.
         """
         assert self._write is None, "the outcome of the write before was not asked for"
+        if self._taken_over is not None:
+            raise TakenOverError(self._taken_over)
         tag = tag_of(state.step)
-        temporary = self.folder / f"{TEMPORARY_PREFIX}{tag}"
-        error = self._prepare(temporary)
+        error = self._prepare(self.staging / tag)
         placement = self.placement.state()
         client_state = asdict(state) | {
             "objective": self.objective.state(),
@@ -91,8 +102,8 @@ class Checkpointer:
         # DeepSpeed ends it with a barrier: nobody writes before rank 0 has made the folder.
         files = take_snapshot(self.engine, tag, client_state)
         plan = WritePlan(
-            temporary=temporary,
-            final=self.folder / tag,
+            staging=self.staging,
+            final=self.staging.parent / tag,
             state=state,
             averages=list(base_optimizer(self.engine).profiles),
             shapes=whole_shapes(self.engine),
@@ -108,20 +119,31 @@ class Checkpointer:
         """Return the outcome of a write that has ended, once; ranks see it at different times."""
         return self.finish() if self._write is not None and self._write.is_done() else None
 
-    def finish(self) -> Outcome | None:
-        """Wait for the write that was begun; None if its outcome is known already."""
+    def awaits(self) -> str:
+        """Say what the write that was begun is at; any thread may ask."""
+        write = self._write
+        return "" if write is None else write.doing
+
+    def finish(self, is_urgent: Callable[[], bool] = lambda: False) -> Outcome | None:
+        """Wait for the write that was begun; None if its outcome is known already.
+
+        Args:
+            is_urgent: asked again and again; when it is true on any rank, the write is given up.
+        """
         if self._write is None:
             return None
-        outcome, self._write = self._write.outcome(), None
+        outcome, self._write = self._write.outcome(is_urgent), None
+        if outcome.is_taken_over:
+            self._taken_over = outcome.problem
         return outcome
 
     def _prepare(self, temporary: Path) -> OSError | None:
         if not self.is_main:
             return None
-        for stale in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(stale, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
+            for left in self.staging.iterdir():  # by a write that failed
+                shutil.rmtree(left, ignore_errors=True)
+            temporary.mkdir()
         except OSError as err:
             return err
         return None

@@ -5,7 +5,8 @@
                      ema.safetensors      averaged weights, fp32, experts in global order
                      ema-NAME.safetensors likewise, of the further averages
                      weights.safetensors  raw weights, likewise
-                     manifest.json        files with sizes and sha256, layout, progress
+                     manifest.json        files with sizes and sha256, layout, progress, its own
+                                          sha256
 
 DeepSpeed loads a changed expert-parallel size as silent garbage: where the manifest has another
 layout than the job, training/reshard.py loads instead.
@@ -13,9 +14,9 @@ layout than the job, training/reshard.py loads instead.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +24,7 @@ from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 from data_tools.files import MalformedError, from_json
 from data_tools.order import ORDER_VERSION
 from training.processes import RunError, agreed_message
+from training.unpickling import foreign_objects
 
 CHECKPOINT_DIR = "checkpoints"
 LATEST_FILE = "latest"
@@ -30,6 +32,8 @@ MANIFEST_FILE = "manifest.json"
 EMA_FILE = "ema.safetensors"
 RAW_FILE = "weights.safetensors"
 HASH_BLOCK_BYTES = 1 << 20
+PICKLE_SUFFIX = ".pt"
+CHECKSUM_KEY = "sha256"  # in a manifest, of all else in it
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,30 @@ def step_of(tag: str) -> int:
     return int(tag.removeprefix("step-"))
 
 
+def manifest_text(manifest: CheckpointManifest) -> str:
+    """Return the content of `manifest.json`, with a checksum of its own."""
+    content = asdict(manifest)
+    return json.dumps(content | {CHECKSUM_KEY: _checksum_of(content)}, indent=1) + "\n"
+
+
+def _checksum_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _parse_manifest(data: bytes) -> CheckpointManifest:
+    content = json.loads(data)
+    checksum = content.pop(CHECKSUM_KEY, None) if isinstance(content, dict) else None
+    if checksum not in (None, _checksum_of(content)):  # older ones have none
+        raise MalformedError("its content does not match the checksum in it")
+    manifest: CheckpointManifest = from_json(CheckpointManifest, content)
+    return manifest
+
+
 def read_manifest(folder: Path) -> CheckpointManifest:
     """Read a checkpoint's manifest and check that its files are there in their sizes."""
     path = folder / MANIFEST_FILE
     try:
-        manifest: CheckpointManifest = from_json(CheckpointManifest, json.loads(path.read_bytes()))
+        manifest = _parse_manifest(path.read_bytes())
     except FileNotFoundError as err:
         reason = f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint"
         raise IncompleteCheckpointError(folder, reason) from err
@@ -159,6 +182,8 @@ def verify_file(manifest: CheckpointManifest, path: Path) -> None:
 def verify_together(point: ResumePoint) -> str | None:
     """Compare all files with their checksums, shared among the ranks. All ranks must call this.
 
+    Those that will be unpickled must hold nothing that could run a program, too.
+
     Returns:
         On all ranks, what is wrong with the first file that differs; None = nothing.
     """
@@ -166,7 +191,11 @@ def verify_together(point: ResumePoint) -> str | None:
     reason = None
     try:
         for name in sorted(point.manifest.files)[rank::world_size]:
-            verify_file(point.manifest, point.folder / name)
+            path = point.folder / name
+            verify_file(point.manifest, path)
+            if path.suffix == PICKLE_SUFFIX and (objects := foreign_objects(path)):
+                found = f"{path} holds {objects}, which no checkpoint of this program does"
+                raise IncompleteCheckpointError(point.folder, found)
     except IncompleteCheckpointError as err:
         reason = err.reason
     return agreed_message(reason)
@@ -227,14 +256,20 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
     if not pointer.exists():
         return None
-    name = pointer.read_text(encoding="ascii", errors="replace").strip()
-    folders = {path.name: path for path in pointer.parent.glob("step-*")}
+    name, before, folders = _content(pointer), None, {}
+    while name not in folders and name != before:  # a job may publish and prune right now
+        folders = {path.name: path for path in pointer.parent.glob("step-*")}
+        name, before = _content(pointer), name
     if name not in folders:
         raise ConfigError(
             f"{pointer} names {name!r}, which is no checkpoint in {pointer.parent}; write the name "
             "of one that exists into it, or delete it to start afresh."
         )
     return folders[name]
+
+
+def _content(pointer: Path) -> str:
+    return pointer.read_text(encoding="ascii", errors="replace").strip()
 
 
 def check_resumable(manifest: CheckpointManifest, layout: Layout, data_hash: str) -> None:

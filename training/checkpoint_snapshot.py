@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training.checkpoint_manifest import CheckpointManifest, DamagedCheckpointError
 from training.reshard import ENTRY, describe_partitions, holds_optimizer_state
+from training.unpickling import unpickle
 
 FileContents = list[tuple[str, dict[str, Any]]]  # by file name
 
@@ -112,7 +113,7 @@ def load_verified(engine: Any, folder: Path, manifest: CheckpointManifest) -> di
                 raise DamagedCheckpointError(
                     f"{path} is not a file of its checkpoint's manifest; remove it."
                 )
-            return super().load(path, map_location)
+            return unpickle(Path(path), map_location)
 
     with _checkpoint_engine(engine, VerifiedEngine()):
         path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)

@@ -6,7 +6,8 @@ consolidated weights out of them, then writes the manifest, gives the folder its
 in `latest`, in this order. Every rank learns how it ended.
 """
 
-import contextlib
+import errno
+import io
 import itertools
 import json
 import os
@@ -22,25 +23,33 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data_tools.files import replace_file
 from training.checkpoint_manifest import (
-    LATEST_FILE,
-    MANIFEST_FILE,
     RAW_FILE,
     CheckpointManifest,
     FileRecord,
     TrainState,
+    manifest_text,
     record_of,
-    step_of,
+)
+from training.checkpoint_publishing import (
+    CheckpointError,
+    TakenOverError,
+    is_taken_over,
+    prune,
+    publish,
 )
 from training.checkpoint_snapshot import FileContents
-from training.processes import collective_timeout
+from training.processes import RunError, collective_timeout
 from training.reshard import StoredPartitions
 from training.weight_files import NonFiniteWeightsError, average_file, write_weights
 
 STORE_PREFIX = "checkpoint"
 SHORTEST_POLL_SEC, LONGEST_POLL_SEC = 0.01, 0.5
+OWN_SIGNAL_POLL_SEC = 0.05  # how soon a write notices that it should be given up
+OTHERS_SIGNAL_POLL_SEC = 0.25  # likewise, for a signal of another rank: it costs a round trip
+BLOCK_BYTES = 16 << 20  # written between two looks at whether to give up
 THREAD_FAILED = "the thread that writes failed; see the error above"
+GIVEN_UP = "given up for the later one that a signal asks for"
 _numbers = itertools.count()  # of the checkpoints of this process; equal on all ranks
 
 WriteError = OSError | RuntimeError | SafetensorError | NonFiniteWeightsError
@@ -50,7 +59,7 @@ WriteError = OSError | RuntimeError | SafetensorError | NonFiniteWeightsError
 class WritePlan:
     """Where a checkpoint goes and what is in it beside files of the ranks."""
 
-    temporary: Path
+    staging: Path  # of this job
     final: Path
     state: TrainState
     averages: list[str]  # keys of the optimizer's state
@@ -60,6 +69,11 @@ class WritePlan:
     keep_last: int
     keep_every: int
 
+    @property
+    def temporary(self) -> Path:
+        """Where the checkpoint is written."""
+        return self.staging / self.final.name
+
 
 class Outcome(NamedTuple):
     """How writing a checkpoint ended; the same on all ranks but for the time."""
@@ -67,6 +81,28 @@ class Outcome(NamedTuple):
     state: TrainState
     problem: str | None  # None = it is published
     write_sec: float
+    is_taken_over: bool = False  # nothing can be published any more
+
+    def error(self) -> RunError:
+        """Say why a run ends whose last checkpoint this is."""
+        if self.is_taken_over:
+            return TakenOverError(self.problem)
+        return CheckpointError(
+            f"{self._sentence()}, and run the same command again: it continues from the "
+            "checkpoint before."
+        )
+
+    def warning(self) -> str:
+        """Say what it means for a run that goes on."""
+        if self.problem == GIVEN_UP:
+            return f"the checkpoint of step {self.state.step} is {GIVEN_UP}"
+        return (
+            f"{self._sentence()}; training goes on, the one before it is intact, the next save "
+            "tries again"
+        )
+
+    def _sentence(self) -> str:
+        return f"checkpoint of step {self.state.step} could not be written: {self.problem}"
 
 
 class BackgroundWrite:
@@ -76,6 +112,9 @@ class BackgroundWrite:
         plan: the same on all ranks.
         files: of this rank, in host memory; they are freed one by one.
         error: why the folder could not be made, on rank 0.
+
+    Attributes:
+        doing: what the thread is at.
     """
 
     def __init__(self, plan: WritePlan, files: FileContents, error: OSError | None) -> None:
@@ -87,6 +126,9 @@ class BackgroundWrite:
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._prefix = f"{STORE_PREFIX}/{next(_numbers)}"
         self._problem: str | None = THREAD_FAILED
+        self.doing = ""
+        self._is_taken_over = False
+        self._is_given_up, self._asked_others = False, 0.0
         self._started = self._stopped = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
         self._thread.start()
@@ -95,19 +137,37 @@ class BackgroundWrite:
         """Tell whether `outcome` returns at once."""
         return not self._thread.is_alive()
 
-    def outcome(self) -> Outcome:
-        """Wait until the checkpoint is published, or cannot be."""
-        self._thread.join()
-        return Outcome(self.plan.state, self._problem, self._stopped - self._started)
+    def outcome(self, is_urgent: Callable[[], bool]) -> Outcome:
+        """Wait until the checkpoint is published, or cannot be.
+
+        Args:
+            is_urgent: tells that a later one cannot wait for it; it is then given up on all ranks,
+                unless it is as good as published.
+        """
+        while self._thread.is_alive():
+            if not self._is_given_up and is_urgent():
+                self._is_given_up = True
+                self._store.set(f"{self._prefix}/give_up", "")
+            self._thread.join(OWN_SIGNAL_POLL_SEC)
+        elapsed = self._stopped - self._started
+        return Outcome(self.plan.state, self._problem, elapsed, self._is_taken_over)
+
+    def _should_give_up(self) -> bool:
+        """Tell whether any rank wants to; its own thread learns it at once, the others' soon."""
+        now = time.monotonic()
+        if not self._is_given_up and now - self._asked_others > OTHERS_SIGNAL_POLL_SEC:
+            self._asked_others = now
+            self._is_given_up = self._store.check([f"{self._prefix}/give_up"])
+        return self._is_given_up
 
     def _run(self) -> None:
         try:
-            self._problem = self._write()
+            self._problem, self._is_taken_over = self._write()
         except RuntimeError as err:  # the store: it goes down with its rank, as does the job
             self._problem = f"the ranks have lost each other ({str(err).splitlines()[0]})"
         self._stopped = time.monotonic()
 
-    def _write(self) -> str | None:
+    def _write(self) -> tuple[str | None, bool]:
         done = f"{self._prefix}/done"
         # Whatever happens in a thread, the others wait for what it says.
         if self.rank > 0:
@@ -117,13 +177,21 @@ class BackgroundWrite:
             finally:
                 self._store.set(f"{self._prefix}/{self.rank}", json.dumps(own))
             self._wait(done, None)
-            return json.loads(self._store.get(done))
-        outcome: str | None = THREAD_FAILED
+            return tuple(json.loads(self._store.get(done)))
+        outcome: tuple[str | None, bool] = (THREAD_FAILED, False)
         try:
             problem, files = self._collect(self._write_own_files())
-            outcome = self._complete(files) if problem is None else problem
+            problem = self._complete(files) if problem is None else problem
+            outcome = (problem, False)
+            if problem is not None and is_taken_over(self.plan.staging):
+                run_dir = self.plan.final.parents[1]
+                outcome = (
+                    f"--run-dir {run_dir}: another job has taken it over, so this one ends; let "
+                    "one job at a time use it.",
+                    True,
+                )
         finally:
-            if outcome is not None:
+            if outcome[0] is not None:
                 shutil.rmtree(self.plan.temporary, ignore_errors=True)
             self._store.set(done, json.dumps(outcome))
         return outcome
@@ -133,8 +201,11 @@ class BackgroundWrite:
             self._consolidate(files)
             self._publish(files)
         except WriteError as err:
-            return describe_write_error(err)
+            return self._describe(err)
         return None
+
+    def _describe(self, error: Exception) -> str:
+        return GIVEN_UP if self._is_given_up else describe_write_error(error)
 
     def _write_own_files(self) -> dict[str, Any]:
         """Write this rank's files; return its problem and their records, ready for JSON."""
@@ -145,8 +216,9 @@ class BackgroundWrite:
             if error is not None:
                 continue
             path = self.plan.temporary / name
+            self.doing = f"writing {path}"
             try:
-                with path.open("wb") as file:
+                with io.BufferedWriter(_StoppableFile(path, self._should_give_up)) as file:
                     torch.save(content, file)
                     file.flush()
                     os.fsync(file.fileno())
@@ -155,7 +227,7 @@ class BackgroundWrite:
                 error = err
             del content
         return {
-            "problem": None if error is None else describe_write_error(error),
+            "problem": None if error is None else self._describe(error),
             "files": {name: asdict(record) for name, record in records.items()},
         }
 
@@ -165,6 +237,8 @@ class BackgroundWrite:
         for rank in range(1, self.world_size):
             key = f"{self._prefix}/{rank}"
             if not self._wait(key, limit):
+                if self._is_given_up:
+                    return GIVEN_UP, {}
                 return f"rank {rank} has not written its part {limit:.0f} s after rank 0", {}
             parts.append(json.loads(self._store.get(key)))
             self._store.delete_key(key)
@@ -173,9 +247,11 @@ class BackgroundWrite:
         return problem, dict(sorted(files.items()))
 
     def _wait(self, key: str, limit_sec: float | None) -> bool:
+        self.doing = f"waiting for {'rank 0' if self.rank else 'other ranks'} to write"
         started, pause = time.monotonic(), SHORTEST_POLL_SEC
         while not self._store.check([key]):
-            if limit_sec is not None and time.monotonic() - started > limit_sec:
+            is_late = limit_sec is not None and time.monotonic() - started > limit_sec
+            if limit_sec is not None and (is_late or self._should_give_up()):
                 return False
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_POLL_SEC)
@@ -188,48 +264,39 @@ class BackgroundWrite:
         for key in (*plan.averages, None):
             # The average of no steps is the start.
             source = key if key in stored.keys() else None  # noqa: SIM118
-            weights = {
-                name: stored.whole(name, source, shape, plan.slot_of_expert)
-                for name, shape in plan.shapes.items()
-            }
+            weights = {}
+            for name, shape in plan.shapes.items():
+                if self._should_give_up():
+                    raise _given_up()
+                weights[name] = stored.whole(name, source, shape, plan.slot_of_expert)
             path = plan.temporary / (RAW_FILE if key is None else average_file(key))
+            self.doing = f"writing {path}"
             write_weights(path, weights)
             files[path.name] = record_of(path)
 
     def _publish(self, files: dict[str, FileRecord]) -> None:
         plan = self.plan
-        text = json.dumps(asdict(plan.manifest_of(files)), indent=1)
-        _write_durably(plan.temporary / MANIFEST_FILE, text)
-        _sync(plan.temporary)
-        if plan.final.exists():  # of a line that was left, or damaged
-            shutil.rmtree(plan.final)
-        os.rename(plan.temporary, plan.final)
-        _sync(plan.final.parent)
-        name_latest(plan.final)
-        prune(plan.final, plan.keep_last, plan.keep_every)
+        self.doing = f"publishing {plan.final}"
+        publish(plan.temporary, plan.final, manifest_text(plan.manifest_of(files)))
+        prune(plan.final, plan.staging, plan.keep_last, plan.keep_every)
 
 
-def prune(newest: Path, keep_last: int, keep_every: int) -> None:
-    """Delete the checkpoints that are not to be kept.
+class _StoppableFile(io.FileIO):
+    """A file that refuses to be written to when its checkpoint is given up."""
 
-    Later ones are of a line that was left by resuming from an older one: they do not push out this
-    line's, and are overwritten when their step is reached.
+    def __init__(self, path: Path, should_stop: Callable[[], bool]) -> None:
+        super().__init__(path, "wb")
+        self._should_stop = should_stop
 
-    Args:
-        newest: the checkpoint that `latest` names.
-        keep_last: newest ones to keep.
-        keep_every: keep those of multiples of this number of steps, too; 0 = none.
-    """
-    complete = sorted(path for path in newest.parent.glob("step-*") if path.name <= newest.name)
-    for old in complete[:-keep_last]:
-        if not (keep_every and step_of(old.name) % keep_every == 0):
-            shutil.rmtree(old, ignore_errors=True)  # what is left is tried again next time
+    def write(self, data: Any) -> int:
+        """Write a part; the buffer around this file calls again for the rest."""
+        if self._should_stop():
+            raise _given_up()
+        return super().write(memoryview(data)[:BLOCK_BYTES])
 
 
-def name_latest(folder: Path) -> None:
-    """Make a complete checkpoint the one that everybody finds."""
-    _write_durably(folder.parent / LATEST_FILE, folder.name + "\n")
-    _sync(folder.parent)
+def _given_up() -> OSError:
+    return OSError(errno.ECANCELED, GIVEN_UP)
 
 
 def describe_write_error(error: Exception) -> str:
@@ -247,18 +314,3 @@ def describe_disk_error(error: Exception) -> str:
             return cause.strerror + (f" ({cause.filename})" if cause.filename else "")
         cause = cause.__context__
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _sync(path: Path) -> None:
-    """Make a folder's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old one or the new one."""
-    replace_file(path, lambda file: file.write(text.encode("ascii")))

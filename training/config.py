@@ -321,12 +321,18 @@ def _hint_for_key(section: str, key: str, known: Iterable[tuple[str, str]]) -> s
     return did_you_mean(key, [name for home, name in known if home == section])
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """List what would make `new` another run than `old`: "lr (0.0001 -> 0.0002)" per key."""
+def differences(old: Config, new: Config, of_any_kind: bool = False) -> list[str]:
+    """List what would make `new` another run than `old`: "lr (0.0001 -> 0.0002)" per key.
+
+    Args:
+        old: configuration before.
+        new: and after.
+        of_any_kind: also list what a run may change.
+    """
     before, after = old.to_dict(), new.to_dict()
     return [
         f"{leaf.name} ({before[leaf.section][leaf.name]} -> {after[leaf.section][leaf.name]})"
         for leaf in options()
-        if not leaf.field.metadata["may_change"]
+        if (of_any_kind or not leaf.field.metadata["may_change"])
         and before[leaf.section][leaf.name] != after[leaf.section][leaf.name]
     ]

@@ -182,7 +182,7 @@ def _describe_flops(config: Config, shape: NetworkShape, batch_size: int) -> str
         )
     if config.model.activation_checkpointing:
         lines.append("  one forward more, recomputed for activation checkpointing, on top")
-    is_merged = _is_merged(config.model.expert_dispatch, shape)
+    is_merged = is_merged_dispatch(config.model.expert_dispatch, shape)
     for part, flops in forward_flops(shape, batch_size, is_merged=is_merged).items():
         lines.append(f"  {part:<26} {flops / batch_size / GIGA:>10,.3f} forward")
     return "\n".join(lines)
@@ -243,14 +243,15 @@ def _activation_lines(
             batch_size,
             precision=precision,
             is_recomputing=is_recomputing,
-            is_merged=_is_merged(config.model.expert_dispatch, shape),
+            is_merged=is_merged_dispatch(config.model.expert_dispatch, shape),
         )
         mark = "*" if is_recomputing == config.model.activation_checkpointing else " "
         lines.append(f"{mark} {name:<30} {sum(size) / GIB:>9.3f} GiB")
     return lines
 
 
-def _is_merged(expert_dispatch: str, shape: NetworkShape) -> bool:
+def is_merged_dispatch(expert_dispatch: str, shape: NetworkShape) -> bool:
+    """Tell whether affine experts are merged, with a value of --expert-dispatch."""
     if expert_dispatch == "auto":
         return merging_is_cheaper(shape.num_tokens, shape.num_experts, shape.top_k)
     return expert_dispatch == "merged"

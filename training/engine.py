@@ -84,6 +84,7 @@ def build_engine(
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
+    import_muon_uncompiled()
     stage = stage_of(deepspeed_config)
     model = build_model(
         config,
@@ -117,6 +118,22 @@ def build_engine(
         for parameter, value in initial_values(model):
             set_full_value(engine, parameter, None, value.float())
     return engine
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which it wants to know of and we never use, without Inductor.
+
+    Muon compiles functions when it is imported. That imports the whole compiler: seconds at the
+    start of every process.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_as_usual = compiler.compile
+    compiler.compile = lambda *_args, **_kwargs: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_as_usual
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:

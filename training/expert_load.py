@@ -14,6 +14,7 @@ from models.gate import RoutingPlan
 
 STARVED_FRACTION = 0.1  # of the even share; the paper's prior with 8 experts goes down to 0.18
 DEAD_INTERVALS = 10  # logging intervals without a sample
+_LOAD_PREFIX = "moe_load/"
 PASSES, PASSES_WITH_RECOMPUTATION = 2, 3  # forward and backward; what is recomputed travels again
 
 
@@ -51,7 +52,16 @@ def load_metrics(expert_count: Tensor, num_samples: float) -> dict[str, float]:
 
 def load_tag(block: int, expert: int) -> str:
     """Name the fraction of samples that an expert received."""
-    return f"moe_load/block_{block:02d}/expert_{expert}"
+    return f"{_LOAD_PREFIX}block_{block:02d}/expert_{expert}"
+
+
+def by_block(metrics: dict[str, float]) -> dict[str, list[float]]:
+    """Collect the loads of `load_metrics` by the part of their names that tells the block."""
+    loads: dict[str, list[float]] = {}
+    for name, value in metrics.items():
+        if name.startswith(_LOAD_PREFIX):
+            loads.setdefault(name.rpartition("/")[0], []).append(value)
+    return loads
 
 
 def relative_entropy(counts: Tensor) -> Tensor:
@@ -182,17 +192,22 @@ class LoadHistory:
         self._num_idle = torch.zeros(depth, num_experts, dtype=torch.int64)  # intervals in a row
         self._is_seen = torch.zeros(depth, num_experts, dtype=torch.bool)
         self._since_picture: Tensor | None = None
+        self._steps: list[int] = []
+        self._loads: list[Tensor] = []
         tags = [[load_tag(block, e) for e in range(num_experts)] for block in range(depth)]
         for record in records:
             if num_experts and tags[0][0] in record:
-                self._follow(torch.tensor([[record[tag] for tag in row] for row in tags]))
+                load = torch.tensor([[record[tag] for tag in row] for row in tags])
+                self._follow(record["step"], load)
 
-    def _follow(self, load: Tensor) -> None:
+    def _follow(self, step: int, load: Tensor) -> None:
+        self._steps.append(step)
+        self._loads.append(load.float())
         self._is_seen |= load > 0
         self._num_idle = torch.where(load > 0, 0, self._num_idle + 1)
 
-    def add(self, expert_count: Tensor | None) -> tuple[dict[str, float], str]:
-        """Add an interval's counts (L, E, B); None if no sample of it counted.
+    def add(self, step: int, expert_count: Tensor | None) -> tuple[dict[str, float], str]:
+        """Add the counts (L, E, B) of an interval that ended with a step; None if nothing counted.
 
         Returns:
             The numbers of experts that never had a sample and of those without one in the last
@@ -200,7 +215,7 @@ class LoadHistory:
         """
         if expert_count is None:
             return {}, ""
-        self._follow(expert_count.sum(dim=2))
+        self._follow(step, expert_count.sum(dim=2))
         earlier = 0 if self._since_picture is None else self._since_picture
         self._since_picture = earlier + expert_count
         metrics = {
@@ -209,10 +224,33 @@ class LoadHistory:
         }
         return metrics, _names(self._num_idle == DEAD_INTERVALS)
 
+    def over_time(self) -> tuple[list[int], Tensor]:
+        """Return the steps at which intervals ended, and (intervals, L, E) samples or shares."""
+        return self._steps, torch.stack(self._loads) if self._loads else torch.zeros(
+            0, *self._shape
+        )
+
     def take_counts(self) -> Tensor | None:
         """Return the counts (L, E, B) since the last call, or None, and begin anew."""
         counts, self._since_picture = self._since_picture, None
         return counts
+
+
+class GateDrift:
+    """How far the gates of the timesteps move from one logging interval to the next."""
+
+    def __init__(self) -> None:
+        self._before: Tensor | None = None
+
+    def add(self, gates: Tensor) -> float | None:
+        """Return the distance from the gates (L, S, E) of the call before; None the first time.
+
+        It is the total variation distance, half the sum of absolute differences over experts, as
+        the mean over blocks and timesteps: 0 = unmoved, 1 = everything went to other experts.
+        """
+        gates, before = gates.detach().float().clone(), self._before
+        self._before = gates
+        return None if before is None else float((gates - before).abs().sum(dim=2).mean() / 2)
 
 
 def _names(flags: Tensor) -> str:

@@ -34,8 +34,6 @@ class Job:
     data: TrainingData
     cache: ShardCache | None  # of this node; None in a dry run
     layout: Layout
-    resume_points: list[ResumePoint]  # to be tried in this order; none = a new run
-    damaged: list[str]  # what is wrong with newer checkpoints
     warm_start: WarmStart | None  # of a run that begins with another model's weights
     vae: Vae | None  # on rank 0, if grids of samples are wanted
 
@@ -91,10 +89,22 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         stage_of(deepspeed_config),
         precision_of(deepspeed_config),
     )
-    points, damaged = resume_points(Path(config.run.run_dir))
-    for point in points:
-        check_resumable(point.manifest, layout, manifest.hash)
+    find_resume_points(config, layout, manifest)  # again when no other job can add to them
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)
-    return Job(*(config, deepspeed_config, data, cache, layout, points, damaged, warm_start, vae))
+    return Job(*(config, deepspeed_config, data, cache, layout, warm_start, vae))
+
+
+def find_resume_points(
+    config: Config, layout: Layout, manifest: DatasetManifest
+) -> tuple[list[ResumePoint], list[str]]:
+    """List the checkpoints of a run as `resume_points` does.
+
+    Raises:
+        ConfigError: there are some, but none to continue from, or not by this job.
+    """
+    points, damaged = resume_points(Path(config.run.run_dir))
+    for point in points:
+        check_resumable(point.manifest, layout, manifest.hash)
+    return points, damaged

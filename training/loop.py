@@ -1,32 +1,38 @@
 """The training loop: when things happen. What they compute is in objective.py and models/."""
 
-import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 from data_tools.loader import Batch, LatentStream
-from models.loss_weights import cluster_log_variances
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.checkpoint_writer import Outcome
 from training.config import Config
 from training.ema_snapshots import SnapshotWriter
 from training.engine import learning_rate, set_learning_rate
-from training.expert_load import DEAD_INTERVALS, LoadHistory
+from training.heartbeat import (
+    AGREEING,
+    BACKWARD,
+    FORWARD,
+    LOGGING,
+    READING,
+    SAMPLING,
+    SAVING,
+    UPDATING,
+    Heartbeat,
+)
 from training.metrics import MetricSums
-from training.monitor import Monitor, expert_map, load_map
+from training.monitor import Monitor
 from training.objective import Objective
 from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
 from training.rebalance import ExpertPlacement
+from training.reporting import Reporter, StepTables
 from training.stability import (
     MicroStepRecord,
-    SpikeDetector,
     describe_non_finite,
     drop_skipped_gradients,
     poison_non_finite,
@@ -34,11 +40,12 @@ from training.stability import (
 
 
 class NonFiniteLossError(RunError):
-    """Too many steps in a row had a loss or a gradient that is not finite."""
+    """Too many steps in a row had a loss or a gradient that is not finite.
 
+    A resumed run repeats them exactly, so it is a person's turn.
+    """
 
-class CheckpointError(RunError):
-    """The last checkpoint of a run could not be written."""
+    exit_code = CONFIG_ERROR_EXIT_CODE
 
 
 class DataError(RunError):
@@ -56,21 +63,20 @@ class Training:
     stream: LatentStream
     objective: Objective
     sums: MetricSums
-    loads: LoadHistory
     monitor: Monitor
+    reporter: Reporter
     checkpointer: Checkpointer
     placement: ExpertPlacement
     snapshots: SnapshotWriter
     draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
     is_main: bool
-    spikes: SpikeDetector
+    heartbeat: Heartbeat
     skipped_in_a_row: int = 0  # steps left out since the last one that was not
+    pause_sec: float = 0.0  # for which the last save interrupted training
 
     def report(self, step: int, event: str) -> None:
         """Tell the person who watches, and TensorBoard, of an event. Of rank 0 only."""
-        if self.is_main:
-            sys.stderr.write(f"warning: {event}\n")
-            self.monitor.event(step, event)
+        self.reporter.warn(step, event)
 
 
 @dataclass
@@ -98,7 +104,8 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
     first_step = saved_step = logged_step = state.step
     # Read and posted one step ahead: all ranks know of damaged data, and of a signal, before they
     # start a step, and none waits for the device to learn it.
-    following = read_step(training)
+    training.heartbeat.begin(state.step + 1)
+    following = read_step(training, state.step)
     stop.post(following.error is not None)
     saver = training.checkpointer
     started = time.monotonic()
@@ -112,8 +119,9 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         is_clock_due = stop.is_save_due() and saved_step != state.step
         step_data, following = following, StepData()
         if state.step + 1 < run.max_steps:
-            following = read_step(training)
-        stop.post(following.error is not None, saver.is_due_by_clock())
+            following = read_step(training, state.step)
+        has_failed = following.error is not None or saver.is_taken_over
+        stop.post(has_failed, saver.is_due_by_clock())
         tables = train_step(training, step_data, state.step)
         state = TrainState(
             state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
@@ -128,33 +136,40 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         # training time.
         if state.step % run.log_every == 0 or is_interrupted:
             speed = (state.step - first_step) / (time.monotonic() - started)
-            end_interval(training, state, tables, speed)
+            training.heartbeat.enter(LOGGING, state.step)
+            training.reporter.end_interval(state, tables, speed)
             logged_step = state.step
         if is_save_due:
+            training.heartbeat.enter(SAVING, state.step)
             rebalance(training, state.step)
-            save(training, state, is_last)
+            save(training, state, stop, is_last)
             saved_step = state.step
         if is_snapshot_due:
+            training.heartbeat.enter(SAVING, state.step)
             save_snapshots(training, state.step)
         # A launcher that stops the job waits for seconds only.
         if is_sample_due and not stop.read():
-            draw_experts(training, state.step, tables.gates)
+            training.heartbeat.enter(SAMPLING, state.step)
+            training.reporter.draw_experts(state.step, tables.gates)
             training.draw_samples(state.step)
         if is_interrupted:
             training.sums.restart_clock()
     if logged_step != state.step:
         speed = (state.step - first_step) / (time.monotonic() - started)
-        end_interval(training, state, tables, speed)
+        training.heartbeat.enter(LOGGING, state.step)
+        training.reporter.end_interval(state, tables, speed)
+    training.heartbeat.enter(SAVING, state.step)
     if saved_step != state.step:
-        save(training, state, is_last=True)
+        save(training, state, stop, is_last=True)
     report_write(training, state.step, saver.finish(), is_last=True)
     if message := agreed_message(following.error):
         raise DataError(message)
     return state
 
 
-def read_step(training: Training) -> StepData:
-    """Read this rank's micro-batches of one step."""
+def read_step(training: Training, step: int) -> StepData:
+    """Read this rank's micro-batches of one more step, while `step` steps are done."""
+    training.heartbeat.enter(READING, step + 1)
     data, stream = StepData(), training.stream
     try:
         for _ in range(training.engine.gradient_accumulation_steps()):
@@ -162,14 +177,8 @@ def read_step(training: Training) -> StepData:
             data.batches.append((next(stream), stream.wait_sec - waited))
     except ConfigError as err:
         data.error = err
+    training.heartbeat.enter(AGREEING, step + 1)
     return data
-
-
-class StepTables(NamedTuple):
-    """What the model says about all timesteps, detached; None where it says nothing."""
-
-    gates: torch.Tensor | None  # (L, S, E)
-    loss_log_variance: torch.Tensor | None  # (S,)
 
 
 def train_step(training: Training, data: StepData, step: int) -> StepTables:
@@ -178,14 +187,17 @@ def train_step(training: Training, data: StepData, step: int) -> StepTables:
     Raises:
         NonFiniteLossError: on all ranks, when this step and too many before it were left out.
     """
-    engine, objective = training.engine, training.objective
+    engine, objective, heartbeat = training.engine, training.objective, training.heartbeat
     set_learning_rate(engine, learning_rate(training.config.optim, step))
     skipped_before, records = engine.skipped_steps, []
     for batch, wait_sec in data.batches:
+        heartbeat.enter(FORWARD, step + 1)
         micro_batch = objective.micro_batch(batch)
         output = engine(micro_batch.x_t, micro_batch.t, micro_batch.y, micro_batch.group_t)
         terms, samples = objective.loss(output, micro_batch, step)
+        heartbeat.enter(BACKWARD, step + 1)
         engine.backward(poison_non_finite(terms.total))
+        heartbeat.enter(UPDATING, step + 1)
         engine.step()
         records.append(MicroStepRecord(terms, samples, micro_batch.t))
         training.sums.add(
@@ -197,6 +209,7 @@ def train_step(training: Training, data: StepData, step: int) -> StepTables:
         handle_skipped_step(training, step, describe_non_finite(records))
     else:
         training.skipped_in_a_row = 0
+    heartbeat.enter(AGREEING, step + 1)
     tables = (output.gate_table, output.loss_log_variance)
     return StepTables(*(None if table is None else table.detach() for table in tables))
 
@@ -215,51 +228,6 @@ def handle_skipped_step(training: Training, step: int, cause: str) -> None:
         )
 
 
-def end_interval(training: Training, state: TrainState, tables: StepTables, speed: float) -> None:
-    """Reduce and record the metrics since the last call. All ranks must call this.
-
-    Args:
-        training: the run's parts.
-        state: reached.
-        tables: of the last step.
-        speed: steps per second since this process started.
-    """
-    metrics, step_losses, expert_count = training.sums.reduce()
-    of_experts, newly_dead = training.loads.add(expert_count)
-    metrics |= of_experts
-    if newly_dead:
-        text = f"experts without a sample in {DEAD_INTERVALS} logging intervals: {newly_dead}"
-        training.monitor.event(state.step, text)
-    num_spikes = 0
-    for step, loss in step_losses.items():
-        if math.isfinite(loss) and (spike := training.spikes.add(step + 1, loss)):
-            training.report(spike.step, str(spike))
-            num_spikes += 1
-    metrics["loss/spikes"] = float(num_spikes)
-    metrics["optim/lr"] = learning_rate(training.config.optim, state.step - 1)
-    metrics["optim/skipped_steps"] = float(training.engine.skipped_steps)
-    norm = training.engine.get_global_grad_norm()
-    if norm is not None and math.isfinite(norm):  # ZeRO 0 without clipping computes none
-        metrics["optim/grad_norm"] = float(norm)
-    if tables.loss_log_variance is not None:
-        for cluster, value in enumerate(cluster_log_variances(tables.loss_log_variance).tolist()):
-            metrics[f"uncertainty/cluster_{cluster}"] = value
-    training.monitor.scalars(state.step, metrics)
-    if training.is_main:
-        print_progress(metrics, state.step, training.config.run.max_steps, speed)
-
-
-def draw_experts(training: Training, step: int, gates: torch.Tensor | None) -> None:
-    """Show which experts the gates (L, S, E) choose for which timesteps, and whom they served."""
-    if not training.is_main or gates is None:
-        return
-    picture = expert_map(gates, training.config.model.top_k)
-    training.monitor.image(step, "moe/timestep_to_expert", picture)
-    if (counts := training.loads.take_counts()) is not None:
-        picture = load_map(counts, len(gates[0]))
-        training.monitor.image(step, "moe/load_by_timestep", picture)
-
-
 def rebalance(training: Training, step: int) -> None:
     """Place the experts anew, if it is time to. All ranks must call this before they save.
 
@@ -273,13 +241,16 @@ def rebalance(training: Training, step: int) -> None:
             sys.stdout.write(f"step {step}: {report}\n")
 
 
-def save(training: Training, state: TrainState, is_last: bool) -> None:
-    """Begin a checkpoint, after the one before is done; wait for it only if it is the last."""
+def save(training: Training, state: TrainState, stop: StopSignal, is_last: bool) -> None:
+    """Begin a checkpoint, after the one before is done; wait for it only if it is the last.
+
+    A signal does not wait for the one before: that is given up for this one.
+    """
     saver, started = training.checkpointer, time.monotonic()
-    report_write(training, state.step, saver.finish())
+    report_write(training, state.step, saver.finish(stop.is_received))
     saver.begin(state)
-    pause_sec = time.monotonic() - started
-    training.monitor.timing(state.step, "checkpoint/pause_sec", pause_sec)
+    training.pause_sec = time.monotonic() - started
+    training.monitor.extra(state.step, "checkpoint/pause_sec", training.pause_sec)
     if is_last:
         report_write(training, state.step, saver.finish(), is_last=True)
 
@@ -298,43 +269,20 @@ def report_write(
     if outcome is None:
         return
     if outcome.problem is None:
-        training.monitor.timing(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
+        training.monitor.extra(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
+        if training.is_main:
+            sys.stdout.write(
+                f"checkpoint of step {outcome.state.step}: training stood still for "
+                f"{training.pause_sec:.2f} s, written after {outcome.write_sec:.2f} s\n"
+            )
         return
-    message = f"checkpoint of step {outcome.state.step} could not be written: {outcome.problem}"
     if is_last:
-        raise CheckpointError(
-            f"{message}, and run the same command again: it continues from the checkpoint before."
-        )
-    training.report(
-        step, f"{message}; training goes on, the one before it is intact, the next save tries again"
-    )
+        raise outcome.error()
+    if not outcome.is_taken_over:  # else the run ends soon, on all ranks at the same step
+        training.report(step, outcome.warning())
 
 
 def save_snapshots(training: Training, step: int) -> None:
     """Store the power-function averages; a failure costs this snapshot only."""
     if problem := training.snapshots.save(step):
         training.report(step, f"snapshot of step {step} could not be written: {problem}")
-
-
-def print_progress(metrics: dict[str, float], step: int, max_steps: int, speed: float) -> None:
-    """Print one line for the person who watches.
-
-    Args:
-        metrics: of the interval.
-        step: steps done.
-        max_steps: steps wanted.
-        speed: steps per second since this process started.
-    """
-    left = round((max_steps - step) / speed)
-    clock = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
-    losses = "every step was left out"
-    if "loss/total" in metrics:
-        losses = (
-            f"loss {metrics['loss/total']:.4f} (mse {metrics['loss/mse']:.4f} vlb "
-            f"{metrics['loss/vlb']:.4f} prior {metrics['loss/prior']:.4f})"
-        )
-    sys.stdout.write(
-        f"step {step}/{max_steps}  {losses}  lr {metrics['optim/lr']:.2e}  "
-        f"{metrics['speed/samples_per_sec']:.1f} samples/s  left {clock}\n"
-    )
-    sys.stdout.flush()

@@ -7,40 +7,64 @@ exists and before anything is written.
 """
 
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from training.exit_codes import end_early_on_sigterm
+
+    end_early_on_sigterm()
+
+# The report on a lost rank must not drown in what every rank's libraries say of their connections.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
 from training import processes
 from training.checkpoint_manifest import ResumePoint, TrainState, first_undamaged
-from training.checkpoint_writer import name_latest
+from training.checkpoint_publishing import name_latest
 from training.command_line import CommandLine, parse_command_line
-from training.config import Config
+from training.config import Config, differences
 from training.count import describe
+from training.crash_loops import describe_crash_loop
 from training.deepspeed_config import load_deepspeed_json
-from training.job import Job, check, check_without_data
-from training.lost_ranks import limit_all_groups, report_lost_ranks
+from training.exit_codes import SAVED_EXIT_CODE
+from training.heartbeat import LEAVING
+from training.job import Job, check, check_without_data, find_resume_points
 from training.precision import explain_precision
 from training.processes import Ranks
-from training.run_directory import create_run_directory
-from training.run_lock import hold_run_directory
+from training.provenance import count_hosts, record_start
+from training.run_directory import CONFIG_FILE, create_run_directory, load_config
+from training.run_lock import WAIT_SEC, hold_run_directory, is_started_again
+from training.run_log import log_to
 from training.validation import check_compiler
+from training.watchdog import Watchdog, limit_all_groups
+
+
+class RunDirectoryError(processes.RunError):
+    """Nothing in the run directory can be continued."""
+
+    exit_code = CONFIG_ERROR_EXIT_CODE
+
+
+class CrashLoopError(processes.RunError):
+    """Starting again and again leads nowhere."""
+
+    exit_code = CONFIG_ERROR_EXIT_CODE
 
 
 class RunDirectoryInUseError(processes.RunError):
-    """Another job writes to the run directory."""
+    """Another job writes to the run directory, or, worth another try, this one's earlier ranks."""
 
-    exit_code = CONFIG_ERROR_EXIT_CODE
+    exit_code = 1 if is_started_again() else CONFIG_ERROR_EXIT_CODE
 
 
 def is_demo_missing(config: Config) -> bool:
@@ -73,8 +97,42 @@ def dry_run(command: CommandLine, ranks: Ranks) -> str:
     return text if warm_start is None else f"{text}\n\n# initial weights\n{warm_start.report()}"
 
 
-def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
+def choose_resume_point(job: Job) -> tuple[ResumePoint | None, list[str]]:
+    """Find the newest undamaged checkpoint of a run directory that is held. All ranks must call it.
+
+    The job before may have published another one since this job was checked.
+
+    Returns:
+        The checkpoint, None to begin; and what is wrong with newer ones.
+
+    Raises:
+        RunError: on all ranks, when there are checkpoints but none to continue from.
+    """
+    points, damaged, problem = [], [], None
+    try:
+        points, damaged = find_resume_points(job.config, job.layout, job.manifest)
+    except ConfigError as err:
+        problem = err
+    if message := processes.agreed_message(problem):
+        raise RunDirectoryError(message)
+    names = [(str(point.folder), point.manifest.state) for point in points]
+    processes.check_agreement({"the checkpoints": names})
+    if not points:
+        return None, []
+    point, more = first_undamaged(points)
+    return point, [*damaged, *more]
+
+
+def train_job(
+    job: Job, ranks: Ranks, device: torch.device, watchdog: Watchdog | None = None
+) -> TrainState:
     """Train a checked job in an existing process group. All ranks must call this.
+
+    Args:
+        job: what to train.
+        ranks: this process's place.
+        device: to train on.
+        watchdog: that looks after it; None = nobody does.
 
     Raises:
         RunError: on all ranks, with what ended the run.
@@ -82,40 +140,47 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
     from training.assemble import assemble  # DeepSpeed reads its environment when imported
     from training.loop import train
 
+    watchdog = watchdog or Watchdog(ranks, device)
     processes.check_agreement(
         {
             "the configuration": job.config.to_dict(),
             "the DeepSpeed configuration": job.deepspeed_config,
             "the data set's hash": job.manifest.hash,
             "the layout": job.layout,
-            "the checkpoints": [(str(p.folder), p.manifest.state) for p in job.resume_points],
             "the initial weights' sha256": job.warm_start and job.warm_start.sha256,
         }
     )
     run_dir = Path(job.config.run.run_dir)
-    with hold_run_directory(run_dir) if ranks.is_main else contextlib.nullcontext() as problem:
-        if problem := processes.agreed_message(problem):
+    # The others wait meanwhile, so no longer than they are allowed to.
+    patience = processes.collective_timeout() / 2
+    wait_sec = patience.total_seconds() if is_started_again() else WAIT_SEC
+    lock = hold_run_directory(run_dir, wait_sec) if ranks.is_main else contextlib.nullcontext()
+    with lock as claim:
+        staging, problem = processes.from_main(claim)
+        if problem is not None:
             raise RunDirectoryInUseError(problem)
-        point, damaged = None, job.damaged
-        if job.resume_points:
-            point, more = first_undamaged(job.resume_points)
-            damaged = [*damaged, *more]
+        point, damaged = choose_resume_point(job)
         state = TrainState() if point is None else point.manifest.state
+        _check_crash_loop(run_dir, state, job.config.run.max_steps, ranks)
+        hosts = count_hosts()
         if ranks.is_main:
-            initial = None if job.warm_start is None else job.warm_start.to_dict()
-            problem = create_run_directory(
-                run_dir, job.config, job.deepspeed_config, job.manifest, initial
-            )
+            problem = _write_start(job, state, point, hosts)
         if problem := processes.agreed_message(problem):
             raise processes.RunError(problem)
         stop = processes.StopSignal(device)
         started = time.monotonic()
-        with assemble(job, ranks, device, state) as training:
+        log = log_to(run_dir) if ranks.is_main else contextlib.nullcontext()
+        # What fails must not wait for the threads that are taken apart afterwards.
+        with (
+            log,
+            assemble(job, ranks, device, state, staging, watchdog.heartbeat) as training,
+            watchdog.reporting(),
+        ):
             limit_all_groups()
             if point is not None:
                 if damaged and ranks.is_main:
                     with contextlib.suppress(OSError):  # else the next start finds out again
-                        name_latest(point.folder)
+                        name_latest(point.folder, staging)
                 for reason in damaged:
                     event = f"{reason}; continuing from {point.folder.name} instead"
                     training.report(state.step, event)
@@ -125,10 +190,46 @@ def train_job(job: Job, ranks: Ranks, device: torch.device) -> TrainState:
             if ranks.is_main:
                 print(_start_text(job, ranks, state, point), flush=True)
             state = train(training, state, stop)
+            if ranks.is_main:
+                print(_end_line(job.config, state, time.monotonic() - started), flush=True)
         stop.restore()
-    if ranks.is_main:
-        print(_end_line(job.config, state, time.monotonic() - started), flush=True)
     return state
+
+
+def _check_crash_loop(run_dir: Path, state: TrainState, max_steps: int, ranks: Ranks) -> None:
+    """Warn of starts that lead nowhere; end on all ranks if a launcher goes on making them."""
+    problem = None
+    if ranks.is_main and state.step < max_steps:
+        text, is_over = describe_crash_loop(run_dir, state.step)
+        if text and not is_over:
+            sys.stderr.write(f"warning: {text}\n")
+        problem = text if is_over else None
+    if problem := processes.agreed_message(problem):
+        raise CrashLoopError(problem)
+
+
+def _write_start(
+    job: Job, state: TrainState, point: ResumePoint | None, hosts: dict[str, int]
+) -> str | None:
+    """Write into the run directory what this start is made of; return why that is impossible."""
+    run_dir = Path(job.config.run.run_dir)
+    is_new = not (run_dir / CONFIG_FILE).exists()
+    changes = [] if is_new else differences(load_config(run_dir), job.config, of_any_kind=True)
+    initial = None if job.warm_start is None else job.warm_start.to_dict()
+    try:
+        create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest, initial)
+        record_start(
+            run_dir,
+            step=state.step,
+            checkpoint="" if point is None else point.folder.name,
+            layout=str(job.layout),
+            hosts=hosts,
+            data_hash=job.manifest.hash,
+            config_changes=changes,
+        )
+    except OSError as err:
+        return f"--run-dir {run_dir}: cannot write ({err.strerror}); choose another."
+    return None
 
 
 def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | None) -> str:
@@ -180,17 +281,21 @@ def main(argv: list[str] | None = None) -> None:
         print(text, flush=True)
     if not command.dry_run:
         processes.start_process_group(ranks, device)
-        try:
-            with report_lost_ranks(ranks):
-                state = train_job(job, ranks, device)
-        except processes.RunError as err:
-            if ranks.is_main:
-                sys.stderr.write(f"error: {err}\n")
-            processes.stop_process_group()
-            sys.exit(err.exit_code)
+        exit_code = 0
+        with Watchdog(ranks, device) as watchdog:
+            try:
+                state = train_job(job, ranks, device, watchdog)
+                if state.step < job.config.run.max_steps:
+                    exit_code = SAVED_EXIT_CODE
+            except processes.RunError as err:
+                if ranks.is_main:
+                    sys.stderr.write(f"error: {err}\n")
+                exit_code = err.exit_code
+            watchdog.heartbeat.enter(LEAVING, 0)
+            processes.meet_to_leave()  # while somebody watches
         processes.stop_process_group()
-        if state.step < job.config.run.max_steps:
-            sys.exit(processes.SAVED_EXIT_CODE)
+        if exit_code:
+            sys.exit(exit_code)
 
 
 if __name__ == "__main__":

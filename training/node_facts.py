@@ -1,27 +1,30 @@
 """What a rank can say of its node before any collective, and what is wrong with a set of nodes."""
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import distributions
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_tools.errors import ConfigError
 from training.processes import Ranks, select_accelerator
+from training.provenance import (
+    commit,
+    hardware,
+    installed_packages,
+    own_node,
+    python_version,
+    source_hash,
+)
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-SOURCES = ("models", "data_tools", "training")
 MIN_TEMPORARY_MIB = 256  # torch, Triton and data loaders write there
+SHORT_COMMIT = 10  # digits that a sentence shows
 NUM_NAMED = 3  # packages that a sentence names
 
 
@@ -48,11 +51,6 @@ class NodeFacts:
     def from_json(cls, text: str) -> "NodeFacts":
         """Read what another rank's `to_json` wrote."""
         return cls(**json.loads(text))
-
-
-def own_node() -> str:
-    """Return the name by which a user knows this node."""
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def allocated_nodes() -> list[str]:
@@ -84,11 +82,11 @@ def collect(ranks: Ranks, check: Callable[[], tuple[str, str]]) -> NodeFacts:
         rank=ranks.rank,
         node=own_node(),
         problem=problem,
-        hardware=_hardware(),
-        commit=_commit(),
-        sources=_sources(),
-        python=".".join(map(str, sys.version_info[:3])),
-        packages={d.metadata["Name"]: d.version for d in distributions()},
+        hardware=hardware(),
+        commit=commit()[:SHORT_COMMIT],
+        sources=source_hash(),
+        python=python_version(),
+        packages=installed_packages(),
         data=data,
         checkpoint=checkpoint,
     )
@@ -114,28 +112,6 @@ def _check_temporary_space() -> None:
             f"{folder}: {free} MiB are free, {MIN_TEMPORARY_MIB} are needed; free some space, or "
             "set TMPDIR."
         )
-
-
-def _hardware() -> str:
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
-        return "CPU"
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-
-
-def _commit() -> str:
-    command = ["git", "-c", "safe.directory=*", "rev-parse", "--short", "HEAD"]
-    if shutil.which("git") is None:
-        return "unknown"
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
-def _sources() -> str:
-    digest = hashlib.sha256()
-    for folder in SOURCES:
-        for path in sorted((REPOSITORY / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(REPOSITORY)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def compare(everyone: list[NodeFacts]) -> list[str]:

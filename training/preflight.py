@@ -19,6 +19,9 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from training.exit_codes import end_early_on_sigterm
+
+    end_early_on_sigterm()
 
 import torch
 
@@ -28,8 +31,9 @@ from training.bandwidth import Bandwidth, measure
 from training.command_line import CommandLine, parse_command_line
 from training.job import check, check_without_data
 from training.main import is_demo_missing
-from training.node_facts import NodeFacts, allocated_nodes, collect, compare, own_node, summary
+from training.node_facts import NodeFacts, allocated_nodes, collect, compare, summary
 from training.processes import Ranks
+from training.provenance import own_node
 
 FLOOR_VARIABLE = "MIN_NODE_GBPS"
 GRACE_SEC = 10.0  # beyond the time limit, for rank 0 to say who is missing
@@ -74,7 +78,8 @@ def check_job(command: CommandLine, ranks: Ranks) -> tuple[str, str]:
         check_without_data(command, ranks)
         return "", ""
     job = check(replace(command, dry_run=True), ranks)  # dry: rank 0 need not load a decoder
-    return job.manifest.hash, str(job.resume_from or "")
+    newest = str(job.resume_points[0].folder) if job.resume_points else ""
+    return job.manifest.hash, newest
 
 
 def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
@@ -190,14 +195,22 @@ def judge(bandwidth: Bandwidth, floor: float) -> tuple[list[str], list[str]]:
     return slow, odd
 
 
-def report(problems: list[str], ranks: Ranks) -> None:
-    """Print what is wrong and leave, rank 0 first: the launcher ends all when one leaves."""
+def report(problems: list[str], ranks: Ranks, store: torch.distributed.Store) -> None:
+    """Print what is wrong and leave, rank 0 first: the launcher ends all when one leaves.
+
+    Rank 0 has the store, and waits a moment for the others to have read it.
+    """
     if ranks.is_main:
+        deadline = time.monotonic() + GRACE_SEC / 2
+        while store.add("read", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
         for sentence in problems[:MAX_SENTENCES]:
             sys.stderr.write(f"error: {sentence}\n")
         if len(problems) > MAX_SENTENCES:
             sys.stderr.write(f"error: and {len(problems) - MAX_SENTENCES} nodes more.\n")
     else:
+        processes.end_on_sigterm_with(CONFIG_ERROR_EXIT_CODE)
+        store.add("read", 1)
         processes.wait_to_be_ended(CONFIG_ERROR_EXIT_CODE)
     sys.exit(CONFIG_ERROR_EXIT_CODE)
 
@@ -222,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         stage.begin("the other nodes' reports")
         nodes, problems, text = agree(store, ranks, timeout)
         if problems:
-            report(problems, ranks)
+            report(problems, ranks, store)
         bandwidth = exchange(store, ranks, nodes, timeout, stage)
     except PreflightError as err:
         sys.stderr.write(f"error: [rank {ranks.rank}] {err}\n")
@@ -230,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         os._exit(CONFIG_ERROR_EXIT_CODE)  # threads of broken connections would hold up an exit
     slow, odd = judge(bandwidth, floor)
     if slow:
-        report(slow, ranks)
+        report(slow, ranks, store)
     if ranks.is_main:
         for sentence in odd:
             sys.stderr.write(f"warning: {sentence}\n")

@@ -26,7 +26,6 @@ TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
 DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
 DEFAULT_MASTER_PORT = 29500
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAVED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, saved, and to be started again
 RANK_FAILED = 1000  # as a stop signal: a rank cannot go on; above every signal number
 FOLLOWER_WAIT_SEC = 30.0  # longer than a launcher needs to notice that rank 0 has left
 
@@ -135,8 +134,13 @@ def wait_to_be_ended(exit_code: int) -> None:
 
     srun and others report the highest code of all ranks, and a signal's is above every other.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
+    end_on_sigterm_with(exit_code)
     time.sleep(FOLLOWER_WAIT_SEC)
+
+
+def end_on_sigterm_with(exit_code: int) -> None:
+    """Let the next SIGTERM end this process with an exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
 
 
 def agreed_message(error: Exception | str | None) -> str | None:
@@ -144,6 +148,13 @@ def agreed_message(error: Exception | str | None) -> str | None:
     messages: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(messages, None if error is None else str(error))
     return next((message for message in messages if message is not None), None)
+
+
+def from_main(value: Any) -> Any:
+    """Return the main rank's value on all ranks; others' is ignored. All ranks must call this."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def check_agreement(decisions: dict[str, Any]) -> None:
@@ -227,14 +238,19 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
     assert got == (ranks.rank, ranks.world_size), f"process group is {got}, launcher said {ranks}"
 
 
-def stop_process_group() -> None:
-    """Leave together: without this a gloo thread can abort the interpreter at exit.
+def meet_to_leave() -> None:
+    """Wait for all ranks, deaf to SIGTERM from now on. All ranks must call this.
 
     The first rank that leaves with an error makes the launcher end the others, whose own exit code
     must not become a signal's.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.distributed.barrier()
+
+
+def stop_process_group() -> None:
+    """Leave together: without this a gloo thread can abort the interpreter at exit."""
+    meet_to_leave()
     torch.distributed.destroy_process_group()
 
 
@@ -256,6 +272,10 @@ class StopSignal:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # A launcher often repeats the signal while the checkpoint is being written.
         self._received = number
+
+    def is_received(self) -> bool:
+        """Tell whether this rank has received a signal; others may not know it yet."""
+        return self._received != 0
 
     def post(self, has_failed: bool = False, is_save_due: bool = False) -> None:
         """Send what this rank received to all ranks. All ranks must call this.

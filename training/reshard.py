@@ -17,6 +17,7 @@ from torch import Tensor
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
 from training.partitions import EXPERTS, Fragment, fragments, masters, states, values_per_slot
 from training.processes import RunError
+from training.unpickling import unpickle
 from training.weights import base_optimizer, block_of, renew_weights
 
 ENTRY = "partitions"  # of the files that hold optimizer state
@@ -61,7 +62,7 @@ class StoredPartitions:
 
     Args:
         folder: of the checkpoint.
-        files: names of its files, which match their checksums; some are unpickled.
+        files: names of its files, which match their checksums.
     """
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
@@ -70,7 +71,7 @@ class StoredPartitions:
         names = names or sorted(name for name in files if name.endswith("model_states.pt"))
         self.parts: list[dict[str, Any]] = []
         for name in names:
-            stored = torch.load(folder / name, map_location="cpu", mmap=True, weights_only=False)
+            stored = unpickle(folder / name, mmap=True)
             if ENTRY not in stored:
                 raise NotReshardableError(
                     f"{folder} does not say which rank has what of the weights, so an older "

@@ -21,8 +21,8 @@ import yaml
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
 from data_tools.files import MalformedError, from_json, write_json
+from training.exit_codes import SAVED_EXIT_CODE
 
-SAVED_EXIT_CODE = 75  # as in processes.py, which imports torch
 PRESETS = Path(__file__).parent / "presets"
 RESTARTS_FILE = "restarts.json"  # in the run directory
 LIMIT_VARIABLE = "MAX_RESTARTS"

@@ -4,7 +4,8 @@ config.yaml      the resolved configuration, written before the first step
 deepspeed.json   the resolved DeepSpeed configuration
 dataset.json     a copy of the data set's manifest (classes, VAE, scaling)
 init.json        where the initial weights came from, if they are another model's
-checkpoints/  tensorboard/  metrics.jsonl  samples/  ema_snapshots/  posthoc/
+starts.jsonl     a line per start; what it refers to is in provenance/
+checkpoints/  tensorboard/  metrics.jsonl  log.txt  samples/  ema_snapshots/  posthoc/
 """
 
 import json
@@ -75,7 +76,7 @@ def create_run_directory(
     deepspeed_config: dict[str, Any],
     manifest: DatasetManifest,
     initial_weights: dict[str, Any] | None = None,
-) -> str | None:
+) -> None:
     """Write what the run was started with. Only rank 0 calls this.
 
     Args:
@@ -85,8 +86,8 @@ def create_run_directory(
         manifest: of the data.
         initial_weights: what to say of another model's weights; None leaves what is said.
 
-    Returns:
-        None, or why it could not be written.
+    Raises:
+        OSError: a file cannot be written.
     """
     files = {
         CONFIG_FILE: config.to_yaml(),
@@ -95,13 +96,9 @@ def create_run_directory(
     }
     if initial_weights is not None:
         files[INIT_FILE] = json.dumps(initial_weights, indent=1) + "\n"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            replace_file(run_dir / name, lambda file, text=text: file.write(text.encode()))
-    except OSError as err:
-        return f"--run-dir {run_dir}: cannot write ({err.strerror}); choose another."
-    return None
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        replace_file(run_dir / name, lambda file, text=text: file.write(text.encode()))
 
 
 def load_config(run_dir: Path) -> Config:

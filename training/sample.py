@@ -9,7 +9,7 @@ torchrun --nproc-per-node 2 training/sample.py runs/demo
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
@@ -18,18 +18,15 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.manifest import DatasetManifest
 from data_tools.vae import Vae, decode_pixels, load_decoder
-from models.switch_dit import SwitchDiT
 from training.config import Config
-from training.engine import build_model
-from training.monitor import save_png
 from training.objective import build_diffusion
 from training.option import did_you_mean
+from training.pictures import save_png
 from training.processes import (
     Ranks,
     discover_ranks,
@@ -45,8 +42,7 @@ from training.sampling_flags import (
     find_weaker_run,
     sampler_settings,
 )
-from training.validation import lacks_compiler
-from training.weight_files import find_weights
+from training.weight_files import find_weights, load_model
 
 DEFAULT_MAX_CLASSES = 10
 
@@ -165,9 +161,9 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
         The path of the grid.
     """
     config, plan, output = job.config, job.plan, job.output
-    model = _load_model(config, job.weights, device)
+    model = load_model(config, job.weights, device)
     weaker = job.weaker_run
-    weak_model = None if weaker is None else _load_model(weaker.config, weaker.weights, device)
+    weak_model = None if weaker is None else load_model(weaker.config, weaker.weights, device)
     diffusion = build_diffusion(config).to(device)
     mine = list(range(ranks.rank, len(plan.labels), ranks.world_size))
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
@@ -197,14 +193,6 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
         pixels = np.stack([np.asarray(Image.open(file)) for file in files])
         _save(grid_path, image_grid(pixels, columns=plan.per_class, row_labels=plan.class_names))
     return grid_path
-
-
-def _load_model(config: Config, weights: Path, device: torch.device) -> SwitchDiT:
-    if lacks_compiler(config, device):  # trained elsewhere; compiling only saves time
-        config = replace(config, model=replace(config.model, compile_blocks=False))
-    model = build_model(config)
-    model.load_state_dict(load_file(weights))
-    return model.to(device).eval()
 
 
 def _save(path: Path, picture: np.ndarray) -> None:

@@ -10,7 +10,8 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.sampler import methods_for
 from training.config import Config
-from training.monitor import Monitor, save_png
+from training.monitor import Monitor
+from training.pictures import save_png
 from training.processes import Ranks
 from training.run_directory import SAMPLES_DIR
 from training.sampling import (

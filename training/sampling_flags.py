@@ -16,6 +16,7 @@ from training.sampling import SamplerSettings, can_guide_without_classifier
 from training.weight_files import find_weights, is_same_file
 
 DEFAULT_SCALE = 2.0
+DEFAULT_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,22 @@ class WeakerRun:
     weights: Path
 
 
-def add_sampling_flags(parser: ArgumentParser) -> None:
-    """Add the flags to a command that draws images from a run."""
+def add_sampling_flags(parser: ArgumentParser, default_steps: int | None = DEFAULT_STEPS) -> None:
+    """Add the flags to a command that draws images from a run.
+
+    Args:
+        parser: of the command.
+        default_steps: of --steps; None = the command fills in DEFAULT_STEPS itself.
+    """
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=SAMPLING_METHODS, help="default: ddim, or euler for objective flow")
     add(
         "--steps",
         type=int,
-        default=50,
+        default=default_steps,
         metavar="N",
-        help="sampling steps; heun calls the model twice in each but the last (default: 50)",
+        help="sampling steps; heun calls the model twice in each but the last (default: "
+        f"{DEFAULT_STEPS})",
     )
     add(
         "--shift",

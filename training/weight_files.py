@@ -4,14 +4,16 @@ Averages are called by their profile, as in `checkpoints/step-0001000/ema-std0.0
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
+from models.switch_dit import SwitchDiT
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
     MANIFEST_FILE,
@@ -24,6 +26,7 @@ from training.config import Config
 from training.ema import profiles_of
 from training.engine import build_model
 from training.option import did_you_mean
+from training.validation import lacks_compiler
 
 
 class NonFiniteWeightsError(ValueError):
@@ -95,15 +98,25 @@ def find_weights(
     return path
 
 
+def load_model(config: Config, path: Path, device: torch.device) -> SwitchDiT:
+    """Build a run's network with the weights of a file, ready to sample from."""
+    if lacks_compiler(config, device):  # trained elsewhere; compiling only saves time
+        config = replace(config, model=replace(config.model, compile_blocks=False))
+    model = build_model(config)
+    model.load_state_dict(load_file(path))
+    return model.to(device).eval()
+
+
 def is_same_file(path: Path, other: Path) -> bool:
     """Tell whether two files of weights are one, or copies by the manifests beside them."""
     if path.resolve() == other.resolve():
         return True
-    sha256 = _recorded_sha256(path)
-    return sha256 is not None and sha256 == _recorded_sha256(other)
+    sha256 = recorded_sha256(path)
+    return sha256 is not None and sha256 == recorded_sha256(other)
 
 
-def _recorded_sha256(path: Path) -> str | None:
+def recorded_sha256(path: Path) -> str | None:
+    """Return what a checkpoint's manifest says of a file; None if it is in no checkpoint."""
     if not (path.parent / MANIFEST_FILE).exists():  # not of a checkpoint
         return None
     record = read_manifest(path.parent).files.get(path.name)

@@ -1,0 +1,83 @@
+"""What pictures show, against tables whose content is known."""
+
+import numpy as np
+import torch
+
+from training.pictures import (
+    HISTORY_PIXELS,
+    HISTORY_ROW_PIXELS,
+    MAP_BELOW_PIXELS,
+    MAP_GAP_PIXELS,
+    MAP_LEFT_PIXELS,
+    MAP_ROW_PIXELS,
+    PALETTE,
+    affinity_map,
+    expert_map,
+    load_history,
+    load_map,
+)
+
+
+def test_the_expert_map_shows_chosen_experts_only():
+    gate_table = torch.zeros(2, 4, 3)
+    gate_table[..., 0] = 0.6
+    gate_table[..., 1] = 0.3
+    gate_table[..., 2] = 0.1
+
+    picture = expert_map(gate_table, top_k=2)
+
+    rows = picture[:-MAP_BELOW_PIXELS, MAP_LEFT_PIXELS:].reshape(2, -1, 4, 3)
+    assert picture.dtype == np.uint8
+    assert (rows[:, 0] > rows[:, MAP_ROW_PIXELS]).any(), "a larger gate value is brighter"
+    assert (rows[:, 2 * MAP_ROW_PIXELS] == 0).all(), "an expert outside the top k is black"
+
+
+def test_the_load_map_shows_the_share_of_each_range_of_timesteps():
+    counts = torch.zeros(2, 3, 4)
+    counts[0, :, 0] = torch.tensor([6.0, 2.0, 0.0])
+    counts[1, 2, 3] = 5.0
+
+    picture = load_map(counts, num_timesteps=8)
+
+    rows = picture[:-MAP_BELOW_PIXELS, MAP_LEFT_PIXELS:].reshape(2, -1, 8, 3).astype(int)
+    first, second, third = (rows[0, e * MAP_ROW_PIXELS, :2].sum() for e in range(3))
+    assert first > second > third == 0, "a larger share is brighter"
+    assert (rows[0, : 3 * MAP_ROW_PIXELS, 2:] == 128).all(), "no sample in these ranges: grey"
+    assert (rows[1, 2 * MAP_ROW_PIXELS, 6:] == 255).all()
+
+
+def test_the_affinity_map_is_white_where_timesteps_share_all_experts():
+    S = 8
+    gate_table = torch.zeros(2, S, 4)
+    gate_table[:, : S // 2, :2] = 0.5  # the clean half has experts 0 and 1 in both blocks
+    gate_table[0, S // 2 :, 2:] = 0.5  # the noisy half has others in one block
+    gate_table[1, S // 2 :, 1:3] = 0.5  # and one of them in the other
+
+    picture = affinity_map(gate_table, top_k=2)
+
+    cells = picture[:S, MAP_LEFT_PIXELS : MAP_LEFT_PIXELS + S]
+    assert (cells[: S // 2, : S // 2] == 255).all()
+    assert (cells[S // 2 :, S // 2 :] == 255).all()
+    other = cells[: S // 2, S // 2 :].reshape(-1, 3)
+    assert (other == other[0]).all()
+    assert tuple(other[0]) == (191, 0, 0), "a quarter in common: (0 + 1/2) / 2"
+
+
+def test_the_affinity_map_of_many_timesteps_keeps_its_size():
+    picture = affinity_map(torch.rand(1, 1000, 4), top_k=1)
+
+    assert picture.shape == (500 + MAP_BELOW_PIXELS, MAP_LEFT_PIXELS + 500, 3)
+
+
+def test_the_load_history_stacks_shares_from_the_first_interval_to_the_last():
+    loads = np.zeros((2, 1, 3))
+    loads[0, 0] = 1.0, 0.5, 0.5
+    loads[1, 0] = 0.0, 0.0, 2.0
+
+    picture = load_history(loads, [10, 20])
+
+    band = picture[:HISTORY_ROW_PIXELS, MAP_LEFT_PIXELS : MAP_LEFT_PIXELS + HISTORY_PIXELS]
+    expected = np.repeat([0, 1, 2], np.array([2, 1, 1]) * HISTORY_ROW_PIXELS // 4)
+    assert (band[:, 0] == PALETTE[expected]).all()
+    assert (band[:, -1] == PALETTE[2]).all()
+    assert (picture[HISTORY_ROW_PIXELS : HISTORY_ROW_PIXELS + MAP_GAP_PIXELS, -1] == 255).all()

@@ -1,0 +1,147 @@
+"""The page on runs: complete, self-contained, harmless, and true to the records."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_tools.files import append_line
+from tests.configs import small
+from tests.launch import run
+from training.engine import build_model
+from training.expert_load import load_metrics
+from training.monitor import Monitor
+from training.provenance import record_start
+from training.report import main
+from training.report_figures import thinned
+from training.report_runs import gate_table, load_runs
+from training.run_directory import CONFIG_FILE
+
+STEPS = (20, 40, 60)
+
+
+def make_run(folder, **values):
+    """A run directory of three intervals and two starts, without a checkpoint."""
+    folder.mkdir(parents=True)
+    (folder / CONFIG_FILE).write_text(small(**values).to_yaml())
+    common = {"layout": "1 rank(s)", "hosts": {"n<1>": 1}, "data_hash": "0", "config_changes": []}
+    record_start(folder, step=0, checkpoint="", **common)
+    record_start(folder, step=40, checkpoint="step-0000040", **common)
+    monitor = Monitor(folder)
+    for step in STEPS:
+        counts = torch.rand(6, 3, generator=torch.Generator().manual_seed(step)) + 0.1
+        losses = {"loss/total": 1 / step, "loss/mse": 0.5 / step, "mse_by_timestep/000-099": 0.1}
+        monitor.scalars(step, losses | load_metrics(counts, 3.0))
+    monitor.close()
+    (folder / "samples").mkdir()
+    for step in STEPS:
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(folder / f"samples/{step:07d}.png")
+    append_line(folder / "log.txt", "2026-01-01T00:00:00Z warning: loss spike <b>at</b> step 3")
+    append_line(folder / "log.txt", "2026-01-01T00:00:01Z step 20/60  loss 1")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would show, and what it would load."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.links, self.tags = "", [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [value for key, value in attrs if key in ("src", "href", "srcset")]
+
+    def handle_data(self, data):
+        self.text += f" {data}"
+
+
+def test_the_page_of_a_run_holds_everything_and_loads_nothing(tmp_path):
+    folder = make_run(tmp_path / "a")
+
+    output = run("python", "training/report.py", folder)
+
+    path = folder / "report/report.html"
+    assert output.startswith(f"{path} (")
+    page = Page(path)
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "script" not in page.tags and "b" in page.tags
+    assert "warning: loss spike <b>at</b> step 3" in page.text, "texts are no markup"
+    for text in ("demo/2, 3 experts, 2 per timestep", "60 of 3,000", "n<1>", "Loads over time"):
+        assert text in page.text
+    names = {file.name for file in path.parent.glob("*.png")}
+    assert len(names) == len(page.links)
+    assert {"loss-total.png", "loads-a.png", "samples-a-0000060.png"} <= names
+
+
+def test_several_runs_are_compared(tmp_path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", lr=0.5)]
+
+    main([*map(str, folders), "--output", str(tmp_path / "both")])
+
+    text = re.sub(r"\s+", " ", Page(tmp_path / "both/report.html").text)
+    assert "What was set differently a b lr 0.001 0.5 Over" in text
+
+
+def test_numbers_are_those_of_the_records(tmp_path):
+    (found,) = load_runs([make_run(tmp_path / "a")])
+
+    assert found.series("loss/mse") == (list(STEPS), [0.5 / step for step in STEPS])
+    assert found.final("loss/mse") == 0.5 / 60
+    assert found.final("eval/loss") is None
+    steps, loads = found.loads()
+    assert steps == list(STEPS)
+    assert loads.shape == (3, 6, 3)
+    assert loads[2, 5, 1] == found.records[2]["moe_load/block_05/expert_1"]
+    assert found.events == [("2026-01-01T00:00:00Z", "warning: loss spike <b>at</b> step 3")]
+
+
+def test_the_gates_are_the_models():
+    model = build_model(small())
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith(("t_embedder", "gate"))}
+    x_t, t = torch.zeros(2, 4, 16, 16), torch.tensor([0, 999])
+
+    with torch.no_grad():
+        expected = model(x_t, t, torch.zeros(2, dtype=torch.int64)).gate_table
+
+    assert torch.equal(gate_table(weights, 1000), expected)
+
+
+def test_thinning_averages_neighbours_and_keeps_the_last_step():
+    steps, values = thinned(list(range(1, 1801)), [float(i) for i in range(1800)])
+
+    assert len(steps) == 600
+    assert steps[-1] == 1800
+    assert np.allclose(values[:2], [1.0, 4.0])
+
+
+@pytest.mark.parametrize("fault", ["no run", "no records", "damaged", "twice", "no output"])
+def test_mistakes_are_one_sentence_and_write_nothing(fault, tmp_path, capsys):
+    folder = make_run(tmp_path / "a")
+    arguments, message = [folder], "nothing was recorded yet; train first."
+    if fault == "no run":
+        arguments, message = [tmp_path], "is no run directory"
+    elif fault == "no records":
+        (folder / "metrics.jsonl").unlink()
+    elif fault == "damaged":
+        append_line(folder / "metrics.jsonl", "{")
+        message = "its records are damaged"
+    elif fault == "twice":
+        arguments, message = [folder, folder, "--output", tmp_path / "b"], "a run is named twice"
+    else:
+        shutil.copytree(folder, tmp_path / "b")
+        arguments, message = [folder, tmp_path / "b"], "--output: name a folder"
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+
+    output = capsys.readouterr().err
+    assert left.value.code == 2
+    assert output.count("\n") == 1 and message in output
+    assert sorted(tmp_path.rglob("*")) == before

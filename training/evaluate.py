@@ -1,0 +1,299 @@
+"""Measure a trained run: draw images in numbers, score them, and compute the held-out loss.
+
+    python training/evaluate.py runs/XL --num-images 50000 --cfg-scale 1.5 --steps 250 \\
+        --sampler ddpm --reference VIRTUAL_imagenet256_labeled.npz --inception weights.pth
+    python training/evaluate.py runs/XL --validation-data datasets/held-out
+    torchrun --nproc-per-node 8 training/evaluate.py runs/XL ...     # or srun
+
+Run the same command again to go on after a kill: the images are those of an undisturbed one. Each
+score lies in a JSON file with everything that is needed to get it again.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from tqdm import tqdm
+
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.files import replace_file, write_json
+from training.evaluation.card import (
+    CARD_VERSION,
+    describe_images,
+    describe_program,
+    describe_reference,
+    describe_vae,
+    describe_weights,
+    weights_sha256,
+)
+from training.evaluation.drawing import (
+    CARD_FILE,
+    LABEL_RULES,
+    Artist,
+    as_rank_0_says,
+    assemble,
+    disk_errors,
+    draw,
+    fail_together,
+    prepare_folder,
+    write_pngs,
+)
+from training.evaluation.feature_flags import add_network_flags
+from training.evaluation.held_out_loss import SEED, held_out_loss
+from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check, name_of_weights
+from training.evaluation.scores import score
+from training.evaluation.sweep import SweepPoint, plot_of, table_of
+from training.objective import build_diffusion
+from training.pictures import save_png
+from training.processes import (
+    Ranks,
+    discover_ranks,
+    one_sentence,
+    select_accelerator,
+    share_cores,
+)
+from training.sampling_flags import add_sampling_flags
+from training.weight_files import load_model
+
+DEFAULT_BATCH_SIZE = 64
+# A rank that is done waits for the slowest, who may draw for long; a dead one is noticed at once.
+PATIENCE = timedelta(days=1)
+
+
+def build_parser() -> ArgumentParser:
+    """Build the command line."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("run_dir", type=Path, help="a run directory, e.g. runs/demo")
+    add("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
+    add("--raw", action="store_true", help="raw weights instead of averaged ones")
+    add("--ema", metavar="NAME", help="an average by name, e.g. 0.9999 (default: first)")
+    add("--weights", type=Path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
+    add("--vae", metavar="FOLDER|FILE|ID", help="that decodes (default: the run's)")
+    add("--output", type=Path, metavar="FOLDER", help=f"default: RUN/{EVALUATION_DIR}")
+    add("--force", action="store_true", help="draw and score anew what is there already")
+    add = parser.add_argument_group("images").add_argument
+    add("--num-images", type=int, metavar="N", help="to draw; published scores are of 50000")
+    add(
+        "--batch-size",
+        type=int,
+        default=DEFAULT_BATCH_SIZE,
+        metavar="N",
+        help=f"images at a time, also what a kill may lose (default: {DEFAULT_BATCH_SIZE})",
+    )
+    rules = "; ".join(f"{name}: {rule}" for name, rule in LABEL_RULES.items())
+    add("--labels", choices=LABEL_RULES, default="random", help=f"{rules} (default: random)")
+    add("--png", action="store_true", help="write each image as a PNG file too")
+    add("--reference", type=Path, metavar="NPZ", help="score the images against this")
+    add_sampling_flags(parser, default_steps=None)
+    add = parser.add_argument_group("sweeps: every combination, a table and a plot").add_argument
+    add("--sweep-cfg-scale", metavar="LIST", help="e.g. 1,1.25,1.5")
+    add("--sweep-steps", metavar="LIST", help="e.g. 25,50,250")
+    add("--sweep-sampler", metavar="LIST", help="e.g. ddim,ddpm")
+    add_network_flags(parser)
+    add = parser.add_argument_group("held-out loss").add_argument
+    add("--validation-data", metavar="DATA", help="encoded latents, as --data of main.py")
+    add(
+        "--validation-samples",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="of the data, at most (default: 4096)",
+    )
+    add(
+        "--validation-timesteps",
+        type=int,
+        default=8,
+        metavar="N",
+        help="noise levels: the middles of N equal ranges of timesteps (default: 8)",
+    )
+    return parser
+
+
+def draw_images(
+    args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
+) -> None:
+    """Draw what is missing of all points. All ranks must call this."""
+    weaker = job.weaker_run
+    artist = Artist(
+        load_model(job.config, job.weights, device),
+        None if weaker is None else load_model(weaker.config, weaker.weights, device),
+        build_diffusion(job.config).to(device),
+        job.vae,
+        job.config.model.latent_shape,
+        job.class_counts,
+        device,
+    )
+    for point in job.points:
+        error = None
+        if ranks.is_main:
+            try:
+                prepare_folder(point.folder, point.settings, is_forced=args.force)
+            except ConfigError as err:
+                error = err
+        fail_together(error, ranks)
+        own = range(ranks.rank, point.settings.num_parts, ranks.world_size)
+        with tqdm(
+            total=sum(len(point.settings.indices(part)) for part in own),
+            unit="image",
+            desc=f"drawing {point.folder.name}",
+            disable=not ranks.is_main,
+        ) as progress:
+            draw(artist, point.settings, point.sampler, point.folder, ranks, progress.update)
+
+
+def finish_point(
+    args: argparse.Namespace, job: EvaluationJob, point: Point, device: torch.device
+) -> dict[str, Any]:
+    """Put the images of a point together and score them. Only rank 0 calls this.
+
+    Returns:
+        The card; without "metrics" if there is nothing to compare with.
+    """
+    samples = assemble(point.folder, point.settings, job.class_counts)
+    if args.png:
+        write_pngs(samples, point.folder)
+    path, reference = point.folder / CARD_FILE, job.reference
+    if reference is not None:
+        against = f"{reference.sha256[:8]}-{reference.network.sha256[:8]}"
+        path = point.folder / f"score-{against}.json"
+    if path.exists():  # of these very images
+        return json.loads(path.read_text())
+    card = {
+        "card_version": CARD_VERSION,
+        "weights": describe_weights(job.config, job.run_dir, job.weights),
+        "images": describe_images(point.settings),
+        "vae": describe_vae(job.vae, job.manifest.vae),
+        "program": describe_program(device),
+    }
+    if reference is not None:
+        with tqdm(total=samples.num_images, unit="image", desc="looking") as progress:
+            metrics = score(samples, reference, progress.update)
+        card = {"metrics": metrics, **describe_reference(reference), **card}
+    with disk_errors(path.parent):
+        write_json(path, card)
+    return card
+
+
+def finish(
+    args: argparse.Namespace,
+    job: EvaluationJob,
+    loss: dict[str, Any] | None,
+    device: torch.device,
+) -> None:
+    """Make of the parts what was asked for, and say so. Only rank 0 calls this."""
+    if job.held_out is not None:
+        write_loss(job, loss, device)
+    cards = [finish_point(args, job, point, device) for point in job.points]
+    for point, card in zip(job.points, cards, strict=True):
+        found = "".join(f", {name} {value:.4f}" for name, value in card.get("metrics", {}).items())
+        print(f"{point.folder}: {point.settings.num_images:,} images{found}")
+    if len(job.points) > 1 and job.reference is not None:
+        print(f"sweep: {write_sweep(job, cards)} and .png")
+
+
+def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:
+    """Write the table of all points as text and as a picture. Only rank 0 calls this."""
+    points = [
+        SweepPoint(
+            point.settings.sampler,
+            point.settings.steps,
+            point.settings.guidance_scale,
+            card["metrics"],
+        )
+        for point, card in zip(job.points, cards, strict=True)
+    ]
+    # Of the same points the same file, so that nothing else is ever overwritten.
+    compared = (weights_sha256(job.weights), job.reference.sha256, job.reference.network.sha256)
+    key = "\n".join((*compared, *(point.folder.name for point in job.points)))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    name = f"sweep-{name_of_weights(job.weights)}-{digest}"
+    title = f"{job.run_dir.resolve().name}, {name_of_weights(job.weights)}, "
+    title += f"{job.points[0].settings.num_images:,} images, {job.reference.network.name}"
+    path, table = job.output / f"{name}.txt", table_of(points)
+    with disk_errors(job.output):
+        replace_file(path, lambda file: file.write(table.encode()))
+        save_png(path.with_suffix(".png"), plot_of(points, title))
+    print(table, end="")
+    return path
+
+
+def measure_loss(
+    args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
+) -> dict[str, Any] | None:
+    """Compute the held-out loss by term, None if it is there already. All ranks must call this."""
+    if as_rank_0_says(job.loss_path.exists() and not args.force, ranks):
+        return None  # in the name are the weights and the samples
+    return held_out_loss(
+        load_model(job.config, job.weights, device),
+        build_diffusion(job.config).to(device),
+        job.held_out,
+        ranks,
+        device,
+        batch_size=args.batch_size,
+        cache=job.cache,
+    )
+
+
+def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.device) -> None:
+    """Keep the held-out loss and tell it; None = tell the one that is there. For rank 0."""
+    held_out, diffusion, path = job.held_out, job.config.diffusion, job.loss_path
+    if loss is None:
+        loss = json.loads(path.read_text())["validation_loss"]
+    else:
+        card = {
+            "card_version": CARD_VERSION,
+            "validation_loss": loss,
+            "timesteps": held_out.timesteps,
+            "seed": SEED,
+            "num_samples": held_out.num_samples,
+            "data_sha256": held_out.data.manifest.hash,
+            "objective": diffusion.objective,
+            "noise_schedule": None if diffusion.objective == "flow" else diffusion.noise_schedule,
+            "weights": describe_weights(job.config, job.run_dir, job.weights),
+            "program": describe_program(device),
+        }
+        with disk_errors(job.output):
+            job.output.mkdir(parents=True, exist_ok=True)
+            write_json(path, card)
+    means = ", ".join(f"{name} {term['mean']:.6f}" for name, term in loss.items())
+    print(f"held-out loss: {means} ({path})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the run of the command line."""
+    with exit_on_config_error():
+        ranks = discover_ranks()
+    device = select_accelerator(ranks)
+    with one_sentence(ranks):
+        args = build_parser().parse_args(argv)
+        job = check(args, ranks, device)
+    if ranks.world_size > 1:
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        share_cores()
+    with one_sentence(ranks):
+        if job.points:
+            draw_images(args, job, ranks, device)
+        loss = None if job.held_out is None else measure_loss(args, job, ranks, device)
+        error = None
+        if ranks.is_main:
+            try:
+                finish(args, job, loss, device)
+            except ConfigError as err:
+                error = err
+        # The others wait: some launchers end a job soon after its first process has left.
+        fail_together(error, ranks)
+    if ranks.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

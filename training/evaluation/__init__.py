@@ -1,0 +1,1 @@
+"""Measuring a trained model: images drawn in numbers, and what they are compared by."""

@@ -1,0 +1,86 @@
+"""The card of a score: everything that another person needs to get the number again, as JSON."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_tools.manifest import VaeReference
+from data_tools.vae import Vae
+from training.checkpoint_manifest import MANIFEST_FILE, read_manifest, sha256_of
+from training.config import Config
+from training.ema import profiles_of
+from training.evaluation.drawing import LABEL_RULES, SEED_RULE, DrawSettings
+from training.evaluation.scores import Reference
+from training.provenance import commit, local_changes
+from training.weight_files import recorded_sha256
+
+CARD_VERSION = 1
+
+
+def weights_sha256(path: Path) -> str:
+    """Return the sha256 of a file of weights, from its checkpoint's manifest if there is one."""
+    return recorded_sha256(path) or sha256_of(path)
+
+
+def describe_weights(config: Config, run_dir: Path, path: Path) -> dict[str, Any]:
+    """Say which weights of which run these are."""
+    described: dict[str, Any] = {
+        "run": run_dir.resolve().name,
+        "file": path.name,
+        "sha256": weights_sha256(path),
+        "average": None,  # of the raw weights, or unknown
+    }
+    if (path.parent / MANIFEST_FILE).exists():
+        manifest = read_manifest(path.parent)
+        described["checkpoint"] = manifest.tag
+        described["step"] = manifest.state.step
+        described["samples_seen"] = manifest.state.samples_consumed
+        profile = profiles_of(config.optim).get(path.stem)
+        described["average"] = None if profile is None else profile.name
+    return described
+
+
+def describe_images(settings: DrawSettings) -> dict[str, Any]:
+    """Say how images were drawn."""
+    rules = {"seed_rule": SEED_RULE}
+    if settings.labels in LABEL_RULES:
+        rules["label_rule"] = LABEL_RULES[settings.labels]
+    return asdict(settings) | rules
+
+
+def describe_vae(vae: Vae, reference: VaeReference) -> dict[str, Any]:
+    """Say which decoder made pixels, and whether it belongs to the encoder of the data."""
+    return {
+        "id": vae.source_id,
+        "sha256": vae.sha256,
+        "is_the_encoders": vae.sha256 == reference.sha256,
+    }
+
+
+def describe_reference(reference: Reference) -> dict[str, Any]:
+    """Say what was compared with, and through which network."""
+    statistics = "stated in the file" if reference.has_statistics else "of its images"
+    return {
+        "reference": {
+            "file": reference.path.name,
+            "sha256": reference.sha256,
+            "statistics": statistics,
+            "images_for_precision_and_recall": reference.num_images,
+        },
+        "features": {"network": reference.network.name, "sha256": reference.network.sha256},
+    }
+
+
+def describe_program(device: torch.device) -> dict[str, Any]:
+    """Say what computed."""
+    is_gpu = device.type == "cuda"
+    return {
+        "commit": commit(),
+        "has_local_changes": bool(local_changes()),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if is_gpu else "CPU",
+    }

@@ -1,0 +1,300 @@
+"""Images of a run in numbers: by any number of processes, in parts that outlive a kill.
+
+    settings.json   what decides the images; parts drawn otherwise are never mixed in
+    parts/          one file per batch while images are drawn, whole or not there
+    samples.npz     all of them: arr_0 uint8 (N, H, W, 3), arr_1 labels; then the parts go
+    png/            one file per image, if asked for
+    card.json       how they were drawn; score-REFERENCE-NETWORK.json what they scored as well
+
+Batch b holds the images b * batch_size and so on, whoever draws it and whenever: numerics depend on
+the composition of a batch, so the bytes are the same after any kill and on any number of processes
+with as many threads each.
+
+N images, C H W latent.
+"""
+
+import json
+import math
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_tools.errors import ConfigError
+from data_tools.files import replace_file, write_json
+from data_tools.vae import Vae, decode_pixels
+from models.diffusion import Diffusion
+from models.randomness import Stream, integers, uniform
+from models.switch_dit import SwitchDiT
+from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
+from training.monitor import save_png
+from training.processes import Ranks, agreed_message
+from training.sampling import SamplerSettings, sample_latents
+
+SETTINGS_FILE = "settings.json"
+SAMPLES_FILE = "samples.npz"
+CARD_FILE = "card.json"
+PARTS_DIR, PNG_DIR = "parts", "png"
+LABEL_RULES = {
+    "random": "each class as likely, by (seed, index)",
+    "balanced": "index modulo the number of classes",
+    "data": "as often as in the data set, by (seed, index)",
+}
+SEED_RULE = "image i: noise by (seed, i), see models/randomness.py"
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """Everything that decides the bytes of an image set, but the machine's rounding."""
+
+    num_images: int
+    seed: int
+    labels: str  # of LABEL_RULES; "none" without classes
+    sampler: str
+    steps: int
+    shift: float
+    guidance: str  # "none", "classifier-free" or "autoguidance"
+    guidance_scale: float
+    guidance_channels: int  # 0 = all
+    guidance_interval: list[float]  # timesteps; empty = all
+    batch_size: int
+    image_size: list[int]  # height, width
+    weights_sha256: str
+    weaker_weights_sha256: str  # "" without autoguidance
+    vae_sha256: str
+
+    @property
+    def num_parts(self) -> int:
+        """Batches."""
+        return math.ceil(self.num_images / self.batch_size)
+
+    def indices(self, part: int) -> range:
+        """Return which images a part holds."""
+        start = part * self.batch_size
+        return range(start, min(start + self.batch_size, self.num_images))
+
+
+@dataclass(frozen=True)
+class Artist:
+    """What images are drawn with."""
+
+    model: SwitchDiT
+    weak_model: SwitchDiT | None
+    diffusion: Diffusion
+    vae: Vae
+    latent_shape: tuple[int, int, int]
+    class_counts: list[int]  # of the data set, by class; empty without classes
+    device: torch.device
+
+
+def labels_of(settings: DrawSettings, indices: Tensor, class_counts: list[int]) -> Tensor:
+    """Return the class (N,) int64 of images `indices` (N,) int64."""
+    if settings.labels == "none":
+        return torch.zeros_like(indices)
+    if settings.labels == "balanced":
+        return indices % len(class_counts)
+    if settings.labels == "random":
+        return integers(settings.seed, Stream.SAMPLE_LABEL, indices, len(class_counts))
+    ends = torch.tensor(class_counts, dtype=torch.float64, device=indices.device).cumsum(0)
+    drawn = uniform(settings.seed, Stream.SAMPLE_LABEL, indices, 1)[:, 0].double()
+    return torch.searchsorted(ends, drawn * ends[-1], right=True)
+
+
+def check_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> None:
+    """Refuse a folder that holds anything but a part of this very image set."""
+    path = folder / SETTINGS_FILE
+    try:
+        names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+        text = path.read_text(encoding="utf-8") if path.exists() else None
+    except OSError as err:
+        raise ConfigError(f"--output {folder}: {err.strerror}; choose another.") from err
+    # A kill may leave the temporary file of the settings, which are written first of all.
+    if all(name.startswith(f"{SETTINGS_FILE}.") for name in names):
+        return
+    if text is None:
+        raise ConfigError(
+            f"--output {folder}: holds files but no {SETTINGS_FILE}, so they are not this "
+            "program's; choose another."
+        )
+    if is_forced:
+        return
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = {}
+    changed = [
+        f"{name} {found.get(name)} (now {value})"
+        for name, value in asdict(settings).items()
+        if found.get(name) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"--output {folder}: holds images drawn otherwise, {', '.join(changed)}; choose "
+            "another, or draw them again with --force."
+        )
+
+
+def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> None:
+    """Write the settings, after removing what --force replaces. Only rank 0 calls this."""
+    with disk_errors(folder):
+        if is_forced and folder.exists():
+            for name in (PARTS_DIR, PNG_DIR):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for path in (folder / SAMPLES_FILE, folder / CARD_FILE, *folder.glob("score-*.json")):
+                path.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS_FILE, settings)
+        (folder / PARTS_DIR).mkdir(exist_ok=True)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Report a full or read-only disk in one sentence."""
+    try:
+        yield
+    except OSError as err:
+        raise ConfigError(
+            f"--output {folder}: cannot write {err.filename or 'a file'} ({err.strerror}); free "
+            "some space or choose another and run the same command again, finished parts stay."
+        ) from err
+
+
+def draw(
+    artist: Artist,
+    settings: DrawSettings,
+    sampler: SamplerSettings,
+    folder: Path,
+    ranks: Ranks,
+    on_images: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Draw the parts that are missing, shared among the ranks. All ranks must call this.
+
+    Args:
+        artist: what is drawn with.
+        settings: of the images.
+        sampler: the same, as the sampler takes it.
+        folder: prepared by rank 0.
+        ranks: this process's place.
+        on_images: called with the number of images of each part of this rank.
+    """
+    missing = as_rank_0_says(_missing_parts(folder, settings) if ranks.is_main else [], ranks)
+    error: ConfigError | None = None
+    try:
+        for part in missing[ranks.rank :: ranks.world_size]:
+            indices = settings.indices(part)
+            pixels = _pictures(artist, settings, sampler, indices)
+            with disk_errors(folder):
+                _write_part(folder / PARTS_DIR, part, pixels)
+            on_images(len(indices))
+    except ConfigError as err:
+        error = err
+    fail_together(error, ranks)
+
+
+def as_rank_0_says(value: Any, ranks: Ranks) -> Any:
+    """Return rank 0's value on all ranks; all must call this.
+
+    One rank looks at what is on the disk: a network disk may show the others an older state.
+    """
+    shared = [value]
+    if ranks.world_size > 1:
+        torch.distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
+def fail_together(error: ConfigError | None, ranks: Ranks) -> None:
+    """Raise the first error of any rank on all of them; all must call this."""
+    message = None if error is None else str(error)
+    if ranks.world_size > 1:
+        message = agreed_message(error)
+    if message is not None:
+        raise ConfigError(message)
+
+
+def _missing_parts(folder: Path, settings: DrawSettings) -> list[int]:
+    if (folder / SAMPLES_FILE).exists():
+        return []
+    there = {path.name for path in (folder / PARTS_DIR).iterdir()}
+    return [part for part in range(settings.num_parts) if _part_name(part) not in there]
+
+
+def _part_name(part: int) -> str:
+    return f"{part:06d}.npy"
+
+
+def _pictures(
+    artist: Artist, settings: DrawSettings, sampler: SamplerSettings, indices: range
+) -> np.ndarray:
+    """Draw images, uint8 (N, H, W, 3)."""
+    numbers = torch.tensor(indices, device=artist.device)
+    latents = sample_latents(
+        artist.model,
+        artist.diffusion,
+        sampler,
+        indices=numbers,
+        labels=labels_of(settings, numbers, artist.class_counts),
+        latent_shape=artist.latent_shape,
+        null_class=artist.model.num_classes,
+        weak_model=artist.weak_model,
+    )
+    if not latents.isfinite().all():
+        raise ConfigError(
+            f"--checkpoint: its weights draw images {indices[0]} to {indices[-1]} that are not "
+            "finite; choose another checkpoint or more --steps."
+        )
+    return decode_pixels(artist.vae, latents)
+
+
+def _write_part(folder: Path, part: int, pixels: np.ndarray) -> None:
+    path = folder / _part_name(part)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    replace_file(path, lambda file: np.save(file, pixels), temporary)
+
+
+def assemble(folder: Path, settings: DrawSettings, class_counts: list[int]) -> ImageNpz:
+    """Make samples.npz of the parts, and remove them. Only rank 0 calls this."""
+    path, parts = folder / SAMPLES_FILE, folder / PARTS_DIR
+    shape = (settings.num_images, *settings.image_size, 3)
+    if not path.exists():
+        labels = labels_of(settings, torch.arange(settings.num_images), class_counts)
+        with disk_errors(folder):
+            write_npz(path, _read_parts(parts, settings), shape, {LABELS: labels.numpy()})
+    shutil.rmtree(parts, ignore_errors=True)
+    return ImageNpz(path, "--output")
+
+
+def _read_parts(folder: Path, settings: DrawSettings) -> Iterator[np.ndarray]:
+    for part in range(settings.num_parts):
+        path, wanted = (
+            folder / _part_name(part),
+            (len(settings.indices(part)), *settings.image_size, 3),
+        )
+        try:
+            pixels = np.load(path)
+        except ValueError as err:
+            raise ConfigError(f"{path} is damaged ({err}); delete it, it is drawn again.") from err
+        if pixels.shape != wanted:
+            raise ConfigError(
+                f"{path} is damaged: its shape is {pixels.shape}, not {wanted}; delete it, it is "
+                "drawn again."
+            )
+        yield pixels
+
+
+def write_pngs(samples: ImageNpz, folder: Path) -> None:
+    """Write the images that are not there yet as FOLDER/png/000000.png. Only rank 0 calls this."""
+    i = 0
+    for batch in samples.batches(64):
+        for picture in batch:
+            path = folder / PNG_DIR / f"{i:06d}.png"
+            if not path.exists():
+                with disk_errors(folder):
+                    save_png(path, picture)
+            i += 1

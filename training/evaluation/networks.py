@@ -1,0 +1,165 @@
+"""The networks that images are looked at by: Inception for FID, or one that the user gives.
+
+N images, H W size in pixels, D width of features.
+"""
+
+import urllib.error
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_tools.errors import ConfigError
+from training.checkpoint_manifest import sha256_of
+from training.evaluation.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
+
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+# The same file under the names that pytorch-fid and torch-fidelity give it in torch's cache.
+INCEPTION_FILES = (
+    "pt_inception-2015-12-05-6726825d.pth",
+    "weights-inception-2015-12-05-6726825d.pth",
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+BATCH_SIZE = 64
+POOL, SPATIAL = "pool", "spatial"  # layers
+
+
+class FeatureNetwork(ABC):
+    """Maps images to features.
+
+    Attributes:
+        name: for people.
+        sha256: of the file of weights.
+        widths: D of each layer whose distribution is compared.
+        device: where it computes.
+    """
+
+    name: str
+    sha256: str
+    widths: dict[str, int]
+    device: torch.device
+
+    @abstractmethod
+    def look(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return float32 features (N, D) by layer, of pixels uint8 (N, H, W, 3) on any device."""
+
+    @property
+    def min_images(self) -> int:
+        """Images that a covariance of full rank takes."""
+        return max(self.widths.values()) + 1
+
+
+class InceptionNetwork(FeatureNetwork):
+    """The network of FID, sFID and the Inception Score."""
+
+    def __init__(self, model: Inception, sha256: str, device: torch.device) -> None:
+        """Take the network; its weights are frozen from here on."""
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.name, self.sha256, self.device = "inception-2015-12-05", sha256, device
+        self.widths = {POOL: POOL_WIDTH, SPATIAL: SPATIAL_WIDTH}
+
+    def look(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return pool_3 (N, 2048) and mixed_6/conv (N, 2023)."""
+        # By default convolutions round their inputs to TF32 on a GPU, three digits.
+        with torch.no_grad(), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+            found = self.model(pixels.to(self.device))
+        return {POOL: found.pool, SPATIAL: found.spatial}
+
+    def logits(self, pool: Tensor) -> Tensor:
+        """Return (N, 1008) for the Inception Score, on the CPU."""
+        with torch.no_grad():
+            parts = [self.model.logits(part.to(self.device)).cpu() for part in pool.split(4096)]
+        return torch.cat(parts)
+
+
+class ScriptedNetwork(FeatureNetwork):
+    """A TorchScript file of the user's: uint8 (N, 3, H, W), 0 to 255, to features (N, D)."""
+
+    def __init__(self, path: Path, image_size: tuple[int, int], device: torch.device) -> None:
+        """Load the file and try it on blank images of `image_size` (H, W)."""
+        self._flag = f"--features {path}"
+        if not path.is_file():
+            raise ConfigError(f"{self._flag}: there is no such file; give a TorchScript file.")
+        try:
+            self.model = torch.jit.load(path, map_location=device).eval()
+        except (RuntimeError, ValueError) as err:
+            raise ConfigError(
+                f"{self._flag}: is damaged or no TorchScript file; save one with torch.jit.save."
+            ) from err
+        self.name, self.sha256, self.device = path.name, sha256_of(path), device
+        blank = torch.zeros(2, *image_size, 3, dtype=torch.uint8)
+        self.widths = {POOL: self.look(blank)[POOL].shape[1]}
+
+    def look(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return what the file computes."""
+        try:
+            with torch.no_grad(), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+                features = self.model(pixels.to(self.device).permute(0, 3, 1, 2).contiguous())
+        except (RuntimeError, torch.jit.Error) as err:
+            reason = str(err).strip().splitlines()[-1].rstrip(".")
+            raise ConfigError(
+                f"{self._flag}: fails on images {tuple(pixels.shape[1:])} ({reason}); it must take "
+                "uint8 (N, 3, H, W)."
+            ) from err
+        is_right = isinstance(features, Tensor) and features.is_floating_point()
+        if not is_right or features.dim() != 2 or len(features) != len(pixels):
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+            raise ConfigError(
+                f"{self._flag}: gives {found} for {len(pixels)} images; it must return floats "
+                "(N, D)."
+            )
+        if not features.isfinite().all():
+            raise ConfigError(
+                f"{self._flag}: gives features that are not finite; mend the network."
+            )
+        return {POOL: features.float()}
+
+
+def load_inception(given: Path | None, device: torch.device) -> InceptionNetwork:
+    """Load the network of FID with its checksum verified.
+
+    Args:
+        given: --inception; None = torch's cache, and then the hub, which fills the cache.
+        device: where it goes.
+    """
+    path = given or _cached_inception()
+    if not path.is_file():
+        raise ConfigError(
+            f"--inception {path}: there is no such file; fetch it from {INCEPTION_URL}."
+        )
+    digest = sha256_of(path)
+    if digest != INCEPTION_SHA256:
+        flag = "--inception " if given else ""
+        raise ConfigError(
+            f"{flag}{path}: has sha256 {digest[:12]}, the Inception weights of FID have "
+            f"{INCEPTION_SHA256[:12]}; with others no number is a FID, fetch {INCEPTION_URL}."
+        )
+    model = Inception()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return InceptionNetwork(model, digest, device)
+
+
+def _cached_inception() -> Path:
+    """Return torch's copy, after fetching it if there is none."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in INCEPTION_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    path = folder / INCEPTION_FILES[0]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256[:8], False)
+    except (OSError, urllib.error.URLError, RuntimeError) as err:
+        raise ConfigError(
+            f"--inception is not given, {folder} has no {INCEPTION_FILES[0]} and it cannot be "
+            f"fetched ({_reason(err)}); fetch {INCEPTION_URL} elsewhere and give --inception FILE."
+        ) from err
+    return path
+
+
+def _reason(err: Exception) -> str:
+    return str(err).strip().splitlines()[0].strip("<>").rstrip(".")

@@ -1,0 +1,25 @@
+"""Exit codes that launchers and job scripts act on. Imports nothing that takes time."""
+
+import os
+import signal
+from types import FrameType
+
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE
+
+SAVED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, saved, and to be started again
+CRASH_EXIT_CODE = 1  # also: ended before there was anything to save
+
+
+def end_early_on_sigterm() -> None:
+    """Let SIGTERM end this process with an exit code of its own until it minds signals otherwise.
+
+    An entry point calls this before it imports torch, which takes seconds. srun ends all ranks when
+    one leaves and reports the highest exit code: a signal's would hide that the first one met a
+    mistake of the user's, which is not to be tried again.
+    """
+    assert CRASH_EXIT_CODE < CONFIG_ERROR_EXIT_CODE < SAVED_EXIT_CODE
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    os._exit(CRASH_EXIT_CODE)

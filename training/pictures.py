@@ -1,0 +1,159 @@
+"""Pictures of what experts do, for TensorBoard and reports.
+
+L blocks, E experts, S timesteps, B ranges of timesteps.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data_tools.files import replace_file
+
+MAP_ROW_PIXELS, MAP_GAP_PIXELS = 10, 4
+MAP_LEFT_PIXELS, MAP_BELOW_PIXELS = 58, 18  # room for the axes' texts
+NO_SAMPLES_GREY = 128
+HISTORY_ROW_PIXELS, HISTORY_PIXELS = 40, 500
+AFFINITY_PIXELS = 250
+# Colours that stay apart for colour-blind eyes (Okabe and Ito, 2008); more experts repeat them.
+PALETTE = np.array(
+    [
+        *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
+        *((0, 114, 178), (213, 94, 0), (204, 121, 167), (90, 90, 90)),
+    ],
+    dtype=np.uint8,
+)
+
+
+def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
+    """Draw which experts serve which timestep: the paper's timestep-to-expert map.
+
+    Args:
+        gate_table: (L, S, E) gate probabilities.
+        top_k: experts kept per timestep.
+
+    Returns:
+        (height, width, 3) uint8. One row per block and expert, the first block at the top, with
+        timestep 0 (clean) on the left; brightness is the gate value of a chosen expert, black is
+        an expert that the timestep does not meet.
+    """
+    L, S, E = gate_table.shape
+    table = gate_table.detach().float().cpu()
+    chosen = torch.zeros_like(table).scatter_(2, table.topk(top_k, dim=2).indices, 1.0)
+    brightness = (table * chosen).transpose(1, 2).repeat_interleave(MAP_ROW_PIXELS, dim=1)
+    return _stacked(_warm(brightness.numpy()))
+
+
+def load_map(counts: Tensor, num_timesteps: int) -> np.ndarray:
+    """Draw how the samples of each range of timesteps spread over the experts.
+
+    Args:
+        counts: (L, E, B) samples of each block, expert and range.
+        num_timesteps: S.
+
+    Returns:
+        A picture as of `expert_map`; brightness is the share of a range's samples that met the
+        expert, relative to the largest share in the picture. A range without samples is grey.
+    """
+    total = counts.sum(dim=1, keepdim=True)  # (L, 1, B)
+    share = counts / total.clamp(min=1)
+    share = share / share.max().clamp(min=1e-9)
+    rows = _warm(share.repeat_interleave(MAP_ROW_PIXELS, dim=1).numpy())  # (L, E * pixels, B, 3)
+    rows[np.broadcast_to((total == 0).numpy(), rows.shape[:3])] = NO_SAMPLES_GREY
+    return _stacked(rows[:, :, np.arange(num_timesteps) * counts.shape[2] // num_timesteps])
+
+
+def _warm(brightness: np.ndarray) -> np.ndarray:
+    """Colour values in [0, 1] by a ramp from black through orange to white; adds a last axis."""
+    ramp = [np.clip(brightness * 3.0 - shift, 0.0, 1.0) for shift in (0.0, 1.0, 2.0)]
+    return np.round(np.stack(ramp, axis=-1) * 255.0).astype(np.uint8)
+
+
+def _stacked(rows: np.ndarray) -> np.ndarray:
+    """Put the blocks' rows (L, height, width, 3) below one another, with gaps and axes."""
+    L, height, width, _ = rows.shape
+    blocks = np.full((L, height + MAP_GAP_PIXELS, width, 3), 255, dtype=np.uint8)
+    blocks[:, :height] = rows
+    rows = blocks.reshape(-1, width, 3)
+    return _with_axes(rows, _block_names(L), _timestep_ticks(width))
+
+
+def _block_names(num_blocks: int) -> list[str]:
+    return [f"block {block}" for block in range(num_blocks)]
+
+
+def _timestep_ticks(num_timesteps: int) -> list[str]:
+    return [f"t = {tick * (num_timesteps - 1) // 4}" for tick in range(5)]
+
+
+def _with_axes(rows: np.ndarray, names: list[str], ticks: list[str]) -> np.ndarray:
+    """Name equal parts of the rows on the left, and equally spaced columns below them."""
+    height, width, _ = rows.shape
+    canvas = Image.new("RGB", (MAP_LEFT_PIXELS + width, height + MAP_BELOW_PIXELS), "white")
+    canvas.paste(Image.fromarray(rows), (MAP_LEFT_PIXELS, 0))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    for i, name in enumerate(names):
+        middle = (i + 0.5) * height / len(names) - MAP_GAP_PIXELS / 2
+        draw.text((2, middle), name, fill="black", font=font, anchor="lm")
+    last = len(ticks) - 1
+    for i, tick in enumerate(ticks):
+        anchor = "la" if i == 0 else "ra" if i == last else "ma"
+        place = (MAP_LEFT_PIXELS + i * (width - 1) // last, height + 2)
+        draw.text(place, tick, fill="black", font=font, anchor=anchor)
+    return np.asarray(canvas)
+
+
+def affinity_map(gate_table: Tensor, top_k: int) -> np.ndarray:
+    """Draw which tasks share experts: timesteps against timesteps, both with 0 (clean) first.
+
+    Args:
+        gate_table: (L, S, E) gate probabilities.
+        top_k: experts kept per timestep.
+
+    Returns:
+        (height, width, 3) uint8; the brightness is the share of chosen experts that two timesteps
+        have in common, as the mean over blocks: white = all, black = none.
+    """
+    L, S, E = gate_table.shape
+    places = torch.linspace(0, S - 1, min(S, AFFINITY_PIXELS)).round().long()
+    table = gate_table.detach().float().cpu()[:, places]
+    chosen = torch.zeros_like(table).scatter_(2, table.topk(top_k, dim=2).indices, 1.0)
+    share = (chosen @ chosen.transpose(1, 2)).mean(dim=0) / top_k
+    size = min(S, AFFINITY_PIXELS) * (2 if S >= AFFINITY_PIXELS else 1)
+    picture = Image.fromarray(_warm(share.numpy()[:, :, None])[:, :, 0]).resize(
+        (size, size), Image.Resampling.NEAREST
+    )
+    names = ["t = 0", "", "", "", f"t = {S - 1}"]
+    return _with_axes(np.asarray(picture), names, _timestep_ticks(S))
+
+
+def load_history(loads: np.ndarray, steps: list[int]) -> np.ndarray:
+    """Draw how the samples of each block have spread over its experts, from the beginning on.
+
+    Args:
+        loads: (intervals, L, E) fractions of samples that the experts received.
+        steps: (intervals,) that the intervals ended with.
+
+    Returns:
+        (height, width, 3) uint8. A band per block, time from left to right; in a column the
+        experts' shares lie on one another, the first expert at the top, in the palette's colours.
+    """
+    _, L, E = loads.shape
+    columns = np.linspace(0, len(steps) - 1, HISTORY_PIXELS).round().astype(int)
+    share = loads / loads.sum(axis=2, keepdims=True)  # (intervals, L, E)
+    ends = np.cumsum(share, axis=2)[columns].transpose(1, 0, 2)  # (L, width, E)
+    middles = (np.arange(HISTORY_ROW_PIXELS) + 0.5) / HISTORY_ROW_PIXELS  # (height,)
+    expert = (middles[None, :, None, None] > ends[:, None]).sum(axis=3)  # (L, height, width)
+    bands = PALETTE[np.minimum(expert, E - 1) % len(PALETTE)]  # rounding may leave a sum below 1
+    gap = np.full((L, MAP_GAP_PIXELS, HISTORY_PIXELS, 3), 255, dtype=np.uint8)
+    rows = np.concatenate((bands, gap), axis=1).reshape(-1, HISTORY_PIXELS, 3)
+    ticks = [f"{steps[tick * (len(steps) - 1) // 4]:,}" for tick in range(5)]
+    return _with_axes(rows, _block_names(L), ticks)
+
+
+def save_png(path: Path, picture: np.ndarray) -> None:
+    """Write a picture (H, W, 3) uint8 whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))

@@ -1,0 +1,207 @@
+"""Where a run comes from: the program, its packages and machines, and a line for every start.
+
+    starts.jsonl                     one line per start, oldest first
+    provenance/packages-HASH.txt     the installed packages, as name==version
+    provenance/changes-HASH.patch    how the program differs from its commit
+
+Nothing is taken from the environment but the batch system's number of the job: variables may hold
+secrets.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+
+from data_tools.files import append_line, from_json, replace_file
+from training.crash_loops import STARTS_FILE
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCES = ("models", "data_tools", "training")
+COMPARED = (*SOURCES, "ds_configs", "requirements.txt")  # what decides a result
+PROVENANCE_DIR = "provenance"
+MAX_CHANGES_BYTES = 1 << 24  # a patch that is larger holds something else than a program
+HASH_DIGITS = 12
+# A user's settings must neither start programs nor change what is written.
+_DIFF = (
+    "diff",
+    "--binary",
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run.
+
+    Attributes:
+        time: in UTC, ISO 8601.
+        step: that training began or went on at.
+        checkpoint: that was loaded; empty at the beginning.
+        layout: ranks, expert-parallel size, ZeRO stage and precision.
+        hosts: ranks on each node, by the node's name.
+        hardware: of rank 0's node.
+        batch_job: the number that Slurm gave the job; empty without Slurm.
+        commit: of the program, "unknown" outside of a git repository.
+        sources: sha256 of the program's Python files.
+        changes: name of the patch against the commit; empty if there are none.
+        packages: name of the list of packages.
+        python: version.
+        data_hash: of the data set's manifest.
+        config_changes: what is set otherwise than in the start before, "key (old -> new)".
+    """
+
+    time: str
+    step: int
+    checkpoint: str
+    layout: str
+    hosts: dict[str, int]
+    hardware: str
+    batch_job: str
+    commit: str
+    sources: str
+    changes: str
+    packages: str
+    python: str
+    data_hash: str
+    config_changes: list[str]
+
+
+def own_node() -> str:
+    """Return the name by which a user knows this node."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def count_hosts() -> dict[str, int]:
+    """Return how many ranks each node has, by the node's name. All ranks must call this."""
+    nodes: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(nodes, own_node())
+    return dict(Counter(nodes))
+
+
+def hardware() -> str:
+    """Return what this node computes with."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return "CPU"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+
+
+def python_version() -> str:
+    """Return the version of the interpreter."""
+    return ".".join(map(str, sys.version_info[:3]))
+
+
+def installed_packages() -> dict[str, str]:
+    """Return the versions of the installed packages, by name."""
+    return {found.metadata["Name"]: found.version for found in distributions()}
+
+
+def commit(folder: Path = REPOSITORY) -> str:
+    """Return the commit of a checkout, "unknown" without git or a repository."""
+    return _git(folder, "rev-parse", "--verify", "HEAD").decode().strip() or "unknown"
+
+
+def source_hash(folder: Path = REPOSITORY) -> str:
+    """Return the sha256 of the program's Python files, names included."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        for path in sorted((folder / name).rglob("*.py")):
+            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def local_changes(folder: Path = REPOSITORY) -> bytes:
+    """Return a patch from the commit to the program as it is, new files included."""
+    changes = _git(folder, *_DIFF, "HEAD", "--", *COMPARED)
+    new = _git(folder, "ls-files", "-z", "--others", "--exclude-standard", "--", *COMPARED)
+    for name in new.decode().split("\0")[:-1]:
+        changes += _git(folder, *_DIFF, "--no-index", "--", os.devnull, name)
+        if len(changes) > MAX_CHANGES_BYTES:
+            break
+    if len(changes) > MAX_CHANGES_BYTES:
+        return f"The changes have more than {MAX_CHANGES_BYTES} bytes.\n".encode()
+    return changes
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    if shutil.which("git") is None:
+        return b""
+    # A checkout may belong to another user, in a container or on a shared disk.
+    command = ["git", "-c", "safe.directory=*", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, check=False).stdout
+
+
+@cache
+def _program() -> tuple[str, str, bytes, str]:
+    """Return what does not change while a process lives: it runs what it loaded at first."""
+    listed = sorted(f"{name}=={version}\n" for name, version in installed_packages().items())
+    return commit(), source_hash(), local_changes(), "".join(listed)
+
+
+def record_start(
+    run_dir: Path,
+    *,
+    step: int,
+    checkpoint: str,
+    layout: str,
+    hosts: dict[str, int],
+    data_hash: str,
+    config_changes: list[str],
+) -> Start:
+    """Add a line to starts.jsonl, and what it refers to. Only rank 0 calls this; see Start.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    own_commit, sources, changes, listed = _program()
+    folder = run_dir / PROVENANCE_DIR
+    start = Start(
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        step=step,
+        checkpoint=checkpoint,
+        layout=layout,
+        hosts=hosts,
+        hardware=hardware(),
+        batch_job=os.environ.get("SLURM_JOB_ID", ""),
+        commit=own_commit,
+        sources=sources,
+        changes=_keep(folder, "changes-{}.patch", changes) if changes else "",
+        packages=_keep(folder, "packages-{}.txt", listed.encode()),
+        python=python_version(),
+        data_hash=data_hash,
+        config_changes=config_changes,
+    )
+    append_line(run_dir / STARTS_FILE, json.dumps(asdict(start)))
+    return start
+
+
+def _keep(folder: Path, name: str, content: bytes) -> str:
+    """Write a file that is named after its content, unless it is there; return its name."""
+    name = name.format(hashlib.sha256(content).hexdigest()[:HASH_DIGITS])
+    if not (folder / name).exists():
+        folder.mkdir(exist_ok=True)
+        replace_file(folder / name, lambda file: file.write(content))
+    return name
+
+
+def read_starts(run_dir: Path) -> list[Start]:
+    """Return the starts of a run, oldest first; none if it was never started."""
+    path = run_dir / STARTS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="ascii").splitlines(keepends=True)
+    return [from_json(Start, json.loads(line)) for line in lines if line.endswith("\n")]

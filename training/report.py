@@ -1,0 +1,138 @@
+"""One page on a run, or on several side by side, that can be mailed: report.html and its pictures.
+
+    python training/report.py runs/XL
+    python training/report.py runs/XL runs/XL-16-experts --output comparison
+
+Made from metrics.jsonl, log.txt, starts.jsonl, grids of samples and the newest checkpoint; the runs
+may still be training. The page holds its pictures; they also lie beside it as PNG files.
+"""
+
+import argparse
+import base64
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import jinja2
+
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.files import replace_file
+from training import report_figures
+from training.report_figures import FigureOf
+from training.report_runs import RunData, load_runs
+
+PAGE_FILE = "report.html"
+DEFAULT_FOLDER = "report"
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def build_parser() -> ArgumentParser:
+    """Build the command line."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="e.g. runs/demo")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help=f"for {PAGE_FILE} and pictures (default: RUN/{DEFAULT_FOLDER}; needed for several)",
+    )
+    return parser
+
+
+def summary(run: RunData) -> dict[str, str]:
+    """Return a run's numbers for the table on top."""
+    step, config = int(run.records[-1]["step"]), run.config
+    model = config.model
+    rows = {
+        "model": f"{model.size}/{model.patch_size}, {_experts_of(run)}",
+        "steps": f"{step:,} of {config.run.max_steps:,}",
+        "samples": f"{step * config.optim.global_batch_size:,}",
+    }
+    for title, tag in {"loss": "loss/total", "mean squared error": "loss/mse"}.items():
+        if (value := run.final(tag)) is not None:
+            rows[f"{title}, last 5 %"] = f"{value:.4f}"
+    if (speed := run.final("speed/samples_per_sec")) is not None:
+        rows["samples per second, last 5 %"] = f"{speed:,.1f}"
+    if run.starts:
+        last = run.starts[-1]
+        rows["starts"] = str(len(run.starts))
+        rows["machines"] = f"{sum(last.hosts.values())} rank(s) on {len(last.hosts)} node(s)"
+        rows["hardware"] = last.hardware
+        rows["layout"] = last.layout
+        rows["program"] = last.commit[:10] + (", changed" if last.changes else "")
+        rows["data"] = last.data_hash[:10]
+    rows["newest checkpoint"] = run.checkpoint.name if run.checkpoint else "none"
+    return rows
+
+
+def _experts_of(run: RunData) -> str:
+    model = run.config.model
+    if model.routing != "switch":
+        return model.routing
+    return f"{model.num_experts} experts, {model.top_k} per timestep"
+
+
+def write_report(runs: list[RunData], folder: Path) -> Path:
+    """Write the page and its pictures; return the page's path.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    shared = report_figures.curves(runs)
+    own = {run.name: _figures_of(run) for run in runs}
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure in [*shared, *(figure for figures in own.values() for figure in figures)]:
+        replace_file(folder / figure.name, lambda file, png=figure.png: file.write(png))
+    summaries = {run.name: summary(run) for run in runs}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["data_url"] = _data_url
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        runs=runs,
+        rows=list(dict.fromkeys(key for rows in summaries.values() for key in rows)),
+        summaries=summaries,
+        differences={run.name: run.differences(runs) for run in runs},
+        shared=shared,
+        own=own,
+    )
+    path = folder / PAGE_FILE
+    replace_file(path, lambda file: file.write(page.encode()))
+    return path
+
+
+def _figures_of(run: RunData) -> list[FigureOf]:
+    error = report_figures.error_by_timestep(run)
+    first = [] if error is None else [error]
+    return [*first, *report_figures.experts(run), *report_figures.grids(run)]
+
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the report of the runs on the command line."""
+    args = build_parser().parse_args(argv)
+    with exit_on_config_error():
+        if args.output is None and len(args.runs) > 1:
+            raise ConfigError("--output: name a folder for a report on several runs.")
+        if len({path.resolve() for path in args.runs}) < len(args.runs):
+            raise ConfigError(
+                f"{' '.join(map(str, args.runs))}: a run is named twice; name it once."
+            )
+        runs = load_runs(args.runs)
+        folder = args.output or args.runs[0] / DEFAULT_FOLDER
+        try:
+            path = write_report(runs, folder)
+        except OSError as err:
+            raise ConfigError(
+                f"--output {folder}: cannot write ({err.strerror}); choose another folder."
+            ) from err
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The figures of a report, as PNG files in memory."""
+
+import io
+from collections.abc import Callable
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from training.pictures import affinity_map, expert_map, load_history
+from training.report_runs import RunData
+
+mpl.use("agg")
+WIDTH_INCHES, HEIGHT_INCHES, DPI = 5.2, 3.0, 110
+MAX_POINTS = 600  # of a line; more are averaged
+GRID_PIXELS = 900
+
+
+class FigureOf(NamedTuple):
+    """One picture of the page."""
+
+    name: str  # of its file
+    title: str
+    text: str  # what a person should look for
+    png: bytes
+
+
+class Curve(NamedTuple):
+    """A chart of one number over steps."""
+
+    tag: str
+    title: str
+    text: str
+    is_log: bool = False
+
+
+CURVES = (
+    Curve("loss/mse", "Mean squared error", "Falls; each run's last numbers are in the table."),
+    Curve("loss/total", "Loss", "All terms with their weights."),
+    Curve("loss/vlb", "Variational bound", "Trains the variances only."),
+    Curve("loss/prior", "Distance from the prior", "Falls early, then stays small."),
+    Curve("optim/grad_norm", "Gradient norm", "Peaks go with loss spikes.", is_log=True),
+    Curve("optim/lr", "Learning rate", ""),
+    Curve("speed/samples_per_sec", "Samples per second", "Level but for a start's first steps."),
+    Curve("speed/data_wait_pct", "Waiting for data, %", "Near 0, or the data is too slow."),
+    Curve("memory/max_rss_gib", "Peak memory of the main rank, GiB", "Level."),
+    Curve("memory/max_reserved_gib", "Peak GPU memory, GiB", "Level."),
+    Curve("moe/load_entropy", "Entropy of the experts' loads", "1 = even, 0 = one takes all."),
+    Curve("moe/load_max_over_mean", "Largest load over the mean", "1 = even."),
+    Curve("moe/dead_experts", "Dead experts", "Without a sample in the last 10 intervals."),
+    Curve("comm/mib_sent_per_step", "MiB that a rank sends per step", "Experts' all-to-alls only."),
+    Curve("eval/loss", "Held-out loss", "Rises when the model learns its data by heart."),
+)
+
+
+def curves(runs: list[RunData]) -> list[FigureOf]:
+    """Draw every number that one of the runs has, over steps."""
+    figures = []
+    for curve in CURVES:
+        having = [run for run in runs if run.series(curve.tag)[0]]
+        if having:
+            png = _draw(lambda axes, c=curve, h=having: _draw_curve(axes, c, h))
+            figures.append(FigureOf(_file_name(curve.tag), curve.title, curve.text, png))
+    return figures
+
+
+def _draw_curve(axes: Axes, curve: Curve, runs: list[RunData]) -> None:
+    for run in runs:
+        steps, values = thinned(*run.series(curve.tag))
+        axes.plot(steps, values, linewidth=1.2, label=run.name)
+        for start in run.starts[1:]:
+            axes.axvline(start.step, color="0.8", linewidth=0.8, zorder=0)
+    if curve.is_log:
+        axes.set_yscale("log")
+    if len(runs) > 1:
+        axes.legend(fontsize=7, frameon=False)
+    axes.set_xlabel("step (grey: a start)")
+
+
+def thinned(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Average neighbours until at most MAX_POINTS are left."""
+    count = min(len(steps), MAX_POINTS)
+    parts = np.array_split(np.arange(len(steps)), count)
+    x, y = np.array(steps), np.array(values)
+    return np.array([x[part[-1]] for part in parts]), np.array([y[part].mean() for part in parts])
+
+
+def error_by_timestep(run: RunData) -> FigureOf | None:
+    """Draw the error over the noise level, early, in the middle and at the end of a run."""
+    tags = run.tags("mse_by_timestep/")
+    if not tags:
+        return None
+
+    def draw(axes: Axes) -> None:
+        places = np.linspace(0, len(run.records), 4).astype(int)
+        for first, last in zip(places[:-1], places[1:], strict=True):
+            part = run.records[first:last]
+            means = [_mean([record[tag] for record in part if tag in record]) for tag in tags]
+            if part:
+                axes.plot(means, marker="o", markersize=3, label=f"until step {part[-1]['step']}")
+        axes.set_xticks(range(len(tags)), [tag.split("/")[1] for tag in tags], rotation=45, size=7)
+        axes.set_xlabel("timestep (000 is clean)")
+        axes.legend(fontsize=7, frameon=False)
+
+    text = "Clean latents are the hardest to predict noise for; every range should fall."
+    return FigureOf(f"error-{run.name}.png", "Error by timestep", text, _draw(draw))
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def experts(run: RunData) -> list[FigureOf]:
+    """Draw what a run's experts have become."""
+    figures = []
+    steps, loads = run.loads()
+    if len(steps) > 1:
+        text = "A band per block; experts' shares of the samples on one another, time to the right."
+        picture = load_history(loads, steps)
+        figures.append(FigureOf(f"loads-{run.name}.png", "Loads over time", text, _png(picture)))
+    if (gates := run.gate_table()) is not None:
+        top_k = run.config.model.top_k
+        text = "Which expert serves which timestep, a row per expert; brighter is a larger gate."
+        picture = expert_map(gates, top_k)
+        figures.append(FigureOf(f"experts-{run.name}.png", "Experts", text, _png(picture)))
+        text = "Timesteps against timesteps: white share all their experts, black none."
+        picture = affinity_map(gates, top_k)
+        figures.append(FigureOf(f"affinity-{run.name}.png", "Affinity", text, _png(picture)))
+    return figures
+
+
+def grids(run: RunData) -> list[FigureOf]:
+    """Show grids of samples of the same seeds and classes, from the first to the last."""
+    figures = []
+    for path in run.grids:
+        with Image.open(path) as image:
+            image.thumbnail((GRID_PIXELS, GRID_PIXELS), Image.Resampling.LANCZOS)
+            png = _png(np.asarray(image.convert("RGB")))
+        title = f"Samples at step {int(path.stem):,}"
+        figures.append(FigureOf(f"samples-{run.name}-{path.stem}.png", title, "", png))
+    return figures
+
+
+def _draw(draw: Callable[[Axes], None]) -> bytes:
+    figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.grid(color="0.93")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _file_name(tag: str) -> str:
+    return f"{tag.replace('/', '-')}.png"

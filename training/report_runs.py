@@ -1,0 +1,170 @@
+"""What a report says of a run, read from its directory."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from data_tools.errors import ConfigError
+from models.gate import TimestepGate
+from models.layers import TimestepEmbedder
+from training.checkpoint_manifest import EMA_FILE, latest_checkpoint, read_manifest
+from training.config import Config
+from training.monitor import METRICS_FILE, read_metrics
+from training.provenance import Start, read_starts
+from training.run_directory import SAMPLES_DIR, load_config
+from training.run_log import LOG_FILE, NUM_OLDER
+
+NUM_GRIDS = 4
+LAST_SHARE = 0.05  # of the records, for numbers of a run's end
+MAX_EVENTS = 50
+_EVENT = re.compile(r"(\S+Z) ((?:warning|error): .*)")
+_GRID = re.compile(r"\d{7}\.png")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as a report sees it.
+
+    Attributes:
+        name: of the run's directory, or its path if two have one name.
+        records: of metrics.jsonl.
+        starts: oldest first.
+        events: warnings and errors of the log with their times, the newest MAX_EVENTS of them.
+        grids: at most NUM_GRIDS pictures of samples, from the first to the last.
+        checkpoint: the newest one; None if there is none.
+    """
+
+    name: str
+    folder: Path
+    config: Config
+    records: list[dict[str, float]]
+    starts: list[Start]
+    events: list[tuple[str, str]]
+    grids: list[Path]
+    checkpoint: Path | None
+
+    def series(self, tag: str) -> tuple[list[int], list[float]]:
+        """Return the steps at which a number was recorded, and the number."""
+        found = [(int(record["step"]), record[tag]) for record in self.records if tag in record]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def tags(self, prefix: str) -> list[str]:
+        """Return the names with a prefix, in order."""
+        return sorted({tag for record in self.records for tag in record if tag.startswith(prefix)})
+
+    def final(self, tag: str) -> float | None:
+        """Return the mean over the end of the run."""
+        _, values = self.series(tag)
+        return float(np.mean(values[-max(1, int(LAST_SHARE * len(values))) :])) if values else None
+
+    def loads(self) -> tuple[list[int], np.ndarray]:
+        """Return steps and (intervals, L, E) fractions of samples; none without experts."""
+        tags = self.tags("moe_load/")
+        records = [record for record in self.records if tags and tags[0] in record]
+        blocks = sorted({tag.split("/")[1] for tag in tags})
+        num_experts = len(tags) // max(1, len(blocks))
+        names = [[f"moe_load/{b}/expert_{e}" for e in range(num_experts)] for b in blocks]
+        table = [[[record[name] for name in row] for row in names] for record in records]
+        return [int(record["step"]) for record in records], np.array(table)
+
+    def gate_table(self) -> Tensor | None:
+        """Return the newest checkpoint's averaged gates (L, S, E); None without gates."""
+        if self.checkpoint is None or self.config.model.routing != "switch":
+            return None
+        with safe_open(self.checkpoint / EMA_FILE, framework="pt") as file:
+            names = [n for n in file.keys() if n.startswith(("t_embedder.", "gate."))]  # noqa: SIM118
+            weights = {name: file.get_tensor(name) for name in names}
+        return gate_table(weights, self.config.diffusion.num_timesteps)
+
+    def differences(self, others: list["RunData"]) -> dict[str, object]:
+        """Return the configuration's values that are not the same in all of some runs."""
+        return {
+            key: value
+            for key, value in flat(self.config).items()
+            if any(flat(other.config)[key] != value for other in others)
+        }
+
+
+def flat(config: Config) -> dict[str, object]:
+    """Return a configuration's values by key."""
+    return {key: value for part in config.to_dict().values() for key, value in part.items()}
+
+
+def gate_table(weights: dict[str, Tensor], num_timesteps: int) -> Tensor:
+    """Return the gates (L, S, E) of a model's weights, without building the rest of it.
+
+    Args:
+        weights: of the timestep embedder and the gate, by their names in the model.
+        num_timesteps: S.
+    """
+    depth, num_experts, hidden_size = weights["gate.weight"].shape
+    embedder = TimestepEmbedder(hidden_size)
+    gate = TimestepGate(depth, hidden_size, num_experts)
+    for prefix, module in (("t_embedder.", embedder), ("gate.", gate)):
+        own = {
+            k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)
+        }
+        module.load_state_dict(own)
+    with torch.no_grad():
+        return gate(embedder(torch.arange(num_timesteps)))
+
+
+def load_runs(folders: list[Path]) -> list[RunData]:
+    """Read the runs of a report.
+
+    Raises:
+        ConfigError: a folder is no run directory, or has no records yet.
+    """
+    names = [folder.resolve().name for folder in folders]
+    is_clear = len(set(names)) == len(names)
+    return [
+        _load(folder, name if is_clear else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def _load(folder: Path, name: str) -> RunData:
+    config = load_config(folder)
+    if not (folder / METRICS_FILE).exists() or not (records := _read(folder, read_metrics)):
+        raise ConfigError(f"{folder}: nothing was recorded yet; train first.")
+    grids = sorted(p for p in (folder / SAMPLES_DIR).glob("*.png") if _GRID.fullmatch(p.name))
+    chosen = np.linspace(0, len(grids) - 1, min(NUM_GRIDS, len(grids))).round().astype(int)
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is not None:
+        read_manifest(checkpoint)  # refuses one that is damaged
+    return RunData(
+        name=name,
+        folder=folder,
+        config=config,
+        records=records,
+        starts=_read(folder, read_starts),
+        events=read_events(folder),
+        grids=[grids[i] for i in chosen],
+        checkpoint=checkpoint,
+    )
+
+
+def _read(folder: Path, read: Callable[[Path], list[Any]]) -> list[Any]:
+    try:
+        return read(folder)
+    except ValueError as err:
+        raise ConfigError(f"{folder}: its records are damaged ({err}); restore them.") from err
+
+
+def read_events(folder: Path) -> list[tuple[str, str]]:
+    """Return the newest warnings and errors of a run's log, oldest first."""
+    names = [*(f"{LOG_FILE}.{i}" for i in range(NUM_OLDER, 0, -1)), LOG_FILE]
+    texts = [
+        (folder / name).read_text(encoding="utf-8", errors="replace")
+        for name in names
+        if (folder / name).is_file()
+    ]
+    found = [_EVENT.fullmatch(line) for text in texts for line in text.splitlines()]
+    return [(match[1], match[2]) for match in found if match][-MAX_EVENTS:]

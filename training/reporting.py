@@ -1,0 +1,143 @@
+"""What a run says of itself while it trains: numbers per logging interval, pictures, warnings."""
+
+import json
+import math
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+from models.flops import training_flops
+from models.loss_weights import cluster_log_variances
+from training.checkpoint_manifest import TrainState
+from training.config import Config
+from training.count import is_merged_dispatch, shape_of
+from training.dashboard import dashboard
+from training.engine import learning_rate
+from training.expert_load import DEAD_INTERVALS, GateDrift, LoadHistory
+from training.gpu_peaks import peak_tflops
+from training.metrics import MetricSums
+from training.monitor import Monitor
+from training.pictures import affinity_map, expert_map, load_history, load_map
+from training.progress_line import print_progress
+from training.provenance import Start
+from training.stability import SpikeDetector
+
+TERA = 1e12
+
+
+class StepTables(NamedTuple):
+    """What the model says about all timesteps, detached; None where it says nothing."""
+
+    gates: torch.Tensor | None  # (L, S, E)
+    loss_log_variance: torch.Tensor | None  # (S,)
+
+
+class Reporter:
+    """Reduces, records and prints what a run does.
+
+    Args:
+        config: of the run.
+        engine: the DeepSpeed engine.
+        sums: of the interval.
+        loads: of all intervals.
+        monitor: where records go.
+        device: of the training.
+        is_main: whether this rank talks to a person.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Any,
+        sums: MetricSums,
+        loads: LoadHistory,
+        monitor: Monitor,
+        device: torch.device,
+        is_main: bool,
+    ) -> None:
+        self.config, self.engine, self.sums, self.loads = config, engine, sums, loads
+        self.monitor, self.is_main = monitor, is_main
+        self._spikes, self._drift = SpikeDetector(config.optim.spike_threshold), GateDrift()
+        shape = shape_of(config)
+        flops = training_flops(
+            shape, 1, is_merged=is_merged_dispatch(config.model.expert_dispatch, shape)
+        )
+        self._tflop_of_sample, self._peak_tflops = flops / TERA, peak_tflops(device)
+
+    def begin(self, starts: list[Start]) -> None:
+        """Record what the run is, once per start. Of the main rank only."""
+        start, config = starts[-1], self.config
+        depth, num_experts = len(self.engine.module.blocks), self.engine.module.num_experts
+        self.monitor.layout(dashboard(config, depth, num_experts))
+        plain = {key: value for part in config.to_dict().values() for key, value in part.items()}
+        self.monitor.hyperparameters(plain)
+        self.monitor.text("configuration", config.to_yaml())
+        self.monitor.text("start", json.dumps(vars(start), indent=1), start.step)
+        self.monitor.extra(start.step, "run/starts", float(len(starts)))
+
+    def warn(self, step: int, event: str) -> None:
+        """Tell the person who watches, and TensorBoard, of an event. Of the main rank only."""
+        if self.is_main:
+            sys.stderr.write(f"warning: {event}\n")
+            self.monitor.event(step, event)
+
+    def end_interval(self, state: TrainState, tables: StepTables, speed: float) -> None:
+        """Reduce and record the metrics since the last call. All ranks must call this.
+
+        Args:
+            state: reached.
+            tables: of the last step.
+            speed: steps per second since this process started.
+        """
+        metrics, step_losses, expert_count = self.sums.reduce()
+        of_experts, newly_dead = self.loads.add(state.step, expert_count)
+        metrics |= of_experts
+        if newly_dead:
+            text = f"experts without a sample in {DEAD_INTERVALS} logging intervals: {newly_dead}"
+            self.monitor.event(state.step, text)
+        metrics["loss/spikes"] = float(self._report_spikes(step_losses))
+        metrics["optim/lr"] = learning_rate(self.config.optim, state.step - 1)
+        metrics["optim/skipped_steps"] = float(self.engine.skipped_steps)
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None and math.isfinite(norm):  # ZeRO 0 without clipping computes none
+            metrics["optim/grad_norm"] = float(norm)
+        if tables.loss_log_variance is not None:
+            clusters = cluster_log_variances(tables.loss_log_variance).tolist()
+            metrics |= {f"uncertainty/cluster_{i}": value for i, value in enumerate(clusters)}
+        metrics |= self._compute_metrics(metrics["speed/samples_per_sec"])
+        self.monitor.scalars(state.step, metrics)
+        if self.is_main:
+            if tables.gates is not None and (drift := self._drift.add(tables.gates)) is not None:
+                # Not among the records: a resumed run has none for its first interval.
+                self.monitor.extra(state.step, "moe/gate_drift", drift)
+            print_progress(metrics, state.step, self.config.run.max_steps, speed)
+
+    def _report_spikes(self, step_losses: dict[int, float]) -> int:
+        count = 0
+        for step, loss in step_losses.items():
+            if math.isfinite(loss) and (spike := self._spikes.add(step + 1, loss)):
+                self.warn(spike.step, str(spike))
+                count += 1
+        return count
+
+    def _compute_metrics(self, samples_per_sec: float) -> dict[str, float]:
+        per_rank = samples_per_sec / torch.distributed.get_world_size()
+        metrics = {"speed/tflops_per_rank": per_rank * self._tflop_of_sample}
+        if self._peak_tflops is not None:
+            share = metrics["speed/tflops_per_rank"] / self._peak_tflops
+            metrics["speed/mfu_pct"] = 100.0 * share
+        return metrics
+
+    def draw_experts(self, step: int, gates: torch.Tensor | None) -> None:
+        """Show what the gates (L, S, E) choose for the timesteps, and whom the experts served."""
+        if not self.is_main or gates is None:
+            return
+        top_k = self.config.model.top_k
+        self.monitor.image(step, "moe/timestep_to_expert", expert_map(gates, top_k))
+        self.monitor.image(step, "moe/timesteps_that_share_experts", affinity_map(gates, top_k))
+        if (counts := self.loads.take_counts()) is not None:
+            self.monitor.image(step, "moe/load_by_timestep", load_map(counts, len(gates[0])))
+        steps, loads = self.loads.over_time()
+        if len(steps) > 1:
+            self.monitor.image(step, "moe/load_over_time", load_history(loads.numpy(), steps))

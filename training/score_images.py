@@ -1,0 +1,83 @@
+"""Score a set of images: FID, sFID, Inception Score, precision and recall by ADM's protocol.
+
+    python training/score_images.py samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+
+Both are npz files in ADM's format. With --features a network of yours takes Inception's place, and
+the result is called Fréchet distance.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tqdm import tqdm
+
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.files import as_json, write_json
+from data_tools.vae import resolve_device
+from training.checkpoint_manifest import sha256_of
+from training.evaluation.card import CARD_VERSION, describe_program, describe_reference
+from training.evaluation.drawing import disk_errors
+from training.evaluation.feature_flags import add_network_flags, load_network
+from training.evaluation.image_npz import ImageNpz
+from training.evaluation.scores import Reference, check_count, score
+
+
+def build_parser() -> ArgumentParser:
+    """Build the command line."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("samples", type=Path, help="npz with arr_0 uint8 (N, H, W, 3)")
+    parser.add_argument("--reference", type=Path, required=True, metavar="NPZ")
+    parser.add_argument(
+        "--output", type=Path, metavar="JSON", help="keep the card (default: print it)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace --output")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda:N (default: a GPU if any)")
+    add_network_flags(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score the images that the command line names."""
+    if args.output is not None and args.output.exists() and not args.force:
+        raise ConfigError(f"--output {args.output}: exists; choose another or add --force.")
+    device = resolve_device(args.device)
+    samples = ImageNpz(args.samples, "")
+    if samples.image_size is None:
+        raise ConfigError(f"{args.samples}: holds no arr_0; give an npz file of images.")
+    network = load_network(args, samples.image_size, device)
+    check_count(samples.num_images, network, f"{args.samples}, number of images")
+    reference = Reference(args.reference, network, samples.image_size)
+    with tqdm(total=samples.num_images, unit="image", desc="looking") as progress:
+        metrics = score(samples, reference, progress.update)
+    card = {
+        "card_version": CARD_VERSION,
+        "metrics": metrics,
+        "images": {
+            "file": args.samples.name,
+            "sha256": sha256_of(args.samples),
+            "num_images": samples.num_images,
+            "image_size": samples.image_size,
+        },
+        **describe_reference(reference),
+        "program": describe_program(device),
+    }
+    if args.output is None:
+        print(as_json(card), end="")
+        return
+    with disk_errors(args.output):
+        write_json(args.output, card)
+    print(f"{args.output}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Score what the command line names."""
+    with exit_on_config_error():
+        run(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""Watching each other: why training does not move, and one report when it ends.
+
+A thread of every rank tells the job's store each second where its rank is, and asks whether the job
+is to end. Rank 0 reads what the others said only if it has been in one place for long; then it says
+who waits for whom, and ends all ranks when COLLECTIVE_TIMEOUT_SEC is over. A rank that fails leaves
+word of it and waits for the verdict, so that there is one report however many ranks notice. If rank
+0 does not answer, the last rank takes its part; it is on another node, if there are several.
+"""
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from datetime import timedelta
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from training.heartbeat import LONGEST_END_AFTER, Beat, Heartbeat
+from training.processes import TIMEOUT_VARIABLE, Ranks, RunError, collective_timeout
+from training.standstill import (
+    AGAIN,
+    Seen,
+    describe_lost,
+    describe_standstill,
+    name_ranks,
+    place,
+)
+
+FAILED_EXIT_CODE = 1  # a crash: worth another try, a bounded number of times
+BEAT_SEC = 1.0
+ALARMED_BEAT_SEC = 0.2
+SILENT_SEC = 5.0  # a rank that did not beat for so long does not answer
+SAME_FAILURE_SEC = 1.0  # others with the same mistake come in meanwhile
+DEPUTY_SEC = 3.0  # by which the last rank is later than rank 0 would be
+LEAVING_SEC = 3.0  # for the other ranks to read the verdict
+ORPHAN_SEC = 20.0  # after which a rank that hears no verdict ends by itself
+WATCH_AFTER = 0.1  # of COLLECTIVE_TIMEOUT_SEC, in one place: then the others' beats are read
+SPARE_SEC = 60.0
+PREFIX = "watchdog"
+STATE, LEFT = f"{PREFIX}/state", f"{PREFIX}/left"
+END = 1 << 20  # in STATE, times one more than an exit code: all ranks leave with it
+MAX_TRACEBACK_LINES = 60
+MEMORY_ADVICE = (
+    "lower --micro-batch-size, set --activation-checkpointing, take a higher ZeRO stage or more "
+    "ranks, or see what else runs on its node"
+)
+
+
+class Failure(NamedTuple):
+    """Why a rank cannot go on.
+
+    Attributes:
+        is_cause: False if a collective failed, most likely because of another rank.
+        text: one sentence without a full stop.
+        advice: what to do.
+        trace: of a mistake of the program.
+        exit_code: what the job ends with because of it.
+    """
+
+    is_cause: bool
+    text: str
+    advice: str = f"{AGAIN}."
+    trace: str = ""
+    exit_code: int = FAILED_EXIT_CODE
+
+
+def describe_failure(error: BaseException) -> Failure:
+    """Sort an exception by what a person can do about it."""
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, ConfigError):
+        return Failure(True, *str(error).rpartition("; ")[::2], exit_code=CONFIG_ERROR_EXIT_CODE)
+    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if is_memory or "can't allocate memory" in first or "Cannot allocate memory" in first:
+        found = re.search(r"tried to allocate [\d.]+ \w+", first, re.IGNORECASE)
+        reason = f" ({found[0].lower()})" if found else ""
+        return Failure(True, f"out of memory{reason}", f"{MEMORY_ADVICE}; {AGAIN}.")
+    if isinstance(error, torch.distributed.DistError) or "gloo" in first:
+        return Failure(False, first.split("] ", 1)[-1].split(". ")[0])
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    if len(lines) > MAX_TRACEBACK_LINES:
+        lines = [*lines[:2], "  ...", *lines[-MAX_TRACEBACK_LINES:]]
+    text, trace = f"{type(error).__name__}: {first}", "\n".join(lines) + "\n"
+    return Failure(True, text, "a mistake of the program, or of its node; see above.", trace)
+
+
+def limit_all_groups() -> None:
+    """Give every process group more time than the watchdog, which knows more, gives the ranks.
+
+    All ranks call this when all groups exist. Those that DeepSpeed makes have torch's half an hour.
+    """
+    longest = LONGEST_END_AFTER * collective_timeout() + timedelta(seconds=SPARE_SEC)
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        torch.distributed.distributed_c10d._set_pg_timeout(longest, group)
+
+
+class Watchdog:
+    """One rank's part in watching; a context manager around everything that all ranks do together.
+
+    Until it is entered, it only keeps the heartbeat. `reporting` may be used inside.
+
+    Args:
+        ranks: this process's place.
+        device: of the training.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.heartbeat = Heartbeat(device)
+        self._ranks, self._limit_sec = ranks, collective_timeout().total_seconds()
+        self._last = ranks.world_size - 1
+        self._may_judge = ranks.rank in (0, self._last)
+        self._failure: Failure | None = None
+        self._awake, self._is_closing = threading.Event(), False
+        self._alarmed_at: float | None = None
+        self._watched_since: float | None = None
+        self._warned_sec = 0.0
+        self._seen: dict[int, tuple[Beat, float]] = {}  # with when it was new
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        limit_all_groups()
+        self._store = self._connect()
+        self._store.set(self._key(self._ranks.rank), json.dumps(self.heartbeat.beat(False)))
+        self._looked_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+        if self._ranks.rank > 0:
+            threading.Thread(target=self._guard_store, name="store guard", daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.reporting().__exit__(kind, error, trace)
+        self._is_closing = True
+        self._awake.set()
+        self._thread.join()
+
+    def reporting(self) -> "_Reporting":
+        """Return a context manager: what a rank alone raises inside of it ends the job at once.
+
+        What all ranks raise alike (RunError), or leave by (SystemExit), passes.
+        """
+        return _Reporting(self)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave word of an exception and wait for the end; return if nobody watches."""
+        if self._thread is None or not self._thread.is_alive():
+            return
+        self._failure = describe_failure(error)
+        self._awake.set()
+        self._thread.join()
+
+    def _connect(self) -> torch.distributed.Store:
+        """Return a connection of this thread's own; its calls may block for ever."""
+        return torch.distributed.distributed_c10d._get_default_store().clone()
+
+    def _key(self, rank: int, of_failure: bool = False) -> str:
+        return f"{PREFIX}/{'failure' if of_failure else 'beat'}/{rank}"
+
+    def _run(self) -> None:
+        told = False
+        while not self._is_closing:
+            try:
+                if self._failure is not None and not told:
+                    key = self._key(self._ranks.rank, of_failure=True)
+                    self._store.set(key, json.dumps(self._failure))
+                    self._store.add(STATE, 1)
+                    told = True
+                self._look()
+                self._looked_at = time.monotonic()
+            except RuntimeError:  # the store is a part of rank 0, or of its node
+                self._awake.wait(BEAT_SEC)  # the main thread may notice, and know more
+                if not self._is_closing:
+                    self._end_without_store("its store has closed the connection")
+            self._awake.wait(BEAT_SEC if self._alarmed_at is None else ALARMED_BEAT_SEC)
+            self._awake.clear()
+
+    def _look(self) -> None:
+        """Beat, and see whether anything is wrong."""
+        state = self._store.add(STATE, 0)
+        if state >= END:
+            self._store.add(LEFT, 1)
+            os._exit(state // END - 1)
+        stuck_sec = self.heartbeat.stuck_sec()
+        is_stuck = stuck_sec > WATCH_AFTER * self._limit_sec
+        beat = self.heartbeat.beat(is_stuck or state > 0)
+        self._store.set(self._key(self._ranks.rank), json.dumps(beat))
+        now = time.monotonic()
+        if state > 0 and self._alarmed_at is None:
+            self._alarmed_at, self._seen = now, {}
+        if self._alarmed_at is not None:
+            if self._may_judge:
+                self._judge_failures(now - self._alarmed_at)
+            elif now - self._alarmed_at > ORPHAN_SEC:
+                os._exit(FAILED_EXIT_CODE)
+        elif self._may_judge:
+            if self._ranks.rank > 0:
+                self._read_beats([0])  # to know where it was, should its store go down
+            self._watched_since = (self._watched_since or now) if is_stuck else None
+            if self._watched_since is not None:
+                self._judge_standstill(now - self._watched_since)
+            elif self._warned_sec:
+                self._say(f"training moves again after more than {self._warned_sec:.0f} s")
+                self._warned_sec = 0.0
+
+    def _read_beats(self, ranks: Iterable[int]) -> dict[int, Seen]:
+        """Read what ranks said last, and how long ago that was new."""
+        known = [rank for rank in ranks if self._store.check([self._key(rank)])]
+        texts = self._store.multi_get([self._key(rank) for rank in known])
+        now, seen = time.monotonic(), {rank: Seen(None) for rank in ranks}
+        for rank, text in zip(known, texts, strict=True):
+            beat = Beat(*json.loads(text))
+            before = self._seen.get(rank)
+            if before is None or before[0].number != beat.number:
+                before = self._seen[rank] = (beat, now)
+            silent_sec = now - before[1]
+            seen[rank] = Seen(beat, silent_sec if silent_sec > SILENT_SEC else 0.0)
+        return seen
+
+    def _is_mine(self, seen: dict[int, Seen]) -> bool:
+        """Tell whether this rank speaks for all."""
+        return self._ranks.rank == 0 or seen[0].beat is None or bool(seen[0].silent_sec)
+
+    def _judge_failures(self, alarmed_sec: float) -> None:
+        seen, failures = self._read_beats(range(self._last + 1)), {}
+        for rank in seen:
+            if self._store.check([self._key(rank, of_failure=True)]):
+                text = self._store.get(self._key(rank, of_failure=True))
+                failures[rank] = Failure(*json.loads(text))
+        causes = {rank: failure for rank, failure in failures.items() if failure.is_cause}
+        patience = SAME_FAILURE_SEC if causes else SILENT_SEC + 2 * ALARMED_BEAT_SEC
+        if self._ranks.rank > 0:
+            patience = max(patience, SILENT_SEC) + DEPUTY_SEC
+        if alarmed_sec < patience or not self._is_mine(seen):
+            return
+        if causes:
+            first = min(causes)
+            same = [rank for rank, failure in causes.items() if failure.text == causes[first].text]
+            self._end(_report_causes(same, seen[first].beat, causes[first]), causes[first], seen)
+        reason = next(iter(failures.values())).text
+        lost = [rank for rank, one in seen.items() if one.silent_sec or one.beat is None]
+        if lost:
+            self._end(describe_lost(seen, lost, reason), Failure(False, reason), seen)
+        where = describe_standstill(seen).text
+        self._end(
+            f"a collective failed although every rank answers ({reason}): {where}; look at the "
+            f"network between the nodes, and {AGAIN}.",
+            Failure(False, reason),
+            seen,
+        )
+
+    def _judge_standstill(self, watched_sec: float) -> None:
+        seen = self._read_beats(range(self._last + 1))
+        found = describe_standstill(seen)
+        if watched_sec < SILENT_SEC + 2 * BEAT_SEC or not self._is_mine(seen) or found is None:
+            return
+        what = f"training has not moved for {found.since_sec:.0f} s: {found.text}"
+        limit_sec = found.end_after * self._limit_sec
+        if found.since_sec > limit_sec:
+            limit = f"{found.end_after:.0f} x {TIMEOUT_VARIABLE} = {limit_sec:.0f} s"
+            self._end(f"{what}; the limit is {limit}; {found.advice}", Failure(False, what), seen)
+        due_sec = 2 * self._warned_sec or found.warn_after * self._limit_sec
+        if found.since_sec > due_sec:
+            self._warned_sec = found.since_sec
+            self._say(what)
+
+    def _guard_store(self) -> None:
+        """See to it that this rank ends even if the store, a part of rank 0, does not answer."""
+        while not self._is_closing:
+            silent_sec = time.monotonic() - self._looked_at
+            stuck_sec = self.heartbeat.stuck_sec()
+            is_lost = self._failure is not None or stuck_sec > self.heartbeat.limit(self._limit_sec)
+            if silent_sec > SILENT_SEC and is_lost:
+                self._end_without_store(f"this rank has not moved for {stuck_sec:.0f} s")
+            time.sleep(BEAT_SEC)
+
+    def _end_without_store(self, reason: str) -> None:
+        own = self.heartbeat.beat(True)
+        if self._failure is not None:
+            reason = self._failure.text
+        if self._failure is not None and self._failure.is_cause:
+            sys.stderr.write(_report_causes([self._ranks.rank], own, self._failure) + "\n")
+        elif self._ranks.rank == self._last:
+            beat, since = self._seen.get(0, (None, 0.0))
+            seen = {0: Seen(beat, time.monotonic() - since), self._ranks.rank: Seen(own)}
+            self._say(describe_lost(seen, [0], reason), "error")
+        else:
+            time.sleep(LEAVING_SEC)  # the first that leaves has the launcher end the others
+        sys.stderr.flush()
+        os._exit(FAILED_EXIT_CODE)
+
+    def _say(self, text: str, kind: str = "warning") -> None:
+        sys.stderr.write(f"{kind}: [rank {self._ranks.rank}] {text}\n")
+        sys.stderr.flush()
+
+    def _end(self, text: str, failure: Failure, seen: dict[int, Seen]) -> None:
+        """Report, and end all ranks; do not wait for those that do not answer."""
+        if failure.trace:
+            sys.stderr.write(failure.trace)
+        self._say(text, "error")
+        self._store.add(STATE, END * (1 + failure.exit_code))
+        deadline = time.monotonic() + LEAVING_SEC
+        num_others = self._last - sum(bool(one.silent_sec) for one in seen.values())
+        while self._store.add(LEFT, 0) < num_others and time.monotonic() < deadline:
+            time.sleep(ALARMED_BEAT_SEC / 4)
+        os._exit(failure.exit_code)
+
+
+def _report_causes(ranks: list[int], beat: Beat | None, failure: Failure) -> str:
+    where = "" if beat is None else f", {place(beat)}"
+    return f"{name_ranks(ranks)}{where}: {failure.text}; {failure.advice}"
+
+
+class _Reporting:
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        is_common = isinstance(error, (RunError, SystemExit, KeyboardInterrupt))
+        if error is not None and not is_common:
+            self._watchdog.fail(error)
