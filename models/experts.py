@@ -43,8 +43,15 @@ class StackedExperts(nn.Module, ABC):
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.register_state_dict_post_hook(_unstack_experts)
-        self.register_load_state_dict_pre_hook(_stack_experts)
+        self._naming_hooks = (
+            self.register_state_dict_post_hook(_unstack_experts),
+            self.register_load_state_dict_pre_hook(_stack_experts),
+        )
+
+    def present_stacked(self) -> None:
+        """Show the parameters in `state_dict()` as they are, for programs that set them by name."""
+        for hook in self._naming_hooks:
+            hook.remove()
 
     @abstractmethod
     def choose_product(
@@ -117,7 +124,7 @@ class AffineExperts(StackedExperts):
         D = x.shape[-1]
         weight = (gates @ self.weight.flatten(1)).view(-1, D, D)  # one matrix per row of gates
         if _are_shared(gates, x):
-            return _affine(x, weight[0], bias[0, 0])
+            return affine(x, weight[0], bias[0, 0])
         return torch.baddbmm(bias, x, weight)
 
 
@@ -142,7 +149,10 @@ class MlpExperts(StackedExperts):
         super().__init__(num_experts)
         D, H = hidden_size, mlp_size
         self.hidden_size, self.mlp_size = D, H
-        drawn = [nn.init.xavier_uniform_(torch.empty(D, H)) for _ in range(total or num_experts)]
+        drawn = [torch.empty(D, H) for _ in range(total or num_experts)]
+        for matrix in drawn:
+            # Its result is not used: diffusers turns these functions off while it loads a model.
+            nn.init.xavier_uniform_(matrix)
         self.fc1_weight = nn.Parameter(torch.stack(drawn[first : first + num_experts]))  # (E, D, H)
         self.fc1_bias = nn.Parameter(torch.zeros(num_experts, H))
         self.fc2_weight = nn.Parameter(torch.zeros(num_experts, H, D))
@@ -172,8 +182,8 @@ class MlpExperts(StackedExperts):
         """Apply the K experts that all samples share, side by side: one MLP of width K * H."""
         fc1 = self.fc1_weight[experts].transpose(0, 1).flatten(1)  # (D, K * H)
         fc2 = (self.fc2_weight[experts] * gates[:, None, None]).flatten(0, 1)  # (K * H, D)
-        hidden = _affine(x, fc1, self.fc1_bias[experts].flatten())
-        return _affine(F.gelu(hidden, approximate="tanh"), fc2, bias)
+        hidden = affine(x, fc1, self.fc1_bias[experts].flatten())
+        return affine(F.gelu(hidden, approximate="tanh"), fc2, bias)
 
 
 def _are_shared(gates: Tensor, x: Tensor) -> bool:
@@ -183,7 +193,8 @@ def _are_shared(gates: Tensor, x: Tensor) -> bool:
     gradients in another order than its peers, and ZeRO 1 and 2 would average those of different
     parameters with each other.
     """
-    return len(gates) == 1 < len(x)
+    # Not len(), which torch.export would take for a constant.
+    return gates.shape[0] == 1 < x.shape[0]
 
 
 def merging_is_cheaper(num_tokens: int, num_experts: int, top_k: int) -> bool:
@@ -219,7 +230,7 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Map (N, T, in) by (in, out) to (N, T, out)."""
     return torch.addmm(bias, x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
 

@@ -31,34 +31,41 @@ def build_model(
         shards_weights: the model is for ZeRO 3.
     """
     torch.manual_seed(config.run.seed)  # the same start on every rank
-    model, diffusion = config.model, config.diffusion
-    depth, hidden_size, num_heads = MODEL_SIZES[model.size]
     return SwitchDiT(
-        input_size=model.latent_shape[1:],
-        patch_size=model.patch_size,
-        in_channels=model.latent_channels,
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=num_heads,
-        num_classes=model.num_classes,
-        num_experts=model.num_experts,
-        top_k=model.top_k,
-        num_timesteps=diffusion.num_timesteps,
+        **model_arguments(config),
         expert_parallel_size=expert_parallel_size,
         shards_weights=shards_weights,
-        activation_checkpointing=model.activation_checkpointing,
-        learned_variance=learns_variance(diffusion.objective, diffusion.learned_variance),
-        routing=model.routing,
-        expert_kind=model.expert_kind,
-        expert_hidden_ratio=model.expert_hidden_ratio,
-        expert_dispatch=model.expert_dispatch,
-        renormalize_gates=model.renormalize_gates,
-        dtr_alpha=model.dtr_alpha,
-        dtr_beta=model.dtr_beta,
-        qk_norm=model.qk_norm,
-        has_loss_uncertainty=diffusion.loss_weight == "uncertainty",
-        compile_blocks=model.compile_blocks,
     )
+
+
+def model_arguments(config: Config) -> dict[str, Any]:
+    """Return what a configuration says of its network: SwitchDiT's arguments but its layout."""
+    model, diffusion = config.model, config.diffusion
+    depth, hidden_size, num_heads = MODEL_SIZES[model.size]
+    return {
+        "input_size": model.latent_shape[1:],
+        "patch_size": model.patch_size,
+        "in_channels": model.latent_channels,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "num_classes": model.num_classes,
+        "num_experts": model.num_experts,
+        "top_k": model.top_k,
+        "num_timesteps": diffusion.num_timesteps,
+        "activation_checkpointing": model.activation_checkpointing,
+        "learned_variance": learns_variance(diffusion.objective, diffusion.learned_variance),
+        "routing": model.routing,
+        "expert_kind": model.expert_kind,
+        "expert_hidden_ratio": model.expert_hidden_ratio,
+        "expert_dispatch": model.expert_dispatch,
+        "renormalize_gates": model.renormalize_gates,
+        "dtr_alpha": model.dtr_alpha,
+        "dtr_beta": model.dtr_beta,
+        "qk_norm": model.qk_norm,
+        "has_loss_uncertainty": diffusion.loss_weight == "uncertainty",
+        "compile_blocks": model.compile_blocks,
+    }
 
 
 def build_engine(

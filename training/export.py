@@ -1,0 +1,127 @@
+"""Write a run's model in a format that other programs load.
+
+    python training/export.py runs/demo
+
+    safetensors    one file of weights under this program's names, and its configuration
+    diffusers      a pipeline for diffusers with trust_remote_code=True; draws sample.py's images
+    merged         the same, with the experts merged for the timesteps of one sampler
+    dit            a DiTPipeline of diffusers, without custom code; --routing dense only
+    torch-export   the denoiser as a program of torch.export
+
+It needs one process and no GPU, whatever the run was trained on.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+if not __package__:  # run as a script: Python put this file's own folder first on sys.path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from safetensors import SafetensorError
+
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.files import as_json
+from training.checkpoint_writer import describe_disk_error
+from training.export_card import model_card
+from training.export_dit import check_dit, write_dit
+from training.export_job import EXPORT_FILE, EXPORTS_DIR, ExportJob, check_job, check_output
+from training.export_pipeline import (
+    check_merged,
+    write_merged_pipeline,
+    write_pipeline,
+    write_safetensors,
+)
+from training.export_program import write_program
+from training.sampling_flags import add_sampling_flags
+
+README_FILE = "README.md"
+
+
+class Format(NamedTuple):
+    """A kind of export."""
+
+    check: Callable[[ExportJob], None] | None  # refuse what it cannot express exactly
+    write: Callable[[ExportJob, Path], str]  # into an empty folder; returns how it is used
+    is_pipeline: bool  # holds a VAE, and draws images by itself
+
+
+FORMATS = {
+    "safetensors": Format(None, write_safetensors, False),
+    "diffusers": Format(None, write_pipeline, True),
+    "merged": Format(check_merged, write_merged_pipeline, True),
+    "dit": Format(check_dit, write_dit, True),
+    "torch-export": Format(None, write_program, False),
+}
+
+
+def build_parser() -> ArgumentParser:
+    """Build the command line."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run_dir", type=Path, help="a run, e.g. runs/demo, or one of its checkpoints")
+    add("--format", choices=FORMATS, default="diffusers", help="default: diffusers")
+    add("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
+    add("--raw", action="store_true", help="raw weights instead of averaged ones")
+    add("--ema", metavar="NAME", help="an average, e.g. 0.9999 or std0.050 (default: first)")
+    add("--weights", type=Path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
+    add("--vae", metavar="FOLDER|FILE|ID", help="default: the run's")
+    add("--output", type=Path, metavar="FOLDER", help=f"default: RUN/{EXPORTS_DIR}/NAME")
+    add("--force", action="store_true", help="replace an export that is there")
+    add_sampling_flags(parser)
+    return parser
+
+
+def export(args: argparse.Namespace, job: ExportJob) -> Path:
+    """Write the export beside its place and move it there when it is whole."""
+    temporary = job.output.with_name(f".{job.output.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        usage = FORMATS[args.format].write(job, temporary)
+        about = {"format": args.format, "weights": asdict(job.origin)}
+        (temporary / EXPORT_FILE).write_text(as_json(about), encoding="utf-8")
+        card = model_card(job, args.format, usage)
+        (temporary / README_FILE).write_text(card, encoding="utf-8")
+        _publish(temporary, job.output, args.force)
+    except (OSError, SafetensorError) as err:
+        raise ConfigError(
+            f"--output {job.output}: {describe_disk_error(err)}; free some space or choose another."
+        ) from err
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return job.output
+
+
+def _publish(temporary: Path, output: Path, is_forced: bool) -> None:
+    check_output(output, is_forced)  # again: it took a while
+    old = temporary.with_suffix(".old")
+    if output.exists():
+        os.replace(output, old)
+    os.replace(temporary, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export what the command line asks for."""
+    with exit_on_config_error():
+        args = build_parser().parse_args(argv)
+        job = check_job(args, FORMATS[args.format].is_pipeline)
+        check = FORMATS[args.format].check
+        if check is not None:
+            check(job)
+        folder = export(args, job)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(
+        f"{folder}: {args.format}, {job.origin.weights} of {job.origin.run}, {size / 2**20:.1f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Exports that carry this program's names: one file of weights, and pipelines with custom code."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from data_tools.errors import ConfigError
+from data_tools.files import as_json
+from data_tools.vae import REPOSITORY
+from models.merged import merge_experts
+from models.sampler import visited_timesteps
+from training.engine import model_arguments
+from training.export_bundle import bundle, file_name
+from training.export_code.merged_transformer import MergedDiTTransformer2DModel
+from training.export_code.transformer import SwitchDiTTransformer2DModel
+from training.export_job import ExportJob, plain
+from training.objective import build_diffusion
+from training.weight_files import write_weights
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model_index.json"
+# Arguments of SwitchDiT that change nothing about predictions.
+TRAINING_ONLY = ("activation_checkpointing", "compile_blocks", "has_loss_uncertainty")
+_LOADING = """\
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
+    pipeline({labels}, seed=0).images[0].save("image.png")
+
+`trust_remote_code=True` runs the Python files of the folder, which need diffusers, torch and
+Pillow and nothing else. Image i of a call depends on the seed, i and its class alone, and is the
+one that `training/sample.py` draws. Arguments that are not given are those in
+`scheduler/scheduler_config.json` and `model_index.json`. To move it, copy the folder: what
+diffusers' `save_pretrained` writes lacks the Python files.
+"""
+
+
+def write_safetensors(job: ExportJob, folder: Path) -> str:
+    """Write the weights as they are, and what they belong to."""
+    described = {
+        "model": model_arguments(plain(job.config)),
+        "diffusion": describe_process(job),
+        "latents": describe_latents(job),
+        "id2label": job.id2label,
+        "run_configuration": job.config.to_dict(),
+    }
+    metadata = {"format": "pt", "origin": json.dumps(vars(job.origin))}
+    write_weights(folder / MODEL_FILE, job.load_weights(), metadata)
+    (folder / CONFIG_FILE).write_text(as_json(described), encoding="utf-8")
+    return f"""\
+`{MODEL_FILE}` holds float32 tensors under the names of this program's `models/switch_dit.py`, the
+experts of a block stacked. `{CONFIG_FILE}` holds the arguments of that class, the diffusion
+process, and how latents are scaled. The file can be given to `training/sample.py --weights`, and to
+`training/main.py --init-from`.
+"""
+
+
+def write_pipeline(job: ExportJob, folder: Path) -> str:
+    """Write a pipeline folder with the network as it was trained."""
+    arguments = {
+        name: value
+        for name, value in model_arguments(job.config).items()
+        if name not in TRAINING_ONLY
+    }
+    with torch.device("meta"):  # its weights are replaced, not copied
+        transformer = SwitchDiTTransformer2DModel(**arguments)
+    weights = {f"network.{name}": value for name, value in job.load_weights().items()}
+    kept = transformer.state_dict().keys()
+    transformer.load_state_dict({name: weights[name] for name in kept}, assign=True)
+    return _write_folder(job, folder, transformer, "transformer", "switch_dit")
+
+
+def check_merged(job: ExportJob) -> None:
+    """Refuse models without affine experts, which alone merge to one matrix of the same size."""
+    model = job.config.model
+    if model.routing != "switch" or model.expert_kind != "affine":
+        flag = f"--routing {model.routing}"
+        if model.routing == "switch":
+            flag = f"--expert-kind {model.expert_kind}"
+        raise ConfigError(
+            f"--format merged: a run with {flag} has no affine experts to merge; use --format "
+            "diffusers."
+        )
+
+
+def write_merged_pipeline(job: ExportJob, folder: Path) -> str:
+    """Write a pipeline folder with a network of merged experts, for one sampler's timesteps."""
+    settings = job.settings
+    diffusion = build_diffusion(job.config)
+    timesteps = visited_timesteps(diffusion, settings.num_steps, settings.method, settings.shift)
+    merged = merge_experts(job.load_model(), timesteps)
+    wanted = inspect.signature(MergedDiTTransformer2DModel).parameters
+    arguments = {k: v for k, v in model_arguments(job.config).items() if k in wanted}
+    with torch.device("meta"):
+        transformer = MergedDiTTransformer2DModel(timesteps=timesteps, **arguments)
+    weights = {f"network.{name}": value for name, value in merged.state_dict().items()}
+    transformer.load_state_dict(weights, assign=True)
+    usage = _write_folder(job, folder, transformer, "merged_transformer", "merged_dit")
+    millions = merged.merged_weight.numel() / 1e6
+    return f"""{usage}
+The experts are merged, exactly, to one affine map per block for each of the {len(timesteps)}
+timesteps that {settings.method} visits in {settings.num_steps} steps: at each of them the network
+is a plain DiT with one more affine map in every block. Other samplers and numbers of steps are
+refused. The merged maps are {millions:,.1f} million parameters.
+"""
+
+
+def _write_folder(job: ExportJob, folder: Path, transformer: Any, module: str, stem: str) -> str:
+    """Write the parts of a pipeline, its index and its code."""
+    transformer.save_pretrained(folder / "transformer")
+    write_vae(job, folder)
+    settings = job.settings
+    process = describe_process(job) | {
+        "sampler": settings.method,
+        "num_inference_steps": settings.num_steps,
+        "shift": settings.shift,
+    }
+    scheduler = folder / "scheduler"
+    scheduler.mkdir()
+    process = {
+        "_class_name": "SwitchDiTScheduler",
+        "_diffusers_version": diffusers.__version__,
+    } | process
+    (scheduler / "scheduler_config.json").write_text(as_json(process), encoding="utf-8")
+    index = {
+        "_class_name": [
+            _write_code(folder, "pipeline", "switch_dit_pipeline"),
+            "SwitchDiTPipeline",
+        ],
+        "_diffusers_version": diffusers.__version__,
+        "id2label": job.id2label,
+        "guidance": job.default_guidance,
+        "transformer": [
+            _write_code(folder / "transformer", module, stem),
+            type(transformer).__name__,
+        ],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": [
+            _write_code(scheduler, "scheduler", "switch_dit_scheduler"),
+            "SwitchDiTScheduler",
+        ],
+    }
+    (folder / INDEX_FILE).write_text(as_json(index), encoding="utf-8")
+    label = "class_labels=[0, 0]" if job.id2label is None else f"[{job.id2label['0']!r}]"
+    return _LOADING.format(labels=label)
+
+
+def _write_code(folder: Path, module: str, stem: str) -> str:
+    """Write a self-contained file and return its name as a module."""
+    text = bundle(f"training.export_code.{module}")
+    name = file_name(stem, text)
+    (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    return name
+
+
+def write_vae(job: ExportJob, folder: Path) -> None:
+    """Write a copy of the VAE in float32, with the card that came with it."""
+    # Its weights lie channels-last in memory, which safetensors refuses.
+    torch.nn.Module.to(job.vae.model, memory_format=torch.contiguous_format)
+    job.vae.model.save_pretrained(folder / "vae")
+    card = REPOSITORY / job.vae.source_id / "README.md"
+    if card.is_file():
+        shutil.copyfile(card, folder / "vae" / "README.md")
+
+
+def describe_process(job: ExportJob) -> dict[str, Any]:
+    """Say what the network was trained on, as the arguments of Diffusion."""
+    diffusion = build_diffusion(job.config)
+    return {
+        "noise_schedule": diffusion.noise_schedule,
+        "num_timesteps": diffusion.num_timesteps,
+        "objective": diffusion.objective,
+        "learned_variance": diffusion.learned_variance,
+    }
+
+
+def describe_latents(job: ExportJob) -> dict[str, Any]:
+    """Say how latents of the VAE become what the network sees."""
+    vae = job.manifest.vae
+    return {
+        "shape": job.config.model.latent_shape,
+        "scaling_factor": vae.scaling_factor,
+        "shift_factor": vae.shift_factor,
+        "rule": "final = (latent - shift_factor) * scaling_factor",
+        "vae": {"id": vae.id, "sha256": vae.sha256},
+    }
