@@ -29,7 +29,7 @@ from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_confi
 from training import processes
 from training.bandwidth import Bandwidth, measure
 from training.command_line import CommandLine, parse_command_line
-from training.job import check, check_without_data
+from training.job import check, check_without_data, find_resume_points
 from training.main import is_demo_missing
 from training.node_facts import NodeFacts, allocated_nodes, collect, compare, summary
 from training.processes import Ranks
@@ -78,8 +78,8 @@ def check_job(command: CommandLine, ranks: Ranks) -> tuple[str, str]:
         check_without_data(command, ranks)
         return "", ""
     job = check(replace(command, dry_run=True), ranks)  # dry: rank 0 need not load a decoder
-    newest = str(job.resume_points[0].folder) if job.resume_points else ""
-    return job.manifest.hash, newest
+    points, _ = find_resume_points(job.config, job.layout, job.manifest)
+    return job.manifest.hash, str(points[0].folder) if points else ""
 
 
 def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
