@@ -20,6 +20,7 @@ from training.metrics import MetricSums
 from training.monitor import Monitor, read_metrics
 from training.objective import Objective
 from training.processes import Ranks
+from training.progress import Progress
 from training.provenance import read_starts
 from training.rebalance import ExpertPlacement
 from training.reporting import Reporter
@@ -35,6 +36,7 @@ def assemble(
     state: TrainState,
     staging: Path,
     heartbeat: Heartbeat,
+    progress: Progress,
 ) -> Iterator[Training]:
     """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this.
 
@@ -45,6 +47,7 @@ def assemble(
         state: to begin with.
         staging: this job's folder for what it will publish.
         heartbeat: of this process.
+        progress: what a person watches.
     """
     config, manifest, data = job.config, job.manifest, job.config.data
     run_dir = Path(config.run.run_dir)
@@ -92,7 +95,7 @@ def assemble(
     )
     # Only the main rank reports it, and only that one's records are complete.
     loads = LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ())
-    reporter = Reporter(config, engine, sums, loads, monitor, device, ranks.is_main)
+    reporter = Reporter(*(config, engine, sums, loads, monitor, progress, device, ranks.is_main))
     if ranks.is_main:
         reporter.begin(read_starts(run_dir))
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)

@@ -24,6 +24,7 @@ class CommandLine:
         deepspeed: the DeepSpeed JSON file, as typed.
         local_rank: from the deepspeed launcher; -1 without it.
         dry_run: print everything resolved and stop.
+        quiet: print warnings and errors only; log.txt has the rest.
     """
 
     config: Config
@@ -31,6 +32,7 @@ class CommandLine:
     deepspeed: Path
     local_rank: int
     dry_run: bool
+    quiet: bool = False
 
 
 def _build_parser() -> ArgumentParser:
@@ -58,6 +60,11 @@ def _build_parser() -> ArgumentParser:
         "--dry-run",
         action="store_true",
         help="print the resolved configuration, sizes and memory, and write nothing",
+    )
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print warnings and errors only; what is left out is in the run's log.txt",
     )
     groups = {
         section: parser.add_argument_group(section, cls.__doc__)
@@ -125,4 +132,5 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         deepspeed=given.deepspeed,
         local_rank=given.local_rank,
         dry_run=given.dry_run,
+        quiet=given.quiet,
     )

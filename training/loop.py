@@ -126,6 +126,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         state = TrainState(
             state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
         )
+        training.reporter.progress.advance()
         report_write(training, state.step, saver.poll())
         is_last = state.step == run.max_steps
         is_save_due = is_last or is_clock_due or state.step % run.save_every == 0

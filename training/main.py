@@ -41,7 +41,8 @@ from training.heartbeat import LEAVING
 from training.job import Job, check, check_without_data, find_resume_points
 from training.precision import explain_precision
 from training.processes import Ranks
-from training.provenance import count_hosts, record_start
+from training.progress import Progress
+from training.provenance import count_hosts, read_starts, record_start
 from training.run_directory import CONFIG_FILE, create_run_directory, load_config
 from training.run_lock import WAIT_SEC, hold_run_directory, is_started_again
 from training.run_log import log_to
@@ -78,9 +79,10 @@ def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
     if not is_demo_missing(command.config):
         return
     check_without_data(command, ranks)
-    if ranks.is_main:
+    is_silent = command.quiet or not ranks.is_main
+    if not is_silent:
         print(f"{command.config.data.data} is missing: preparing the demo data set.", flush=True)
-    prepare_demo(quiet=not ranks.is_main)
+    prepare_demo(quiet=is_silent)
 
 
 def dry_run(command: CommandLine, ranks: Ranks) -> str:
@@ -124,7 +126,11 @@ def choose_resume_point(job: Job) -> tuple[ResumePoint | None, list[str]]:
 
 
 def train_job(
-    job: Job, ranks: Ranks, device: torch.device, watchdog: Watchdog | None = None
+    job: Job,
+    ranks: Ranks,
+    device: torch.device,
+    watchdog: Watchdog | None = None,
+    is_quiet: bool = False,
 ) -> TrainState:
     """Train a checked job in an existing process group. All ranks must call this.
 
@@ -133,6 +139,7 @@ def train_job(
         ranks: this process's place.
         device: to train on.
         watchdog: that looks after it; None = nobody does.
+        is_quiet: print warnings only.
 
     Raises:
         RunError: on all ranks, with what ended the run.
@@ -169,11 +176,13 @@ def train_job(
             raise processes.RunError(problem)
         stop = processes.StopSignal(device)
         started = time.monotonic()
-        log = log_to(run_dir) if ranks.is_main else contextlib.nullcontext()
+        terminal = sys.stderr
+        log = log_to(run_dir, is_quiet) if ranks.is_main else contextlib.nullcontext()
         # What fails must not wait for the threads that are taken apart afterwards.
         with (
-            log,
-            assemble(job, ranks, device, state, staging, watchdog.heartbeat) as training,
+            log as note,
+            Progress(job.config.run.max_steps, note, is_quiet, terminal) as progress,
+            assemble(job, ranks, device, state, staging, watchdog.heartbeat, progress) as training,
             watchdog.reporting(),
         ):
             limit_all_groups()
@@ -189,6 +198,7 @@ def train_job(
             training.placement.establish()
             if ranks.is_main:
                 print(_start_text(job, ranks, state, point), flush=True)
+                progress.begin(state.step, len(read_starts(run_dir)))
             state = train(training, state, stop)
             if ranks.is_main:
                 print(_end_line(job.config, state, time.monotonic() - started), flush=True)
@@ -277,14 +287,14 @@ def main(argv: list[str] | None = None) -> None:
             text = explain_precision(
                 command.deepspeed, load_deepspeed_json(command.deepspeed), job.deepspeed_config
             )
-    if ranks.is_main:
+    if ranks.is_main and (command.dry_run or not command.quiet):
         print(text, flush=True)
     if not command.dry_run:
         processes.start_process_group(ranks, device)
         exit_code = 0
         with Watchdog(ranks, device) as watchdog:
             try:
-                state = train_job(job, ranks, device, watchdog)
+                state = train_job(job, ranks, device, watchdog, command.quiet)
                 if state.step < job.config.run.max_steps:
                     exit_code = SAVED_EXIT_CODE
             except processes.RunError as err:

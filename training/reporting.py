@@ -19,7 +19,7 @@ from training.gpu_peaks import peak_tflops
 from training.metrics import MetricSums
 from training.monitor import Monitor
 from training.pictures import affinity_map, expert_map, load_history, load_map
-from training.progress_line import print_progress
+from training.progress import Progress
 from training.provenance import Start
 from training.stability import SpikeDetector
 
@@ -42,6 +42,7 @@ class Reporter:
         sums: of the interval.
         loads: of all intervals.
         monitor: where records go.
+        progress: what a person watches.
         device: of the training.
         is_main: whether this rank talks to a person.
     """
@@ -53,11 +54,12 @@ class Reporter:
         sums: MetricSums,
         loads: LoadHistory,
         monitor: Monitor,
+        progress: Progress,
         device: torch.device,
         is_main: bool,
     ) -> None:
         self.config, self.engine, self.sums, self.loads = config, engine, sums, loads
-        self.monitor, self.is_main = monitor, is_main
+        self.monitor, self.progress, self.is_main = monitor, progress, is_main
         self._spikes, self._drift = SpikeDetector(config.optim.spike_threshold), GateDrift()
         shape = shape_of(config)
         flops = training_flops(
@@ -111,7 +113,7 @@ class Reporter:
             if tables.gates is not None and (drift := self._drift.add(tables.gates)) is not None:
                 # Not among the records: a resumed run has none for its first interval.
                 self.monitor.extra(state.step, "moe/gate_drift", drift)
-            print_progress(metrics, state.step, self.config.run.max_steps, speed)
+            self.progress.show(metrics, state.step, speed)
 
     def _report_spikes(self, step_losses: dict[int, float]) -> int:
         count = 0
