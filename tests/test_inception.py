@@ -191,3 +191,9 @@ class TestWeights:
         found = network.model.state_dict()
         assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
         assert network.min_images == 2049
+
+
+def test_gpus_convolve_exactly_and_with_their_library():
+    with networks.full_precision():
+        cudnn = torch.backends.cudnn
+        assert cudnn.enabled and cudnn.deterministic and not cudnn.allow_tf32

@@ -88,6 +88,17 @@ def test_several_runs_are_compared(tmp_path):
     assert "What was set differently a b lr 0.001 0.5 Over" in text
 
 
+def test_runs_of_one_name_keep_their_pictures_apart(tmp_path):
+    folders = [make_run(tmp_path / "a/XL"), make_run(tmp_path / "b/XL", lr=0.5)]
+
+    main([*map(str, folders), "--output", str(tmp_path / "both")])
+
+    text = Page(tmp_path / "both/report.html").text
+    assert all(str(folder) in text for folder in folders)
+    names = {file.name for file in (tmp_path / "both").glob("*.png")}
+    assert {"loads-1-XL.png", "loads-2-XL.png", "samples-2-XL-0000060.png"} <= names
+
+
 def test_numbers_are_those_of_the_records(tmp_path):
     (found,) = load_runs([make_run(tmp_path / "a")])
 

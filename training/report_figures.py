@@ -106,7 +106,7 @@ def error_by_timestep(run: RunData) -> FigureOf | None:
         axes.legend(fontsize=7, frameon=False)
 
     text = "Clean latents are the hardest to predict noise for; every range should fall."
-    return FigureOf(f"error-{run.name}.png", "Error by timestep", text, _draw(draw))
+    return FigureOf(f"error-{run.slug}.png", "Error by timestep", text, _draw(draw))
 
 
 def _mean(values: list[float]) -> float:
@@ -120,15 +120,15 @@ def experts(run: RunData) -> list[FigureOf]:
     if len(steps) > 1:
         text = "A band per block; experts' shares of the samples on one another, time to the right."
         picture = load_history(loads, steps)
-        figures.append(FigureOf(f"loads-{run.name}.png", "Loads over time", text, _png(picture)))
+        figures.append(FigureOf(f"loads-{run.slug}.png", "Loads over time", text, _png(picture)))
     if (gates := run.gate_table()) is not None:
         top_k = run.config.model.top_k
         text = "Which expert serves which timestep, a row per expert; brighter is a larger gate."
         picture = expert_map(gates, top_k)
-        figures.append(FigureOf(f"experts-{run.name}.png", "Experts", text, _png(picture)))
+        figures.append(FigureOf(f"experts-{run.slug}.png", "Experts", text, _png(picture)))
         text = "Timesteps against timesteps: white share all their experts, black none."
         picture = affinity_map(gates, top_k)
-        figures.append(FigureOf(f"affinity-{run.name}.png", "Affinity", text, _png(picture)))
+        figures.append(FigureOf(f"affinity-{run.slug}.png", "Affinity", text, _png(picture)))
     return figures
 
 
@@ -140,7 +140,7 @@ def grids(run: RunData) -> list[FigureOf]:
             image.thumbnail((GRID_PIXELS, GRID_PIXELS), Image.Resampling.LANCZOS)
             png = _png(np.asarray(image.convert("RGB")))
         title = f"Samples at step {int(path.stem):,}"
-        figures.append(FigureOf(f"samples-{run.name}-{path.stem}.png", title, "", png))
+        figures.append(FigureOf(f"samples-{run.slug}-{path.stem}.png", title, "", png))
     return figures
 
 

@@ -34,6 +34,7 @@ class RunData:
 
     Attributes:
         name: of the run's directory, or its path if two have one name.
+        slug: for names of files, different for every run.
         records: of metrics.jsonl.
         starts: oldest first.
         events: warnings and errors of the log with their times, the newest MAX_EVENTS of them.
@@ -42,6 +43,7 @@ class RunData:
     """
 
     name: str
+    slug: str
     folder: Path
     config: Config
     records: list[dict[str, float]]
@@ -125,12 +127,12 @@ def load_runs(folders: list[Path]) -> list[RunData]:
     names = [folder.resolve().name for folder in folders]
     is_clear = len(set(names)) == len(names)
     return [
-        _load(folder, name if is_clear else str(folder))
-        for folder, name in zip(folders, names, strict=True)
+        _load(folder, name, name) if is_clear else _load(folder, str(folder), f"{i}-{name}")
+        for i, (folder, name) in enumerate(zip(folders, names, strict=True), 1)
     ]
 
 
-def _load(folder: Path, name: str) -> RunData:
+def _load(folder: Path, name: str, slug: str) -> RunData:
     config = load_config(folder)
     if not (folder / METRICS_FILE).exists() or not (records := _read(folder, read_metrics)):
         raise ConfigError(f"{folder}: nothing was recorded yet; train first.")
@@ -141,6 +143,7 @@ def _load(folder: Path, name: str) -> RunData:
         read_manifest(checkpoint)  # refuses one that is damaged
     return RunData(
         name=name,
+        slug=slug,
         folder=folder,
         config=config,
         records=records,

@@ -5,6 +5,7 @@ N images, H W size in pixels, D width of features.
 
 import urllib.error
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -53,6 +54,14 @@ class FeatureNetwork(ABC):
         return max(self.widths.values()) + 1
 
 
+def full_precision() -> AbstractContextManager[None]:
+    """Make convolutions on a GPU repeatable and exact to fp32.
+
+    By default they round their inputs to TF32, three digits.
+    """
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 class InceptionNetwork(FeatureNetwork):
     """The network of FID, sFID and the Inception Score."""
 
@@ -64,8 +73,7 @@ class InceptionNetwork(FeatureNetwork):
 
     def look(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return pool_3 (N, 2048) and mixed_6/conv (N, 2023)."""
-        # By default convolutions round their inputs to TF32 on a GPU, three digits.
-        with torch.no_grad(), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        with torch.no_grad(), full_precision():
             found = self.model(pixels.to(self.device))
         return {POOL: found.pool, SPATIAL: found.spatial}
 
@@ -97,7 +105,7 @@ class ScriptedNetwork(FeatureNetwork):
     def look(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return what the file computes."""
         try:
-            with torch.no_grad(), torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+            with torch.no_grad(), full_precision():
                 features = self.model(pixels.to(self.device).permute(0, 3, 1, 2).contiguous())
         except (RuntimeError, torch.jit.Error) as err:
             reason = str(err).strip().splitlines()[-1].rstrip(".")
