@@ -195,6 +195,7 @@ def test_a_real_tensorboard_serves_the_run(trained):
         tags = get("scalars/tags")[name]
         scalars = get(f"scalars/scalars?run={name}&tag=moe_load%2Fblock_00%2Fexpert_0")
         images = get("images/tags")[name]
+        layout = get("custom_scalars/layout")
     finally:
         finish_tensorboard(process)
 
@@ -205,6 +206,14 @@ def test_a_real_tensorboard_serves_the_run(trained):
     assert wanted <= set(tags)
     assert [step for _, step, _ in scalars] == list(range(1, STEPS + 1))
     assert {"samples/ema", "moe/timestep_to_expert"} <= set(images)
+    empty = {
+        chart["title"]
+        for category in layout["category"]
+        for chart in category["chart"]
+        if not any(re.match(p, tag) for p in chart["multiline"]["tag"] for tag in tags)
+    }
+    assert len(layout["category"]) == 5
+    assert empty == {"evaluation", "share of the GPU's peak, %"}, "these need more than this run"
 
 
 def finish_tensorboard(process):
