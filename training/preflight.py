@@ -29,11 +29,12 @@ from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_confi
 from training import processes
 from training.bandwidth import Bandwidth, measure
 from training.command_line import CommandLine, parse_command_line
-from training.job import check, check_without_data, find_resume_points
+from training.job import check, check_without_data
 from training.main import is_demo_missing
 from training.node_facts import NodeFacts, allocated_nodes, collect, compare, summary
 from training.processes import Ranks
 from training.provenance import own_node
+from training.resume_points import newest_point
 
 FLOOR_VARIABLE = "MIN_NODE_GBPS"
 GRACE_SEC = 10.0  # beyond the time limit, for rank 0 to say who is missing
@@ -78,8 +79,8 @@ def check_job(command: CommandLine, ranks: Ranks) -> tuple[str, str]:
         check_without_data(command, ranks)
         return "", ""
     job = check(replace(command, dry_run=True), ranks)  # dry: rank 0 need not load a decoder
-    points, _ = find_resume_points(job.config, job.layout, job.manifest)
-    return job.manifest.hash, str(points[0].folder) if points else ""
+    point = newest_point(Path(job.config.run.run_dir))
+    return job.manifest.hash, "" if point is None else str(point.folder)
 
 
 def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
