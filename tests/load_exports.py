@@ -26,13 +26,21 @@ def pipeline(job):
     pipe.set_progress_bar_config(disable=True)
     latents = [pipe(**call, output_type="latent").images for call in job["calls"]]
     pictures = pipe(**job["calls"][0], output_type="np").images
+    first = dict(job["calls"][0])
+    generator = torch.Generator().manual_seed(first.pop("seed", 0))
+    by_generator = pipe(**first, generator=generator, output_type="latent").images
     refusals = []
     for call in job["refused"]:
         try:
             pipe(**call)
         except ValueError as err:
             refusals.append(str(err))
-    return {"latents": latents, "pixels": torch.from_numpy(pictures), "refusals": refusals}
+    return {
+        "latents": latents,
+        "by_generator": by_generator,
+        "pixels": torch.from_numpy(pictures),
+        "refusals": refusals,
+    }
 
 
 def dit(job):

@@ -237,6 +237,7 @@ def test_the_pipeline_draws_our_images_bit_for_bit(exports, runs, vae):
 
     guided = our_latents(runs["switch"], "ddim", 4, seed=5, scale=2.0, interval=(200, 800))
     assert torch.equal(found["latents"][0], guided)
+    assert torch.equal(found["by_generator"], guided)
     assert torch.equal(found["latents"][1], our_latents(runs["switch"], "ddpm", 3))
     everywhere = our_latents(runs["switch"], "dpmpp-2m", 3, scale=2.0)
     assert torch.equal(found["latents"][2], everywhere)
@@ -427,6 +428,8 @@ def refusal(capsys, *arguments):
         (["--checkpoint", "step-3"], "error: --checkpoint: no 'step-3'"),
         (["--format", "onnx"], "error: --format: invalid choice: 'onnx'"),
         (["--autoguidance", "runs/weak"], "error: --autoguidance runs/weak needs the weights of"),
+        (["--steps", 30, "--format", "safetensors"], "error: --steps: --format safetensors draws"),
+        (["--cfg-scale", 2, "--format", "torch-export"], "error: --cfg-scale: --format torch-exp"),
         (["--sampler", "euler"], "error: --sampler euler does not fit objective epsilon"),
         (
             ["--vae", "data_tools/demo_vae", "--format", "safetensors"],

@@ -79,6 +79,24 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that say how images are drawn, where the format draws none.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    if FORMATS[args.format].is_pipeline:
+        return
+    parser = ArgumentParser()
+    add_sampling_flags(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(args, name) != default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: --format {args.format} draws no images; drop the "
+                "flag, or choose diffusers, merged or dit."
+            )
+
+
 def export(args: argparse.Namespace, job: ExportJob) -> Path:
     """Write the export beside its place and move it there when it is whole."""
     temporary = job.output.with_name(f".{job.output.name}.{os.getpid()}.tmp")
@@ -112,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     """Export what the command line asks for."""
     with exit_on_config_error():
         args = build_parser().parse_args(argv)
+        check_flags(args)
         job = check_job(args, FORMATS[args.format].is_pipeline)
         check = FORMATS[args.format].check
         if check is not None:

@@ -52,6 +52,7 @@ class SwitchDiTPipeline(DiffusionPipeline):
         class_labels: Sequence[int | str] | int | str = 0,
         *,
         seed: int = 0,
+        generator: torch.Generator | None = None,
         indices: Sequence[int] | None = None,
         num_inference_steps: int | None = None,
         sampler: str | None = None,
@@ -67,6 +68,7 @@ class SwitchDiTPipeline(DiffusionPipeline):
         Args:
             class_labels: numbers or names of classes; any number for an unconditional model.
             seed: of the images.
+            generator: as other pipelines take it; the seed it began with replaces `seed`.
             indices: numbers of the images in the seed's stream; 0, 1, 2, ... by default.
             num_inference_steps: steps of the sampler; None, here and below: as exported.
             sampler: ddim, ddpm or dpmpp-2m; euler or heun for rectified flow.
@@ -85,7 +87,7 @@ class SwitchDiTPipeline(DiffusionPipeline):
         settings = SamplerSettings(
             process.sampler if sampler is None else sampler,
             process.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            seed,
+            seed if generator is None else generator.initial_seed(),
             guidance=self._guidance(guidance_scale, guidance_channels, guidance_interval),
             shift=process.shift if shift is None else shift,
         )
