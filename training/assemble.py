@@ -10,6 +10,7 @@ import torch
 from data_tools.loader import LatentStream
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
+from training.communication import CommunicationWatch
 from training.ema_snapshots import SnapshotWriter
 from training.engine import build_engine
 from training.expert_load import LoadHistory, exchange_shape
@@ -114,6 +115,9 @@ def assemble(
             is_main=ranks.is_main,
             reporter=reporter,
             heartbeat=heartbeat,
+            communication=CommunicationWatch(
+                monitor, device, config.run.save_every, ranks.is_main and ranks.world_size > 1
+            ),
         )
     finally:
         stream.close()

@@ -8,15 +8,16 @@ Chart = list[Any]  # as SummaryWriter.add_custom_scalars wants it: a kind, and r
 Layout = dict[str, dict[str, Chart]]
 
 
-def dashboard(config: Config, depth: int, num_experts: int) -> Layout:
+def dashboard(config: Config, depth: int, num_experts: int, num_ranks: int) -> Layout:
     """Return the layout of TensorBoard's page "custom scalars".
 
     Args:
         config: of the run; charts of what it does not have are left out.
         depth: blocks.
         num_experts: of a block; 0 = a model without experts.
+        num_ranks: that train.
     """
-    layout = {"Is it learning?": _learning(config), "Is it fast?": _speed(config)}
+    layout = {"Is it learning?": _learning(config), "Is it fast?": _speed(config, num_ranks)}
     if num_experts:
         layout["What do the experts do?"] = _experts()
         layout["Share of the samples, block by block"] = {
@@ -49,7 +50,7 @@ def _learning(config: Config) -> dict[str, Chart]:
     return charts
 
 
-def _speed(config: Config) -> dict[str, Chart]:
+def _speed(config: Config, num_ranks: int) -> dict[str, Chart]:
     charts = {
         "samples per second": _lines("speed/samples_per_sec"),
         "model TFLOP/s of a rank": _lines("speed/tflops_per_rank"),
@@ -57,6 +58,10 @@ def _speed(config: Config) -> dict[str, Chart]:
         "waiting for data, %": _lines("speed/data_wait_pct"),
         "peak memory, GiB": _lines("memory/"),
     }
+    if num_ranks > 1:
+        charts["communicating, and computing nothing meanwhile, %"] = _lines(
+            "comm/share_pct", "comm/exposed_pct"
+        )
     if config.run.expert_parallel_size > 1:
         charts["MiB that a rank sends per step, experts only"] = _lines("comm/mib_sent_per_step")
         charts["busiest rank of a group over the mean"] = _lines("comm/rank_load_max_over_mean")

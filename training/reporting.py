@@ -71,7 +71,8 @@ class Reporter:
         """Record what the run is, once per start. Of the main rank only."""
         start, config = starts[-1], self.config
         depth, num_experts = len(self.engine.module.blocks), self.engine.module.num_experts
-        self.monitor.layout(dashboard(config, depth, num_experts))
+        num_ranks = torch.distributed.get_world_size()
+        self.monitor.layout(dashboard(config, depth, num_experts, num_ranks))
         plain = {key: value for part in config.to_dict().values() for key, value in part.items()}
         self.monitor.hyperparameters(plain)
         self.monitor.text("configuration", config.to_yaml())
