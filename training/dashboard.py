@@ -23,6 +23,7 @@ def dashboard(config: Config, depth: int, num_experts: int, num_ranks: int) -> L
         layout["Share of the samples, block by block"] = {
             f"block {block:02d}": _lines(f"moe_load/block_{block:02d}/") for block in range(depth)
         }
+    layout |= evaluation_charts()
     layout["Did it survive?"] = {
         "starts so far": _lines("run/starts"),
         "training stood still for a checkpoint, seconds": _lines("checkpoint/pause_sec"),
@@ -30,6 +31,20 @@ def dashboard(config: Config, depth: int, num_experts: int, num_ranks: int) -> L
         "loss spikes and skipped steps": _lines("loss/spikes", "optim/skipped_steps"),
     }
     return layout
+
+
+def evaluation_charts() -> Layout:
+    """Return the part of the layout that training/evaluate.py fills."""
+    return {
+        "How good are its images?": {
+            "FID, sFID, or a Frechet distance: lower is better": _lines(
+                *("eval/fid", "eval/sfid", "eval/frechet_distance")
+            ),
+            "inception score: higher is better": _lines("eval/inception_score"),
+            "precision and recall: higher is better": _lines("eval/precision", "eval/recall"),
+            "held-out loss": _lines("eval/loss_"),
+        }
+    }
 
 
 def _learning(config: Config) -> dict[str, Chart]:
@@ -43,7 +58,6 @@ def _learning(config: Config) -> dict[str, Chart]:
         "mse by timestep (000 is clean)": _lines("mse_by_timestep/"),
         "gradient norm": _lines("optim/grad_norm"),
         "learning rate": _lines("optim/lr"),
-        "evaluation": _lines("eval/"),
     }
     if config.diffusion.loss_weight == "uncertainty":
         charts["learned weights: log variance"] = _lines("uncertainty/")
