@@ -25,6 +25,7 @@ from training.progress import Progress
 from training.provenance import read_starts
 from training.rebalance import ExpertPlacement
 from training.reporting import Reporter
+from training.run_history import RunHistory, read_notes
 from training.sample_grid import SampleGrid
 from training.warm_start import initial_values
 
@@ -95,10 +96,15 @@ def assemble(
         ),
     )
     # Only the main rank reports it, and only that one's records are complete.
-    loads = LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ())
-    reporter = Reporter(*(config, engine, sums, loads, monitor, progress, device, ranks.is_main))
+    records = read_metrics(run_dir) if ranks.is_main else []
+    loads = LoadHistory(depth, num_experts, records)
+    starts = read_starts(run_dir) if ranks.is_main else []
+    history = RunHistory(starts, read_notes(run_dir) if ranks.is_main else [], records)
+    reporter = Reporter(
+        *(config, engine, sums, loads, history, monitor, progress, device, ranks.is_main)
+    )
     if ranks.is_main:
-        reporter.begin(read_starts(run_dir))
+        reporter.begin(starts)
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)
     try:
         yield Training(

@@ -32,6 +32,7 @@ from training.objective import Objective
 from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
 from training.rebalance import ExpertPlacement
 from training.reporting import Reporter, StepTables
+from training.run_history import FAILED, SAVED, CheckpointNote
 from training.stability import (
     MicroStepRecord,
     describe_non_finite,
@@ -272,6 +273,10 @@ def report_write(
     """
     if outcome is None:
         return
+    if not outcome.is_taken_over:  # else the directory is another job's by now
+        what = SAVED if outcome.problem is None else FAILED
+        note = CheckpointNote(outcome.state.step, what, outcome.problem or "")
+        training.reporter.note_checkpoint(note)
     if outcome.problem is None:
         training.monitor.extra(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
         if training.is_main:
