@@ -73,7 +73,7 @@ def _speed(config: Config, num_ranks: int) -> dict[str, Chart]:
         "peak memory, GiB": _lines("memory/"),
     }
     if num_ranks > 1:
-        charts["communicating, and computing nothing meanwhile, %"] = _lines(
+        charts["communication, and what nothing hides of it, %"] = _lines(
             "comm/share_pct", "comm/exposed_pct"
         )
     if config.run.expert_parallel_size > 1:

@@ -18,6 +18,7 @@ from data_tools.files import replace_file
 MAP_ROW_PIXELS, MAP_GAP_PIXELS = 10, 4
 MAP_LEFT_PIXELS, MAP_BELOW_PIXELS = 58, 18  # room for the axes' texts
 NO_SAMPLES_GREY = 128
+GAP_COLOUR = (150, 170, 200)  # no value has it
 MAX_COLUMNS = 280
 HISTORY_ROW_PIXELS = 40
 AXIS_GREY = (150, 150, 150)
@@ -82,7 +83,7 @@ def _warm(brightness: np.ndarray) -> np.ndarray:
 def _stacked(rows: np.ndarray, num_timesteps: int) -> np.ndarray:
     """Put the blocks' rows (L, height, width, 3) below one another, with gaps and axes."""
     L, height, width, _ = rows.shape
-    blocks = np.full((L, height + MAP_GAP_PIXELS, width, 3), 255, dtype=np.uint8)
+    blocks = np.full((L, height + MAP_GAP_PIXELS, width, 3), GAP_COLOUR, dtype=np.uint8)
     blocks[:, :height] = rows
     rows = blocks.reshape(-1, width, 3)
     return _with_axes(rows, _block_names(L), _timestep_ticks(num_timesteps))

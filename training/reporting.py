@@ -127,6 +127,8 @@ class Reporter:
         self.monitor.scalars(state.step, metrics)
         if self.is_main:
             self.history.add_interval(state.step, metrics)
+            # Also between starts: of a few points TensorBoard hides some as outliers.
+            self.monitor.extra(state.step, "run/starts", float(len(self.history.starts)))
             if tables.gates is not None and (drift := self._drift.add(tables.gates)) is not None:
                 # Not among the records: a resumed run has none for its first interval.
                 self.monitor.extra(state.step, "moe/gate_drift", drift)
