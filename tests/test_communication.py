@@ -2,6 +2,7 @@
 
 import random
 import time
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.ranks import run_ranks
 from tests.synthetic import make_dataset, random_moments
 from tests.test_monitor import scalars_in_tensorboard
-from training import communication
+from training import assemble, communication
 from training.command_line import parse_command_line
 from training.communication import CommunicationWatch, Shares, shares, shares_of, united
 from training.job import check
@@ -21,7 +22,7 @@ from training.monitor import Monitor, read_metrics
 from training.processes import Ranks
 
 CPU = torch.device("cpu")
-STEPS, FIRST = 5, 3
+STEPS, FIRST = 3, 2
 TAGS = ("comm/share_pct", "comm/exposed_pct")
 
 
@@ -120,8 +121,8 @@ def test_a_gpu_that_another_tool_watches_gives_no_share():
 def collectives(rank, world_size, folder):
     """Steps of 100 ms and more: rank 0 waits, then computes beside a collective."""
     monitor = Monitor(folder if rank == 0 else None)
-    watch = CommunicationWatch(monitor, CPU, 1, is_wanted=rank == 0)
-    communication.FIRST_STEP, communication.MAX_COST = 1, 1e9
+    watch = CommunicationWatch(monitor, CPU, 1, is_wanted=rank == 0, first=1)
+    communication.MAX_COST = 1e9
     vector, matrix = torch.ones(1000), torch.ones(400, 400)
 
     def compute(seconds):
@@ -158,7 +159,7 @@ def train_three_times(rank, world_size, folder):
     """Look at a step, at none, and at one that another profiler looks at already."""
     ranks = Ranks(rank, world_size, rank)
     for name, first in (("watched", FIRST), ("unwatched", STEPS + 1), ("profiled", FIRST)):
-        communication.FIRST_STEP = first
+        assemble.CommunicationWatch = partial(CommunicationWatch, first=first)
         argv = ["--data", folder / "data", "--run-dir", folder / name, "--size", "demo"]
         argv += ["--deepspeed", "ds_configs/zero2.json", "--global-batch-size", 4]
         argv += ["--max-steps", STEPS, "--log-every", 1, "--save-every", STEPS]

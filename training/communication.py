@@ -6,6 +6,7 @@ their end, and torch's operators in the thread that trains. Waiting for slower r
 collective. Other ranks know nothing of it: nothing is exchanged, and nothing computed changes.
 """
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -128,13 +129,23 @@ class CommunicationWatch:
         device: of the training.
         every: steps from one look to the next, at least.
         is_wanted: False on ranks that do not look, or where there is nobody to communicate with.
+        first: step of this process that is looked at first, from 1.
     """
 
-    def __init__(self, monitor: Monitor, device: torch.device, every: int, is_wanted: bool) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        device: torch.device,
+        every: int,
+        is_wanted: bool,
+        first: int = FIRST_STEP,
+    ) -> None:
         self._monitor, self._every, self._is_wanted = monitor, every, is_wanted
         self._is_on_gpu, self._device = device.type == "cuda", device
-        self._num_steps = self._next_step = 0
+        self._num_steps, self._next_step = 0, first
         self._started, self.cost_sec = 0.0, 0.0
+        if is_wanted:  # else the profiler's library notes each look on the standard error
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -164,7 +175,7 @@ class CommunicationWatch:
             return False
         self._num_steps += 1
         if self._num_steps == 1:
-            self._started, self._next_step = time.monotonic(), FIRST_STEP
+            self._started = time.monotonic()
         if self._num_steps < self._next_step:
             return False
         if self.cost_sec > MAX_COST * (time.monotonic() - self._started):

@@ -20,9 +20,6 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 # The report on a lost rank must not drown in what every rank's libraries say of their connections.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "6"
-)  # the profiler's library would note each step it sees
 
 import torch
 
