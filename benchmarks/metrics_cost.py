@@ -45,7 +45,7 @@ from training.communication import CommunicationWatch
 from training.config import Config
 from training.engine import build_model
 from training.expert_load import LoadHistory, exchange_shape
-from training.heartbeat import FORWARD
+from training.heartbeat import FORWARD, Heartbeat
 from training.metrics import NUM_TIMESTEP_BUCKETS, MetricSums
 from training.monitor import Monitor, read_metrics
 from training.processes import Ranks
@@ -127,7 +127,8 @@ def measure_reporter(
     engine = SimpleNamespace(module=model, skipped_steps=0, get_global_grad_norm=lambda: 1.0)
     monitor = Monitor(folder)
     progress = Progress(config.run.max_steps, lambda _: None, False, io.StringIO())
-    reporter = Reporter(config, engine, sums, loads, history, monitor, progress, device, True)
+    parts = (config, engine, sums, loads, history, monitor, progress, device, Heartbeat(device))
+    reporter = Reporter(*parts, is_main=True)
     gates = gate_table(config, device)
     plan, terms = group_plan(config, gates, t), LossTerms(*torch.ones(4, device=device))
     mse, counts = torch.ones(N, device=device), torch.ones(depth, E, NUM_TIMESTEP_BUCKETS)

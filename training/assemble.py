@@ -100,9 +100,8 @@ def assemble(
     loads = LoadHistory(depth, num_experts, records)
     starts = read_starts(run_dir) if ranks.is_main else []
     history = RunHistory(starts, read_notes(run_dir) if ranks.is_main else [], records)
-    reporter = Reporter(
-        *(config, engine, sums, loads, history, monitor, progress, device, ranks.is_main)
-    )
+    parts = (config, engine, sums, loads, history, monitor, progress, device, heartbeat)
+    reporter = Reporter(*parts, ranks.is_main)
     if ranks.is_main:
         reporter.begin(starts)
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)
