@@ -76,6 +76,13 @@ def test_pictures_are_no_wider_than_tensorboard_shows_them():
     assert maps[2].shape[0] == MAX_COLUMNS + MAP_BELOW_PIXELS
 
 
+def test_maps_of_many_experts_have_narrower_rows():
+    tall = expert_map(torch.rand(28, 10, 16), 2)
+
+    assert tall.shape[0] == 28 * (16 * 2 + MAP_GAP_PIXELS) + MAP_BELOW_PIXELS
+    assert load_map(torch.ones(28, 16, 10), 10).shape == tall.shape
+
+
 def test_the_load_history_stacks_shares_from_the_first_interval_to_the_last():
     loads = np.zeros((2, 1, 3))
     loads[0, 0] = 1.0, 0.5, 0.5

@@ -25,7 +25,7 @@ def dashboard(config: Config, depth: int, num_experts: int, num_ranks: int) -> L
         }
     layout |= evaluation_charts()
     layout["Did it survive?"] = {
-        "starts so far": _lines("run/starts"),
+        "starts so far; see Images, run/history": _lines("run/starts"),
         "training stood still for a checkpoint, seconds": _lines("checkpoint/pause_sec"),
         "a checkpoint was written beside training, seconds": _lines("checkpoint/write_sec"),
         "loss spikes and skipped steps": _lines("loss/spikes", "optim/skipped_steps"),

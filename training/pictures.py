@@ -16,6 +16,7 @@ from torch import Tensor
 from data_tools.files import replace_file
 
 MAP_ROW_PIXELS, MAP_GAP_PIXELS = 10, 4
+MIN_ROW_PIXELS, MAP_PIXELS = 2, 1200  # many rows are narrower, so that maps are about so high
 MAP_LEFT_PIXELS, MAP_BELOW_PIXELS = 58, 18  # room for the axes' texts
 NO_SAMPLES_GREY = 128
 GAP_COLOUR = (150, 170, 200)  # no value has it
@@ -51,7 +52,8 @@ def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
     brightness = (table * chosen).transpose(1, 2)  # (L, E, S)
     if S > MAX_COLUMNS:
         brightness = torch.nn.functional.adaptive_avg_pool1d(brightness, MAX_COLUMNS)
-    return _stacked(_warm(brightness.repeat_interleave(MAP_ROW_PIXELS, dim=1).numpy()), S)
+    height = _row_pixels(L * E)
+    return _stacked(_warm(brightness.repeat_interleave(height, dim=1).numpy()), S)
 
 
 def load_map(counts: Tensor, num_timesteps: int) -> np.ndarray:
@@ -68,10 +70,15 @@ def load_map(counts: Tensor, num_timesteps: int) -> np.ndarray:
     total = counts.sum(dim=1, keepdim=True)  # (L, 1, B)
     share = counts / total.clamp(min=1)
     share = share / share.max().clamp(min=1e-9)
-    rows = _warm(share.repeat_interleave(MAP_ROW_PIXELS, dim=1).numpy())  # (L, E * pixels, B, 3)
+    height = _row_pixels(counts.shape[0] * counts.shape[1])
+    rows = _warm(share.repeat_interleave(height, dim=1).numpy())  # (L, E * height, B, 3)
     rows[np.broadcast_to((total == 0).numpy(), rows.shape[:3])] = NO_SAMPLES_GREY
     width = min(num_timesteps, MAX_COLUMNS)
     return _stacked(rows[:, :, np.arange(width) * counts.shape[2] // width], num_timesteps)
+
+
+def _row_pixels(num_rows: int) -> int:
+    return min(MAP_ROW_PIXELS, max(MIN_ROW_PIXELS, MAP_PIXELS // num_rows))
 
 
 def _warm(brightness: np.ndarray) -> np.ndarray:
