@@ -2,21 +2,32 @@
 
     python benchmarks/metrics_cost.py
     python benchmarks/metrics_cost.py --size XL --device cuda --batch 64 --experts 16
+    python benchmarks/metrics_cost.py --size XL --experts 16 --step-sec 0.4
 
-Per micro-step sums are updated on the device; per logging interval they are reduced over ranks
-(here one, as rank 0 of an expert-parallel group of two), described, and written to TensorBoard and
-metrics.jsonl. Per step the loop notes a few phases, and each second the watchdog's thread tells
-the job's store where the rank is: what that takes of a core is the most it can take of the step.
-The step is that of train_step.py, without a process group.
+Per micro-step sums are updated on the device; at the end of a logging interval training's own
+reporter reduces them over ranks (here one, as rank 0 of an expert-parallel group of two), describes
+them and writes them to TensorBoard and metrics.jsonl, after as many intervals as the preset has.
+With the grids of samples it draws what experts do, with each checkpoint what befell the run, and
+one step is profiled for its share of communication. Per step the loop notes a few phases, and each
+second the watchdog's thread tells the job's store where the rank is: what that takes of a core is
+the most it can take of the step.
+
+The step is that of train_step.py, without a process group; or, with --step-sec, one that somebody
+has measured elsewhere, and then no model is made and no step profiled.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import math
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,17 +35,23 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 
 from benchmarks.measure import best_seconds, describe_machine, synchronise
-from benchmarks.sides import DTYPES, config_of, make_batch, our_side
+from benchmarks.sides import DTYPES, Side, config_of, make_batch, our_side
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan, build_plan
 from models.switch_dit import MODEL_SIZES
+from training.checkpoint_manifest import TrainState
+from training.communication import CommunicationWatch
 from training.config import Config
+from training.engine import build_model
 from training.expert_load import LoadHistory, exchange_shape
-from training.heartbeat import FORWARD
-from training.metrics import MetricSums
-from training.monitor import Monitor
+from training.heartbeat import FORWARD, Heartbeat
+from training.metrics import NUM_TIMESTEP_BUCKETS, MetricSums
+from training.monitor import Monitor, read_metrics
 from training.processes import Ranks
+from training.progress import Progress
+from training.reporting import Reporter, StepTables
+from training.run_history import SAVED, CheckpointNote, RunHistory
 from training.watchdog import Watchdog
 
 GROUP_SIZE = 2
@@ -42,6 +59,17 @@ ADDS_PER_TIMING = 20
 NOTES_PER_TIMING = 1000
 PHASES_PER_STEP = 6  # reading, agreeing, forward, backward, updating, agreeing
 WATCH_SEC = 4.0
+REPEATS = 5
+
+
+class Costs(NamedTuple):
+    """Seconds that each part takes, once."""
+
+    add: float  # sums of a micro-step
+    end: float  # of a logging interval
+    pictures: float  # of the experts
+    history: float  # of the run, with a checkpoint's note
+    num_scalars: int  # of a logging interval
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,6 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--step-sec", type=float, help="instead of timing steps")
     return parser.parse_args(argv)
 
 
@@ -67,47 +96,83 @@ def check(args: argparse.Namespace) -> None:
     for flag, value in (("--batch", args.batch), ("--steps", args.steps)):
         if value < 1:
             raise ConfigError(f"{flag} must be at least 1, not {value}.")
+    if args.step_sec is not None and not 0 < args.step_sec < math.inf:
+        raise ConfigError(f"--step-sec must be positive, not {args.step_sec}.")
     if args.experts < 2 or args.experts % GROUP_SIZE:
         raise ConfigError(f"--experts must be an even number, not {args.experts}.")
 
 
-def group_plan(config: Config, t: torch.Tensor) -> RoutingPlan:
-    """Make a plan as on rank 0 of a group of two."""
+def gate_table(config: Config, device: torch.device) -> torch.Tensor:
+    """Draw gates (L, S, E)."""
     E, S = config.model.num_experts, config.diffusion.num_timesteps
     generator = torch.Generator().manual_seed(0)
     depth = MODEL_SIZES[config.model.size].depth
-    table = torch.randn(depth, S, E, generator=generator).softmax(-1).to(t.device)
-    return build_plan(table, t, config.model.top_k, torch.cat((t, t)), 0, GROUP_SIZE)
+    return torch.randn(depth, S, E, generator=generator).softmax(-1).to(device)
 
 
-def measure_metrics(
+def group_plan(config: Config, gates: torch.Tensor, t: torch.Tensor) -> RoutingPlan:
+    """Make a plan as on rank 0 of a group of two."""
+    return build_plan(gates, t, config.model.top_k, torch.cat((t, t)), 0, GROUP_SIZE)
+
+
+def measure_reporter(
     config: Config, model: torch.nn.Module, t: torch.Tensor, folder: Path
-) -> tuple[float, float, int]:
-    """Return the seconds of a micro-step's sums and of an interval's end, and the scalars."""
-    device, N = t.device, len(t)
+) -> Costs:
+    """Time what training's reporter does, at the end of a run as long as the preset's."""
+    device, N, every = t.device, len(t), config.run.log_every
     depth, E = len(model.blocks), config.model.num_experts
     shape = exchange_shape(model, 0, GROUP_SIZE, "fp32")
     sums = MetricSums(depth, E, config.diffusion.num_timesteps, device, shape)
-    history, monitor = LoadHistory(depth, E), Monitor(folder)
-    plan, terms = group_plan(config, t), LossTerms(*torch.ones(4, device=device))
-    mse = torch.ones(N, device=device)
+    loads, history = LoadHistory(depth, E), RunHistory([], [])
+    engine = SimpleNamespace(module=model, skipped_steps=0, get_global_grad_norm=lambda: 1.0)
+    monitor = Monitor(folder)
+    progress = Progress(config.run.max_steps, lambda _: None, False, io.StringIO())
+    parts = (config, engine, sums, loads, history, monitor, progress, device, Heartbeat(device))
+    reporter = Reporter(*parts, is_main=True)
+    gates = gate_table(config, device)
+    plan, terms = group_plan(config, gates, t), LossTerms(*torch.ones(4, device=device))
+    mse, counts = torch.ones(N, device=device), torch.ones(depth, E, NUM_TIMESTEP_BUCKETS)
+    last = config.run.max_steps
+    for step in range(every, last, every):
+        loads.add(step, counts)
+        history.add_interval(step, {"loss/mse": 1.0})
 
-    def add() -> None:
-        sums.add(0, terms, mse, t, plan, 0.0)
+    def add(step: int = last) -> None:
+        sums.add(step, terms, mse, t, plan, 0.0)
 
     add_sec = best_seconds(add, device, inner=ADDS_PER_TIMING)
-    intervals, num_scalars = [], 0
-    for step in range(1, 6):
-        add()
+    ends, pictures, histories = [], [], []
+    for _ in range(REPEATS):
+        for step in range(every):
+            add(last + step)
+        last += every
         synchronise(device)
         started = time.perf_counter()
-        interval = sums.reduce()
-        metrics = interval.metrics | history.add(step, interval.expert_count)[0]
-        monitor.scalars(step, metrics)
-        intervals.append(time.perf_counter() - started)
-        num_scalars = len(metrics)
+        reporter.end_interval(TrainState(last, N * last), StepTables(gates, None), 1.0)
+        ends.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        reporter.draw_experts(last, gates)
+        pictures.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        reporter.note_checkpoint(CheckpointNote(last, SAVED))
+        histories.append(time.perf_counter() - started)
     monitor.close()
-    return add_sec, min(intervals), num_scalars
+    num_scalars = len(read_metrics(folder)[-1]) - 1  # the step is none
+    return Costs(add_sec, min(ends), min(pictures), min(histories), num_scalars)
+
+
+def measure_look(side: Side, step_sec: float, device: torch.device, folder: Path) -> float:
+    """Return the seconds by which a profiled step is longer than another one."""
+    monitor, seconds = Monitor(folder), []
+    for _ in range(REPEATS):
+        watch = CommunicationWatch(monitor, device, every=1, is_wanted=True, first=1)
+        started = time.perf_counter()
+        with watch.step(1):
+            side.step(1)
+        synchronise(device)
+        seconds.append(time.perf_counter() - started)
+    monitor.close()
+    return max(min(seconds) - step_sec, watch.cost_sec)
 
 
 def measure_watchdog(device: torch.device) -> tuple[float, float]:
@@ -133,30 +198,48 @@ def main(argv: list[str] | None = None) -> None:
         preset, model=dataclasses.replace(preset.model, num_experts=args.experts)
     )
     batch = make_batch(config, args.batch, device)
-    side = our_side(config, batch, DTYPES[args.dtype])
     print(describe_machine(device))
-    side.step(0)
-    step_sec = best_seconds(lambda: side.step(1), device, repeats=args.steps)
+    if args.step_sec is None:
+        side = our_side(config, batch, DTYPES[args.dtype])
+        model = side.model
+        side.step(0)
+        step_sec = best_seconds(lambda: side.step(1), device, repeats=args.steps)
+    else:
+        step_sec, side = args.step_sec, None
+        with torch.device("meta"):
+            model = build_model(config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=name))
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=torch.distributed.TCPStore("127.0.0.1", 0, 1, True),
             rank=0,
             world_size=1,
         )
-        add_sec, end_sec, num_scalars = measure_metrics(config, side.model, batch.t, folder)
+        with contextlib.redirect_stdout(io.StringIO()):  # what a person would be shown
+            costs = measure_reporter(config, model, batch.t, folder)
+        look_sec = None if side is None else measure_look(side, step_sec, device, folder)
         note_sec, watch_share = measure_watchdog(device)
         torch.distributed.destroy_process_group()
-    every = config.run.log_every
-    share = (add_sec + end_sec / every) / step_sec
+    run = config.run
+    parts = [
+        ("sums of a micro-step", costs.add, 1, ""),
+        ("end of an interval", costs.end, run.log_every, f", {costs.num_scalars} scalars"),
+        ("pictures of the experts", costs.pictures, run.sample_every, ""),
+        ("picture of the run", costs.history, run.save_every, ""),
+    ]
+    if look_sec is not None:
+        parts.append(("profiling a step", look_sec, run.save_every, ""))
+    timing = "given" if side is None else "measured"
+    print(f"{args.size}, {args.experts} experts, {args.batch} samples, {args.dtype}")
+    print(f"{'step':26s} {1e3 * step_sec:9.2f} ms, {timing}")
+    for what, seconds, every, detail in parts:
+        share = seconds / every / step_sec
+        print(f"{what:26s} {1e3 * seconds:9.2f} ms{detail}, every {every} step(s): {share:.3%}")
+    total = sum(seconds / every for _, seconds, every, _ in parts) / step_sec
     print(
-        f"{args.size}, {args.experts} experts, {args.batch} samples, {args.dtype}\n"
-        f"step                       {1e3 * step_sec:9.2f} ms\n"
-        f"sums of a micro-step       {1e3 * add_sec:9.2f} ms\n"
-        f"end of an interval         {1e3 * end_sec:9.2f} ms, {num_scalars} scalars, every "
-        f"{every} steps\n"
-        f"share of the step          {share:9.2%}\n"
+        f"{'share of the step':26s} {total:9.2%}\n"
         f"notes of a step's phases   {1e6 * PHASES_PER_STEP * note_sec:9.2f} us, "
         f"{PHASES_PER_STEP * note_sec / step_sec:.5%} of the step\n"
         f"the watchdog's thread      {watch_share:9.3%} of a core"

@@ -28,6 +28,7 @@ from training.monitor import read_metrics
 from training.preset import load_preset
 from training.processes import Ranks
 from training.run_directory import CONFIG_FILE
+from training.run_history import read_notes
 from training.run_lock import hold_run_directory
 
 STEPS = 4
@@ -539,6 +540,8 @@ class TestWithTwoRanks:
         verify_file(read_manifest(path.parent), path)
         after = read_metrics(run_dir)
         assert [r["loss/total"] for r in after] == [r["loss/total"] for r in before]
+        notes = [(note.step, note.outcome, note.reason) for note in read_notes(run_dir)]
+        assert notes[-2:] == [(2, "damaged", reason), (4, "saved", "")]
 
     def test_a_file_that_no_manifest_lists_is_not_unpickled(
         self, train_forked, demo_latents, run_dir, tmp_path
@@ -598,6 +601,9 @@ class TestWithTwoRanks:
         assert kept == [LATEST_FILE, "step-0000002", "step-0000004"]
         assert read_manifest(latest_checkpoint(run_dir)).state.step == STEPS
         assert [record["step"] for record in read_metrics(run_dir)] == list(range(1, 8))
+        failed = [note for note in read_notes(run_dir) if note.outcome == "failed"]
+        assert [note.step for note in failed] == [6, 7]
+        assert failed[0].reason.startswith("File too large")
 
 
 def test_the_demo_preset_is_what_these_tests_assume():

@@ -18,6 +18,7 @@ from training.checkpoint_manifest import (
     latest_checkpoint,
     read_manifest,
 )
+from training.dashboard import evaluation_charts
 from training.monitor import read_metrics
 
 pytestmark = pytest.mark.ranks
@@ -205,15 +206,17 @@ def test_a_real_tensorboard_serves_the_run(trained):
     wanted |= {f"moe_load/block_{b:02d}/expert_{e}" for b in range(6) for e in range(3)}
     assert wanted <= set(tags)
     assert [step for _, step, _ in scalars] == list(range(1, STEPS + 1))
-    assert {"samples/ema", "moe/timestep_to_expert"} <= set(images)
+    assert {"samples/ema", "moe/timestep_to_expert", "run/history"} <= set(images)
     empty = {
         chart["title"]
         for category in layout["category"]
         for chart in category["chart"]
         if not any(re.match(p, tag) for p in chart["multiline"]["tag"] for tag in tags)
     }
-    assert len(layout["category"]) == 5
-    assert empty == {"evaluation", "share of the GPU's peak, %"}, "these need more than this run"
+    assert len(layout["category"]) == 6
+    (evaluation,) = evaluation_charts().values()
+    wanted = {"share of the GPU's peak, %", *evaluation}
+    assert empty == wanted, "these need more than this run"
 
 
 def finish_tensorboard(process):

@@ -53,14 +53,28 @@ def test_sides_that_differ_are_not_timed(single_process_group):
         check_agreement([side(1.0), side(1.001)], problem)
 
 
-def test_the_cost_of_metrics_is_printed(capsys):
+def test_the_cost_of_metrics_is_printed(capsys, monkeypatch):
+    monkeypatch.setattr(metrics_cost, "WATCH_SEC", 0.1)
     metrics_cost.main(["--batch", "1", "--steps", "1"])
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "demo, 8 experts, 1 samples, fp32"
+    for part in ("sums of a micro", "end of an interval", "pictures of", "picture of", "profiling"):
+        [line] = [line for line in lines if line.startswith(part)]
+        assert line.endswith("%")
     [share] = [line for line in lines if line.startswith("share of the step")]
     assert share.endswith("%")
     assert lines[-1].startswith("the watchdog's thread") and lines[-1].endswith("% of a core")
+
+
+def test_the_cost_of_metrics_is_related_to_a_step_that_is_given(capsys, monkeypatch):
+    monkeypatch.setattr(metrics_cost, "WATCH_SEC", 0.1)
+    metrics_cost.main(["--batch", "1", "--step-sec", "1000000"])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "step                       1000000000.00 ms, given" in lines
+    assert "share of the step              0.00%" in lines
+    assert not any(line.startswith("profiling") for line in lines), "there is no step to profile"
 
 
 @pytest.mark.parametrize(
@@ -81,8 +95,15 @@ def test_mistakes_are_refused_before_processes_start(arguments, message, capsys)
     assert message in capsys.readouterr().err
 
 
-def test_the_cost_of_metrics_refuses_an_odd_number_of_experts(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--experts", "3"], "--experts must be an even number, not 3."),
+        (["--step-sec", "0"], "--step-sec must be positive, not 0.0."),
+    ],
+)
+def test_the_cost_of_metrics_refuses_mistakes(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        metrics_cost.main(["--experts", "3"])
+        metrics_cost.main(arguments)
 
-    assert "--experts must be an even number, not 3." in capsys.readouterr().err
+    assert message in capsys.readouterr().err

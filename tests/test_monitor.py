@@ -106,7 +106,7 @@ def test_resuming_drops_records_of_lost_steps_and_a_torn_line(tmp_path):
 
 def test_tensorboards_plugins_find_the_charts_and_the_hyperparameters(tmp_path):
     monitor = Monitor(tmp_path)
-    monitor.layout(dashboard(small(), depth=6, num_experts=3))
+    monitor.layout(dashboard(small(), depth=6, num_experts=3, num_ranks=2))
     monitor.hyperparameters({"lr": 1e-4, "size": "XL", "ema_decays": [0.9]})
     monitor.scalars(10, {"loss/total": 1.0})
     monitor.close()

@@ -4,12 +4,12 @@ import numpy as np
 import torch
 
 from training.pictures import (
-    HISTORY_PIXELS,
     HISTORY_ROW_PIXELS,
     MAP_BELOW_PIXELS,
     MAP_GAP_PIXELS,
     MAP_LEFT_PIXELS,
     MAP_ROW_PIXELS,
+    MAX_COLUMNS,
     PALETTE,
     affinity_map,
     expert_map,
@@ -63,10 +63,24 @@ def test_the_affinity_map_is_white_where_timesteps_share_all_experts():
     assert tuple(other[0]) == (191, 0, 0), "a quarter in common: (0 + 1/2) / 2"
 
 
-def test_the_affinity_map_of_many_timesteps_keeps_its_size():
-    picture = affinity_map(torch.rand(1, 1000, 4), top_k=1)
+def test_pictures_are_no_wider_than_tensorboard_shows_them():
+    gates = torch.zeros(1, 1000, 4)
+    gates[0, :500, 1] = gates[0, 500:, 2] = 1.0
+    maps = expert_map(gates, 1), load_map(torch.ones(1, 4, 10), 1000), affinity_map(gates, 1)
 
-    assert picture.shape == (500 + MAP_BELOW_PIXELS, MAP_LEFT_PIXELS + 500, 3)
+    assert {picture.shape[1] for picture in maps} == {MAP_LEFT_PIXELS + MAX_COLUMNS}
+    rows = maps[0][:, MAP_LEFT_PIXELS:, 0] > 0
+    half = MAX_COLUMNS // 2
+    assert rows[MAP_ROW_PIXELS].nonzero()[0].tolist() == list(range(half))
+    assert rows[2 * MAP_ROW_PIXELS].nonzero()[0].tolist() == list(range(half, MAX_COLUMNS))
+    assert maps[2].shape[0] == MAX_COLUMNS + MAP_BELOW_PIXELS
+
+
+def test_maps_of_many_experts_have_narrower_rows():
+    tall = expert_map(torch.rand(28, 10, 16), 2)
+
+    assert tall.shape[0] == 28 * (16 * 2 + MAP_GAP_PIXELS) + MAP_BELOW_PIXELS
+    assert load_map(torch.ones(28, 16, 10), 10).shape == tall.shape
 
 
 def test_the_load_history_stacks_shares_from_the_first_interval_to_the_last():
@@ -76,7 +90,7 @@ def test_the_load_history_stacks_shares_from_the_first_interval_to_the_last():
 
     picture = load_history(loads, [10, 20])
 
-    band = picture[:HISTORY_ROW_PIXELS, MAP_LEFT_PIXELS : MAP_LEFT_PIXELS + HISTORY_PIXELS]
+    band = picture[:HISTORY_ROW_PIXELS, MAP_LEFT_PIXELS : MAP_LEFT_PIXELS + MAX_COLUMNS]
     expected = np.repeat([0, 1, 2], np.array([2, 1, 1]) * HISTORY_ROW_PIXELS // 4)
     assert (band[:, 0] == PALETTE[expected]).all()
     assert (band[:, -1] == PALETTE[2]).all()

@@ -4,7 +4,6 @@ import re
 import shutil
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from training.expert_load import load_metrics
 from training.monitor import Monitor
 from training.provenance import record_start
 from training.report import main
-from training.report_figures import thinned
 from training.report_runs import gate_table, load_runs
 from training.run_directory import CONFIG_FILE
 
@@ -76,7 +74,7 @@ def test_the_page_of_a_run_holds_everything_and_loads_nothing(tmp_path):
         assert text in page.text
     names = {file.name for file in path.parent.glob("*.png")}
     assert len(names) == len(page.links)
-    assert {"loss-total.png", "loads-a.png", "samples-a-0000060.png"} <= names
+    assert {"loss-total.png", "history-a.png", "loads-a.png", "samples-a-0000060.png"} <= names
 
 
 def test_several_runs_are_compared(tmp_path):
@@ -121,14 +119,6 @@ def test_the_gates_are_the_models():
         expected = model(x_t, t, torch.zeros(2, dtype=torch.int64)).gate_table
 
     assert torch.equal(gate_table(weights, 1000), expected)
-
-
-def test_thinning_averages_neighbours_and_keeps_the_last_step():
-    steps, values = thinned(list(range(1, 1801)), [float(i) for i in range(1800)])
-
-    assert len(steps) == 600
-    assert steps[-1] == 1800
-    assert np.allclose(values[:2], [1.0, 4.0])
 
 
 @pytest.mark.parametrize("fault", ["no run", "no records", "damaged", "twice", "no output"])

@@ -10,6 +10,7 @@ import torch
 from data_tools.loader import LatentStream
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
+from training.communication import CommunicationWatch
 from training.ema_snapshots import SnapshotWriter
 from training.engine import build_engine
 from training.expert_load import LoadHistory, exchange_shape
@@ -24,6 +25,7 @@ from training.progress import Progress
 from training.provenance import read_starts
 from training.rebalance import ExpertPlacement
 from training.reporting import Reporter
+from training.run_history import RunHistory, read_notes
 from training.sample_grid import SampleGrid
 from training.warm_start import initial_values
 
@@ -94,11 +96,14 @@ def assemble(
         ),
     )
     # Only the main rank reports it, and only that one's records are complete.
-    loads = LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ())
-    parts = (config, engine, sums, loads, monitor, progress, device, heartbeat, ranks.is_main)
-    reporter = Reporter(*parts)
+    records = read_metrics(run_dir) if ranks.is_main else []
+    loads = LoadHistory(depth, num_experts, records)
+    starts = read_starts(run_dir) if ranks.is_main else []
+    history = RunHistory(starts, read_notes(run_dir) if ranks.is_main else [], records)
+    parts = (config, engine, sums, loads, history, monitor, progress, device, heartbeat)
+    reporter = Reporter(*parts, ranks.is_main)
     if ranks.is_main:
-        reporter.begin(read_starts(run_dir))
+        reporter.begin(starts)
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)
     try:
         yield Training(
@@ -115,6 +120,9 @@ def assemble(
             is_main=ranks.is_main,
             reporter=reporter,
             heartbeat=heartbeat,
+            communication=CommunicationWatch(
+                monitor, device, config.run.save_every, ranks.is_main and ranks.world_size > 1
+            ),
         )
     finally:
         stream.close()

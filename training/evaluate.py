@@ -49,6 +49,7 @@ from training.evaluation.drawing import (
 from training.evaluation.feature_flags import add_network_flags
 from training.evaluation.held_out_loss import SEED, held_out_loss
 from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check, name_of_weights
+from training.evaluation.score_events import write_score_events
 from training.evaluation.scores import score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
 from training.objective import build_diffusion
@@ -199,6 +200,9 @@ def finish(
         print(f"{point.folder}: {point.settings.num_images:,} images{found}")
     if len(job.points) > 1 and job.reference is not None:
         print(f"sweep: {write_sweep(job, cards)} and .png")
+    if job.output == job.run_dir / EVALUATION_DIR:  # else they are nobody's but the user's
+        with disk_errors(job.run_dir):
+            write_score_events(job.run_dir)
 
 
 def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:

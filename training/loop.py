@@ -11,6 +11,7 @@ from data_tools.loader import Batch, LatentStream
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.checkpoint_writer import Outcome
+from training.communication import CommunicationWatch
 from training.config import Config
 from training.ema_snapshots import SnapshotWriter
 from training.engine import learning_rate, set_learning_rate
@@ -31,6 +32,7 @@ from training.objective import Objective
 from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
 from training.rebalance import ExpertPlacement
 from training.reporting import Reporter, StepTables
+from training.run_history import FAILED, SAVED, CheckpointNote
 from training.stability import (
     MicroStepRecord,
     describe_non_finite,
@@ -71,6 +73,7 @@ class Training:
     draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
     is_main: bool
     heartbeat: Heartbeat
+    communication: CommunicationWatch
     skipped_in_a_row: int = 0  # steps left out since the last one that was not
     pause_sec: float = 0.0  # for which the last save interrupted training
 
@@ -120,11 +123,12 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         # What was posted before the last save is out of date.
         is_clock_due = stop.is_save_due() and saved_step != state.step
         step_data, following = following, StepData()
-        if state.step + 1 < run.max_steps:
-            following = read_step(training, state.step)
-        has_failed = following.error is not None or saver.is_taken_over
-        stop.post(has_failed, saver.is_due_by_clock())
-        tables = train_step(training, step_data, state.step)
+        with training.communication.step(state.step + 1):
+            if state.step + 1 < run.max_steps:
+                following = read_step(training, state.step)
+            has_failed = following.error is not None or saver.is_taken_over
+            stop.post(has_failed, saver.is_due_by_clock())
+            tables = train_step(training, step_data, state.step)
         state = TrainState(
             state.step + 1, state.samples_consumed + training.config.optim.global_batch_size
         )
@@ -271,6 +275,10 @@ def report_write(
     if outcome is None:
         return
     training.heartbeat.enter(LOGGING, step)
+    if not outcome.is_taken_over:  # else the directory is another job's by now
+        what = SAVED if outcome.problem is None else FAILED
+        note = CheckpointNote(outcome.state.step, what, outcome.problem or "")
+        training.reporter.note_checkpoint(note)
     if outcome.problem is None:
         training.monitor.extra(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
         if training.is_main:

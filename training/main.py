@@ -45,6 +45,7 @@ from training.progress import Progress
 from training.provenance import count_hosts, read_starts, record_start
 from training.resume_points import ResumePoint, choose_together
 from training.run_directory import CONFIG_FILE, create_run_directory, load_config
+from training.run_history import DAMAGED, CheckpointNote
 from training.run_lock import WAIT_SEC, hold_run_directory, is_started_again
 from training.run_log import log_to
 from training.validation import check_compiler
@@ -163,6 +164,7 @@ def train_job(
                 for reason in damaged:
                     event = f"{reason}; continuing from {point.folder.name} instead"
                     training.report(state.step, event)
+                    training.reporter.note_checkpoint(CheckpointNote(state.step, DAMAGED, reason))
                 loaded = training.checkpointer.load(*point)
                 assert loaded == state, f"{point.folder} holds {loaded}, not {state}"
             training.placement.establish()

@@ -17,7 +17,7 @@ from training.expert_load import by_block
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
-HPARAMS_METRICS = ("loss/total", "loss/mse", "eval/fid", "speed/samples_per_sec")
+HPARAMS_METRICS = ("loss/total", "loss/mse", "speed/samples_per_sec")
 MAX_EVENTS_BYTES = 64 << 20  # of one of TensorBoard's files; then the next one is begun
 MAX_LOAD_TAGS = 512  # TensorBoard gets slow with thousands; beyond, it has a histogram per block
 
@@ -124,7 +124,8 @@ class Monitor:
 
 def _newest_size(folder: Path) -> int:
     """Return the bytes of the file that TensorBoard's writer writes."""
-    return max((file.stat() for file in folder.iterdir()), key=lambda s: s.st_mtime_ns).st_size
+    files = (path.stat() for path in folder.iterdir() if path.is_file())
+    return max(files, key=lambda found: found.st_mtime_ns).st_size
 
 
 def _drop_later_records(path: Path, resume_step: int) -> None:

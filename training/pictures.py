@@ -1,5 +1,8 @@
 """Pictures of what experts do, for TensorBoard and reports.
 
+They are as wide as TensorBoard shows pictures, or it would leave out rows and columns of pixels,
+and nobody could read the texts.
+
 L blocks, E experts, S timesteps, B ranges of timesteps.
 """
 
@@ -13,10 +16,13 @@ from torch import Tensor
 from data_tools.files import replace_file
 
 MAP_ROW_PIXELS, MAP_GAP_PIXELS = 10, 4
+MIN_ROW_PIXELS, MAP_PIXELS = 2, 1200  # many rows are narrower, so that maps are about so high
 MAP_LEFT_PIXELS, MAP_BELOW_PIXELS = 58, 18  # room for the axes' texts
 NO_SAMPLES_GREY = 128
-HISTORY_ROW_PIXELS, HISTORY_PIXELS = 40, 500
-AFFINITY_PIXELS = 250
+GAP_COLOUR = (150, 170, 200)  # no value has it
+MAX_COLUMNS = 280
+HISTORY_ROW_PIXELS = 40
+AXIS_GREY = (150, 150, 150)
 # Colours that stay apart for colour-blind eyes (Okabe and Ito, 2008); more experts repeat them.
 PALETTE = np.array(
     [
@@ -37,13 +43,17 @@ def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
     Returns:
         (height, width, 3) uint8. One row per block and expert, the first block at the top, with
         timestep 0 (clean) on the left; brightness is the gate value of a chosen expert, black is
-        an expert that the timestep does not meet.
+        an expert that the timestep does not meet. A column is the mean of neighbours if there are
+        more than MAX_COLUMNS.
     """
     L, S, E = gate_table.shape
     table = gate_table.detach().float().cpu()
     chosen = torch.zeros_like(table).scatter_(2, table.topk(top_k, dim=2).indices, 1.0)
-    brightness = (table * chosen).transpose(1, 2).repeat_interleave(MAP_ROW_PIXELS, dim=1)
-    return _stacked(_warm(brightness.numpy()))
+    brightness = (table * chosen).transpose(1, 2)  # (L, E, S)
+    if S > MAX_COLUMNS:
+        brightness = torch.nn.functional.adaptive_avg_pool1d(brightness, MAX_COLUMNS)
+    height = _row_pixels(L * E)
+    return _stacked(_warm(brightness.repeat_interleave(height, dim=1).numpy()), S)
 
 
 def load_map(counts: Tensor, num_timesteps: int) -> np.ndarray:
@@ -60,9 +70,15 @@ def load_map(counts: Tensor, num_timesteps: int) -> np.ndarray:
     total = counts.sum(dim=1, keepdim=True)  # (L, 1, B)
     share = counts / total.clamp(min=1)
     share = share / share.max().clamp(min=1e-9)
-    rows = _warm(share.repeat_interleave(MAP_ROW_PIXELS, dim=1).numpy())  # (L, E * pixels, B, 3)
+    height = _row_pixels(counts.shape[0] * counts.shape[1])
+    rows = _warm(share.repeat_interleave(height, dim=1).numpy())  # (L, E * height, B, 3)
     rows[np.broadcast_to((total == 0).numpy(), rows.shape[:3])] = NO_SAMPLES_GREY
-    return _stacked(rows[:, :, np.arange(num_timesteps) * counts.shape[2] // num_timesteps])
+    width = min(num_timesteps, MAX_COLUMNS)
+    return _stacked(rows[:, :, np.arange(width) * counts.shape[2] // width], num_timesteps)
+
+
+def _row_pixels(num_rows: int) -> int:
+    return min(MAP_ROW_PIXELS, max(MIN_ROW_PIXELS, MAP_PIXELS // num_rows))
 
 
 def _warm(brightness: np.ndarray) -> np.ndarray:
@@ -71,13 +87,13 @@ def _warm(brightness: np.ndarray) -> np.ndarray:
     return np.round(np.stack(ramp, axis=-1) * 255.0).astype(np.uint8)
 
 
-def _stacked(rows: np.ndarray) -> np.ndarray:
+def _stacked(rows: np.ndarray, num_timesteps: int) -> np.ndarray:
     """Put the blocks' rows (L, height, width, 3) below one another, with gaps and axes."""
     L, height, width, _ = rows.shape
-    blocks = np.full((L, height + MAP_GAP_PIXELS, width, 3), 255, dtype=np.uint8)
+    blocks = np.full((L, height + MAP_GAP_PIXELS, width, 3), GAP_COLOUR, dtype=np.uint8)
     blocks[:, :height] = rows
     rows = blocks.reshape(-1, width, 3)
-    return _with_axes(rows, _block_names(L), _timestep_ticks(width))
+    return _with_axes(rows, _block_names(L), _timestep_ticks(num_timesteps))
 
 
 def _block_names(num_blocks: int) -> list[str]:
@@ -94,6 +110,9 @@ def _with_axes(rows: np.ndarray, names: list[str], ticks: list[str]) -> np.ndarr
     canvas = Image.new("RGB", (MAP_LEFT_PIXELS + width, height + MAP_BELOW_PIXELS), "white")
     canvas.paste(Image.fromarray(rows), (MAP_LEFT_PIXELS, 0))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    # Else nobody would see where a map ends that is white, as its page is.
+    corner = (MAP_LEFT_PIXELS - 1, height)
+    draw.line([(corner[0], 0), corner, (canvas.width, height)], fill=AXIS_GREY)
     for i, name in enumerate(names):
         middle = (i + 0.5) * height / len(names) - MAP_GAP_PIXELS / 2
         draw.text((2, middle), name, fill="black", font=font, anchor="lm")
@@ -117,16 +136,12 @@ def affinity_map(gate_table: Tensor, top_k: int) -> np.ndarray:
         have in common, as the mean over blocks: white = all, black = none.
     """
     L, S, E = gate_table.shape
-    places = torch.linspace(0, S - 1, min(S, AFFINITY_PIXELS)).round().long()
+    places = torch.linspace(0, S - 1, min(S, MAX_COLUMNS)).round().long()
     table = gate_table.detach().float().cpu()[:, places]
     chosen = torch.zeros_like(table).scatter_(2, table.topk(top_k, dim=2).indices, 1.0)
     share = (chosen @ chosen.transpose(1, 2)).mean(dim=0) / top_k
-    size = min(S, AFFINITY_PIXELS) * (2 if S >= AFFINITY_PIXELS else 1)
-    picture = Image.fromarray(_warm(share.numpy()[:, :, None])[:, :, 0]).resize(
-        (size, size), Image.Resampling.NEAREST
-    )
     names = ["t = 0", "", "", "", f"t = {S - 1}"]
-    return _with_axes(np.asarray(picture), names, _timestep_ticks(S))
+    return _with_axes(_warm(share.numpy()), names, _timestep_ticks(S))
 
 
 def load_history(loads: np.ndarray, steps: list[int]) -> np.ndarray:
@@ -141,14 +156,14 @@ def load_history(loads: np.ndarray, steps: list[int]) -> np.ndarray:
         experts' shares lie on one another, the first expert at the top, in the palette's colours.
     """
     _, L, E = loads.shape
-    columns = np.linspace(0, len(steps) - 1, HISTORY_PIXELS).round().astype(int)
+    columns = np.linspace(0, len(steps) - 1, MAX_COLUMNS).round().astype(int)
     share = loads / loads.sum(axis=2, keepdims=True)  # (intervals, L, E)
     ends = np.cumsum(share, axis=2)[columns].transpose(1, 0, 2)  # (L, width, E)
     middles = (np.arange(HISTORY_ROW_PIXELS) + 0.5) / HISTORY_ROW_PIXELS  # (height,)
     expert = (middles[None, :, None, None] > ends[:, None]).sum(axis=3)  # (L, height, width)
     bands = PALETTE[np.minimum(expert, E - 1) % len(PALETTE)]  # rounding may leave a sum below 1
-    gap = np.full((L, MAP_GAP_PIXELS, HISTORY_PIXELS, 3), 255, dtype=np.uint8)
-    rows = np.concatenate((bands, gap), axis=1).reshape(-1, HISTORY_PIXELS, 3)
+    gap = np.full((L, MAP_GAP_PIXELS, MAX_COLUMNS, 3), 255, dtype=np.uint8)
+    rows = np.concatenate((bands, gap), axis=1).reshape(-1, MAX_COLUMNS, 3)
     ticks = [f"{steps[tick * (len(steps) - 1) // 4]:,}" for tick in range(5)]
     return _with_axes(rows, _block_names(L), ticks)
 

@@ -3,8 +3,9 @@
     python training/report.py runs/XL
     python training/report.py runs/XL runs/XL-16-experts --output comparison
 
-Made from metrics.jsonl, log.txt, starts.jsonl, grids of samples and the newest checkpoint; the runs
-may still be training. The page holds its pictures; they also lie beside it as PNG files.
+Made from metrics.jsonl, log.txt, starts.jsonl, checkpoints.jsonl, grids of samples and the newest
+checkpoint; the runs may still be training. The page holds its pictures; they also lie beside it as
+PNG files.
 """
 
 import argparse
@@ -104,9 +105,12 @@ def write_report(runs: list[RunData], folder: Path) -> Path:
 
 
 def _figures_of(run: RunData) -> list[FigureOf]:
-    error = report_figures.error_by_timestep(run)
-    first = [] if error is None else [error]
-    return [*first, *report_figures.experts(run), *report_figures.grids(run)]
+    first = report_figures.history(run), report_figures.error_by_timestep(run)
+    return [
+        *(figure for figure in first if figure is not None),
+        *report_figures.experts(run),
+        *report_figures.grids(run),
+    ]
 
 
 def _data_url(png: bytes) -> str:

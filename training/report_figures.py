@@ -12,10 +12,10 @@ from PIL import Image
 
 from training.pictures import affinity_map, expert_map, load_history
 from training.report_runs import RunData
+from training.run_history import RunHistory, thinned
 
 mpl.use("agg")
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 5.2, 3.0, 110
-MAX_POINTS = 600  # of a line; more are averaged
 GRID_PIXELS = 900
 
 
@@ -80,14 +80,6 @@ def _draw_curve(axes: Axes, curve: Curve, runs: list[RunData]) -> None:
     axes.set_xlabel("step (grey: a start)")
 
 
-def thinned(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Average neighbours until at most MAX_POINTS are left."""
-    count = min(len(steps), MAX_POINTS)
-    parts = np.array_split(np.arange(len(steps)), count)
-    x, y = np.array(steps), np.array(values)
-    return np.array([x[part[-1]] for part in parts]), np.array([y[part].mean() for part in parts])
-
-
 def error_by_timestep(run: RunData) -> FigureOf | None:
     """Draw the error over the noise level, early, in the middle and at the end of a run."""
     tags = run.tags("mse_by_timestep/")
@@ -111,6 +103,14 @@ def error_by_timestep(run: RunData) -> FigureOf | None:
 
 def _mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
+
+
+def history(run: RunData) -> FigureOf | None:
+    """Draw what befell a run."""
+    picture = RunHistory(run.starts, run.checkpoint_notes, run.records).picture()
+    text = "Starts, checkpoints, loss spikes and steps left out, along the steps."
+    name = f"history-{run.slug}.png"
+    return None if picture is None else FigureOf(name, "What befell it", text, _png(picture))
 
 
 def experts(run: RunData) -> list[FigureOf]:

@@ -19,6 +19,7 @@ from training.config import Config
 from training.monitor import METRICS_FILE, read_metrics
 from training.provenance import Start, read_starts
 from training.run_directory import SAMPLES_DIR, load_config
+from training.run_history import CheckpointNote, read_notes
 from training.run_log import LOG_FILE, NUM_OLDER
 
 NUM_GRIDS = 4
@@ -37,6 +38,7 @@ class RunData:
         slug: for names of files, different for every run.
         records: of metrics.jsonl.
         starts: oldest first.
+        checkpoint_notes: what became of its checkpoints.
         events: warnings and errors of the log with their times, the newest MAX_EVENTS of them.
         grids: at most NUM_GRIDS pictures of samples, from the first to the last.
         checkpoint: the newest one; None if there is none.
@@ -48,6 +50,7 @@ class RunData:
     config: Config
     records: list[dict[str, float]]
     starts: list[Start]
+    checkpoint_notes: list[CheckpointNote]
     events: list[tuple[str, str]]
     grids: list[Path]
     checkpoint: Path | None
@@ -148,6 +151,7 @@ def _load(folder: Path, name: str, slug: str) -> RunData:
         config=config,
         records=records,
         starts=_read(folder, read_starts),
+        checkpoint_notes=_read(folder, read_notes),
         events=read_events(folder),
         grids=[grids[i] for i in chosen],
         checkpoint=checkpoint,

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from training.monitor import Monitor
 from training.pictures import affinity_map, expert_map, load_history, load_map
 from training.progress import Progress
 from training.provenance import Start
+from training.run_history import CheckpointNote, RunHistory, append_note
 from training.stability import SpikeDetector
 
 TERA = 1e12
@@ -42,6 +44,7 @@ class Reporter:
         engine: the DeepSpeed engine.
         sums: of the interval.
         loads: of all intervals.
+        history: of the run.
         monitor: where records go.
         progress: what a person watches.
         device: of the training.
@@ -55,6 +58,7 @@ class Reporter:
         engine: Any,
         sums: MetricSums,
         loads: LoadHistory,
+        history: RunHistory,
         monitor: Monitor,
         progress: Progress,
         device: torch.device,
@@ -62,8 +66,8 @@ class Reporter:
         is_main: bool,
     ) -> None:
         self.config, self.engine, self.sums, self.loads = config, engine, sums, loads
-        self.monitor, self.progress, self.is_main = monitor, progress, is_main
-        self.heartbeat = heartbeat
+        self.history, self.monitor, self.progress = history, monitor, progress
+        self.heartbeat, self.is_main = heartbeat, is_main
         self._spikes, self._drift = SpikeDetector(config.optim.spike_threshold), GateDrift()
         shape = shape_of(config)
         flops = training_flops(
@@ -75,7 +79,8 @@ class Reporter:
         """Record what the run is, once per start. Of the main rank only."""
         start, config = starts[-1], self.config
         depth, num_experts = len(self.engine.module.blocks), self.engine.module.num_experts
-        self.monitor.layout(dashboard(config, depth, num_experts))
+        num_ranks = torch.distributed.get_world_size()
+        self.monitor.layout(dashboard(config, depth, num_experts, num_ranks))
         plain = {key: value for part in config.to_dict().values() for key, value in part.items()}
         self.monitor.hyperparameters(plain)
         self.monitor.text("configuration", config.to_yaml())
@@ -87,6 +92,16 @@ class Reporter:
         if self.is_main:
             sys.stderr.write(f"warning: {event}\n")
             self.monitor.event(step, event)
+
+    def note_checkpoint(self, note: CheckpointNote) -> None:
+        """Remember what became of a checkpoint; draw what befell the run. Of the main rank only."""
+        if not self.is_main:
+            return
+        self.history.notes.append(note)
+        with self.monitor.surviving_disk_errors():
+            append_note(Path(self.config.run.run_dir), note)
+        if (picture := self.history.picture()) is not None:
+            self.monitor.image(note.step, "run/history", picture)
 
     def end_interval(self, state: TrainState, tables: StepTables, speed: float) -> None:
         """Reduce and record the metrics since the last call. All ranks must call this.
@@ -117,6 +132,9 @@ class Reporter:
         metrics |= self._compute_metrics(metrics["speed/samples_per_sec"])
         self.monitor.scalars(state.step, metrics)
         if self.is_main:
+            self.history.add_interval(state.step, metrics)
+            # Also between starts: of a few points TensorBoard hides some as outliers.
+            self.monitor.extra(state.step, "run/starts", float(len(self.history.starts)))
             if tables.gates is not None and (drift := self._drift.add(tables.gates)) is not None:
                 # Not among the records: a resumed run has none for its first interval.
                 self.monitor.extra(state.step, "moe/gate_drift", drift)

@@ -5,6 +5,7 @@ deepspeed.json   the resolved DeepSpeed configuration
 dataset.json     a copy of the data set's manifest (classes, VAE, scaling)
 init.json        where the initial weights came from, if they are another model's
 starts.jsonl     a line per start; what it refers to is in provenance/
+checkpoints.jsonl    a line per checkpoint: saved, failed or found damaged
 checkpoints/  tensorboard/  metrics.jsonl  log.txt  samples/  ema_snapshots/  posthoc/
 """
 

@@ -1,0 +1,93 @@
+"""The scores of a run in TensorBoard, each at the step of the checkpoint that it measures.
+
+Every way of measuring (sampler, steps, guidance, number of images, reference, average, ...) is a
+run of its own below tensorboard/evaluation, so that each chart has a line per way. They are not in
+the training's own folder: of a folder TensorBoard follows one file at a time.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from training.dashboard import evaluation_charts
+from training.evaluation.job import EVALUATION_DIR
+from training.monitor import TENSORBOARD_DIR
+
+CARDS = ("*/score-*.json", "validation-*.json")  # in the folder of a run's evaluations
+OF_WEIGHTS = ("weights_sha256", "weaker_weights_sha256", "batch_size")  # no ways of measuring
+_STEP = re.compile(r"step-\d+-")
+
+
+class Scores(NamedTuple):
+    """What one card says."""
+
+    way: str  # names the folder
+    step: int
+    values: dict[str, float]  # by TensorBoard's tag
+
+
+def write_score_events(run_dir: Path) -> None:
+    """Write the scores of a run that are not there yet.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    for way, by_step in read_scores(run_dir / EVALUATION_DIR).items():
+        folder = run_dir / TENSORBOARD_DIR / EVALUATION_DIR / way
+        points = {
+            (tag, step): float(np.float32(value))
+            for step, values in sorted(by_step.items())
+            for tag, value in values.items()
+        }
+        if points == _written(folder):
+            continue
+        # All of them again, in the order of steps that TensorBoard needs, after a note that makes
+        # it forget what it has read before. A file that it may be reading must not go away.
+        with SummaryWriter(str(folder), purge_step=0) as writer:
+            writer.add_custom_scalars(evaluation_charts())
+            for (tag, step), value in points.items():
+                writer.add_scalar(tag, value, step)
+
+
+def _written(folder: Path) -> dict[tuple[str, int], float]:
+    """Return what TensorBoard shows of a folder, by tag and step."""
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
+    if folder.exists():
+        events.Reload()
+    tags = events.Tags()[SCALARS]
+    return {(tag, event.step): event.value for tag in tags for event in events.Scalars(tag)}
+
+
+def read_scores(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """Return the scores by way and step; of two cards alike the newer one counts."""
+    paths = [path for pattern in CARDS for path in folder.glob(pattern)]
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
+        scores = scores_of(json.loads(path.read_text()), path)
+        if scores is not None:
+            found.setdefault(scores.way, {})[scores.step] = scores.values
+    return found
+
+
+def scores_of(card: dict[str, Any], path: Path) -> Scores | None:
+    """Say what a card of evaluate.py holds; None if its weights are of no checkpoint."""
+    step = card["weights"].get("step")
+    if step is None:
+        return None
+    if "validation_loss" in card:
+        name, _, data = path.stem.removeprefix("validation-").rpartition("-")
+        values = {f"eval/loss_{term}": v["mean"] for term, v in card["validation_loss"].items()}
+        # The name also has the weights' hash: "step-0001000-ema-SHA-t8-4096-DATA".
+        weights, _, timesteps, count = name.rsplit("-", 3)
+        return Scores(f"loss-{_STEP.sub('', weights)}-{timesteps}-{count}-{data}", step, values)
+    drawn = {key: value for key, value in card["images"].items() if key not in OF_WEIGHTS}
+    compared = card["reference"]["sha256"], card["features"]["sha256"], card["weights"]["average"]
+    digest = hashlib.sha256(json.dumps([drawn, compared], sort_keys=True).encode()).hexdigest()
+    way = f"{_STEP.sub('', path.parent.name)}-{digest[:8]}"
+    return Scores(way, step, {f"eval/{name}": value for name, value in card["metrics"].items()})
