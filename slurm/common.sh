@@ -9,6 +9,7 @@
 # shellcheck source=site.sh
 source "${SLURM_SUBMIT_DIR:-.}/slurm/site.sh"
 
+RETRY_SEC=${RETRY_SEC:-10}  # between two tries of a command that Slurm does not answer
 SAVED=75  # exit code of a program that saved its work and is to be started again
 
 # Print the value of `#SBATCH --NAME=VALUE` in the job script.
@@ -16,10 +17,11 @@ directive() {
   sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$0" | head -n 1
 }
 
-# Choose where the ranks meet: the first node, and a port of this job's own.
+# Choose where the ranks meet: the first node, and the site's port or one of this job's own.
 rendezvous() {
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-  MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))  # below the ports that Linux hands out itself
+  # Without the site's choice: below the ports that Linux hands out itself.
+  MASTER_PORT=${SITE_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
   export MASTER_ADDR MASTER_PORT
 }
 
@@ -57,11 +59,28 @@ job_number() {
   fi
 }
 
+# Try a command again for a minute: a controller of Slurm that restarts answers nobody meanwhile.
+insist() {
+  local tries=6
+  until "$@"; do
+    tries=$((tries - 1))
+    if ((tries == 0)); then return 1; fi
+    sleep "$RETRY_SEC"
+  done
+}
+
 queue_again() {
+  if ! insist requeue; then
+    echo "error: Slurm did not queue job $(job_number) again; submit it once more, it continues" >&2
+  fi
+}
+
+requeue() {
   local job restarts
+  if [[ $is_ended == yes ]]; then return; fi  # while it was tried before
   job=$(job_number)
   # On a node that Slurm has lost, this script may outlive its job and must not end the next start.
-  restarts=$(scontrol show job "$job" | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' || true)
+  restarts=$(scontrol show job "$job" | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p') || return
   if [[ -n $restarts && $restarts != "${SLURM_RESTART_COUNT:-0}" ]]; then
     echo "job $job was queued again by Slurm itself"
     return
@@ -75,7 +94,7 @@ python_command() {
   ${CONTAINER[@]+"${CONTAINER[@]}"} "$VENV/bin/python" -u "$@"
 }
 
-is_dry_run=no nears_limit=no is_ended=no
+is_dry_run=no nears_limit=no is_ended=no step=
 
 run_tasks() {
   local word arguments=()
@@ -101,7 +120,11 @@ run_tasks() {
     echo "error: $0: not inside a Slurm job; submit it with: sbatch $0 (or look at it: bash $0 --dry-run)" >&2
     exit 2
   fi
-  if ((${#MODULES[@]})); then module load "${MODULES[@]}"; fi
+  # The callers keep this function's exit code, which switches `set -e` off in here.
+  if ((${#MODULES[@]})) && ! module load "${MODULES[@]}"; then
+    echo "error: module load ${MODULES[*]} failed; correct MODULES in slurm/site.sh" >&2
+    exit 2
+  fi
   rendezvous
   export OMP_NUM_THREADS=$cpus
   run_and_mind_signals "${command[@]}"
@@ -109,7 +132,7 @@ run_tasks() {
 
 # Run a command in the background, so that this shell can react to signals meanwhile.
 run_and_mind_signals() {
-  local step status
+  local status
   "$@" &
   step=$!
   while  # a trapped signal ends `wait` early
@@ -117,6 +140,7 @@ run_and_mind_signals() {
     wait "$step" || status=$?
     [[ $is_interrupted == yes ]]
   do :; done
+  step=
   return "$status"
 }
 
@@ -125,7 +149,16 @@ run_and_mind_signals() {
 on_near_limit() {
   is_interrupted=yes nears_limit=yes
   echo "job $(job_number) is near its time limit: the ranks save and leave"
-  scancel --signal=TERM "$(job_number)"
+  insist end_ranks || echo "error: Slurm did not pass the signal on; the ranks train on" >&2
+}
+
+# Nothing is left to do where the step has ended by itself meanwhile.
+end_ranks() {
+  scancel --signal=TERM "$(job_number)" || ! is_step_left
+}
+
+is_step_left() {
+  [[ -n $step ]] && kill -0 "$step" 2>/dev/null
 }
 
 if [[ -n ${SLURM_JOB_ID:-} ]]; then

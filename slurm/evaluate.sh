@@ -16,6 +16,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 set -euo pipefail
 source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"

@@ -9,6 +9,9 @@ VENV=${VENV:-.venv}          # virtual environment whose python runs the job, on
 CONTAINER=()                 # command that enters a container, e.g. CONTAINER=(apptainer exec --nv image.sif)
 SRUN_FLAGS=()                # further flags of srun, e.g. SRUN_FLAGS=(--cpu-bind=cores --mpi=none)
 # export NCCL_SOCKET_IFNAME=ib0  # and whatever else the site's network needs
+# Port where the ranks meet, on the job's first node; empty = one from the job's number, 10000 to
+# 29999. Jobs that share a node need different ones.
+SITE_PORT=${SITE_PORT:-}
 
 # A job that crashes is queued again, at most this often without a new checkpoint in between.
 export MAX_RESTARTS=${MAX_RESTARTS:-3}

@@ -1,10 +1,12 @@
 """Checkpoints survive: kill -9 at any moment, damage, a second job, and changes after the copy."""
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,25 +16,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_tools.errors import ConfigError
 from tests.launch import run
+from training import checkpoint_writer
 from training.checkpoint_manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
     IncompleteCheckpointError,
     Layout,
-    ResumePoint,
     TrainState,
     latest_checkpoint,
     manifest_text,
     read_manifest,
     record_of,
-    resume_points,
-    verify_together,
 )
 from training.checkpoint_publishing import is_taken_over, name_latest, prune, publish
 from training.checkpoint_snapshot import HostCopies
 from training.checkpoint_writer import GIVEN_UP, BackgroundWrite, WritePlan
 from training.monitor import read_metrics
+from training.resume_points import (
+    ResumeError,
+    ResumePoint,
+    choose_together,
+    newest_point,
+    verify_together,
+)
 from training.run_lock import hold_run_directory, take_over
 from training.unpickling import unpickle
 
@@ -148,29 +156,72 @@ def test_pruning_keeps_the_newest_those_of_multiples_and_what_a_left_line_had(tm
     assert [step for step, path in folders.items() if path.exists()] == [4, 8, 10, 12]
 
 
-def test_resume_points_are_the_whole_checkpoints_up_to_the_latest_newest_first(tmp_path):
-    assert resume_points(tmp_path) == ([], [])
+def test_a_persons_copy_of_a_checkpoint_is_left_alone(tmp_path):
+    folders = [checkpoint_at(tmp_path, step) for step in (2, 4, 6)]
+    copy = folders[0].with_name(f"{folders[0].name}-good")
+    shutil.copytree(folders[0], copy)
+
+    prune(folders[2], staging_of(tmp_path), keep_last=1, keep_every=5)
+
+    assert [path.exists() for path in (*folders, copy)] == [False, False, True, True]
+    assert newest_point(tmp_path).folder == folders[2]
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_a_run_continues_from_the_newest_whole_checkpoint_up_to_the_latest(tmp_path):
+    assert newest_point(tmp_path) is None
+    assert choose_together(tmp_path, [].append) == (None, [])
     folders = {step: checkpoint_at(tmp_path, step) for step in (2, 4, 6, 8)}
     name_latest(folders[6], staging_of(tmp_path))
     (folders[6] / MANIFEST_FILE).write_text("{")
     (folders[2] / MANIFEST_FILE).unlink()
+    layout = Layout(1, 1, 2, "fp32")
+    wanted = CheckpointManifest(folders[4].name, TrainState(4, 32), layout, "", 1, {})
+    looked_at = []
 
-    points, damaged = resume_points(tmp_path)
+    point, damaged = choose_together(tmp_path, looked_at.append)
 
-    assert points == [
-        (
-            folders[4],
-            CheckpointManifest(
-                *(folders[4].name, TrainState(4, 32), Layout(1, 1, 2, "fp32"), "", 1, {})
-            ),
-        )
-    ]
+    assert point == newest_point(tmp_path) == (folders[4], wanted)
+    assert looked_at == [wanted]
     assert len(damaged) == 1
     assert damaged[0].startswith(f"{folders[6] / MANIFEST_FILE} is not a checkpoint manifest")
 
     (folders[4] / MANIFEST_FILE).unlink()
     with pytest.raises(IncompleteCheckpointError, match=f"^{folders[6] / MANIFEST_FILE} is not a"):
-        resume_points(tmp_path)
+        newest_point(tmp_path)
+    with pytest.raises(ResumeError, match="no older checkpoint in .* is whole"):
+        choose_together(tmp_path, looked_at.append)
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_a_file_that_is_missing_cut_off_or_changed_is_noticed_before_anything_is_loaded(tmp_path):
+    folder = checkpoint_at(tmp_path, 2)
+    path = folder / "weights.safetensors"
+    path.write_bytes(b"1234")
+    manifest = read_manifest(folder)
+    files = {path.name: record_of(path)}
+    (folder / MANIFEST_FILE).write_text(manifest_text(dataclasses.replace(manifest, files=files)))
+    assert choose_together(tmp_path, [].append)[0].folder == folder
+
+    for content, reason in (
+        (b"123", "has 3 bytes, its manifest.json says 4 bytes"),
+        (b"1235", "does not match the checksum in its manifest.json"),
+        (None, "is missing, its manifest.json says 4 bytes"),
+    ):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(ResumeError, match=f"^{path} {reason}, and no older checkpoint"):
+            choose_together(tmp_path, [].append)
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_a_checkpoint_that_must_not_be_continued_is_refused(tmp_path):
+    checkpoint_at(tmp_path, 2)
+
+    def refuse(_):
+        raise ConfigError("--data: another one.")
+
+    with pytest.raises(ResumeError, match="--data: another one."):
+        choose_together(tmp_path, refuse)
 
 
 def hold_until_killed(run_dir, pipe):
@@ -323,6 +374,8 @@ def slow_write(tmp_path, monkeypatch, num_files=200):
 def test_a_signal_does_not_wait_for_a_checkpoint_that_is_being_written(
     tmp_path, monkeypatch, whose_signal
 ):
+    # Else a quick disk has all files before the other ranks are asked again.
+    monkeypatch.setattr(checkpoint_writer, "OTHERS_SIGNAL_POLL_SEC", 0.0)
     write, may_go_on = slow_write(tmp_path, monkeypatch)
     before = visible(tmp_path)
     if whose_signal == "another rank's":

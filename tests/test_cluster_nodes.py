@@ -95,6 +95,26 @@ def test_a_node_that_hangs_is_named_in_bounded_time(cluster, latents, tmp_path):
     assert "no progress since the beginning in 0 restart(s)" in job.output()
 
 
+def test_a_first_node_that_hangs_is_named_by_the_others(cluster, latents, tmp_path):
+    env = {"COLLECTIVE_TIMEOUT_SEC": "20", "MAX_RESTARTS": "0"}
+    job = TrainingJob(cluster, tmp_path, latents, check_nodes="yes", **env)
+    port = 10000 + int(job.number) % 20000
+    knock = ["bash", "-c", f"exec 3<>/dev/tcp/node1/{port} && echo open"]
+
+    job.wait(lambda: cluster.run(*knock, machine="node1", check=False), "rank 0's store")
+    # Not srun, which runs on the first node and has the same words among its arguments.
+    cluster.run("pkill", "-STOP", "-f", r"^\S*python -u training/preflight.py", machine="node1")
+    lines = error_lines(job)
+
+    sentence = (
+        "error: node node1 (rank 0) gave node2 no answer (waited for up to 60 s): it hangs, for "
+        "example in its storage, or the network to it broke; look at it, or leave it out with "
+        "sbatch --exclude."
+    )
+    # Slurm lets stopped processes go on before it ends them: they may then say that they are late.
+    assert {line for line in lines if "does not get on with: " not in line} == {sentence}
+
+
 def test_a_slow_node_is_named(cluster, latents, tmp_path):
     cluster.slow_down("node2", "80mbit")
     try:

@@ -20,7 +20,7 @@ from tests.evaluated_run import IMAGE_SIZE, Means, Wrong, make_data, make_run, s
 from tests.launch import TIMEOUT_SEC, finish, free_port, run, start
 from tests.reference_scores import frechet_distance, precision_and_recall
 from tests.synthetic import make_dataset, random_moments
-from training import evaluate, reference_statistics, score_images
+from training import evaluate, reference_statistics, sample, score_images
 from training.checkpoint_manifest import CHECKPOINT_DIR, sha256_of
 from training.evaluation.drawing import (
     LABEL_RULES,
@@ -315,6 +315,26 @@ class TestScoring:
         assert "precision 9" not in capsys.readouterr().out
         assert '"precision": 9' not in path.read_text()
 
+    def test_a_job_that_slurm_starts_again_forces_away_nothing_of_its_own(
+        self, drawn, run_dir, held_out, tmp_path, capsys, monkeypatch
+    ):
+        output = shutil.copytree(drawn.parent, tmp_path / "out")
+        command = (run_dir, *DRAW, "--output", output, "--validation-data", held_out)
+        command = (*command, "--validation-samples", 4, "--validation-timesteps", 1, "--force")
+        samples = output / FOLDER / SAMPLES_FILE
+        before = samples.stat().st_mtime_ns
+        call(evaluate.main, *command)
+        first = samples.stat().st_mtime_ns
+        (loss,) = output.glob("validation-*.json")
+        written = loss.stat().st_mtime_ns
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        call(evaluate.main, *command)
+
+        assert before < first == samples.stat().st_mtime_ns
+        assert loss.stat().st_mtime_ns == written
+        call(evaluate.main, *command, "--labels", "balanced")
+        assert samples.stat().st_mtime_ns > first  # drawn otherwise, so not by this job
+
     def test_reference_statistics_stand_for_all_images(self, network, tmp_path, capsys):
         random = np.random.default_rng(5)
         images = random.integers(0, 256, (25, 32, 32, 3)).astype(np.uint8)
@@ -572,6 +592,29 @@ class TestRefusals:
             reference_statistics.main, "--input", tmp_path, *flags
         )
         assert path.read_text() == "kept"
+
+    @pytest.mark.parametrize("output", ["none/card.json", "."])
+    def test_a_place_that_takes_no_card_is_refused_before_the_scoring(
+        self, reference, network, tmp_path, refuse, output
+    ):
+        flags = ("--reference", reference, "--features", network, "--force")
+
+        stderr = refuse(score_images.main, reference, *flags, "--output", tmp_path / output)
+
+        assert f"--output {tmp_path / output}: name a file in a folder that exists." in stderr
+        assert "looking" not in stderr
+
+    @pytest.mark.parametrize("command", [evaluate, sample])
+    def test_more_processes_than_gpus_of_a_node(self, run_dir, refuse, monkeypatch, command):
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        for name, value in (("RANK", "2"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "2")):
+            monkeypatch.setenv(name, value)
+
+        stderr = refuse(command.main, run_dir)
+
+        assert stderr.startswith("error: local rank 2 finds 2 GPU(s) on its node; start at most")
 
     def test_an_image_that_cannot_be_read_spoils_a_reference(self, network, tmp_path, refuse):
         for i in range(13):

@@ -1,14 +1,23 @@
 """What a look at the nodes says, from what the nodes said; test_cluster_slurm.py has real nodes."""
 
 import dataclasses
+import socket
+import time
+from datetime import timedelta
 
 import pytest
+import torch
 
 from data_tools.errors import ConfigError
+from data_tools.manifest import DatasetManifest
+from tests.evaluated_run import STEP, make_run
 from tests.launch import run
+from training import bandwidth, preflight
 from training.bandwidth import Bandwidth
+from training.checkpoint_manifest import tag_of
+from training.command_line import DEFAULT_DEEPSPEED, CommandLine
 from training.node_facts import NodeFacts, collect, compare
-from training.preflight import floor_gbps, judge
+from training.preflight import PreflightError, Stage, agree, check_job, connect, floor_gbps, judge
 from training.processes import Ranks
 
 
@@ -119,3 +128,128 @@ def test_one_process_is_looked_at_too(demo_latents, tmp_path):
 
     assert "nodes: 1 rank(s) on 1 node(s) (" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_of_different_moments_are_on_one_disk():
+    # The second node looked before an earlier job published, and one rank of the third after.
+    names = ["b", "b", "a", "a", "b", "c"]
+    everyone = [facts(rank, checkpoint=name) for rank, name in enumerate(names)]
+
+    assert compare(everyone) == []
+
+
+def test_a_node_without_the_others_checkpoints_has_another_disk():
+    names = ["", "", "a", "b", "c", "d"]
+    everyone = [facts(rank, checkpoint=name) for rank, name in enumerate(names)]
+
+    (found,) = compare(everyone)
+
+    assert found.startswith("node node0: checkpoint none, the other nodes have d; put --run-dir")
+
+
+def test_a_run_with_a_checkpoint_is_checked_as_training_does(tmp_path):
+    config = make_run(tmp_path / "run", tmp_path / "data", sample_every=0)
+    command = CommandLine(config, "small", DEFAULT_DEEPSPEED, -1, dry_run=False)
+
+    data, checkpoint = check_job(command, Ranks(0, 1, 0))
+
+    assert data == DatasetManifest.load(tmp_path / "data").hash
+    assert checkpoint == str(tmp_path / "run" / "checkpoints" / tag_of(STEP))
+
+
+TIMEOUT = timedelta(seconds=0.5)
+
+
+@pytest.fixture
+def short_grace(monkeypatch):
+    monkeypatch.setattr(preflight, "GRACE_SEC", 0.2)
+    monkeypatch.setattr(preflight.processes, "FOLLOWER_WAIT_SEC", 0.5)
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """The exit codes of stages that gave up."""
+    codes = []
+    monkeypatch.setattr(preflight.os, "_exit", codes.append)
+    return codes
+
+
+@pytest.fixture
+def begin(short_grace, ended):
+    """Begin the stages of a rank; none ends this process later."""
+    stages = []
+
+    def begin(ranks):
+        stages.append(Stage(ranks, TIMEOUT))
+        return stages[-1]
+
+    yield begin
+    for stage in stages:
+        stage._timer.cancel()
+        stage._timer.join()
+
+
+def test_a_first_node_that_does_not_answer_is_named(begin, ended):
+    store, ranks = torch.distributed.HashStore(), Ranks(2, 4, 0)
+    began = time.monotonic()
+
+    with pytest.raises(PreflightError, match=r"^node node0 \(rank 0\) gave node1 no answer"):
+        agree(store, facts(2, node="node1"), ranks, TIMEOUT, begin(ranks))
+
+    # Longer than rank 0's own limit: what it says of a third node comes first.
+    assert time.monotonic() - began > (2 * TIMEOUT).total_seconds() + preflight.GRACE_SEC
+    assert not ended
+
+
+def test_a_connection_that_hangs_for_good_names_the_first_node_too(begin, ended, capfd):
+    ranks = Ranks(2, 4, 0)
+    stage = begin(ranks)
+
+    class Stopped:
+        def set(self, *_):
+            deadline = time.monotonic() + 60
+            while not ended and time.monotonic() < deadline:
+                time.sleep(0.05)
+            raise RuntimeError("Broken pipe")
+
+    with pytest.raises(PreflightError):
+        agree(Stopped(), facts(2, node="node1"), ranks, TIMEOUT, stage)
+
+    assert ended == [2]
+    assert capfd.readouterr().err.startswith("error: node node0 (rank 0) gave node1 no answer")
+
+
+def test_a_slow_first_node_still_says_who_did_not_report(begin):
+    store, ranks = torch.distributed.HashStore(), Ranks(0, 2, 0)
+    stage = begin(ranks)
+    time.sleep(1.8 * TIMEOUT.total_seconds())  # its own files
+
+    _, problems, _ = agree(store, facts(0), ranks, TIMEOUT, stage)
+
+    assert [problem.split(":")[0] for problem in problems] == ["rank 1 did not report within 0 s"]
+
+
+def test_a_taken_port_is_no_fault_of_the_network(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+
+        with pytest.raises(PreflightError, match=rf"^port {port} of 127.0.0.1 is taken; set SITE_"):
+            connect(Ranks(0, 1, 0), TIMEOUT)
+
+
+def test_all_ranks_take_part_in_the_first_operation_of_a_group(single_process_group, monkeypatch):
+    calls, all_reduce = [], torch.distributed.all_reduce
+    monkeypatch.setattr(bandwidth, "_exchange", lambda *_: calls.append("pair"))
+    monkeypatch.setattr(
+        *(torch.distributed, "all_reduce"), lambda data: (calls.append("all"), all_reduce(data))
+    )
+
+    bandwidth.measure(["node0", "node1"], torch.device("cpu"), lambda _: None)
+
+    assert calls[:2] == ["all", "pair"]

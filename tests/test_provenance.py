@@ -121,6 +121,14 @@ def test_a_line_that_was_cut_off_is_no_start_and_makes_way(tmp_path):
     assert len(read_starts(tmp_path)) == 2
 
 
+def test_lines_of_another_version_do_not_keep_a_run_from_starting(tmp_path):
+    (tmp_path / STARTS_FILE).write_text('{"time": "then", "colour": 3}\n')
+
+    start = record_start(tmp_path, **START)
+
+    assert read_starts(tmp_path) == [start]
+
+
 def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "lines"
     append_line(path, "a")

@@ -83,6 +83,13 @@ def test_training_jobs_start_one_task_per_gpu_with_their_preset(name):
     assert (ROOT / command.deepspeed).exists()
 
 
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_that_slurm_may_start_again_keeps_what_it_printed(name):
+    text = (ROOT / "slurm" / name).read_text()
+
+    assert ("#SBATCH --requeue\n" in text) == ("#SBATCH --open-mode=append\n" in text)
+
+
 def test_slurms_own_numbers_come_before_the_scripts():
     result = bash(
         "slurm/train_xl.sh",
@@ -143,9 +150,12 @@ def job(tmp_path):
         path.write_text(f'#!/bin/bash\necho {name} "$@" >>{log}\n{body}\n')
         path.chmod(0o755)
 
+    # A controller that does not answer the first REFUSALS calls of a kind.
+    answer = f'if (($(grep -c "^$(basename $0) $1" {log}) <= ${{REFUSALS:-0}})); then exit 1; fi'
     job = 'echo "   Requeue=1 Restarts=${RESTARTS:-0} BatchFlag=1"'
-    program("scontrol", f'case $2 in hostnames) printf "node7\\nnode8\\n";; job) {job};; esac')
-    program("scancel", f"kill -TERM $(cat {tmp_path}/srun.pid)")
+    show = f'case $2 in hostnames) printf "node7\\nnode8\\n";; job) {job};; esac'
+    program("scontrol", f"if [[ $1 == requeue ]]; then {answer}; fi; {show}")
+    program("scancel", f"{answer}; kill -TERM $(cat {tmp_path}/srun.pid)")
 
     def start(body, script="train_s.sh", **values):
         program("srun", f"echo $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS >>{log}\n{body}")
@@ -154,7 +164,7 @@ def job(tmp_path):
             VENV=sys.prefix,
             SLURM_JOB_ID="41234",
             SLURM_JOB_NODELIST="node[7-8]",
-            **{"CHECK_NODES": "no"} | values,
+            **{"CHECK_NODES": "no", "RETRY_SEC": "0.1"} | values,
         )
         command = ["bash", f"slurm/{script}", "--run-dir", tmp_path / "run"]
         process = subprocess.Popen(command, cwd=ROOT, env=env)
@@ -252,6 +262,65 @@ def test_a_script_that_outlived_its_job_leaves_the_next_start_alone(job):
 
     assert process.wait(timeout=60) == 1
     assert "scontrol requeue" not in log.read_text()
+
+
+@pytest.mark.parametrize(("refusals", "tries"), [(2, 3), (9, 6)])
+def test_a_controller_that_restarts_is_asked_again(job, refusals, tries, capfd):
+    process, log = job("exit 75", REFUSALS=str(refusals))
+
+    assert process.wait(timeout=60) == 75
+    calls = log.read_text().splitlines()
+    assert calls[-2:] == ["scontrol show job 41234", "scontrol requeue 41234"]
+    assert calls.count("scontrol requeue 41234") == tries
+    has_failed = "error: Slurm did not queue job 41234 again" in capfd.readouterr().err
+    assert has_failed == (refusals > tries)
+
+
+def test_the_ranks_hear_of_the_time_limit_from_a_controller_that_restarts(job, tmp_path):
+    task = WAITING_TASK.format(folder=tmp_path, status=75)
+    process, log = job(task, REFUSALS="3")
+    wait_for(tmp_path / "srun.pid")
+
+    process.send_signal(signal.SIGUSR1)
+
+    assert process.wait(timeout=60) == 75
+    calls = log.read_text().splitlines()
+    assert calls.count("scancel --signal=TERM 41234") == 4
+    assert "saved" in calls
+
+
+def test_ranks_that_ended_by_themselves_are_told_nothing_more(job, tmp_path):
+    task = f"echo $$ >{tmp_path}/srun.pid; sleep 1; exit 0"
+    process, log = job(task, REFUSALS="99", RETRY_SEC="2")
+    wait_for(tmp_path / "srun.pid")
+
+    process.send_signal(signal.SIGUSR1)
+
+    assert process.wait(timeout=60) == 0
+    assert log.read_text().count("scancel") == 2
+
+
+def test_the_site_may_choose_the_port(job):
+    process, log = job("exit 0", SITE_PORT="4711")
+
+    assert process.wait(timeout=60) == 0
+    assert log.read_text().splitlines()[2] == "node7 4711 8"
+
+
+@pytest.mark.parametrize("script", ["train_s.sh", "sample.sh"])
+def test_modules_that_do_not_load_end_the_job_in_one_sentence(job, tmp_path, script, capfd):
+    shutil.copytree(ROOT / "slurm", tmp_path / "site/slurm")
+    site = tmp_path / "site/slurm/site.sh"
+    text = site.read_text().replace("MODULES=()", "MODULES=(cuda/99 gcc)")
+    site.write_text(text + "module() { return 1; }\n")
+
+    process, log = job("exit 0", script=script, SLURM_SUBMIT_DIR=str(tmp_path / "site"))
+
+    assert process.wait(timeout=60) == 2
+    assert "srun" not in log.read_text()
+    assert "requeue" not in log.read_text()
+    error = "error: module load cuda/99 gcc failed; correct MODULES in slurm/site.sh\n"
+    assert capfd.readouterr().err == error
 
 
 def test_a_job_that_is_done_at_the_time_limit_is_not_queued_again(job, tmp_path):

@@ -8,10 +8,20 @@ import torch
 
 from data_tools.errors import ConfigError
 from tests.ranks import run_ranks
-from training.heartbeat import FORWARD, PHASES, READING, STARTING, Beat, Heartbeat
+from training.failures import describe_failure
+from training.heartbeat import (
+    FORWARD,
+    PHASES,
+    READING,
+    SAMPLING,
+    SAVING,
+    STARTING,
+    Beat,
+    Heartbeat,
+)
 from training.processes import Ranks, RunError
 from training.standstill import Seen, describe_lost, describe_standstill, name_ranks
-from training.watchdog import Watchdog, describe_failure
+from training.watchdog import Watchdog
 
 REDUCE = "all_reduce of 2 int32"
 
@@ -48,6 +58,14 @@ def test_a_rank_that_is_silent_gets_no_more_time_than_a_collective():
     assert found.end_after == STARTING.end_after, "rank 2 may be starting"
     assert describe_standstill({0: waiting(), 1: seen[1]}).end_after == 1.0
     assert describe_standstill({1: seen[1]}) is None, "nobody is there to see it"
+
+
+@pytest.mark.parametrize("phase", [STARTING, SAMPLING, SAVING])
+def test_a_phase_of_many_short_collectives_is_not_one_long_one(phase):
+    """Whenever it is looked at, all ranks may be in one of them."""
+    seen = dict.fromkeys(range(4), Seen(beat(phase.text, stuck_sec=400.0, waits_in="new_group")))
+
+    assert describe_standstill(seen).end_after == phase.end_after == 6.0
 
 
 def test_the_job_stands_still_since_the_rank_that_moved_last_did():
@@ -160,3 +178,42 @@ def test_nobody_watches_what_was_not_entered():
         Watchdog(Ranks(0, 1, 0), torch.device("cpu")).reporting(),
     ):
         raise KeyError
+
+
+class Stuck:
+    """A stream, or the log behind it, on a disk that does not answer."""
+
+    def __init__(self):
+        self.is_back, self.texts = threading.Event(), []
+
+    def write(self, text):
+        self.is_back.wait(60.0)
+        self.texts.append(text)
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_a_watchdog_does_not_wait_for_its_words(monkeypatch):
+    stuck = Stuck()
+    monkeypatch.setattr("sys.stderr", stuck)
+    with Watchdog(Ranks(0, 1, 0), torch.device("cpu")) as watchdog:
+        watchdog._say("slow")
+        assert not stuck.texts, "it came back before"
+        stuck.is_back.set()
+        watchdog._say("quick")
+
+    assert sorted(stuck.texts) == ["warning: [rank 0] quick\n", "warning: [rank 0] slow\n"]
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_a_watchdog_survives_the_loss_of_its_terminal(monkeypatch):
+    class Closed:
+        def write(self, _):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Closed())
+    with Watchdog(Ranks(0, 1, 0), torch.device("cpu")) as watchdog:
+        watchdog._say("unheard")
+        assert watchdog._thread.is_alive()

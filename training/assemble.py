@@ -95,7 +95,8 @@ def assemble(
     )
     # Only the main rank reports it, and only that one's records are complete.
     loads = LoadHistory(depth, num_experts, read_metrics(run_dir) if ranks.is_main else ())
-    reporter = Reporter(*(config, engine, sums, loads, monitor, progress, device, ranks.is_main))
+    parts = (config, engine, sums, loads, monitor, progress, device, heartbeat, ranks.is_main)
+    reporter = Reporter(*parts)
     if ranks.is_main:
         reporter.begin(read_starts(run_dir))
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)

@@ -50,6 +50,10 @@ def measure(nodes: list[str], device: torch.device, begin: Callable[[str], None]
     rank, world_size = dist.get_rank(), len(nodes)
     leaders = {node: nodes.index(node) for node in dict.fromkeys(nodes)}  # its first rank
     pairs = {}
+    # NCCL makes a group's communicator in its first operation, in which all ranks must take part:
+    # torch calls a first batch_isend_irecv of only two of them undefined, and it may hang.
+    begin("a first all-reduce")
+    dist.all_reduce(torch.zeros(1, device=device))
     data = torch.zeros(PAIR_MIB * MIB, dtype=torch.uint8, device=device)
     for node, leader in leaders.items():
         if leader == 0:

@@ -14,17 +14,13 @@ layout than the job, training/reshard.py loads instead.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, from_json
-from data_tools.order import ORDER_VERSION
-from training.processes import RunError, agreed_message
-from training.unpickling import foreign_objects
 
 CHECKPOINT_DIR = "checkpoints"
 LATEST_FILE = "latest"
@@ -32,8 +28,8 @@ MANIFEST_FILE = "manifest.json"
 EMA_FILE = "ema.safetensors"
 RAW_FILE = "weights.safetensors"
 HASH_BLOCK_BYTES = 1 << 20
-PICKLE_SUFFIX = ".pt"
 CHECKSUM_KEY = "sha256"  # in a manifest, of all else in it
+_TAG = re.compile(r"step-\d{7,}")
 
 
 @dataclass(frozen=True)
@@ -101,19 +97,6 @@ class IncompleteCheckpointError(ConfigError):
         self.folder, self.reason = folder, reason
 
 
-class DamagedCheckpointError(RunError):
-    """No checkpoint can be continued from; raised on all ranks."""
-
-    exit_code = CONFIG_ERROR_EXIT_CODE
-
-
-class ResumePoint(NamedTuple):
-    """A checkpoint that a run may continue from."""
-
-    folder: Path
-    manifest: CheckpointManifest
-
-
 def tag_of(step: int) -> str:
     """Name the checkpoint of a step so that names sort like steps."""
     return f"step-{step:07d}"
@@ -122,6 +105,16 @@ def tag_of(step: int) -> str:
 def step_of(tag: str) -> int:
     """Return the step of a checkpoint's name."""
     return int(tag.removeprefix("step-"))
+
+
+def checkpoints_up_to(newest: Path) -> list[Path]:
+    """List the checkpoints of a run until one of them, oldest first.
+
+    Later ones are of a line that was left by resuming from an older one. Other folders, such as a
+    person's copies, are no checkpoints.
+    """
+    found = (path for path in newest.parent.glob("step-*") if _TAG.fullmatch(path.name))
+    return sorted(path for path in found if path.name <= newest.name)
 
 
 def manifest_text(manifest: CheckpointManifest) -> str:
@@ -143,8 +136,13 @@ def _parse_manifest(data: bytes) -> CheckpointManifest:
     return manifest
 
 
-def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read a checkpoint's manifest and check that its files are there in their sizes."""
+def read_manifest(folder: Path, has_files: bool = True) -> CheckpointManifest:
+    """Read a checkpoint's manifest and check that its files are there in their sizes.
+
+    Args:
+        folder: of the checkpoint.
+        has_files: check the files; a run of hundreds of ranks has thousands.
+    """
     path = folder / MANIFEST_FILE
     try:
         manifest = _parse_manifest(path.read_bytes())
@@ -154,7 +152,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     except (OSError, ValueError, MalformedError) as err:
         reason = f"{path} is not a checkpoint manifest ({err})"
         raise IncompleteCheckpointError(folder, reason) from err
-    for name, record in manifest.files.items():
+    for name, record in manifest.files.items() if has_files else ():
         file = folder / name
         size = file.stat().st_size if file.exists() else None
         if size != record.bytes:
@@ -179,78 +177,6 @@ def verify_file(manifest: CheckpointManifest, path: Path) -> None:
         raise IncompleteCheckpointError(path.parent, reason)
 
 
-def verify_together(point: ResumePoint) -> str | None:
-    """Compare all files with their checksums, shared among the ranks. All ranks must call this.
-
-    Those that will be unpickled must hold nothing that could run a program, too.
-
-    Returns:
-        On all ranks, what is wrong with the first file that differs; None = nothing.
-    """
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    reason = None
-    try:
-        for name in sorted(point.manifest.files)[rank::world_size]:
-            path = point.folder / name
-            verify_file(point.manifest, path)
-            if path.suffix == PICKLE_SUFFIX and (objects := foreign_objects(path)):
-                found = f"{path} holds {objects}, which no checkpoint of this program does"
-                raise IncompleteCheckpointError(point.folder, found)
-    except IncompleteCheckpointError as err:
-        reason = err.reason
-    return agreed_message(reason)
-
-
-def resume_points(run_dir: Path) -> tuple[list[ResumePoint], list[str]]:
-    """List the checkpoints to continue from, newest first, by manifests and sizes of files.
-
-    Later ones than `latest` names are of a line that was left.
-
-    Returns:
-        The points, and what is wrong with those left out; no points before the first checkpoint.
-
-    Raises:
-        ConfigError: there are checkpoints, but none to continue from.
-    """
-    newest = latest_checkpoint(run_dir)
-    if newest is None:
-        return [], []
-    points, errors = [], []
-    for folder in sorted(newest.parent.glob("step-*"), reverse=True):
-        if folder.name > newest.name:
-            continue
-        try:
-            points.append(ResumePoint(folder, read_manifest(folder)))
-        except IncompleteCheckpointError as err:
-            errors.append(err)
-    if not points:
-        raise errors[0]
-    reasons = [err.reason for err in errors if err.folder.name > points[0].folder.name]
-    return points, reasons
-
-
-def first_undamaged(points: list[ResumePoint]) -> tuple[ResumePoint, list[str]]:
-    """Choose the newest point whose files match their checksums. All ranks must call this.
-
-    Returns:
-        The point, and what is wrong with the newer ones.
-
-    Raises:
-        DamagedCheckpointError: on all ranks, when there is none.
-    """
-    reasons: list[str] = []
-    for point in points:
-        reason = verify_together(point)
-        if reason is None:
-            return point, reasons
-        reasons.append(reason)
-    folder = points[0].folder.parent
-    raise DamagedCheckpointError(
-        f"{reasons[0]}, and no older checkpoint in {folder} is whole; restore the file from a "
-        f"copy, or delete {folder / LATEST_FILE} to start afresh."
-    )
-
-
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """Return the folder that `latest` names, None before the first checkpoint."""
     pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
@@ -270,29 +196,6 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 def _content(pointer: Path) -> str:
     return pointer.read_text(encoding="ascii", errors="replace").strip()
-
-
-def check_resumable(manifest: CheckpointManifest, layout: Layout, data_hash: str) -> None:
-    """Refuse to resume in another precision, sample order or on another data set."""
-    saved = manifest.layout.precision
-    if saved != layout.precision:
-        raise ConfigError(
-            f"--run-dir: its checkpoint {manifest.tag} was saved with precision {saved}, this "
-            f"command has {layout.precision}; change the precision of the --deepspeed file back to "
-            f"{saved}, or start another --run-dir."
-        )
-    if manifest.order_version != ORDER_VERSION:
-        raise ConfigError(
-            f"--run-dir: its checkpoint {manifest.tag} was trained in sample order version "
-            f"{manifest.order_version}, this program has {ORDER_VERSION}; use the program's "
-            "version that wrote it, or start another --run-dir."
-        )
-    if manifest.data_hash != data_hash:
-        raise ConfigError(
-            f"--data: checkpoint {manifest.tag} of the --run-dir was trained on the data set whose "
-            f"dataset.json has sha256 {manifest.data_hash[:12]}, this one has {data_hash[:12]}; "
-            "give the original --data, or start another --run-dir."
-        )
 
 
 def sha256_of(path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
 from data_tools.files import replace_file
-from training.checkpoint_manifest import LATEST_FILE, MANIFEST_FILE, step_of
+from training.checkpoint_manifest import LATEST_FILE, MANIFEST_FILE, checkpoints_up_to, step_of
 from training.processes import RunError
 
 
@@ -63,8 +63,7 @@ def prune(newest: Path, staging: Path, keep_last: int, keep_every: int) -> None:
         keep_last: newest ones to keep.
         keep_every: keep those of multiples of this number of steps, too; 0 = none.
     """
-    complete = sorted(path for path in newest.parent.glob("step-*") if path.name <= newest.name)
-    for old in complete[:-keep_last]:
+    for old in checkpoints_up_to(newest)[:-keep_last]:
         if not (keep_every and step_of(old.name) % keep_every == 0):
             with contextlib.suppress(OSError):  # it is tried again next time
                 _discard(old, staging)

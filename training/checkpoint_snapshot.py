@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.checkpoint_manifest import CheckpointManifest, DamagedCheckpointError
+from training.checkpoint_manifest import CheckpointManifest
 from training.reshard import ENTRY, describe_partitions, holds_optimizer_state
+from training.resume_points import ResumeError
 from training.unpickling import unpickle
 
 FileContents = list[tuple[str, dict[str, Any]]]  # by file name
@@ -110,9 +111,7 @@ def load_verified(engine: Any, folder: Path, manifest: CheckpointManifest) -> di
     class VerifiedEngine(TorchCheckpointEngine):
         def load(self, path: str, map_location: Any = None) -> Any:
             if Path(path).name not in manifest.files:  # it was not compared with a checksum
-                raise DamagedCheckpointError(
-                    f"{path} is not a file of its checkpoint's manifest; remove it."
-                )
+                raise ResumeError(f"{path} is not a file of its checkpoint's manifest; remove it.")
             return unpickle(Path(path), map_location)
 
     with _checkpoint_engine(engine, VerifiedEngine()):

@@ -6,6 +6,7 @@ consolidated weights out of them, then writes the manifest, gives the folder its
 in `latest`, in this order. Every rank learns how it ended.
 """
 
+import contextlib
 import errno
 import io
 import itertools
@@ -39,6 +40,7 @@ from training.checkpoint_publishing import (
     publish,
 )
 from training.checkpoint_snapshot import FileContents
+from training.heartbeat import LONGEST_END_AFTER
 from training.processes import RunError, collective_timeout
 from training.reshard import StoredPartitions
 from training.weight_files import NonFiniteWeightsError, average_file, write_weights
@@ -233,7 +235,8 @@ class BackgroundWrite:
 
     def _collect(self, own: dict[str, Any]) -> tuple[str | None, dict[str, FileRecord]]:
         """Wait for what every rank wrote: a listing may lag behind on a network file system."""
-        parts, limit = [own], collective_timeout().total_seconds()
+        # As long as the main thread may wait for it; that a rank lives, others see to.
+        parts, limit = [own], LONGEST_END_AFTER * collective_timeout().total_seconds()
         for rank in range(1, self.world_size):
             key = f"{self._prefix}/{rank}"
             if not self._wait(key, limit):
@@ -278,7 +281,8 @@ class BackgroundWrite:
         plan = self.plan
         self.doing = f"publishing {plan.final}"
         publish(plan.temporary, plan.final, manifest_text(plan.manifest_of(files)))
-        prune(plan.final, plan.staging, plan.keep_last, plan.keep_every)
+        with contextlib.suppress(OSError):  # what is published is; it is tried again next time
+            prune(plan.final, plan.staging, plan.keep_last, plan.keep_every)
 
 
 class _StoppableFile(io.FileIO):

@@ -60,6 +60,7 @@ from training.processes import (
     select_accelerator,
     share_cores,
 )
+from training.run_lock import is_started_again
 from training.sampling_flags import add_sampling_flags
 from training.weight_files import load_model
 
@@ -230,7 +231,8 @@ def measure_loss(
     args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
 ) -> dict[str, Any] | None:
     """Compute the held-out loss by term, None if it is there already. All ranks must call this."""
-    if as_rank_0_says(job.loss_path.exists() and not args.force, ranks):
+    is_kept = not args.force or is_started_again()  # then it is this job's own
+    if as_rank_0_says(job.loss_path.exists() and is_kept, ranks):
         return None  # in the name are the weights and the samples
     return held_out_loss(
         load_model(job.config, job.weights, device),
@@ -272,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the run of the command line."""
     with exit_on_config_error():
         ranks = discover_ranks()
-    device = select_accelerator(ranks)
+        device = select_accelerator(ranks)
     with one_sentence(ranks):
         args = build_parser().parse_args(argv)
         job = check(args, ranks, device)

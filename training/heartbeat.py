@@ -112,7 +112,7 @@ class Heartbeat:
 
     def limit(self, timeout_sec: float) -> float:
         """Return after how many seconds in this phase a silent rank 0 is lost."""
-        return timeout_sec * (STARTING.end_after if self._now[0] is STARTING else 1.0)
+        return timeout_sec * self._now[0].end_after
 
     def beat(self, is_asked: bool) -> Beat:
         """Say where the main thread is; look at its stack only if somebody asked for it."""

@@ -8,18 +8,14 @@ from data_tools.cache import ShardCache, open_cache
 from data_tools.manifest import DatasetManifest
 from data_tools.training_data import TrainingData, open_data
 from data_tools.vae import Vae, load_decoder
-from training.checkpoint_manifest import (
-    Layout,
-    ResumePoint,
-    check_resumable,
-    resume_points,
-)
+from training.checkpoint_manifest import CheckpointManifest, Layout
 from training.command_line import CommandLine
 from training.config import Config
 from training.count import checkpoint_bytes, snapshot_bytes
 from training.deepspeed_config import merge_deepspeed, stage_of
 from training.precision import precision_of
 from training.processes import Ranks
+from training.resume_points import check_resumable, newest_point
 from training.run_directory import check_free_space, check_run_directory
 from training.validation import check_data, validate
 from training.warm_start import WarmStart, check_initial_weights, check_is_elsewhere
@@ -41,6 +37,14 @@ class Job:
     def manifest(self) -> DatasetManifest:
         """What all of the data is, as one."""
         return self.data.manifest
+
+    def check_resumable(self, saved: CheckpointManifest) -> None:
+        """Refuse a checkpoint that this job must not continue from.
+
+        Raises:
+            ConfigError: it is of another precision, sample order or data set.
+        """
+        check_resumable(saved, self.layout, self.manifest.hash)
 
 
 class Prepared(NamedTuple):
@@ -89,22 +93,10 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         stage_of(deepspeed_config),
         precision_of(deepspeed_config),
     )
-    find_resume_points(config, layout, manifest)  # again when no other job can add to them
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)
-    return Job(*(config, deepspeed_config, data, cache, layout, warm_start, vae))
-
-
-def find_resume_points(
-    config: Config, layout: Layout, manifest: DatasetManifest
-) -> tuple[list[ResumePoint], list[str]]:
-    """List the checkpoints of a run as `resume_points` does.
-
-    Raises:
-        ConfigError: there are some, but none to continue from, or not by this job.
-    """
-    points, damaged = resume_points(Path(config.run.run_dir))
-    for point in points:
-        check_resumable(point.manifest, layout, manifest.hash)
-    return points, damaged
+    job = Job(*(config, deepspeed_config, data, cache, layout, warm_start, vae))
+    if (point := newest_point(Path(config.run.run_dir))) is not None:
+        job.check_resumable(point.manifest)
+    return job

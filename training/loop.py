@@ -76,6 +76,7 @@ class Training:
 
     def report(self, step: int, event: str) -> None:
         """Tell the person who watches, and TensorBoard, of an event. Of rank 0 only."""
+        self.heartbeat.enter(LOGGING, step)
         self.reporter.warn(step, event)
 
 
@@ -111,6 +112,7 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
     started = time.monotonic()
     training.sums.restart_clock()
     while state.step < run.max_steps:
+        training.heartbeat.enter(AGREEING, state.step + 1)
         signal_number = stop.read()
         # A signal during the start still gets a step, so that there is something to save.
         if signal_number == RANK_FAILED or (signal_number and state.step > first_step):
@@ -137,7 +139,6 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
         # training time.
         if state.step % run.log_every == 0 or is_interrupted:
             speed = (state.step - first_step) / (time.monotonic() - started)
-            training.heartbeat.enter(LOGGING, state.step)
             training.reporter.end_interval(state, tables, speed)
             logged_step = state.step
         if is_save_due:
@@ -157,7 +158,6 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
             training.sums.restart_clock()
     if logged_step != state.step:
         speed = (state.step - first_step) / (time.monotonic() - started)
-        training.heartbeat.enter(LOGGING, state.step)
         training.reporter.end_interval(state, tables, speed)
     training.heartbeat.enter(SAVING, state.step)
     if saved_step != state.step:
@@ -249,6 +249,7 @@ def save(training: Training, state: TrainState, stop: StopSignal, is_last: bool)
     """
     saver, started = training.checkpointer, time.monotonic()
     report_write(training, state.step, saver.finish(stop.is_received))
+    training.heartbeat.enter(SAVING, state.step)
     saver.begin(state)
     training.pause_sec = time.monotonic() - started
     training.monitor.extra(state.step, "checkpoint/pause_sec", training.pause_sec)
@@ -269,6 +270,7 @@ def report_write(
     """
     if outcome is None:
         return
+    training.heartbeat.enter(LOGGING, step)
     if outcome.problem is None:
         training.monitor.extra(outcome.state.step, "checkpoint/write_sec", outcome.write_sec)
         if training.is_main:

@@ -24,12 +24,12 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
 from training import processes
-from training.checkpoint_manifest import ResumePoint, TrainState, first_undamaged
+from training.checkpoint_manifest import TrainState
 from training.checkpoint_publishing import name_latest
 from training.command_line import CommandLine, parse_command_line
 from training.config import Config, differences
@@ -38,22 +38,17 @@ from training.crash_loops import describe_crash_loop
 from training.deepspeed_config import load_deepspeed_json
 from training.exit_codes import SAVED_EXIT_CODE
 from training.heartbeat import LEAVING
-from training.job import Job, check, check_without_data, find_resume_points
+from training.job import Job, check, check_without_data
 from training.precision import explain_precision
 from training.processes import Ranks
 from training.progress import Progress
 from training.provenance import count_hosts, read_starts, record_start
+from training.resume_points import ResumePoint, choose_together
 from training.run_directory import CONFIG_FILE, create_run_directory, load_config
 from training.run_lock import WAIT_SEC, hold_run_directory, is_started_again
 from training.run_log import log_to
 from training.validation import check_compiler
 from training.watchdog import Watchdog, limit_all_groups
-
-
-class RunDirectoryError(processes.RunError):
-    """Nothing in the run directory can be continued."""
-
-    exit_code = CONFIG_ERROR_EXIT_CODE
 
 
 class CrashLoopError(processes.RunError):
@@ -99,32 +94,6 @@ def dry_run(command: CommandLine, ranks: Ranks) -> str:
     return text if warm_start is None else f"{text}\n\n# initial weights\n{warm_start.report()}"
 
 
-def choose_resume_point(job: Job) -> tuple[ResumePoint | None, list[str]]:
-    """Find the newest undamaged checkpoint of a run directory that is held. All ranks must call it.
-
-    The job before may have published another one since this job was checked.
-
-    Returns:
-        The checkpoint, None to begin; and what is wrong with newer ones.
-
-    Raises:
-        RunError: on all ranks, when there are checkpoints but none to continue from.
-    """
-    points, damaged, problem = [], [], None
-    try:
-        points, damaged = find_resume_points(job.config, job.layout, job.manifest)
-    except ConfigError as err:
-        problem = err
-    if message := processes.agreed_message(problem):
-        raise RunDirectoryError(message)
-    names = [(str(point.folder), point.manifest.state) for point in points]
-    processes.check_agreement({"the checkpoints": names})
-    if not points:
-        return None, []
-    point, more = first_undamaged(points)
-    return point, [*damaged, *more]
-
-
 def train_job(
     job: Job,
     ranks: Ranks,
@@ -166,7 +135,8 @@ def train_job(
         staging, problem = processes.from_main(claim)
         if problem is not None:
             raise RunDirectoryInUseError(problem)
-        point, damaged = choose_resume_point(job)
+        # Again: the job before may have published one since this job was checked.
+        point, damaged = choose_together(run_dir, job.check_resumable)
         state = TrainState() if point is None else point.manifest.state
         _check_crash_loop(run_dir, state, job.config.run.max_steps, ranks)
         hosts = count_hosts()

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,7 @@ def compare(everyone: list[NodeFacts]) -> list[str]:
     if problems[0] and len(set(problems)) == 1:  # the same everywhere: not a node's fault
         return [problems[0]]
     sentences = {}
+    everyone = _with_one_checkpoint(everyone)
     usual = {name: _most_common(everyone, name) for name in ("commit", "sources", "python")}
     usual |= {name: _most_common(everyone, name) for name in ("hardware", "data", "checkpoint")}
     packages = dict(_most_common(everyone, "packages"))
@@ -129,6 +130,16 @@ def compare(everyone: list[NodeFacts]) -> list[str]:
             if what:
                 sentences[facts.node] = f"node {facts.node}: {what}"
     return list(sentences.values())
+
+
+def _with_one_checkpoint(everyone: list[NodeFacts]) -> list[NodeFacts]:
+    """Return the same facts with one name for all checkpoints that were found.
+
+    The ranks look at different moments, and an earlier job that still saves may publish one in
+    between; training chooses one under the run directory's lock. Only none is another disk.
+    """
+    newest = max(facts.checkpoint for facts in everyone)
+    return [replace(facts, checkpoint=facts.checkpoint and newest) for facts in everyone]
 
 
 def _most_common(everyone: list[NodeFacts], name: str) -> Any:

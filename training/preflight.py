@@ -4,10 +4,14 @@
 
 Every rank tells rank 0 what its node has, through a plain store and before any collective, so that
 a node that is missing or hangs is named. Nodes that differ, lack data, disk or GPUs, or exchange
-too little end the job with one sentence each; the bandwidth is printed. No wait is longer than
-COLLECTIVE_TIMEOUT_SEC.
+too little end the job with one sentence each; the bandwidth is printed.
+
+Rank 0 waits for the others COLLECTIVE_TIMEOUT_SEC, and leaves after twice that and ten seconds,
+whatever it does. The others wait for rank 0 longer than it may take, and leave after three times
+that and half a minute.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -29,14 +33,15 @@ from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_confi
 from training import processes
 from training.bandwidth import Bandwidth, measure
 from training.command_line import CommandLine, parse_command_line
-from training.job import check, check_without_data, find_resume_points
+from training.job import check, check_without_data
 from training.main import is_demo_missing
 from training.node_facts import NodeFacts, allocated_nodes, collect, compare, summary
 from training.processes import Ranks
 from training.provenance import own_node
+from training.resume_points import newest_point
 
 FLOOR_VARIABLE = "MIN_NODE_GBPS"
-GRACE_SEC = 10.0  # beyond the time limit, for rank 0 to say who is missing
+GRACE_SEC = 10.0  # beyond a time limit, for the rank that knows more to speak first
 MAX_SENTENCES = 8
 
 
@@ -45,20 +50,31 @@ class PreflightError(Exception):
 
 
 class Stage:
-    """What is being done, for the sentence of a rank that runs out of time."""
+    """What is being done, for the sentence of a rank that runs out of time.
 
-    def __init__(self, timeout: timedelta) -> None:
-        self.now = "start"
-        self._timer = threading.Timer(timeout.total_seconds() + GRACE_SEC, self._give_up)
+    Rank 0 has two limits, one to look at its own node and one for the others' reports. The others
+    have another one and more grace, so that they never give up a rank 0 that may still speak.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
+        self._ends = time.monotonic() + (2 if ranks.is_main else 3) * timeout.total_seconds()
+        grace_sec = GRACE_SEC * (1 if ranks.is_main else 3)
+        self.begin("start")
+        self._timer = threading.Timer(self.seconds_left() + grace_sec, self._give_up)
         self._timer.daemon = True
         self._timer.start()
 
-    def begin(self, what: str) -> None:
-        """Remember what is done next."""
+    def begin(self, what: str, sentence: str | None = None) -> None:
+        """Remember what is done next, and what to say if it does not end."""
         self.now = what
+        self._sentence = sentence or f"node {own_node()} does not get on with: {what}"
+
+    def seconds_left(self) -> float:
+        """Return how long this rank may still take, without the grace."""
+        return max(0.0, self._ends - time.monotonic())
 
     def _give_up(self) -> None:
-        sys.stderr.write(f"error: node {own_node()} does not get on with: {self.now}\n")
+        sys.stderr.write(f"error: {self._sentence}\n")
         sys.stderr.flush()
         os._exit(CONFIG_ERROR_EXIT_CODE)  # the main thread may hang where no exception reaches
 
@@ -78,15 +94,15 @@ def check_job(command: CommandLine, ranks: Ranks) -> tuple[str, str]:
         check_without_data(command, ranks)
         return "", ""
     job = check(replace(command, dry_run=True), ranks)  # dry: rank 0 need not load a decoder
-    points, _ = find_resume_points(job.config, job.layout, job.manifest)
-    return job.manifest.hash, str(points[0].folder) if points else ""
+    point = newest_point(Path(job.config.run.run_dir))
+    return job.manifest.hash, "" if point is None else str(point.folder)
 
 
 def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
     """Reach rank 0's store.
 
     Raises:
-        PreflightError: it does not answer in time.
+        PreflightError: it does not answer in time, or cannot have the port.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
@@ -94,6 +110,10 @@ def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
             host, port, ranks.world_size, ranks.is_main, timeout, wait_for_workers=False
         )
     except RuntimeError as err:
+        if ranks.is_main and "EADDRINUSE" in str(err):
+            raise PreflightError(
+                f"port {port} of {host} is taken; set SITE_PORT in slurm/site.sh."
+            ) from err
         raise PreflightError(
             f"node {own_node()} cannot reach {host} port {port}; look at the network between them, "
             "or state its interface in slurm/site.sh (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."
@@ -101,17 +121,19 @@ def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
 
 
 def gather_facts(
-    store: torch.distributed.Store, ranks: Ranks, timeout: timedelta
+    store: torch.distributed.Store, ranks: Ranks, patience_sec: float
 ) -> list[NodeFacts]:
     """Collect what all ranks have said. Rank 0 only.
 
     Raises:
         PreflightError: naming the nodes that did not report in time.
     """
-    deadline = time.monotonic() + timeout.total_seconds()
+    deadline = time.monotonic() + patience_sec
     missing = set(range(ranks.world_size))
-    while missing and time.monotonic() < deadline:
+    while missing:
         missing = {rank for rank in missing if not store.check([f"facts/{rank}"])}
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.05)
     present = sorted(set(range(ranks.world_size)) - missing)
     everyone = [NodeFacts.from_json(store.get(f"facts/{rank}").decode()) for rank in present]
@@ -122,25 +144,61 @@ def gather_facts(
     numbers = ", ".join(str(rank) for rank in sorted(missing))
     who = f"node {silent} (rank {numbers})" if silent else f"rank {numbers}"
     raise PreflightError(
-        f"{who} did not report within {timeout.total_seconds():.0f} s: it cannot reach "
-        f"{own_node()}, or hangs, for example in its storage; look at it, or leave it out with "
-        "sbatch --exclude."
+        f"{who} did not report within {patience_sec:.0f} s: it cannot reach {own_node()}, or "
+        "hangs, for example in its storage; look at it, or leave it out with sbatch --exclude."
     )
 
 
 def agree(
-    store: torch.distributed.Store, ranks: Ranks, timeout: timedelta
+    store: torch.distributed.Store,
+    facts: NodeFacts,
+    ranks: Ranks,
+    timeout: timedelta,
+    stage: Stage,
 ) -> tuple[list[str], list[str], str]:
-    """Compare the nodes; return every rank's node, what is wrong, and a summary, on all ranks."""
-    if ranks.is_main:
-        try:
-            everyone = gather_facts(store, ranks, timeout)
-            verdict = [facts.node for facts in everyone], compare(everyone), summary(everyone)
-        except PreflightError as err:
-            verdict = [], [str(err)], ""
-        store.set("verdict", json.dumps(verdict))
-    store.set_timeout(timeout + timedelta(seconds=GRACE_SEC / 2))
-    nodes, problems, text = json.loads(store.get("verdict"))
+    """Compare the nodes; return every rank's node, what is wrong, and a summary, on all ranks.
+
+    Raises:
+        PreflightError: naming rank 0's node, which did not do its part.
+    """
+    if not ranks.is_main:
+        return _hear_verdict(store, facts, timeout, stage)
+    store.set(f"facts/{ranks.rank}", facts.to_json())
+    stage.begin("the other nodes' reports")
+    # A slow look at its own files leaves less time, or this rank would end before it says who.
+    patience_sec = min(timeout.total_seconds(), stage.seconds_left())
+    try:
+        everyone = gather_facts(store, ranks, patience_sec)
+        verdict = [facts.node for facts in everyone], compare(everyone), summary(everyone)
+    except PreflightError as err:
+        verdict = [], [str(err)], ""
+    store.set("verdict", json.dumps(verdict))
+    return verdict
+
+
+def _hear_verdict(
+    store: torch.distributed.Store, facts: NodeFacts, timeout: timedelta, stage: Stage
+) -> tuple[list[str], list[str], str]:
+    """Report to rank 0, whose time had begun when its store answered, and wait for its verdict."""
+    patience = 2 * timeout + timedelta(seconds=2 * GRACE_SEC)
+    sentence = (
+        f"node {os.environ['MASTER_ADDR']} (rank 0) gave {facts.node} no answer (waited for up to "
+        f"{patience.total_seconds():.0f} s): it hangs, for example in its storage, or the network "
+        "to it broke; look at it, or leave it out with sbatch --exclude."
+    )
+    # torch waits without end for a store whose process is stopped: then the stage says it.
+    stage.begin("the first node's answer", sentence)
+    started = time.monotonic()
+    try:
+        store.set(f"facts/{facts.rank}", facts.to_json())
+        store.set_timeout(patience)
+        nodes, problems, text = json.loads(store.get("verdict"))
+        store.set_timeout(timeout)
+    except RuntimeError as err:  # torch's DistStoreError and DistNetworkError
+        if time.monotonic() - started < patience.total_seconds():
+            # Rank 0 has left, and its exit code is what counts: the launcher ends this one.
+            time.sleep(processes.FOLLOWER_WAIT_SEC)
+        raise PreflightError(sentence) from err
     return nodes, problems, text
 
 
@@ -210,7 +268,8 @@ def report(problems: list[str], ranks: Ranks, store: torch.distributed.Store) ->
             sys.stderr.write(f"error: and {len(problems) - MAX_SENTENCES} nodes more.\n")
     else:
         processes.end_on_sigterm_with(CONFIG_ERROR_EXIT_CODE)
-        store.add("read", 1)
+        with contextlib.suppress(RuntimeError):  # rank 0 no longer waits
+            store.add("read", 1)
         processes.wait_to_be_ended(CONFIG_ERROR_EXIT_CODE)
     sys.exit(CONFIG_ERROR_EXIT_CODE)
 
@@ -223,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         if "MASTER_ADDR" not in os.environ:
             raise ConfigError("MASTER_ADDR is not set; the address of the first node is needed.")
         timeout, floor = processes.collective_timeout(), floor_gbps()
-    stage = Stage(2 * timeout)
+    stage = Stage(ranks, timeout)
     with processes.one_sentence(ranks):
         command = parse_command_line(argv)
     try:
@@ -231,9 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         store = connect(ranks, timeout)
         stage.begin("a look at its own files")
         facts = collect(ranks, lambda: check_job(command, ranks))
-        store.set(f"facts/{ranks.rank}", facts.to_json())
-        stage.begin("the other nodes' reports")
-        nodes, problems, text = agree(store, ranks, timeout)
+        nodes, problems, text = agree(store, facts, ranks, timeout, stage)
         if problems:
             report(problems, ranks, store)
         bandwidth = exchange(store, ranks, nodes, timeout, stage)

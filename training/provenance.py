@@ -8,6 +8,7 @@ Nothing is taken from the environment but the batch system's number of the job: 
 secrets.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from data_tools.files import append_line, from_json, replace_file
+from data_tools.files import MalformedError, append_line, from_json, replace_file
 from training.crash_loops import STARTS_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -199,9 +200,16 @@ def _keep(folder: Path, name: str, content: bytes) -> str:
 
 
 def read_starts(run_dir: Path) -> list[Start]:
-    """Return the starts of a run, oldest first; none if it was never started."""
+    """Return the starts of a run, oldest first; none if it was never started.
+
+    Lines of another version of this program are left out.
+    """
     path = run_dir / STARTS_FILE
     if not path.exists():
         return []
     lines = path.read_text(encoding="ascii").splitlines(keepends=True)
-    return [from_json(Start, json.loads(line)) for line in lines if line.endswith("\n")]
+    starts = []
+    for line in lines:
+        with contextlib.suppress(ValueError, MalformedError):  # the last one may be torn
+            starts.append(from_json(Start, json.loads(line)))
+    return starts

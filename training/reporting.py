@@ -16,6 +16,7 @@ from training.dashboard import dashboard
 from training.engine import learning_rate
 from training.expert_load import DEAD_INTERVALS, GateDrift, LoadHistory
 from training.gpu_peaks import peak_tflops
+from training.heartbeat import AGREEING, LOGGING, Heartbeat
 from training.metrics import MetricSums
 from training.monitor import Monitor
 from training.pictures import affinity_map, expert_map, load_history, load_map
@@ -44,6 +45,7 @@ class Reporter:
         monitor: where records go.
         progress: what a person watches.
         device: of the training.
+        heartbeat: of this process.
         is_main: whether this rank talks to a person.
     """
 
@@ -56,10 +58,12 @@ class Reporter:
         monitor: Monitor,
         progress: Progress,
         device: torch.device,
+        heartbeat: Heartbeat,
         is_main: bool,
     ) -> None:
         self.config, self.engine, self.sums, self.loads = config, engine, sums, loads
         self.monitor, self.progress, self.is_main = monitor, progress, is_main
+        self.heartbeat = heartbeat
         self._spikes, self._drift = SpikeDetector(config.optim.spike_threshold), GateDrift()
         shape = shape_of(config)
         flops = training_flops(
@@ -92,7 +96,10 @@ class Reporter:
             tables: of the last step.
             speed: steps per second since this process started.
         """
+        # Until here the host may wait for a collective of the step; then for disks.
+        self.heartbeat.enter(AGREEING, state.step)
         metrics, step_losses, expert_count = self.sums.reduce()
+        self.heartbeat.enter(LOGGING, state.step)
         of_experts, newly_dead = self.loads.add(state.step, expert_count)
         metrics |= of_experts
         if newly_dead:

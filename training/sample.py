@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     """Draw images from the command line's run."""
     with exit_on_config_error():
         ranks = discover_ranks()
-    device = select_accelerator(ranks)
+        device = select_accelerator(ranks)
     with one_sentence(ranks):
         args = build_parser().parse_args(argv)
         job = check(args, device)

@@ -7,6 +7,7 @@ the result is called Fréchet distance.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     """Score the images that the command line names."""
     if args.output is not None and args.output.exists() and not args.force:
         raise ConfigError(f"--output {args.output}: exists; choose another or add --force.")
+    if args.output is not None:
+        _check_output(args.output)
     device = resolve_device(args.device)
     samples = ImageNpz(args.samples, "")
     if samples.image_size is None:
@@ -71,6 +74,15 @@ def run(args: argparse.Namespace) -> None:
     with disk_errors(args.output):
         write_json(args.output, card)
     print(f"{args.output}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+
+def _check_output(path: Path) -> None:
+    """Refuse what cannot be written after all the scoring."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
+        raise ConfigError(f"--output {path}: name a file in a folder that exists.")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output {path}: cannot write into {folder}; choose another.")
 
 
 def main(argv: list[str] | None = None) -> None:

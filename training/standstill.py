@@ -45,17 +45,18 @@ def describe_standstill(seen: Mapping[int, Seen]) -> Standstill | None:
     silent = sorted(seen.keys() - living.keys())
     busy = {rank: beat for rank, beat in living.items() if not beat.waits_in}
     since_sec = min(beat.stuck_sec for beat in living.values())
-    warn_after, end_after = 0.2, 1.0
+    phases = [PHASES[beat.phase] for beat in (busy or living).values()]
+    # Of a phase as a whole: in some, ranks meet in many short collectives.
+    warn_after = max(phase.warn_after for phase in phases)
+    end_after = max(phase.end_after for phase in phases)
     if silent:
+        warn_after, end_after = 0.2, 1.0
         # Loading libraries and connecting to others can keep a watchdog's thread from beating.
         beats = [seen[rank].beat for rank in silent]
         if any(beat is None or beat.phase == STARTING.text for beat in beats):
             warn_after, end_after = STARTING.warn_after, STARTING.end_after
         advice = f"look at its node, and {AGAIN}."
     elif busy:
-        phases = [PHASES[beat.phase] for beat in busy.values()]
-        warn_after = max(phase.warn_after for phase in phases)
-        end_after = max(phase.end_after for phase in phases)
         advice = f"see to what it waits for, and {AGAIN}."
     elif len({beat.waits_in for beat in living.values()}) > 1:
         advice = (

@@ -7,21 +7,20 @@ word of it and waits for the verdict, so that there is one report however many r
 0 does not answer, the last rank takes its part; it is on another node, if there are several.
 """
 
+import contextlib
 import json
 import os
-import re
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterable
 from datetime import timedelta
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from training.failures import FAILED_EXIT_CODE, Failure, describe_failure
 from training.heartbeat import LONGEST_END_AFTER, Beat, Heartbeat
 from training.processes import TIMEOUT_VARIABLE, Ranks, RunError, collective_timeout
 from training.standstill import (
@@ -33,12 +32,12 @@ from training.standstill import (
     place,
 )
 
-FAILED_EXIT_CODE = 1  # a crash: worth another try, a bounded number of times
 BEAT_SEC = 1.0
 ALARMED_BEAT_SEC = 0.2
 SILENT_SEC = 5.0  # a rank that did not beat for so long does not answer
 SAME_FAILURE_SEC = 1.0  # others with the same mistake come in meanwhile
 DEPUTY_SEC = 3.0  # by which the last rank is later than rank 0 would be
+WRITING_SEC = 1.0  # for a text to reach a person before the launcher ends this rank
 LEAVING_SEC = 3.0  # for the other ranks to read the verdict
 ORPHAN_SEC = 20.0  # after which a rank that hears no verdict ends by itself
 WATCH_AFTER = 0.1  # of COLLECTIVE_TIMEOUT_SEC, in one place: then the others' beats are read
@@ -46,48 +45,6 @@ SPARE_SEC = 60.0
 PREFIX = "watchdog"
 STATE, LEFT = f"{PREFIX}/state", f"{PREFIX}/left"
 END = 1 << 20  # in STATE, times one more than an exit code: all ranks leave with it
-MAX_TRACEBACK_LINES = 60
-MEMORY_ADVICE = (
-    "lower --micro-batch-size, set --activation-checkpointing, take a higher ZeRO stage or more "
-    "ranks, or see what else runs on its node"
-)
-
-
-class Failure(NamedTuple):
-    """Why a rank cannot go on.
-
-    Attributes:
-        is_cause: False if a collective failed, most likely because of another rank.
-        text: one sentence without a full stop.
-        advice: what to do.
-        trace: of a mistake of the program.
-        exit_code: what the job ends with because of it.
-    """
-
-    is_cause: bool
-    text: str
-    advice: str = f"{AGAIN}."
-    trace: str = ""
-    exit_code: int = FAILED_EXIT_CODE
-
-
-def describe_failure(error: BaseException) -> Failure:
-    """Sort an exception by what a person can do about it."""
-    first = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, ConfigError):
-        return Failure(True, *str(error).rpartition("; ")[::2], exit_code=CONFIG_ERROR_EXIT_CODE)
-    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if is_memory or "can't allocate memory" in first or "Cannot allocate memory" in first:
-        found = re.search(r"tried to allocate [\d.]+ \w+", first, re.IGNORECASE)
-        reason = f" ({found[0].lower()})" if found else ""
-        return Failure(True, f"out of memory{reason}", f"{MEMORY_ADVICE}; {AGAIN}.")
-    if isinstance(error, torch.distributed.DistError) or "gloo" in first:
-        return Failure(False, first.split("] ", 1)[-1].split(". ")[0])
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    if len(lines) > MAX_TRACEBACK_LINES:
-        lines = [*lines[:2], "  ...", *lines[-MAX_TRACEBACK_LINES:]]
-    text, trace = f"{type(error).__name__}: {first}", "\n".join(lines) + "\n"
-    return Failure(True, text, "a mistake of the program, or of its node; see above.", trace)
 
 
 def limit_all_groups() -> None:
@@ -276,11 +233,14 @@ class Watchdog:
 
     def _guard_store(self) -> None:
         """See to it that this rank ends even if the store, a part of rank 0, does not answer."""
+        looked_at, waited_sec = 0.0, 0.0
         while not self._is_closing:
-            silent_sec = time.monotonic() - self._looked_at
+            # By its own looks: a job that was suspended as a whole has lost nobody.
+            waited_sec = waited_sec + BEAT_SEC if looked_at == self._looked_at else 0.0
+            looked_at = self._looked_at
             stuck_sec = self.heartbeat.stuck_sec()
             is_lost = self._failure is not None or stuck_sec > self.heartbeat.limit(self._limit_sec)
-            if silent_sec > SILENT_SEC and is_lost:
+            if waited_sec > SILENT_SEC and is_lost:
                 self._end_without_store(f"this rank has not moved for {stuck_sec:.0f} s")
             time.sleep(BEAT_SEC)
 
@@ -289,26 +249,35 @@ class Watchdog:
         if self._failure is not None:
             reason = self._failure.text
         if self._failure is not None and self._failure.is_cause:
-            sys.stderr.write(_report_causes([self._ranks.rank], own, self._failure) + "\n")
+            self._write(_report_causes([self._ranks.rank], own, self._failure) + "\n")
         elif self._ranks.rank == self._last:
             beat, since = self._seen.get(0, (None, 0.0))
             seen = {0: Seen(beat, time.monotonic() - since), self._ranks.rank: Seen(own)}
             self._say(describe_lost(seen, [0], reason), "error")
         else:
             time.sleep(LEAVING_SEC)  # the first that leaves has the launcher end the others
-        sys.stderr.flush()
         os._exit(FAILED_EXIT_CODE)
 
     def _say(self, text: str, kind: str = "warning") -> None:
-        sys.stderr.write(f"{kind}: [rank {self._ranks.rank}] {text}\n")
-        sys.stderr.flush()
+        self._write(f"{kind}: [rank {self._ranks.rank}] {text}\n")
+
+    def _write(self, text: str) -> None:
+        """Write to the standard error, but do not wait long: the log's disk may be lost."""
+
+        def write() -> None:
+            with contextlib.suppress(OSError, ValueError):  # or be closed
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+        thread = threading.Thread(target=write, name="watchdog's words", daemon=True)
+        thread.start()
+        thread.join(WRITING_SEC)
 
     def _end(self, text: str, failure: Failure, seen: dict[int, Seen]) -> None:
         """Report, and end all ranks; do not wait for those that do not answer."""
-        if failure.trace:
-            sys.stderr.write(failure.trace)
-        self._say(text, "error")
-        self._store.add(STATE, END * (1 + failure.exit_code))
+        self._write(f"{failure.trace}error: [rank {self._ranks.rank}] {text}\n")
+        if self._store.add(STATE, 0) < END:  # else another one has spoken
+            self._store.add(STATE, END * (1 + failure.exit_code))
         deadline = time.monotonic() + LEAVING_SEC
         num_others = self._last - sum(bool(one.silent_sec) for one in seen.values())
         while self._store.add(LEFT, 0) < num_others and time.monotonic() < deadline:

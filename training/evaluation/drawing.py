@@ -36,6 +36,7 @@ from models.switch_dit import SwitchDiT
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
 from training.pictures import save_png
 from training.processes import Ranks, agreed_message
+from training.run_lock import is_started_again
 from training.sampling import SamplerSettings, sample_latents
 
 SETTINGS_FILE = "settings.json"
@@ -142,9 +143,13 @@ def check_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> No
 
 
 def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> None:
-    """Write the settings, after removing what --force replaces. Only rank 0 calls this."""
+    """Write the settings, after removing what --force replaces. Only rank 0 calls this.
+
+    A job that Slurm starts again keeps its --force, and keeps the images with its settings too:
+    they are what it has drawn so far, or the same ones.
+    """
     with disk_errors(folder):
-        if is_forced and folder.exists():
+        if is_forced and folder.exists() and not (is_started_again() and _holds(folder, settings)):
             for name in (PARTS_DIR, PNG_DIR):
                 shutil.rmtree(folder / name, ignore_errors=True)
             for path in (folder / SAMPLES_FILE, folder / CARD_FILE, *folder.glob("score-*.json")):
@@ -152,6 +157,13 @@ def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> 
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS_FILE, settings)
         (folder / PARTS_DIR).mkdir(exist_ok=True)
+
+
+def _holds(folder: Path, settings: DrawSettings) -> bool:
+    try:
+        return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")) == asdict(settings)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 @contextmanager
