@@ -10,8 +10,8 @@ import argparse
 import errno
 import importlib.util
 import ipaddress
+import logging
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -22,7 +22,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from training.playground import Playground
-from training.processes import STOP_SIGNALS, discover_ranks, select_accelerator
+from training.processes import discover_ranks, select_accelerator
 
 REQUIREMENTS = "requirements-demo.txt"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 7860
@@ -120,14 +120,16 @@ def serve(playground: Playground, listener: socket.socket) -> None:
         )
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LEAVE_SEC)
         server = uvicorn.Server(settings)
-        # uvicorn leaves on these and then repeats them: the folder must still be removed.
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
-        print(f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
-        try:
-            server.run(sockets=[listener])
-        finally:
+
+        def leave(*_: object) -> None:
             playground.close()
+            # It would report every answer that is cut off.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            server.should_exit = True
+
+        server.handle_exit = leave  # its own repeats the signal, and the folder would stay
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
+        server.run(sockets=[listener])
 
 
 def main(argv: list[str] | None = None) -> None:
