@@ -1,6 +1,6 @@
 # make demo    demo images -> latents -> training -> samples, on any machine (about 15 minutes on two cores)
 # make test    lint and tests
-# make test-cluster   the tests that start a real Slurm, OpenMPI and sshd (root, Debian; about a quarter of an hour)
+# make test-cluster   the tests that start a real Slurm, OpenMPI, sshd or browser (root, Debian; about a quarter of an hour)
 # make test-long   the test of 20,000 steps (about a quarter of an hour on one core)
 # make lint    lint only
 # make clean   remove caches and the virtual environment; runs/ and datasets/ stay
@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/installed.stamp
+DEMO_INSTALLED := $(VENV)/installed-demo.stamp
 RUN := runs/demo
 
 SHELL := bash
@@ -35,7 +36,7 @@ demo: $(INSTALLED)
 test: lint
 	pytest
 
-test-cluster: $(INSTALLED)
+test-cluster: $(DEMO_INSTALLED)
 	tests/install_cluster.sh
 	pytest -m cluster -rP
 
@@ -60,4 +61,9 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	  { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 2; }; \
 	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# Resolved together with the others, so that no version of theirs changes.
+$(DEMO_INSTALLED): $(INSTALLED) requirements-demo.txt
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt -r requirements-demo.txt
 	@touch $@

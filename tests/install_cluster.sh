@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Install what the tests marked `cluster` need, if it is missing: Slurm, munge, OpenMPI, sshd, pdsh.
+# Install what the tests marked `cluster` need, if it is missing: Slurm, munge, OpenMPI, sshd,
+# pdsh, Chromium.
 set -euo pipefail
 
 declare -A package=(
   [slurmctld]=slurmctld [slurmd]=slurmd [sbatch]=slurm-client [munged]=munge [mpirun]=openmpi-bin
   [sshd]=openssh-server [ssh]=openssh-client [pdsh]=pdsh [ip]=iproute2 [nsenter]=util-linux
-  [mount]=mount [hostname]=hostname [pkill]=procps
+  [mount]=mount [hostname]=hostname [pkill]=procps [chromium]=chromium
 )
 PATH=$PATH:/usr/sbin:/sbin
 missing=()

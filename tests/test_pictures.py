@@ -4,17 +4,24 @@ import numpy as np
 import torch
 
 from training.pictures import (
+    CELL_HEIGHT,
+    CELL_WIDTH,
+    HEAD_PIXELS,
     HISTORY_ROW_PIXELS,
     MAP_BELOW_PIXELS,
     MAP_GAP_PIXELS,
     MAP_LEFT_PIXELS,
     MAP_ROW_PIXELS,
+    MARK_COLOUR,
     MAX_COLUMNS,
     PALETTE,
+    TABLE_PIXELS,
+    active_experts,
     affinity_map,
     expert_map,
     load_history,
     load_map,
+    mark_timestep,
 )
 
 
@@ -30,6 +37,49 @@ def test_the_expert_map_shows_chosen_experts_only():
     assert picture.dtype == np.uint8
     assert (rows[:, 0] > rows[:, MAP_ROW_PIXELS]).any(), "a larger gate value is brighter"
     assert (rows[:, 2 * MAP_ROW_PIXELS] == 0).all(), "an expert outside the top k is black"
+
+
+def test_a_timestep_is_marked_in_its_column_only():
+    picture = expert_map(torch.full((2, 9, 3), 1 / 3), top_k=2)
+
+    marked = mark_timestep(picture, 5, 9)
+
+    changed = (marked != picture).any(axis=2)
+    assert changed.any(axis=0).nonzero()[0].tolist() == [MAP_LEFT_PIXELS + i for i in (4, 5, 6)]
+    assert (marked[0, MAP_LEFT_PIXELS + 5] == MARK_COLOUR).all()
+    ends = [mark_timestep(picture, t, 9).shape for t in (0, 8)]
+    assert ends == [picture.shape] * 2
+
+
+def test_a_timestep_is_marked_where_several_share_a_column():
+    picture = expert_map(torch.full((2, 1000, 3), 1 / 3), top_k=2)
+
+    changed = (mark_timestep(picture, 999, 1000) != picture).any(axis=2)
+
+    assert changed.any(axis=0).nonzero()[0].max() == MAP_LEFT_PIXELS + MAX_COLUMNS - 1
+
+
+def test_the_table_of_a_timestep_shows_its_experts():
+    weight = torch.zeros(2, 3)
+    weight[0, 0], weight[0, 2], weight[1, 1] = 0.6, 0.05, 0.3
+
+    picture = active_experts(weight).astype(int)
+
+    corners = picture[HEAD_PIXELS + 1 :: CELL_HEIGHT, MAP_LEFT_PIXELS + 1 :: CELL_WIDTH].sum(axis=2)
+    assert ((corners == 0).tolist()) == (weight == 0).tolist(), "black is an expert not met"
+    assert corners[0, 0] > corners[1, 1] > corners[0, 2], "a larger gate is brighter"
+
+
+def test_a_table_of_many_experts_stays_narrow():
+    weight = torch.zeros(1, 100)
+    weight[0, 99] = 0.5
+
+    picture = active_experts(weight)
+
+    assert picture.shape[1] <= MAP_LEFT_PIXELS + TABLE_PIXELS
+    cell = TABLE_PIXELS // 100
+    corners = picture[HEAD_PIXELS + 1, MAP_LEFT_PIXELS + 1 :: cell].astype(int).sum(axis=1)
+    assert corners[:99].max() == 0 < corners[99]
 
 
 def test_the_load_map_shows_the_share_of_each_range_of_timesteps():

@@ -23,6 +23,12 @@ GAP_COLOUR = (150, 170, 200)  # no value has it
 MAX_COLUMNS = 280
 HISTORY_ROW_PIXELS = 40
 AXIS_GREY = (150, 150, 150)
+CELL_HEIGHT, CELL_WIDTH, MIN_CELL_WIDTH = 20, 46, 6  # of a table of experts, with its lines
+TABLE_PIXELS = 736  # of a table's cells; more experts get narrower ones
+HEAD_PIXELS = 18  # room for the experts' numbers
+DIM, BRIGHT = 0.2, 0.66  # brightness of the smallest gates and of the largest
+DARK = 0.4  # brightness below which a text is white
+MARK_COLOUR = (86, 180, 233)
 # Colours that stay apart for colour-blind eyes (Okabe and Ito, 2008); more experts repeat them.
 PALETTE = np.array(
     [
@@ -54,6 +60,52 @@ def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
         brightness = torch.nn.functional.adaptive_avg_pool1d(brightness, MAX_COLUMNS)
     height = _row_pixels(L * E)
     return _stacked(_warm(brightness.repeat_interleave(height, dim=1).numpy()), S)
+
+
+def mark_timestep(picture: np.ndarray, timestep: int, num_timesteps: int) -> np.ndarray:
+    """Return an expert map with a line through the column of a timestep."""
+    marked, width = picture.copy(), picture.shape[1] - MAP_LEFT_PIXELS
+    column = MAP_LEFT_PIXELS + timestep * width // num_timesteps
+    marked[:-MAP_BELOW_PIXELS, max(column - 1, MAP_LEFT_PIXELS) : column + 2] = MARK_COLOUR
+    return marked
+
+
+def active_experts(expert_weight: Tensor) -> np.ndarray:
+    """Draw which experts one timestep meets.
+
+    Args:
+        expert_weight: (L, E) gate values, zero where an expert is not chosen.
+
+    Returns:
+        (height, width, 3) uint8. A row per block and a column per expert; brighter is a larger gate
+        value, relative to the largest, which is also written where there is room; black is an
+        expert that is not met.
+    """
+    L, E = expert_weight.shape
+    values = expert_weight.detach().float().cpu().numpy()
+    brightness = (values > 0) * (DIM + (BRIGHT - DIM) * values / max(values.max(), 1e-9))
+    colours = _warm(brightness)  # (L, E, 3)
+    cell = max(MIN_CELL_WIDTH, min(CELL_WIDTH, TABLE_PIXELS // E))
+    size = (MAP_LEFT_PIXELS + E * cell, HEAD_PIXELS + L * CELL_HEIGHT)
+    canvas = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    draw.text((2, HEAD_PIXELS // 2), "expert", fill="black", font=font, anchor="lm")
+    for expert in range(0, E, -(-CELL_WIDTH // cell)):  # as many numbers as fit side by side
+        middle = MAP_LEFT_PIXELS + expert * cell + cell // 2
+        draw.text((middle, HEAD_PIXELS // 2), f"{expert}", fill="black", font=font, anchor="mm")
+    for block, name in enumerate(_block_names(L)):
+        top = HEAD_PIXELS + block * CELL_HEIGHT
+        middle = top + CELL_HEIGHT // 2
+        draw.text((2, middle), name, fill="black", font=font, anchor="lm")
+        for expert in range(E):
+            left, value = MAP_LEFT_PIXELS + expert * cell, values[block, expert]
+            corners = (left, top, left + cell - 2, top + CELL_HEIGHT - 2)
+            draw.rectangle(corners, fill=tuple(colours[block, expert].tolist()))
+            if value > 0 and cell == CELL_WIDTH:
+                fill = "white" if brightness[block, expert] < DARK else "black"
+                place = (left + cell // 2, middle)
+                draw.text(place, f"{value:.2f}", fill=fill, font=font, anchor="mm")
+    return np.asarray(canvas)
 
 
 def load_map(counts: Tensor, num_timesteps: int) -> np.ndarray:

@@ -83,10 +83,7 @@ class RunData:
         """Return the newest checkpoint's averaged gates (L, S, E); None without gates."""
         if self.checkpoint is None or self.config.model.routing != "switch":
             return None
-        with safe_open(self.checkpoint / EMA_FILE, framework="pt") as file:
-            names = [n for n in file.keys() if n.startswith(("t_embedder.", "gate."))]  # noqa: SIM118
-            weights = {name: file.get_tensor(name) for name in names}
-        return gate_table(weights, self.config.diffusion.num_timesteps)
+        return read_gate_table(self.checkpoint / EMA_FILE, self.config.diffusion.num_timesteps)
 
     def differences(self, others: list["RunData"]) -> dict[str, object]:
         """Return the configuration's values that are not the same in all of some runs."""
@@ -100,6 +97,14 @@ class RunData:
 def flat(config: Config) -> dict[str, object]:
     """Return a configuration's values by key."""
     return {key: value for part in config.to_dict().values() for key, value in part.items()}
+
+
+def read_gate_table(path: Path, num_timesteps: int) -> Tensor:
+    """Return the gates (L, S, E) of a file of weights; num_timesteps is S."""
+    with safe_open(path, framework="pt") as file:
+        names = [n for n in file.keys() if n.startswith(("t_embedder.", "gate."))]  # noqa: SIM118
+        weights = {name: file.get_tensor(name) for name in names}
+    return gate_table(weights, num_timesteps)
 
 
 def gate_table(weights: dict[str, Tensor], num_timesteps: int) -> Tensor:
