@@ -8,6 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 
 from tests.configs import small
 from training.dashboard import dashboard
@@ -44,6 +45,8 @@ def test_tensorboard_and_json_lines_hold_the_same_scalars(tmp_path):
 
 def test_tensorboards_files_are_bounded_and_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("training.monitor.MAX_EVENTS_BYTES", 2000)
+    # Files of one second are ordered by the end of their names, as text: 100 comes before 99.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
     monitor = Monitor(tmp_path)
     for step in range(1, 201):
         monitor.scalars(step, {"loss/total": step / 8})

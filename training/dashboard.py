@@ -23,7 +23,6 @@ def dashboard(config: Config, depth: int, num_experts: int, num_ranks: int) -> L
         layout["Share of the samples, block by block"] = {
             f"block {block:02d}": _lines(f"moe_load/block_{block:02d}/") for block in range(depth)
         }
-    layout |= evaluation_charts()
     layout["Did it survive?"] = {
         "starts so far; see Images, run/history": _lines("run/starts"),
         "training stood still for a checkpoint, seconds": _lines("checkpoint/pause_sec"),
@@ -34,7 +33,7 @@ def dashboard(config: Config, depth: int, num_experts: int, num_ranks: int) -> L
 
 
 def evaluation_charts() -> Layout:
-    """Return the part of the layout that training/evaluate.py fills."""
+    """Return the charts of a run's scores, which come with them: TensorBoard merges layouts."""
     return {
         "How good are its images?": {
             "FID, sFID, or a Frechet distance: lower is better": _lines(

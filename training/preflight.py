@@ -98,6 +98,15 @@ def check_job(command: CommandLine, ranks: Ranks) -> tuple[str, str]:
     return job.manifest.hash, "" if point is None else str(point.folder)
 
 
+def no_answer() -> str:
+    """Say that rank 0 hangs; torch waits without end for a store whose process is stopped."""
+    return (
+        f"node {os.environ['MASTER_ADDR']} (rank 0) gave {own_node()} no answer: it hangs, for "
+        "example in its storage, or the network to it broke; look at it, or leave it out with "
+        "sbatch --exclude."
+    )
+
+
 def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
     """Reach rank 0's store.
 
@@ -181,13 +190,7 @@ def _hear_verdict(
 ) -> tuple[list[str], list[str], str]:
     """Report to rank 0, whose time had begun when its store answered, and wait for its verdict."""
     patience = 2 * timeout + timedelta(seconds=2 * GRACE_SEC)
-    sentence = (
-        f"node {os.environ['MASTER_ADDR']} (rank 0) gave {facts.node} no answer (waited for up to "
-        f"{patience.total_seconds():.0f} s): it hangs, for example in its storage, or the network "
-        "to it broke; look at it, or leave it out with sbatch --exclude."
-    )
-    # torch waits without end for a store whose process is stopped: then the stage says it.
-    stage.begin("the first node's answer", sentence)
+    stage.begin("the first node's answer", no_answer())
     started = time.monotonic()
     try:
         store.set(f"facts/{facts.rank}", facts.to_json())
@@ -198,7 +201,7 @@ def _hear_verdict(
         if time.monotonic() - started < patience.total_seconds():
             # Rank 0 has left, and its exit code is what counts: the launcher ends this one.
             time.sleep(processes.FOLLOWER_WAIT_SEC)
-        raise PreflightError(sentence) from err
+        raise PreflightError(no_answer()) from err
     return nodes, problems, text
 
 
@@ -286,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     with processes.one_sentence(ranks):
         command = parse_command_line(argv)
     try:
-        stage.begin("a connection to the first node")
+        stage.begin("a connection to the first node", None if ranks.is_main else no_answer())
         store = connect(ranks, timeout)
         stage.begin("a look at its own files")
         facts = collect(ranks, lambda: check_job(command, ranks))
