@@ -165,7 +165,7 @@ def test_a_report_opens_without_asking_for_anything(tmp_path):
         num_pictures = found.page.locator("img").count()
         assert num_pictures == len(list((tmp_path / "both").glob("*.png")))
         assert len(found.pictures("img")) == num_pictures, "every picture was decoded"
-        experts = found.page.get_by_alt_text("Experts").bounding_box()
+        experts = found.page.get_by_alt_text("Experts", exact=True).bounding_box()
         assert experts["width"] > 1000, "a pixel for every timestep"
         for width in (1280, 420):
             found.page.set_viewport_size({"width": width, "height": 900})
