@@ -120,6 +120,8 @@ def test_a_page_without_classes_and_experts_says_what_is_wrong_and_can_be_stoppe
             0
         ] * 3
         assert "Switch" not in page.content()
+        foreign = page.request.get(address, headers={"Host": "foreign.example"})
+        assert (foreign.status, foreign.text()) == (400, "Invalid host header")
 
         fill(page, steps=1000, count=16)
         page.locator("#draw").click()
@@ -151,6 +153,8 @@ def test_another_host_is_warned_of_and_a_mistake_is_one_sentence(tmp_path):
 
 def test_a_report_opens_without_asking_for_anything(tmp_path):
     folders = [test_report.make_run(tmp_path / "a"), test_report.make_run(tmp_path / "b", lr=0.5)]
+    evaluated_run.make_run(tmp_path / "other", tmp_path / "data")
+    shutil.copytree(tmp_path / "other" / CHECKPOINT_DIR, folders[0] / CHECKPOINT_DIR)
     run("python", "training/report.py", *folders, "--output", tmp_path / "both")
     address = (tmp_path / "both/report.html").as_uri()
 
@@ -161,8 +165,12 @@ def test_a_report_opens_without_asking_for_anything(tmp_path):
         num_pictures = found.page.locator("img").count()
         assert num_pictures == len(list((tmp_path / "both").glob("*.png")))
         assert len(found.pictures("img")) == num_pictures, "every picture was decoded"
-        width = found.page.evaluate("document.documentElement.scrollWidth")
-        assert width <= 1280, "no need to scroll sideways"
+        experts = found.page.get_by_alt_text("Experts", exact=True).bounding_box()
+        assert experts["width"] > 1000, "a pixel for every timestep"
+        for width in (1280, 420):
+            found.page.set_viewport_size({"width": width, "height": 900})
+            shown = found.page.evaluate("document.documentElement.scrollWidth")
+            assert shown == width, "no need to scroll sideways"
         assert found.page.get_by_role("heading", name="Over training").is_visible()
         assert found.requests == [address]
         assert found.complaints == []

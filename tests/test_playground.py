@@ -205,3 +205,5 @@ def test_a_port_that_cannot_be_listened_at_is_one_sentence():
         demo.listen("127.0.0.1", 65536)
     with pytest.raises(ConfigError, match="^--host 192.0.2.1: .*; choose another.$"):
         demo.listen("192.0.2.1", 0)  # of a network for documents (RFC 5737)
+    with pytest.raises(ConfigError, match=r"^--host x+: is no address \(.*\); use 127.0.0.1.$"):
+        demo.listen("x" * 70, 0)

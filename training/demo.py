@@ -71,10 +71,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)
-    except socket.gaierror as err:
-        raise ConfigError(
-            f"--host {host}: is no address ({err.strerror}); use {DEFAULT_HOST}."
-        ) from err
+    except (socket.gaierror, UnicodeError) as err:
+        raise ConfigError(f"--host {host}: is no address ({err}); use {DEFAULT_HOST}.") from err
     except OSError as err:
         is_foreign = err.errno == errno.EADDRNOTAVAIL
         where = f"--host {host}" if is_foreign else f"--port {port}"

@@ -26,6 +26,7 @@ class FigureOf(NamedTuple):
     title: str
     text: str  # what a person should look for
     png: bytes
+    is_wide: bool = False  # needs the page's width to be read
 
 
 class Curve(NamedTuple):
@@ -125,7 +126,7 @@ def experts(run: RunData) -> list[FigureOf]:
         top_k = run.config.model.top_k
         text = "Which expert serves which timestep, a row per expert; brighter is a larger gate."
         picture = expert_map(gates, top_k)
-        figures.append(FigureOf(f"experts-{run.slug}.png", "Experts", text, _png(picture)))
+        figures.append(FigureOf(f"experts-{run.slug}.png", "Experts", text, _png(picture), True))
         text = "Timesteps against timesteps: white share all their experts, black none."
         picture = affinity_map(gates, top_k)
         figures.append(FigureOf(f"affinity-{run.slug}.png", "Affinity", text, _png(picture)))
