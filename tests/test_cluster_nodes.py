@@ -110,8 +110,10 @@ def test_a_first_node_that_hangs_is_named_by_the_others(cluster, latents, tmp_pa
         "error: node node1 (rank 0) gave node2 no answer: it hangs, for example in its "
         "storage, or the network to it broke; look at it, or leave it out with sbatch --exclude."
     )
+    assert sentence in lines
     # Slurm lets stopped processes go on before it ends them: they may then say that they are late.
-    assert {line for line in lines if "does not get on with: " not in line} == {sentence}
+    late = ("node node1 (rank 0) gave node1 no answer", "node node1 does not get on with: ")
+    assert all(line == sentence or any(text in line for text in late) for line in lines), lines
 
 
 def test_a_slow_node_is_named(cluster, latents, tmp_path):
