@@ -1,5 +1,6 @@
 """JSON files that are read strictly, and files that are written whole or not at all."""
 
+import contextlib
 import errno
 import json
 import os
@@ -97,6 +98,19 @@ def append_whole(file: FileIO, line: str) -> None:
     except OSError:
         file.truncate(end)
         raise
+
+
+def read_lines(path: Path, kind: type[Any]) -> list[Any]:
+    """Read the lines of JSON that `append_line` wrote; none if there is no file.
+
+    What does not fit is left out: a line that was torn, or is of another version of this program.
+    """
+    found: list[Any] = []
+    lines = path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError, MalformedError):
+            found.append(from_json(kind, json.loads(line)))
+    return found
 
 
 def append_line(path: Path, line: str) -> None:

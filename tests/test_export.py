@@ -428,6 +428,7 @@ def refusal(capsys, *arguments):
         (["--checkpoint", "step-3"], "error: --checkpoint: no 'step-3'"),
         (["--format", "onnx"], "error: --format: invalid choice: 'onnx'"),
         (["--autoguidance", "runs/weak"], "error: --autoguidance runs/weak needs the weights of"),
+        (["--seed", 5], "error: --seed: an export has none; drop the flag"),
         (["--steps", 30, "--format", "safetensors"], "error: --steps: --format safetensors draws"),
         (["--cfg-scale", 2, "--format", "torch-export"], "error: --cfg-scale: --format torch-exp"),
         (["--sampler", "euler"], "error: --sampler euler does not fit objective epsilon"),

@@ -1,4 +1,4 @@
-"""What the page of training/demo.py does, without a browser: tests/test_pages.py has that."""
+"""What the page of training/demo.py does; tests/test_cluster_browser.py has the browser."""
 
 import dataclasses
 import re

@@ -11,7 +11,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tests.evaluated_run import STEP, make_data, make_run, save_network
 from tests.test_monitor import scalars_in_tensorboard
 from training import evaluate
-from training.evaluation.score_events import write_score_events
+from training.evaluation.score_events import read_scores, write_score_events
 from training.monitor import TENSORBOARD_DIR, Monitor
 
 SWEEP = ("--num-images", 14, "--sweep-steps", "1,2", "--seed", 1)
@@ -109,7 +109,7 @@ def test_each_way_brings_the_charts_along(evaluated):
     events = EventAccumulator(str(folder))
     events.Reload()
 
-    (layout,) = events.Tensors("custom_scalars__config__")
+    layout = events.Tensors("custom_scalars__config__")[-1]  # one per file
     (category,) = Layout.FromString(layout.tensor_proto.string_val[0]).category
     assert category.title == "How good are its images?"
 
@@ -121,3 +121,11 @@ def test_scores_kept_elsewhere_stay_out_of_the_run(evaluated, tmp_path):
     evaluate.main([str(evaluated), *flags])
 
     assert ways(evaluated) == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"metrics": {}}', '{"weights": {"step": 1}}'])
+def test_cards_of_other_programs_are_left_out(tmp_path, text):
+    (tmp_path / "way").mkdir()
+    (tmp_path / "way/score-mine.json").write_text(text)
+
+    assert read_scores(tmp_path) == {}

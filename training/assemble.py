@@ -100,6 +100,7 @@ def assemble(
     loads = LoadHistory(depth, num_experts, records)
     starts = read_starts(run_dir) if ranks.is_main else []
     history = RunHistory(starts, read_notes(run_dir) if ranks.is_main else [], records)
+    del records  # hundreds of MB late in a long run, and this frame lives as long as the run
     parts = (config, engine, sums, loads, history, monitor, progress, device, heartbeat)
     reporter = Reporter(*parts, ranks.is_main)
     if ranks.is_main:

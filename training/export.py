@@ -85,6 +85,8 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the first of them.
     """
+    if args.seed != 0:
+        raise ConfigError("--seed: an export has none; drop the flag, its callers give one.")
     if FORMATS[args.format].is_pipeline:
         return
     parser = ArgumentParser()

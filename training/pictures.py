@@ -39,25 +39,26 @@ PALETTE = np.array(
 )
 
 
-def expert_map(gate_table: Tensor, top_k: int) -> np.ndarray:
+def expert_map(gate_table: Tensor, top_k: int, max_columns: int = MAX_COLUMNS) -> np.ndarray:
     """Draw which experts serve which timestep: the paper's timestep-to-expert map.
 
     Args:
         gate_table: (L, S, E) gate probabilities.
         top_k: experts kept per timestep.
+        max_columns: of the map; TensorBoard's pages have room for the default.
 
     Returns:
         (height, width, 3) uint8. One row per block and expert, the first block at the top, with
         timestep 0 (clean) on the left; brightness is the gate value of a chosen expert, black is
         an expert that the timestep does not meet. A column is the mean of neighbours if there are
-        more than MAX_COLUMNS.
+        more than `max_columns`.
     """
     L, S, E = gate_table.shape
     table = gate_table.detach().float().cpu()
     chosen = torch.zeros_like(table).scatter_(2, table.topk(top_k, dim=2).indices, 1.0)
     brightness = (table * chosen).transpose(1, 2)  # (L, E, S)
-    if S > MAX_COLUMNS:
-        brightness = torch.nn.functional.adaptive_avg_pool1d(brightness, MAX_COLUMNS)
+    if max_columns < S:
+        brightness = torch.nn.functional.adaptive_avg_pool1d(brightness, max_columns)
     height = _row_pixels(L * E)
     return _stacked(_warm(brightness.repeat_interleave(height, dim=1).numpy()), S)
 

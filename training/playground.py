@@ -188,7 +188,7 @@ class Playground:
             loaded = self._load(checkpoint, weights)
             if loaded.gates is None:
                 loaded.gates = read_gate_table(loaded.path, num_timesteps)
-                loaded.expert_map = expert_map(loaded.gates, model.top_k)
+                loaded.expert_map = expert_map(loaded.gates, model.top_k, num_timesteps)
             gates, whole = loaded.gates, loaded.expert_map
         plan = build_plan(
             gates, torch.tensor([timestep]), model.top_k, renormalize=model.renormalize_gates

@@ -8,7 +8,6 @@ Nothing is taken from the environment but the batch system's number of the job: 
 secrets.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from data_tools.files import MalformedError, append_line, from_json, replace_file
+from data_tools.files import append_line, read_lines, replace_file
 from training.crash_loops import STARTS_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -200,16 +199,5 @@ def _keep(folder: Path, name: str, content: bytes) -> str:
 
 
 def read_starts(run_dir: Path) -> list[Start]:
-    """Return the starts of a run, oldest first; none if it was never started.
-
-    Lines of another version of this program are left out.
-    """
-    path = run_dir / STARTS_FILE
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="ascii").splitlines(keepends=True)
-    starts = []
-    for line in lines:
-        with contextlib.suppress(ValueError, MalformedError):  # the last one may be torn
-            starts.append(from_json(Start, json.loads(line)))
-    return starts
+    """Return the starts of a run, oldest first; none if it was never started."""
+    return read_lines(run_dir / STARTS_FILE, Start)

@@ -125,7 +125,7 @@ def experts(run: RunData) -> list[FigureOf]:
     if (gates := run.gate_table()) is not None:
         top_k = run.config.model.top_k
         text = "Which expert serves which timestep, a row per expert; brighter is a larger gate."
-        picture = expert_map(gates, top_k)
+        picture = expert_map(gates, top_k, max_columns=gates.shape[1])
         figures.append(FigureOf(f"experts-{run.slug}.png", "Experts", text, _png(picture), True))
         text = "Timesteps against timesteps: white share all their experts, black none."
         picture = affinity_map(gates, top_k)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.files import append_line, from_json
+from data_tools.files import append_line, read_lines
 from training.provenance import Start
 
 CHECKPOINTS_FILE = "checkpoints.jsonl"
@@ -54,11 +54,7 @@ def append_note(run_dir: Path, note: CheckpointNote) -> None:
 
 def read_notes(run_dir: Path) -> list[CheckpointNote]:
     """Return what became of a run's checkpoints, oldest first."""
-    path = run_dir / CHECKPOINTS_FILE
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="ascii").splitlines(keepends=True)
-    return [from_json(CheckpointNote, json.loads(line)) for line in lines if line.endswith("\n")]
+    return read_lines(run_dir / CHECKPOINTS_FILE, CheckpointNote)
 
 
 def thinned(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:

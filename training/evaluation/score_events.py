@@ -69,7 +69,10 @@ def read_scores(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
     paths = [path for pattern in CARDS for path in folder.glob(pattern)]
     found: dict[str, dict[int, dict[str, float]]] = {}
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
-        scores = scores_of(json.loads(path.read_text()), path)
+        try:
+            scores = scores_of(json.loads(path.read_text()), path)
+        except (ValueError, KeyError, TypeError):  # a card of another program, such as score_images
+            continue
         if scores is not None:
             found.setdefault(scores.way, {})[scores.step] = scores.values
     return found

@@ -68,7 +68,8 @@ class SwitchDiTPipeline(DiffusionPipeline):
         Args:
             class_labels: numbers or names of classes; any number for an unconditional model.
             seed: of the images.
-            generator: as other pipelines take it; the seed it began with replaces `seed`.
+            generator: as other pipelines take it; the seed it began with replaces `seed`, so that
+                a second call with it draws the same images.
             indices: numbers of the images in the seed's stream; 0, 1, 2, ... by default.
             num_inference_steps: steps of the sampler; None, here and below: as exported.
             sampler: ddim, ddpm or dpmpp-2m; euler or heun for rectified flow.
@@ -81,6 +82,8 @@ class SwitchDiTPipeline(DiffusionPipeline):
         """
         process, device = self.scheduler.config, self._execution_device
         labels = self._numbers_of(class_labels)
+        if isinstance(generator, list):
+            raise ValueError("give one generator for all images, or seed and indices")
         numbers = list(range(len(labels)) if indices is None else indices)
         if len(numbers) != len(labels):
             raise ValueError(f"{len(numbers)} indices were given for {len(labels)} labels")
