@@ -114,8 +114,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--input",
         metavar="IMAGES",
         help="folder with a sub-folder per class, flat folder, folder of tars, tars "
-        "('a/{000..146}.tar'), or list (.txt, .tsv: path, or path and class with a tab between); "
-        "default: the demo set, drawn first",
+        "('a/{000..146}.tar'), list (.txt, .tsv: path, or path and class with a tab between), or "
+        "folder that save_to_disk of Hugging Face datasets wrote; default: the demo set, drawn "
+        "first",
     )
     add("--output", type=Path, metavar="FOLDER", help="of the shards (demo: datasets/demo)")
     add(

@@ -6,6 +6,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from data_tools.errors import ConfigError
+from data_tools.huggingface_source import is_saved_dataset, open_saved_dataset
 from data_tools.records import KEY_DIGITS
 from data_tools.sources import ImageClass, ImageSource, read_list, scan_folder
 from data_tools.tar_source import open_tars
@@ -14,27 +15,43 @@ _LIST_SUFFIXES = (".txt", ".tsv")
 
 
 def open_source(text: str, cache: Path | None = None) -> ImageSource:
-    """Open the input: a folder of images or of tars, a list file, or tars with brace patterns.
+    """Open the input: a folder of images or tars, a list, tars with braces, a saved data set.
 
     Args:
         text: as typed.
         cache: folder that keeps the indexes of tars; None = scan and keep nothing.
     """
     path = Path(text)
-    if path.is_dir() and (tars := sorted(path.glob("*.tar"))):
+    if is_saved_dataset(path):
+        source = open_saved_dataset(path)
+    elif path.is_dir() and (tars := sorted(path.glob("*.tar"))):
         source = open_tars(text, tars, cache)
     elif path.suffix == ".tar" and not path.is_dir():
         source = open_tars(text, _expanded(text), cache)
     elif path.is_file() and path.suffix in _LIST_SUFFIXES:
         source = read_list(path)
     else:
-        source = scan_folder(path, "--input")
+        source = _scan_images(path)
     if len(source) > 10**KEY_DIGITS:
         raise ConfigError(
             f"--input {text}: {len(source):,} images; one data set holds {10**KEY_DIGITS:,}, make "
             "several."
         )
     return source
+
+
+def _scan_images(folder: Path) -> ImageSource:
+    try:
+        return scan_folder(folder, "--input")
+    except ConfigError as err:
+        if not any(folder.glob("*.parquet")) and not any(folder.glob("data/*.parquet")):
+            raise
+        # Parquet, the hub's format, is compressed in blocks: no single image can be read from it.
+        raise ConfigError(
+            f"--input {folder}: holds Parquet files; write them to disk as Arrow once, with "
+            f"datasets.load_dataset({str(folder)!r}, split='train').save_to_disk(FOLDER), and give "
+            "--input FOLDER."
+        ) from err
 
 
 def _expanded(text: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Where images come from: a class-per-folder tree, a flat folder, a list file, or tars.
+"""Where images come from: class-per-folder trees, flat folders, lists; what all sources have.
 
 A source is a numbered sequence of images with labels that is the same in every process. It may
 hold 100 million of them, so names are bytes in one buffer and not Python strings.
