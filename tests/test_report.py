@@ -1,5 +1,6 @@
 """The page on runs: complete, self-contained, harmless, and true to the records."""
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -77,6 +78,42 @@ def test_the_page_of_a_run_holds_everything_and_loads_nothing(tmp_path):
     assert {"loss-total.png", "history-a.png", "loads-a.png", "samples-a-0000060.png"} <= names
 
 
+def write_scores(folder, losses):
+    """Cards of held-out losses by step, and one of drawn images."""
+    cards = {
+        f"validation-step-{step:07d}-ema-abc-t8-9-data.json": {
+            "weights": {"step": step},
+            "validation_loss": {"mse": {"mean": loss}},
+        }
+        for step, loss in losses.items()
+    }
+    cards["ddim50/score-1.json"] = {
+        "weights": {"step": 60, "average": "ema"},
+        "images": {"sampler": "ddim"},
+        **{name: {"sha256": "0"} for name in ("reference", "features")},
+        "metrics": {"fid": 12.345678, "precision": 0.75},
+    }
+    for name, card in cards.items():
+        path = folder / "evaluation" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(card))
+
+
+def test_scores_are_curves_over_checkpoints_and_a_table(tmp_path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    write_scores(folders[0], {20: 0.5, 40: 0.25})
+
+    main([*map(str, folders), "--output", str(tmp_path / "both")])
+
+    text = re.sub(r"\s+", " ", Page(tmp_path / "both/report.html").text)
+    assert "loss mse Lower is better." in text and "precision Higher" not in text
+    assert re.search(r"a ddim50-\w{8} 60 fid 12.35, precision 0.75 a loss-", text)
+    assert text.count("loss mse 0.5 ") == text.count("loss mse 0.25 ") == 1
+    assert [path.name for path in (tmp_path / "both").glob("eval-*")] == ["eval-loss_mse.png"]
+    main([str(folders[1])])
+    assert "How good" not in (folders[1] / "report/report.html").read_text()
+
+
 def test_several_runs_are_compared(tmp_path):
     folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", lr=0.5)]
 
@@ -102,7 +139,7 @@ def test_numbers_are_those_of_the_records(tmp_path):
 
     assert found.series("loss/mse") == (list(STEPS), [0.5 / step for step in STEPS])
     assert found.final("loss/mse") == 0.5 / 60
-    assert found.final("eval/loss") is None
+    assert found.final("loss/vlb") is None
     steps, loads = found.loads()
     assert steps == list(STEPS)
     assert loads.shape == (3, 6, 3)

@@ -3,9 +3,9 @@
     python training/report.py runs/XL
     python training/report.py runs/XL runs/XL-16-experts --output comparison
 
-Made from metrics.jsonl, log.txt, starts.jsonl, checkpoints.jsonl, grids of samples and the newest
-checkpoint; the runs may still be training. The page holds its pictures; they also lie beside it as
-PNG files.
+Made from metrics.jsonl, log.txt, starts.jsonl, checkpoints.jsonl, grids of samples, the scores of
+evaluations and the newest checkpoint; the runs may still be training. The page holds its pictures;
+they also lie beside it as PNG files.
 """
 
 import argparse
@@ -84,9 +84,10 @@ def write_report(runs: list[RunData], folder: Path) -> Path:
         OSError: a file cannot be written.
     """
     shared = report_figures.curves(runs)
+    scores = report_figures.scores(runs)
     own = {run.name: _figures_of(run) for run in runs}
     folder.mkdir(parents=True, exist_ok=True)
-    for figure in [*shared, *(figure for figures in own.values() for figure in figures)]:
+    for figure in [*shared, *scores, *(figure for figures in own.values() for figure in figures)]:
         replace_file(folder / figure.name, lambda file, png=figure.png: file.write(png))
     summaries = {run.name: summary(run) for run in runs}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -97,6 +98,7 @@ def write_report(runs: list[RunData], folder: Path) -> Path:
         summaries=summaries,
         differences={run.name: run.differences(runs) for run in runs},
         shared=shared,
+        scores=scores,
         own=own,
     )
     path = folder / PAGE_FILE

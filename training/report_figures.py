@@ -53,8 +53,9 @@ CURVES = (
     Curve("moe/load_max_over_mean", "Largest load over the mean", "1 = even."),
     Curve("moe/dead_experts", "Dead experts", "Without a sample in the last 10 intervals."),
     Curve("comm/mib_sent_per_step", "MiB that a rank sends per step", "Experts' all-to-alls only."),
-    Curve("eval/loss", "Held-out loss", "Rises when the model learns its data by heart."),
 )
+HIGHER_IS_BETTER = ("eval/inception_score", "eval/precision", "eval/recall")
+MAX_NAMED_LINES = 8
 
 
 def curves(runs: list[RunData]) -> list[FigureOf]:
@@ -79,6 +80,38 @@ def _draw_curve(axes: Axes, curve: Curve, runs: list[RunData]) -> None:
     if len(runs) > 1:
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("step (grey: a start)")
+
+
+def scores(runs: list[RunData]) -> list[FigureOf]:
+    """Draw evaluation's scores over checkpoints, a line per run and way of measuring.
+
+    One checkpoint makes no line; the page's table has its scores.
+    """
+    lines: dict[str, list[tuple[str, list[int], list[float]]]] = {}
+    for run in runs:
+        for way, by_step in sorted(run.scores.items()):
+            steps, name = sorted(by_step), f"{run.name}: {way}" if len(runs) > 1 else way
+            for tag in by_step[steps[-1]]:
+                found = [(step, by_step[step][tag]) for step in steps if tag in by_step[step]]
+                lines.setdefault(tag, []).append((name, *map(list, zip(*found, strict=True))))
+
+    def draw(axes: Axes, tag: str) -> None:
+        for name, steps, values in lines[tag]:
+            axes.plot(steps, values, linewidth=1.2, marker="o", markersize=3, label=name)
+        if len(lines[tag]) <= MAX_NAMED_LINES:
+            axes.legend(fontsize=6, frameon=False)
+        axes.set_xlabel("step of the checkpoint")
+
+    return [
+        FigureOf(
+            _file_name(tag),
+            tag.removeprefix("eval/").replace("_", " "),
+            f"{'Higher' if tag in HIGHER_IS_BETTER else 'Lower'} is better.",
+            _draw(lambda axes, tag=tag: draw(axes, tag)),
+        )
+        for tag in sorted(lines)
+        if any(len(steps) > 1 for _, steps, _ in lines[tag])
+    ]
 
 
 def error_by_timestep(run: RunData) -> FigureOf | None:

@@ -16,6 +16,8 @@ from models.gate import TimestepGate
 from models.layers import TimestepEmbedder
 from training.checkpoint_manifest import EMA_FILE, latest_checkpoint, read_manifest
 from training.config import Config
+from training.evaluation.job import EVALUATION_DIR
+from training.evaluation.score_events import read_scores
 from training.monitor import METRICS_FILE, read_metrics
 from training.provenance import Start, read_starts
 from training.run_directory import SAMPLES_DIR, load_config
@@ -41,6 +43,7 @@ class RunData:
         checkpoint_notes: what became of its checkpoints.
         events: warnings and errors of the log with their times, the newest MAX_EVENTS of them.
         grids: at most NUM_GRIDS pictures of samples, from the first to the last.
+        scores: of evaluations, by way of measuring, step and tag.
         checkpoint: the newest one; None if there is none.
     """
 
@@ -53,6 +56,7 @@ class RunData:
     checkpoint_notes: list[CheckpointNote]
     events: list[tuple[str, str]]
     grids: list[Path]
+    scores: dict[str, dict[int, dict[str, float]]]
     checkpoint: Path | None
 
     def series(self, tag: str) -> tuple[list[int], list[float]]:
@@ -159,6 +163,7 @@ def _load(folder: Path, name: str, slug: str) -> RunData:
         checkpoint_notes=_read(folder, read_notes),
         events=read_events(folder),
         grids=[grids[i] for i in chosen],
+        scores=read_scores(folder / EVALUATION_DIR),
         checkpoint=checkpoint,
     )
 
