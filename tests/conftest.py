@@ -18,10 +18,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def node_cache(tmp_path_factory):
-    """A cache folder of this test session, for the processes it starts too."""
+def session_folders(tmp_path_factory):
+    """Folders of this test session, for the processes it starts too: a cache, torchrun's logs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCH_DIT_CACHE", str(tmp_path_factory.mktemp("node-cache")))
+        # By default it makes one in the system's temporary folder at every start, and leaves it.
+        patch.setenv("PET_LOG_DIR", str(tmp_path_factory.mktemp("torchrun")))
         yield
 
 
