@@ -83,14 +83,15 @@ def open_saved_dataset(folder: Path) -> HuggingFaceSource:
     the numbers in a column called label, labels or cls; without either there are none.
     """
     try:
-        import datasets
+        # By name: without the package, a folder datasets/ of ours would be an empty module.
+        from datasets import ClassLabel, DatasetDict, Image, load_from_disk
     except ImportError as err:
         raise ConfigError(
             f"--input {folder}: is a data set of Hugging Face datasets, which is not installed; "
             "pip install datasets."
         ) from err
     try:
-        found = datasets.load_from_disk(str(folder))
+        found = load_from_disk(str(folder))
     except IndexError as err:  # it cannot join no tables
         raise ConfigError(f"--input {folder}: has no rows; give a data set with images.") from err
     except (OSError, ValueError, KeyError) as err:  # also what pyarrow raises
@@ -98,19 +99,19 @@ def open_saved_dataset(folder: Path) -> HuggingFaceSource:
             f"--input {folder}: cannot be read as a data set of Hugging Face datasets "
             f"({_first_line(err)}); copy or save it again."
         ) from err
-    if isinstance(found, datasets.DatasetDict):
+    if isinstance(found, DatasetDict):
         raise ConfigError(
             f"--input {folder}: holds the splits {', '.join(found)}; give one of them, such as "
             f"--input {folder / next(iter(found), 'train')}."
         )
-    images = _only_column(folder, found, datasets.Image)
+    images = _only_column(folder, found, Image)
     if images is None:
         columns = ", ".join(found.column_names)
         raise ConfigError(
             f"--input {folder}: none of its columns ({columns}) is of type Image; cast one with "
             "cast_column(NAME, datasets.Image()) and save the data set again."
         )
-    labels = _only_column(folder, found, datasets.ClassLabel)
+    labels = _only_column(folder, found, ClassLabel)
     class_names = found.features[labels].names if labels else None
     labels = labels or next((name for name in _NUMBER_COLUMNS if name in found.features), None)
     table = found.with_format("arrow", columns=[images, *([labels] if labels else [])])[:]

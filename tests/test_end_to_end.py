@@ -213,7 +213,7 @@ def test_a_real_tensorboard_serves_the_run(trained):
         if not any(re.match(p, tag) for p in chart["multiline"]["tag"] for tag in tags)
     }
     assert len(layout["category"]) == 5
-    assert empty == {"share of the GPU's peak, %"}, "it needs more than this run"
+    assert not empty
 
 
 def finish_tensorboard(process):

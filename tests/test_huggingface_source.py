@@ -178,8 +178,9 @@ def test_unclear_and_damaged_sets_are_refused_in_one_sentence(tmp_path, make, se
 
 def test_without_the_package_a_sentence_says_what_to_install(tmp_path):
     folder = save(tmp_path / "set", rows(1))
-    code = "import sys; sys.modules['datasets'] = None; import runpy; sys.argv = sys.argv[1:];"
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    # As where only a folder of that name is found: an empty module.
+    code = "import runpy, sys, types; sys.modules['datasets'] = types.ModuleType('datasets');"
+    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, "data_tools/encode_latents.py"]
     command += flags(folder, tmp_path / "out")
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)

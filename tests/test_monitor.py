@@ -109,7 +109,7 @@ def test_resuming_drops_records_of_lost_steps_and_a_torn_line(tmp_path):
 
 def test_tensorboards_plugins_find_the_charts_and_the_hyperparameters(tmp_path):
     monitor = Monitor(tmp_path)
-    monitor.layout(dashboard(small(), depth=6, num_experts=3, num_ranks=2))
+    monitor.layout(dashboard(small(), depth=6, num_experts=3, num_ranks=2, has_peak=True))
     monitor.hyperparameters({"lr": 1e-4, "size": "XL", "ema_decays": [0.9]})
     monitor.scalars(10, {"loss/total": 1.0})
     monitor.close()
@@ -119,6 +119,7 @@ def test_tensorboards_plugins_find_the_charts_and_the_hyperparameters(tmp_path):
     (layout,) = events.Tensors("custom_scalars__config__")
     categories = Layout.FromString(layout.tensor_proto.string_val[0]).category
     assert [category.title for category in categories][0] == "Is it learning?"
+    assert "share of the GPU's peak, %" in [chart.title for chart in categories[1].chart]
     assert "block 05" in [chart.title for chart in categories[3].chart]
     content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     values = HParamsPluginData.FromString(content).session_start_info.hparams

@@ -111,7 +111,7 @@ def test_imports_go_one_way(path):
             assert node.level == 0, f"{relative(path)}:{node.lineno} imports relatively"
             imported.add(node.module.split(".")[0])
 
-    ours = {name for name in imported if (ROOT / name).is_dir()}
+    ours = {name for name in imported if (ROOT / name / "__init__.py").is_file()}
     assert ours <= set(allowed), f"{layer} must not import {sorted(ours - set(allowed))}"
 
 

@@ -8,7 +8,9 @@ Chart = list[Any]  # as SummaryWriter.add_custom_scalars wants it: a kind, and r
 Layout = dict[str, dict[str, Chart]]
 
 
-def dashboard(config: Config, depth: int, num_experts: int, num_ranks: int) -> Layout:
+def dashboard(
+    config: Config, depth: int, num_experts: int, num_ranks: int, has_peak: bool
+) -> Layout:
     """Return the layout of TensorBoard's page "custom scalars".
 
     Args:
@@ -16,8 +18,12 @@ def dashboard(config: Config, depth: int, num_experts: int, num_ranks: int) -> L
         depth: blocks.
         num_experts: of a block; 0 = a model without experts.
         num_ranks: that train.
+        has_peak: whether the peak of the device, which speeds are compared with, is known.
     """
-    layout = {"Is it learning?": _learning(config), "Is it fast?": _speed(config, num_ranks)}
+    layout = {
+        "Is it learning?": _learning(config),
+        "Is it fast?": _speed(config, num_ranks, has_peak),
+    }
     if num_experts:
         layout["What do the experts do?"] = _experts()
         layout["Share of the samples, block by block"] = {
@@ -63,11 +69,14 @@ def _learning(config: Config) -> dict[str, Chart]:
     return charts
 
 
-def _speed(config: Config, num_ranks: int) -> dict[str, Chart]:
+def _speed(config: Config, num_ranks: int, has_peak: bool) -> dict[str, Chart]:
     charts = {
         "samples per second": _lines("speed/samples_per_sec"),
         "model TFLOP/s of a rank": _lines("speed/tflops_per_rank"),
-        "share of the GPU's peak, %": _lines("speed/mfu_pct"),
+    }
+    if has_peak:
+        charts["share of the GPU's peak, %"] = _lines("speed/mfu_pct")
+    charts |= {
         "waiting for data, %": _lines("speed/data_wait_pct"),
         "peak memory, GiB": _lines("memory/"),
     }

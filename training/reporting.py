@@ -80,7 +80,8 @@ class Reporter:
         start, config = starts[-1], self.config
         depth, num_experts = len(self.engine.module.blocks), self.engine.module.num_experts
         num_ranks = torch.distributed.get_world_size()
-        self.monitor.layout(dashboard(config, depth, num_experts, num_ranks))
+        has_peak = self._peak_tflops is not None
+        self.monitor.layout(dashboard(config, depth, num_experts, num_ranks, has_peak))
         plain = {key: value for part in config.to_dict().values() for key, value in part.items()}
         self.monitor.hyperparameters(plain)
         self.monitor.text("configuration", config.to_yaml())
