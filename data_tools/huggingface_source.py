@@ -115,26 +115,21 @@ def open_saved_dataset(folder: Path) -> HuggingFaceSource:
     class_names = found.features[labels].names if labels else None
     labels = labels or next((name for name in _NUMBER_COLUMNS if name in found.features), None)
     table = found.with_format("arrow", columns=[images, *([labels] if labels else [])])[:]
-    text = str(folder)
-    if labels is None:
-        return HuggingFaceSource(text, table[images], np.zeros(len(found), np.int32), ())
-    numbers = _label_numbers(folder, table[labels], labels)
+    numbers = _label_numbers(folder, table[labels], labels) if labels else None
+    classes = ()
     if numbers is None:
-        return HuggingFaceSource(text, table[images], np.zeros(len(found), np.int32), ())
-    if class_names is None:
-        classes = numbered_classes(text, numbers)
+        numbers = np.zeros(len(found), np.int32)
+    elif class_names is None:
+        classes = numbered_classes(str(folder), numbers)
     else:
-        if int(numbers.max()) >= len(class_names):
+        if (highest := int(numbers.max())) >= len(class_names):
             raise ConfigError(
-                f"--input {folder}: column {labels} has the class {int(numbers.max())} and names "
+                f"--input {folder}: column {labels} has the class {highest} and names "
                 f"{len(class_names)} classes; correct it and save the data set again."
             )
         counts = np.bincount(numbers, minlength=len(class_names)).tolist()
-        classes = tuple(
-            ImageClass(i, name, count)
-            for i, (name, count) in enumerate(zip(class_names, counts, strict=True))
-        )
-    return HuggingFaceSource(text, table[images], numbers, classes)
+        classes = tuple(map(ImageClass, range(len(class_names)), class_names, counts))
+    return HuggingFaceSource(str(folder), table[images], numbers, classes)
 
 
 def _only_column(folder: Path, found: "datasets.Dataset", kind: type) -> str | None:

@@ -159,6 +159,10 @@ def parquet(folder):
             "has the class number 1000000; numbers up to 999999 are labels",
         ),
         (
+            lambda f: save(f, rows(2, label=[0, 3]), label=ANIMALS),
+            "column label has the class 3 and names 3 classes; correct it and save the data set",
+        ),
+        (
             lambda f: save(f, rows(1, label=[[0, 1]])),
             "and no class numbers; cast it to datasets.ClassLabel",
         ),
