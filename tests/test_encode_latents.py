@@ -227,6 +227,21 @@ def test_an_output_of_other_settings_is_refused(images, encoded, tmp_path, chang
     assert content(encoded) == before
 
 
+def test_other_images_of_the_same_names_are_no_continuation(tmp_path):
+    sets = [make_pictures(tmp_path / name, 9) for name in "ab"]
+    changed = next(sets[1].rglob("00.png"))
+    changed.write_bytes(changed.read_bytes() + b"0")
+    output = tmp_path / "set"
+    main(flags(sets[0], output))
+    before = content(output)
+    for name in ("00000.tar", "dataset.json"):
+        (output / name).unlink()
+    with pytest.raises(ConfigError, match=r"was begun with other settings: source \(.* old flags"):
+        main(flags(sets[1], output))
+    main(flags(sets[0], output))
+    assert content(output) == before
+
+
 def test_shards_of_unknown_origin_are_refused(images, encoded, tmp_path):
     (tmp_path / "00000.tar").write_bytes((encoded / "00000.tar").read_bytes())
     with pytest.raises(ConfigError, match=f"holds shards but no {SETTINGS_NAME}"):
