@@ -134,6 +134,9 @@ def open_saved_dataset(folder: Path) -> HuggingFaceSource:
     labels = _only_column(folder, found, ClassLabel)
     class_names = found.features[labels].names if labels else None
     labels = labels or next((name for name in _NUMBER_COLUMNS if name in found.features), None)
+    if not all(isinstance(name, str) for name in class_names or ()):
+        err = ValueError(f"column {labels} has class names that are no text")
+        raise _unreadable_error(folder, err)
     table = found.with_format("arrow", columns=[images, *([labels] if labels else [])])[:]
     numbers = _label_numbers(folder, table[labels], labels) if labels else None
     classes = ()

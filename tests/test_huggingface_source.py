@@ -206,6 +206,10 @@ def without(content, key):
     return {name: value for name, value in content.items() if name != key}
 
 
+def with_feature(info, column, feature):
+    return info | {"features": info["features"] | {column: feature}}
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -221,9 +225,10 @@ def without(content, key):
         ("dataset_info.json", lambda old: old | {"features": {"image": 3}}),
         ("dataset_info.json", lambda old: old | {"features": {"image": {"_type": "Value"}}}),
         ("dataset_info.json", lambda old: old | {"features": {"image": {"_type": []}}}),
+        ("dataset_info.json", lambda old: with_feature(old, "label", {"_type": "Image"})),
         (
             "dataset_info.json",
-            lambda old: old | {"features": old["features"] | {"label": {"_type": "Image"}}},
+            lambda old: with_feature(old, "label", {"_type": "ClassLabel", "names": [1, 2]}),
         ),
         ("dataset_info.json", lambda old: old | {"splits": 3}),
         ("dataset_info.json", lambda old: old | {"version": [1]}),
