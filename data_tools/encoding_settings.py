@@ -52,7 +52,7 @@ class EncodingSettings:
     vae: VaeReference
     latent: LatentFormat
     image: ImageFormat
-    source: str  # sha256 of the list of images
+    source: str  # sha256 of the images' names, labels and sizes
     num_files: int
     seed: int
     shard_size: int
