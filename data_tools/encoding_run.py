@@ -291,7 +291,7 @@ def reopen(output: Path, input_text: str, vae: str | None, device: str | None) -
     if source.fingerprint() != settings.source:
         raise ConfigError(
             f"--input {input_text}: its {len(source)} images are not the {settings.num_files} that "
-            f"{output} was made of, by their names, classes and sizes; give those."
+            f"{output} was made of; give those."
         )
     where = choose_device(device)
     found = load_vae(vae or settings.vae.id, device=where, expected_sha256=settings.vae.sha256)

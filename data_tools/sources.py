@@ -22,7 +22,7 @@ MAX_IMAGE_BYTES = 1 << 30  # of a file; more is no photograph, and would be read
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, such as an image's number
 _CHUNK = 1 << 16  # names hashed together
 # Images whose size is asked for: on a network disk, those of 1.28 M files take many minutes.
-_NUM_SIZES = 1000
+_NUM_SIZES = 64
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,7 @@ class ImageSource(ABC):
         return self.raw_name(index).decode("utf-8", "backslashreplace")
 
     def fingerprint(self) -> str:
-        """Return the sha256 of all names and labels in order, and of the sizes of some images.
-
-        The sizes tell sets apart whose images are only numbered.
-        """
+        """Return the sha256 of all names and labels in order."""
         digest, lines = hashlib.sha256(), []
         for name, label in zip(self.raw_names(), _each(self.labels), strict=True):
             lines.append(b"%b\t%d\n" % (name, label))
@@ -127,10 +124,15 @@ class ImageSource(ABC):
                 digest.update(b"".join(lines))
                 lines.clear()
         digest.update(b"".join(lines))
-        count = min(len(self), _NUM_SIZES)
-        sizes = [self.num_bytes(i * len(self) // count) for i in range(count)]  # evenly spaced
-        digest.update(b"%b\n" % str(sizes).encode())
         return digest.hexdigest()
+
+    def sizes(self) -> list[int]:
+        """Return the bytes of at most 64 evenly spaced images, -1 for those without a file.
+
+        They tell sets of the same names apart, such as those whose images are only numbered.
+        """
+        count = min(len(self), _NUM_SIZES)
+        return [self.num_bytes(i * len(self) // count) for i in range(count)]
 
 
 class FileSource(ImageSource):
