@@ -52,7 +52,8 @@ class EncodingSettings:
     vae: VaeReference
     latent: LatentFormat
     image: ImageFormat
-    source: str  # sha256 of the list of images
+    source: str  # sha256 of the images' names and labels
+    sizes: list[int]  # of some images, in bytes
     num_files: int
     seed: int
     shard_size: int
@@ -114,6 +115,7 @@ def make_settings(
         ),
         image=ImageFormat(size=size, crop=CROP),
         source=source.fingerprint(),
+        sizes=source.sizes(),
         num_files=len(source),
         seed=seed,
         shard_size=shard_size,
@@ -125,10 +127,12 @@ def load_settings(output: Path) -> EncodingSettings | None:
     """Read the settings of a folder that was begun; None if there are none."""
     path = output / SETTINGS_NAME
     try:
-        return from_json(EncodingSettings, json.loads(path.read_bytes()))
+        found = json.loads(path.read_bytes())
+        # Earlier versions noted no sizes; a list of none is no other input.
+        return from_json(EncodingSettings, {"sizes": []} | found)
     except FileNotFoundError:
         return None
-    except (MalformedError, ValueError) as err:
+    except (MalformedError, ValueError, TypeError) as err:
         raise ConfigError(f"{path}: {err}; delete the folder, or give a new --output.") from err
 
 
@@ -158,6 +162,13 @@ def begun_settings(
         raise ConfigError(
             f"--output {output}: was begun with other settings: {', '.join(different)}; repeat the "
             "old flags and input, or give a new folder."
+        )
+    num_other = sum(a != b for a, b in zip(found.sizes, settings.sizes, strict=False))
+    # Some may have been mended since, as --strict asks for; most of them are another set.
+    if 2 * num_other > len(settings.sizes):
+        raise ConfigError(
+            f"--output {output}: was begun with other images of the same names ({num_other} of "
+            f"{len(settings.sizes)} have other sizes); repeat the old input, or give a new folder."
         )
     return found
 
@@ -194,6 +205,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         if isinstance(value, dict):
             leaves |= _leaves(value, f"{prefix}{name}.")
-        elif prefix + name != "vae.id":  # the weights count, not where they were found
+        # Of the VAE the weights count, not where they were found; sizes are compared apart.
+        elif prefix + name not in ("vae.id", "sizes"):
             leaves[prefix + name] = value
     return leaves

@@ -3,6 +3,7 @@
 The package maps the Arrow files into memory: an image is read where it lies, nothing is copied.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +19,24 @@ from data_tools.sources import (
     ImageSource,
     Names,
     numbered_classes,
+    too_large_label,
 )
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
+_STATE_NAME, _SPLITS_NAME = "state.json", "dataset_dict.json"
+# The package trusts a data set's JSON files. RuntimeError: nested too deep, or more than Arrow can.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+)
 _NUMBER_COLUMNS = ("label", "labels", "cls")  # of class numbers, where no column names its classes
 
 
@@ -63,17 +76,29 @@ class HuggingFaceSource(ImageSource):
             raise BadImageError(f"has {buffer.size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
         return buffer.to_pybytes()
 
+    def num_bytes(self, index: int) -> int:
+        """Return how far apart the image's offsets are; -1 for a row without bytes."""
+        buffer = self.images[index]["bytes"].as_buffer()
+        return -1 if buffer is None else buffer.size
+
 
 def _paths(images: "pa.ChunkedArray") -> Iterator[bytes]:
     for chunk in images.chunks:
-        for path in chunk.field("path").to_pylist():
-            yield (path or "").encode()
+        for path in chunk.field("path").cast("binary").to_pylist():  # may be no UTF-8
+            yield path or b""
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Tell a folder that `save_to_disk` wrote, of one split or of several, from others."""
-    split = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    return split or (folder / "dataset_dict.json").is_file()
+    """Tell a folder that `save_to_disk` wrote, of one split or of several, from others.
+
+    Raises:
+        OSError: the folder cannot be looked into.
+    """
+    return _is_split(folder) or (folder / _SPLITS_NAME).is_file()
+
+
+def _is_split(folder: Path) -> bool:
+    return (folder / _STATE_NAME).is_file() and (folder / "dataset_info.json").is_file()
 
 
 def open_saved_dataset(folder: Path) -> HuggingFaceSource:
@@ -82,28 +107,23 @@ def open_saved_dataset(folder: Path) -> HuggingFaceSource:
     Its classes are those of its only ClassLabel column, in the order in which that has them; else
     the numbers in a column called label, labels or cls; without either there are none.
     """
+    if not _is_split(folder):
+        raise _splits_error(folder)
     try:
         # By name: without the package, a folder datasets/ of ours would be an empty module.
-        from datasets import ClassLabel, DatasetDict, Image, load_from_disk
+        from datasets import ClassLabel, Dataset, Image
     except ImportError as err:
         raise ConfigError(
             f"--input {folder}: is a data set of Hugging Face datasets, which is not installed; "
             "pip install datasets."
         ) from err
     try:
-        found = load_from_disk(str(folder))
-    except IndexError as err:  # it cannot join no tables
-        raise ConfigError(f"--input {folder}: has no rows; give a data set with images.") from err
-    except (OSError, ValueError, KeyError) as err:  # also what pyarrow raises
-        raise ConfigError(
-            f"--input {folder}: cannot be read as a data set of Hugging Face datasets "
-            f"({_first_line(err)}); copy or save it again."
-        ) from err
-    if isinstance(found, DatasetDict):
-        raise ConfigError(
-            f"--input {folder}: holds the splits {', '.join(found)}; give one of them, such as "
-            f"--input {folder / next(iter(found), 'train')}."
-        )
+        # Without files there is nothing to load, which the package takes for an error.
+        found = Dataset.load_from_disk(str(folder)) if _has_files(folder) else ()
+    except _UNREADABLE as err:
+        raise _unreadable_error(folder, err) from err
+    if not len(found):
+        raise ConfigError(f"--input {folder}: has no rows; give a data set with images.")
     images = _only_column(folder, found, Image)
     if images is None:
         columns = ", ".join(found.column_names)
@@ -114,6 +134,9 @@ def open_saved_dataset(folder: Path) -> HuggingFaceSource:
     labels = _only_column(folder, found, ClassLabel)
     class_names = found.features[labels].names if labels else None
     labels = labels or next((name for name in _NUMBER_COLUMNS if name in found.features), None)
+    if not all(isinstance(name, str) for name in class_names or ()):
+        err = ValueError(f"column {labels} has class names that are no text")
+        raise _unreadable_error(folder, err)
     table = found.with_format("arrow", columns=[images, *([labels] if labels else [])])[:]
     numbers = _label_numbers(folder, table[labels], labels) if labels else None
     classes = ()
@@ -122,14 +145,54 @@ def open_saved_dataset(folder: Path) -> HuggingFaceSource:
     elif class_names is None:
         classes = numbered_classes(str(folder), numbers)
     else:
-        if (highest := int(numbers.max())) >= len(class_names):
+        if int(numbers.max()) >= len(class_names):
             raise ConfigError(
-                f"--input {folder}: column {labels} has the class {highest} and names "
-                f"{len(class_names)} classes; correct it and save the data set again."
+                f"--input {folder}: column {labels} has a class above {len(class_names) - 1} and "
+                f"names {len(class_names)} classes; correct it and save the data set again."
             )
         counts = np.bincount(numbers, minlength=len(class_names)).tolist()
         classes = tuple(map(ImageClass, range(len(class_names)), class_names, counts))
     return HuggingFaceSource(str(folder), table[images], numbers, classes)
+
+
+def _has_files(folder: Path) -> bool:
+    """Tell whether a split has Arrow files, after checking that they are in its folder.
+
+    Raises:
+        ValueError: one is not, so the package would map a file from elsewhere.
+        Others of _UNREADABLE: state.json is none of a data set.
+    """
+    state = json.loads((folder / _STATE_NAME).read_bytes())
+    names = [entry["filename"] for entry in state["_data_files"]]
+    for name in names:
+        if not _is_plain(name) or not (folder / name).is_file():
+            raise ValueError(f"{_STATE_NAME} names {name!r}, which is no file in the folder")
+    return bool(names)
+
+
+def _splits_error(folder: Path) -> ConfigError:
+    try:
+        splits = json.loads((folder / _SPLITS_NAME).read_bytes())["splits"]
+        if not isinstance(splits, list) or not splits or not all(map(_is_plain, splits)):
+            raise ValueError(f"{_SPLITS_NAME} has no list of splits")
+    except _UNREADABLE as err:
+        return _unreadable_error(folder, err)
+    return ConfigError(
+        f"--input {folder}: holds the splits {', '.join(splits)}; give one of them, such as "
+        f"--input {folder / splits[0]}."
+    )
+
+
+def _is_plain(name: object) -> bool:
+    is_text = isinstance(name, str) and name.isprintable()
+    return is_text and name not in ("", "..") and Path(name).name == name
+
+
+def _unreadable_error(folder: Path, err: Exception) -> ConfigError:
+    return ConfigError(
+        f"--input {folder}: cannot be read as a data set of Hugging Face datasets "
+        f"({_first_line(err)}); copy or save it again."
+    )
 
 
 def _only_column(folder: Path, found: "datasets.Dataset", kind: type) -> str | None:
@@ -151,7 +214,10 @@ def _label_numbers(folder: Path, column: "pa.ChunkedArray", name: str) -> np.nda
             f"--input {folder}: column {name} holds {column.type} and no class numbers; cast it to "
             "datasets.ClassLabel and save the data set again."
         )
-    values = column.fill_null(-1).to_numpy()
+    try:
+        values = column.cast("int64").fill_null(-1).to_numpy()
+    except pa.ArrowInvalid as err:  # unsigned and beyond it
+        raise too_large_label(str(folder)) from err
     is_labelled = values >= 0
     if not is_labelled.any():
         return None

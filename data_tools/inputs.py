@@ -1,6 +1,7 @@
 """What --input and --class-names may be, and which source each is."""
 
 import json
+import os
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -22,13 +23,23 @@ def open_source(text: str, cache: Path | None = None) -> ImageSource:
         cache: folder that keeps the indexes of tars; None = scan and keep nothing.
     """
     path = Path(text)
-    if is_saved_dataset(path):
+    is_saved, is_list, tars = False, False, []
+    try:
+        # os.path, which never raises: with braces, the text may be too long for a path.
+        if path.suffix == ".tar" and not os.path.isdir(path):
+            tars = _expanded(text)
+        elif not (is_saved := is_saved_dataset(path)):
+            tars = sorted(path.glob("*.tar")) if path.is_dir() else []
+            is_list = path.is_file() and path.suffix in _LIST_SUFFIXES
+    except OSError as err:
+        raise ConfigError(
+            f"--input {text}: cannot be read ({err.strerror}); give a path that can be."
+        ) from err
+    if is_saved:
         source = open_saved_dataset(path)
-    elif path.is_dir() and (tars := sorted(path.glob("*.tar"))):
+    elif tars:
         source = open_tars(text, tars, cache)
-    elif path.suffix == ".tar" and not path.is_dir():
-        source = open_tars(text, _expanded(text), cache)
-    elif path.is_file() and path.suffix in _LIST_SUFFIXES:
+    elif is_list:
         source = read_list(path)
     else:
         source = _scan_images(path)
@@ -56,7 +67,7 @@ def _scan_images(folder: Path) -> ImageSource:
 
 def _expanded(text: str) -> list[Path]:
     try:
-        paths = [Path(text)] if Path(text).exists() else list(map(Path, braceexpand(text)))
+        paths = [Path(text)] if os.path.exists(text) else list(map(Path, braceexpand(text)))
     except ValueError as err:
         raise ConfigError(
             f"--input {text}: its braces are wrong ({err}); write {{000..146}}."

@@ -21,6 +21,8 @@ from data_tools.images import IMAGE_SUFFIXES, BadImageError
 MAX_IMAGE_BYTES = 1 << 30  # of a file; more is no photograph, and would be read into memory
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, such as an image's number
 _CHUNK = 1 << 16  # names hashed together
+# Images whose size is asked for: on a network disk, those of 1.28 M files take many minutes.
+_NUM_SIZES = 64
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,10 @@ class ImageSource(ABC):
             OSError: the system cannot read it.
         """
 
+    @abstractmethod
+    def num_bytes(self, index: int) -> int:
+        """Return the size of an image's file without reading it; -1 where it has none."""
+
     def name(self, index: int) -> str:
         """Return an image's name for people; bytes that are no UTF-8 are escaped."""
         return self.raw_name(index).decode("utf-8", "backslashreplace")
@@ -119,6 +125,14 @@ class ImageSource(ABC):
                 lines.clear()
         digest.update(b"".join(lines))
         return digest.hexdigest()
+
+    def sizes(self) -> list[int]:
+        """Return the bytes of at most 64 evenly spaced images, -1 for those without a file.
+
+        They tell sets of the same names apart, such as those whose images are only numbered.
+        """
+        count = min(len(self), _NUM_SIZES)
+        return [self.num_bytes(i * len(self) // count) for i in range(count)]
 
 
 class FileSource(ImageSource):
@@ -161,6 +175,13 @@ class FileSource(ImageSource):
                 raise BadImageError(f"has {status.st_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
             return file.read()
 
+    def num_bytes(self, index: int) -> int:
+        """Ask the file system; -1 for a file that is not there or not readable."""
+        try:
+            return os.stat(os.path.join(self.folder, self.names[index])).st_size
+        except OSError:
+            return -1
+
 
 def _each(values: np.ndarray) -> Iterator[int]:
     for first in range(0, len(values), _CHUNK):
@@ -186,14 +207,23 @@ def classes_of(ids: list[str], members: np.ndarray) -> tuple[np.ndarray, tuple[I
 
 
 def numbered_classes(text: str, labels: np.ndarray) -> tuple[ImageClass, ...]:
-    """Describe classes that the input numbers itself, 0 to the largest; some may have no image."""
-    highest = int(labels.max())
-    if highest >= MAX_CLASSES:
-        raise ConfigError(
-            f"--input {text}: has the class number {highest}; numbers up to {MAX_CLASSES - 1} are "
-            "labels, so this seems to be something else; correct it."
-        )
+    """Describe classes that the input numbers itself, 0 to the largest; some may have no image.
+
+    Args:
+        text: the input as typed.
+        labels: int (N,); numbers from MAX_CLASSES on, however cut to a type's range, are refused.
+    """
+    if int(labels.max()) >= MAX_CLASSES:
+        raise too_large_label(text)
     return tuple(ImageClass(i, str(i), int(n)) for i, n in enumerate(np.bincount(labels)))
+
+
+def too_large_label(text: str) -> ConfigError:
+    """Say that an input's classes have numbers from MAX_CLASSES on."""
+    return ConfigError(
+        f"--input {text}: has a class number above {MAX_CLASSES - 1:,}, which seems to be "
+        "something else than a label; correct it."
+    )
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...], flag: str) -> Iterator[str]:
@@ -305,7 +335,8 @@ def read_list(path: Path) -> FileSource:
         return FileSource(str(path), folder, names, np.zeros(len(names), np.int32), ())
     places = np.frombuffer(members, np.int32)
     if all(name.isdigit() for name in place_of):
-        numbers = np.array([min(int(name), MAX_CLASSES) for name in place_of], np.int32)
+        # Seven digits are too large already; Python refuses to read thousands of them.
+        numbers = np.array([int(name.lstrip(b"0")[:7] or b"0") for name in place_of], np.int32)
         labels = numbers[places]
         return FileSource(str(path), folder, names, labels, numbered_classes(str(path), labels))
     ids = [name.decode("utf-8", "backslashreplace") for name in place_of]

@@ -202,6 +202,11 @@ class TarSource(ImageSource):
             )
         return data
 
+    def num_bytes(self, index: int) -> int:
+        """Return what the tar's header says."""
+        tar, place = self._place(index)
+        return int(self.indexes[tar].sizes[place])
+
 
 def open_tars(text: str, paths: list[Path], cache: Path | None) -> TarSource:
     """Index tars of images: KEY.jpg (.jpeg, .png, .webp) and perhaps KEY.cls, a number.

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -225,6 +226,29 @@ def test_an_output_of_other_settings_is_refused(images, encoded, tmp_path, chang
     assert message.startswith(f"--output {encoded}: was begun with other settings: ")
     assert named in message and message.endswith("or give a new folder.")
     assert content(encoded) == before
+
+
+def test_mended_images_are_a_continuation_and_others_of_the_same_names_are_not(tmp_path):
+    images, output = make_pictures(tmp_path / "a", 9), tmp_path / "set"
+    main(flags(images, output))
+    before = content(output)
+    pictures = sorted(images.rglob("*.png"))
+    for count in (4, 5):
+        for name in ("00000.tar", "dataset.json"):
+            (output / name).unlink()
+        for path in pictures[:count]:  # what follows a PNG's end is not read
+            path.write_bytes(path.read_bytes() + b"0")
+        if count == 4:
+            main(flags(images, output))
+            assert content(output) == before
+    sentence = "was begun with other images of the same names (5 of 9 have other sizes); repeat"
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        main(flags(images, output))
+    settings = json.loads((output / SETTINGS_NAME).read_text())
+    del settings["sizes"]  # as earlier versions wrote it
+    (output / SETTINGS_NAME).write_text(json.dumps(settings))
+    main(flags(images, output))
+    assert content(output)["00000.tar"] == before["00000.tar"]
 
 
 def test_shards_of_unknown_origin_are_refused(images, encoded, tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from data_tools.encode_latents import encode, parse_arguments
 from data_tools.errors import ConfigError
+from data_tools.huggingface_source import HuggingFaceSource
 from data_tools.images import BadImageError
 from data_tools.inputs import open_source
 from tests.encode_jobs import content, flags, make_pictures
@@ -79,6 +80,12 @@ def test_classes_may_be_numbers_or_none(tmp_path, labels, wanted):
     assert [c.count for c in found.classes] == ([1, 0, 2] if wanted else [])
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint64", "int8"])
+def test_class_numbers_may_have_any_whole_type(tmp_path, kind):
+    folder = save(tmp_path / "set", rows(3, label=[2, 0, 2]), label=datasets.Value(kind))
+    assert open_source(str(folder)).labels.tolist() == [2, 0, 2]
+
+
 def test_pictures_beside_the_data_set_are_taken_into_it(tmp_path):
     (tmp_path / "1.png").write_bytes(picture(9))
     folder = save(tmp_path / "set", {"image": [str(tmp_path / "1.png")]})
@@ -92,6 +99,7 @@ def test_rows_without_bytes_are_bad_images(tmp_path):
     assert (found.read(0), found.name(0), found.name(1)) == (picture(1), "0/", "1/")
     with pytest.raises(BadImageError, match="has no bytes in its row"):
         found.read(1)
+    assert found.sizes() == [len(picture(1)), -1]
 
 
 def test_encoding_gives_the_latents_of_the_same_images_in_folders(tmp_path):
@@ -156,11 +164,15 @@ def parquet(folder):
         ),
         (
             lambda f: save(f, rows(2, label=[0, 1_000_000_000_000])),
-            "has the class number 1000000; numbers up to 999999 are labels",
+            "has a class number above 999,999, which seems to be something else than a label;",
+        ),
+        (
+            lambda f: save(f, rows(2, label=np.array([0, 2**64 - 1], np.uint64))),
+            "has a class number above 999,999, which seems to be something else than a label;",
         ),
         (
             lambda f: save(f, rows(2, label=[0, 3]), label=ANIMALS),
-            "column label has the class 3 and names 3 classes; correct it and save the data set",
+            "column label has a class above 2 and names 3 classes; correct it and save the data",
         ),
         (
             lambda f: save(f, rows(1, label=[[0, 1]])),
@@ -178,6 +190,80 @@ def test_unclear_and_damaged_sets_are_refused_in_one_sentence(tmp_path, make, se
         open_source(str(folder))
     assert str(error.value).startswith(f"--input {folder}: ") and "\n" not in str(error.value)
     assert sentence.format(folder) in str(error.value)
+
+
+def without(content, key):
+    return {name: value for name, value in content.items() if name != key}
+
+
+def with_feature(info, column, feature):
+    return info | {"features": info["features"] | {column: feature}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", lambda _: []),
+        ("state.json", lambda _: 3),
+        ("state.json", lambda old: old | {"_data_files": 3}),
+        ("state.json", lambda old: old | {"_data_files": [3]}),
+        ("state.json", lambda old: without(old, "_data_files")),
+        ("state.json", lambda old: without(old, "_split")),
+        ("state.json", lambda old: old | {"_format_kwargs": 3}),
+        ("state.json", lambda old: old | {"_split": 3}),
+        ("dataset_info.json", lambda _: []),
+        ("dataset_info.json", lambda old: old | {"features": {"image": 3}}),
+        ("dataset_info.json", lambda old: old | {"features": {"image": {"_type": "Value"}}}),
+        ("dataset_info.json", lambda old: old | {"features": {"image": {"_type": []}}}),
+        ("dataset_info.json", lambda old: with_feature(old, "label", {"_type": "Image"})),
+        (
+            "dataset_info.json",
+            lambda old: with_feature(old, "label", {"_type": "ClassLabel", "names": [1, 2]}),
+        ),
+        ("dataset_info.json", lambda old: old | {"splits": 3}),
+        ("dataset_info.json", lambda old: old | {"version": [1]}),
+        ("dataset_dict.json", lambda _: []),
+        ("dataset_dict.json", lambda _: {"splits": "train"}),
+        ("dataset_dict.json", lambda _: {"splits": [3]}),
+        ("dataset_dict.json", lambda _: {"splits": ["../elsewhere"]}),
+    ],
+)
+def test_what_is_no_description_of_a_data_set_is_refused_in_one_sentence(tmp_path, name, content):
+    folder = save(tmp_path / "set", rows(2, label=[0, 1]))
+    if name == "dataset_dict.json":
+        (folder / "state.json").unlink()
+        (folder / name).write_text("{}")
+    (folder / name).write_text(json.dumps(content(json.loads((folder / name).read_text()))))
+    with pytest.raises(ConfigError) as error:
+        open_source(str(folder))
+    message = str(error.value)
+    assert message.startswith(
+        f"--input {folder}: cannot be read as a data set of Hugging Face datasets ("
+    )
+    assert message.endswith("); copy or save it again.") and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["../set2/data.arrow", "{}/set2/data.arrow", "gone.arrow", "", 3])
+def test_only_files_in_the_folder_are_mapped(tmp_path, name):
+    folder = save(tmp_path / "set", rows(2))
+    (tmp_path / "set2").mkdir()
+    next(folder.glob("*.arrow")).rename(tmp_path / "set2" / "data.arrow")
+    name = name.format(tmp_path) if isinstance(name, str) else name
+    state = json.loads((folder / "state.json").read_text())
+    state["_data_files"] = [{"filename": name}]
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError) as error:
+        open_source(str(folder))
+    assert f"(state.json names {name!r}, which is no file in the folder)" in str(error.value)
+
+
+def test_paths_that_are_no_text_are_escaped(tmp_path):
+    import pyarrow as pa
+
+    path = pa.array([b"caf\xe9.png"]).view("string")
+    column = pa.StructArray.from_arrays([pa.array([picture(1)]), path], ["bytes", "path"])
+    source = HuggingFaceSource("set", pa.chunked_array([column]), np.zeros(1, np.int32), ())
+    assert source.name(0) == "0/caf\\xe9.png"
 
 
 def test_without_the_package_a_sentence_says_what_to_install(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +79,31 @@ def test_the_fingerprint_is_that_of_a_simple_loop(tmp_path):
     assert open_source(str(tmp_path)).fingerprint() == digest.hexdigest()
 
 
+def test_sizes_are_of_images_everywhere_in_the_set():
+    class Numbered(FileSource):
+        def num_bytes(self, index):
+            return index
+
+    for count, wanted in ((2, [0, 1]), (3500, [i * 3500 // 64 for i in range(64)])):
+        names = Names(b"%d.png" % i for i in range(count))
+        numbered = Numbered("set", Path("set"), names, np.zeros(count, np.int32), ())
+        assert numbered.sizes() == wanted
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "tar"])
+def test_sets_of_the_same_names_have_different_sizes(tmp_path, kind):
+    for content in (picture(), picture() + b"0"):
+        folder = tmp_path / str(len(content))
+        save(folder / "0.png")
+        (folder / "0.png").write_bytes(content)
+        (folder / "list.txt").write_text("0.png\ngone.png\n")
+        make_tar(folder / "tars" / "0.tar", [("0.png", content)])
+        text = {"folder": folder, "list": folder / "list.txt", "tar": folder / "tars" / "0.tar"}
+        source = open_source(str(text[kind]))
+        assert source.read(0) == content
+        assert source.sizes() == [len(content), *([-1] if kind == "list" else [])]
+
+
 def test_class_folders_may_be_links_and_endless_ones_are_refused(tmp_path):
     save(tmp_path / "elsewhere" / "1.png")
     (tmp_path / "set").mkdir()
@@ -116,12 +142,30 @@ def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
         open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("suffix", ["", ".tar", ".txt"])
+def test_a_path_that_cannot_be_looked_at_is_refused_in_one_sentence(suffix):
+    text = "n" * 300 + suffix
+    with pytest.raises(ConfigError) as error:
+        open_source(text)
+    assert str(error.value).startswith(f"--input {text}: cannot be read (File name too long); give")
+
+
+def test_braces_may_be_longer_than_a_path(tmp_path):
+    for name in "ab":
+        make_tar(tmp_path / f"{name * 140}.tar", labelled(0, 1))
+    assert len(open_source(f"{tmp_path}/{{{'a' * 140},{'b' * 140}}}.tar")) == 2
+
+
 @pytest.mark.parametrize(
     ("content", "labels", "classes"),
     [
         ("b/2.png\na/1.png\r\n\nb/2.png\n", [0, 0, 0], []),
         ("b/2.png\tdog\na/1.png\tcat\n", [1, 0], [(0, "cat", 1), (1, "dog", 1)]),
-        ("b/2.png\t3\na/1.png\t1\n", [3, 1], [(0, "0", 0), (1, "1", 1), (2, "2", 0), (3, "3", 1)]),
+        (
+            "b/2.png\t003\na/1.png\t1\n",
+            [3, 1],
+            [(0, "0", 0), (1, "1", 1), (2, "2", 0), (3, "3", 1)],
+        ),
     ],
 )
 def test_a_list_keeps_its_order_and_its_numbers(tmp_path, content, labels, classes):
@@ -162,7 +206,8 @@ def test_a_file_of_a_senseless_size_is_not_read(tmp_path):
         ("a.png\tx\ty\n", "line 1 is no path, or path, tab and class; correct it."),
         ("a.png\n\tx\n", "line 2 is no path"),
         ("a.png\tcat\nb.png\n", "1 of 2 lines name no class; name one in every line, or in none."),
-        ("a.png\t99999999999\n", "has the class number 1000000; numbers up to 999999 are labels"),
+        ("a.png\t1000000\n", "has a class number above 999,999, which seems to be something else"),
+        ("a.png\t" + "9" * 5000 + "\n", "has a class number above 999,999, which seems"),
     ],
 )
 def test_wrong_lists_are_refused_in_one_sentence(tmp_path, content, sentence):

@@ -39,7 +39,13 @@ def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--input", required=True, metavar="PATH", help="folder, list or tars of images")
+    add(
+        "--input",
+        required=True,
+        metavar="IMAGES",
+        help="as of data_tools/encode_latents.py: folder of images or of tars, tars "
+        "('a/{000..146}.tar'), list, or folder that save_to_disk of Hugging Face datasets wrote",
+    )
     add("--size", type=int, default=DEFAULT_SIZE, metavar="PIXELS", help="(default: 256)")
     add("--output", type=Path, required=True, metavar="NPZ")
     add(
