@@ -143,7 +143,7 @@ FOREIGN = [
 def test_cards_of_other_programs_are_left_out(tmp_path, card):
     text = card if isinstance(card, str) else json.dumps(card)
     (tmp_path / "way").mkdir()
-    for name in ("way/score-mine.json", "validation-ema-t8-9-data.json"):
+    for name in ("way/score-mine.json", "validation-step-0000007-ema-abc-t8-9-data.json"):
         (tmp_path / name).write_text(text, encoding="latin-1")
 
     assert read_scores(tmp_path) == {}
