@@ -1,19 +1,29 @@
 """Load exports where this repository does not exist, and keep what they compute.
 
 python -I tests/load_exports.py JOBS RESULTS THREADS: JOBS is JSON, a list of {"kind", "folder",
-...}.
+...}. Fails if something was imported that an installation of NEEDED does not bring.
 """
 
 import importlib.util
 import json
+import os
 import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 PACKAGES = ("models", "data_tools", "training")
-# Requirements of this repository that an export must do without.
-NOT_NEEDED = {"deepspeed", "webdataset", "braceexpand", "mpi4py", "tensorboard"}
+NEEDED = ("diffusers", "torch", "pillow", "safetensors")
+# What these import if it happens to be there, and do without if it is not.
+OPTIONAL = (
+    "scipy",  # schedulers of diffusers, for noise levels that no export has
+    "dill",  # torch.utils.data, for pickling lambdas
+)
 
 
 def tensors_of(job):
@@ -72,6 +82,43 @@ def program(job):
     return [denoiser(inputs["x"], torch.tensor([t]), inputs["y"]) for t in job["timesteps"]]
 
 
+def brought(names):
+    """The distributions that an installation of some brings."""
+    found, waiting = set(), list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        try:
+            requirements = map(Requirement, metadata.requires(name) or ())
+        except metadata.PackageNotFoundError:  # such as a backport that this system has no use for
+            continue
+        found.add(name)
+        waiting += [
+            r.name for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})
+        ]
+    return found
+
+
+def foreign_modules(modules):
+    """The top-level names of modules that are of Python, NEEDED, OPTIONAL and the exports not."""
+    exported = Path(os.environ["HF_MODULES_CACHE"])
+    python = Path(sysconfig.get_path("stdlib"))  # one of its modules is named after the machine
+    packages, known = metadata.packages_distributions(), brought(NEEDED)
+    found = set()
+    for name, module in modules.items():
+        if module is sys.modules["__main__"] or getattr(module, "__file__", None) is None:
+            continue  # without a file: built in, made in memory, or only a folder of others
+        folders = Path(module.__file__).parents
+        # Compiled modules of a package may be known by their last name alone.
+        top = (module.__spec__.name if module.__spec__ else name).partition(".")[0]
+        is_known = bool(known & set(map(canonicalize_name, packages.get(top, ()))))
+        is_known |= top in sys.stdlib_module_names or folders[0] == python
+        if not (is_known or top in OPTIONAL or exported in folders):
+            found.add(top)
+    return sorted(found)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
     jobs = json.loads(open(sys.argv[1]).read())  # noqa: SIM115
@@ -80,5 +127,6 @@ if __name__ == "__main__":
     ]
     ours = [name for name in PACKAGES if importlib.util.find_spec(name) or name in sys.modules]
     assert ours == [], f"this repository can be imported: {ours}"
-    assert not NOT_NEEDED & set(sys.modules), "an export needs more than diffusers"
+    found = foreign_modules(dict(sys.modules))
+    assert found == [], f"an export needs more than {NEEDED}: {found}"
     torch.save(results, sys.argv[2])

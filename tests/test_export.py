@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import os
@@ -23,6 +24,7 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.switch_dit import SwitchDiT
 from tests.configs import small
+from tests.load_exports import foreign_modules
 from tests.synthetic import make_dataset, random_moments
 from training import sample
 from training.checkpoint_manifest import (
@@ -230,6 +232,15 @@ def exports(runs, tmp_path_factory):
         name: (Path(job["folder"]), result)
         for (name, job), result in zip(jobs.items(), found, strict=True)
     }
+
+
+def test_what_an_export_must_not_import_is_told_from_what_it_may(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    names = ("json", "torch.nn", "PIL.Image", "yaml", "scipy", "models.gate", "webdataset", "tests")
+
+    found = foreign_modules({name: importlib.import_module(name) for name in names})
+
+    assert found == ["models", "tests", "webdataset"]
 
 
 def test_the_pipeline_draws_our_images_bit_for_bit(exports, runs, vae):

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tests import reference_scores
 from training.evaluation.frechet import Gaussian, GaussianFit, frechet_distance
@@ -43,6 +45,36 @@ def test_the_distance_is_that_of_the_matrix_square_root(count):
     pairs = [(g.mean.numpy(), g.covariance.numpy()) for g in (one, other)]
     assert found == pytest.approx(reference_scores.frechet_distance(*pairs), rel=1e-6)
     assert frechet_distance(other, one) == pytest.approx(found, rel=1e-8)
+
+
+class Network(nn.Module):
+    """Features (N, 24) of images, uint8 (N, 3, 8, 8); torchmetrics asks for their number."""
+
+    num_features = 24
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 24, 3, stride=2)
+
+    def forward(self, pixels):
+        return self.convolution(pixels.double() / 128).relu().mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("count", [100, 16])  # with 16 of 24 the covariance is singular
+def test_the_distance_is_that_of_torchmetrics(count):
+    torch.manual_seed(0)
+    network = Network().double().eval().requires_grad_(False)
+    metric, fits = FrechetInceptionDistance(network), []
+    for is_real, limit in ((True, 256), (False, 200)):
+        fits.append(GaussianFit())
+        for batch in torch.randint(0, limit, (count, 3, 8, 8), dtype=torch.uint8).split(7):
+            metric.update(batch, real=is_real)
+            fits[-1].add(network(batch))
+
+    found = frechet_distance(*(fit.gaussian() for fit in fits))
+
+    assert found == pytest.approx(float(metric.compute()), rel=1e-6)
+    assert found > 0.01
 
 
 def test_the_distance_of_gaussians_that_commute_is_known_in_closed_form():

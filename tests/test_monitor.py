@@ -107,6 +107,42 @@ def test_resuming_drops_records_of_lost_steps_and_a_torn_line(tmp_path):
     assert scalars_in_tensorboard(tmp_path)["loss/total"] == [(10, 10.0), (20, 20.0), (30, 31.0)]
 
 
+DAMAGED = (  # lines of what a power cut, a bad disk or another program leaves
+    b'{"step": 20, "loss/total"' + bytes(4096) + b"0}",
+    b'{"loss/total": 1.0}',
+    b'{"step": 20, "loss/total": \xff}',
+    b'{"step": 20, "loss/total": "1.0"}',
+    b'{"step": null}',
+    b"[20]",
+    b"",
+)
+
+
+def test_a_start_drops_damaged_lines_with_one_warning(tmp_path, capsys):
+    monitor = Monitor(tmp_path)
+    for step in (10, 20, 30, 40):
+        monitor.scalars(step, {"loss/total": float(step)})
+    monitor.close()
+    path = tmp_path / METRICS_FILE
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"".join(line + b"\n" for line in DAMAGED) + b"".join(others))
+
+    assert [record["step"] for record in read_metrics(tmp_path)] == [10, 20, 30, 40]
+    assert capsys.readouterr().err == f"warning: {path}: 7 damaged line(s) left out.\n"
+    Monitor(tmp_path, resume_step=30).close()
+
+    assert capsys.readouterr().err == f"warning: {path}: 7 damaged line(s) removed.\n"
+    assert path.read_bytes() == first + b"".join(others[:2])
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_a_line_that_is_being_written_is_no_damage(tmp_path, capsys):
+    (tmp_path / METRICS_FILE).write_bytes(b'{"step": 10}\n{"step": 2')
+
+    assert read_metrics(tmp_path) == [{"step": 10}]
+    assert capsys.readouterr().err == ""
+
+
 def test_tensorboards_plugins_find_the_charts_and_the_hyperparameters(tmp_path):
     monitor = Monitor(tmp_path)
     monitor.layout(dashboard(small(), depth=6, num_experts=3, num_ranks=2, has_peak=True))

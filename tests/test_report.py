@@ -158,7 +158,21 @@ def test_the_gates_are_the_models():
     assert torch.equal(gate_table(weights, 1000), expected)
 
 
-@pytest.mark.parametrize("fault", ["no run", "no records", "damaged", "twice", "no output"])
+FAULTS = ("no run", "no records", "card", "vanished", "twice", "no output")
+
+
+def test_damaged_records_are_left_out_with_a_warning(tmp_path, capsys):
+    folder = make_run(tmp_path / "a")
+    append_line(folder / "metrics.jsonl", "{")
+
+    main([str(folder)])
+
+    warning = f"warning: {folder / 'metrics.jsonl'}: 1 damaged line(s) left out.\n"
+    assert capsys.readouterr().err == warning
+    assert "60 of 3,000" in Page(folder / "report/report.html").text
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_mistakes_are_one_sentence_and_write_nothing(fault, tmp_path, capsys):
     folder = make_run(tmp_path / "a")
     arguments, message = [folder], "nothing was recorded yet; train first."
@@ -166,9 +180,11 @@ def test_mistakes_are_one_sentence_and_write_nothing(fault, tmp_path, capsys):
         arguments, message = [tmp_path], "is no run directory"
     elif fault == "no records":
         (folder / "metrics.jsonl").unlink()
-    elif fault == "damaged":
-        append_line(folder / "metrics.jsonl", "{")
-        message = "its records are damaged"
+    elif fault in ("card", "vanished"):
+        card = folder / "evaluation/way/score-1.json"
+        card.parent.mkdir(parents=True)
+        card.mkdir() if fault == "card" else card.symlink_to("nowhere")
+        message = f"error: {folder}: {card} cannot be read ("
     elif fault == "twice":
         arguments, message = [folder, folder, "--output", tmp_path / "b"], "a run is named twice"
     else:

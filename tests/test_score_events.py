@@ -123,9 +123,37 @@ def test_scores_kept_elsewhere_stay_out_of_the_run(evaluated, tmp_path):
     assert ways(evaluated) == before
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"metrics": {}}', '{"weights": {"step": 1}}'])
-def test_cards_of_other_programs_are_left_out(tmp_path, text):
+IMAGES = {  # what a card of images has besides its scores
+    "weights": {"step": 7, "average": "ema"},
+    "images": {"sampler": "ddim"},
+    "reference": {"sha256": "0"},
+    "features": {"sha256": "0"},
+}
+FOREIGN = [
+    *("[]", "null", {"metrics": {}}, {"weights": {"step": 1}}, {"weights": [1]}),
+    *(IMAGES | {"metrics": metrics} for metrics in ([1], {"fid": "n/a"}, {"fid": True})),
+    *(IMAGES | {"metrics": {"fid": value}} for value in (None, [1.0], float("nan"), 10**400)),
+    IMAGES | {"metrics": {"fid": 1.0}, "images": [1]},
+    IMAGES | {"metrics": {"fid": 1.0}, "weights": {"step": "7", "average": "ema"}},
+    *(IMAGES | {"validation_loss": loss} for loss in ([1], {"mse": 1.0}, {"mse": {"mean": "1"}})),
+]
+
+
+@pytest.mark.parametrize("card", ["{", "\xff", *FOREIGN], ids=str)
+def test_cards_of_other_programs_are_left_out(tmp_path, card):
+    text = card if isinstance(card, str) else json.dumps(card)
     (tmp_path / "way").mkdir()
-    (tmp_path / "way/score-mine.json").write_text(text)
+    for name in ("way/score-mine.json", "validation-step-0000007-ema-abc-t8-9-data.json"):
+        (tmp_path / name).write_text(text, encoding="latin-1")
 
     assert read_scores(tmp_path) == {}
+
+
+def test_scores_that_are_no_finite_numbers_are_left_out_and_the_others_kept(tmp_path):
+    (tmp_path / "way").mkdir()
+    metrics = {"fid": float("inf"), "precision": 1, "recall": 0.5}
+    (tmp_path / "way/score-mine.json").write_text(json.dumps(IMAGES | {"metrics": metrics}))
+
+    ((values,),) = (by_step.values() for by_step in read_scores(tmp_path).values())
+
+    assert values == {"eval/precision": 1, "eval/recall": 0.5}

@@ -1,7 +1,6 @@
 """Where metrics and pictures go: TensorBoard and metrics.jsonl, from rank 0 only."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from data_tools.files import append_whole
+from data_tools.files import append_whole, replace_file
 from training.expert_load import by_block
 
 METRICS_FILE = "metrics.jsonl"
@@ -134,20 +133,58 @@ def _newest_size(folder: Path) -> int:
 
 
 def _drop_later_records(path: Path, resume_step: int) -> None:
-    """Keep the complete records up to `resume_step`; a torn last line goes too."""
+    """Keep the records up to `resume_step`; what cannot be read goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="ascii").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > resume_step:
-            break
-        kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="ascii")
-    os.replace(temporary, path)
+    kept, num_damaged = [], 0
+    for line, record in _lines(path):
+        if record is None:
+            num_damaged += 1
+        elif record["step"] <= resume_step:
+            kept.append(line)
+    if sum(map(len, kept)) < path.stat().st_size:  # late in a long run it has hundreds of MB
+        replace_file(path, lambda file: file.writelines(kept))
+    _warn_of_damage(path, num_damaged, "removed")
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the records of a run, one dict per logging interval."""
-    with (run_dir / METRICS_FILE).open(encoding="ascii") as lines:
-        return [json.loads(line) for line in lines]
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Read the records of a run, one dict per logging interval; says how many are damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    path = run_dir / METRICS_FILE
+    records = [record for _, record in _lines(path)]
+    found = [record for record in records if record is not None]
+    _warn_of_damage(path, len(records) - len(found), "left out")
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, float] | None]]:
+    """Yield the lines and their records, None for a damaged one.
+
+    A last line without its end is none: it was cut off, or is being written.
+    """
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line, _record(line)
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    """Return what a line says, if it is a step's numbers by name.
+
+    It may be something else after a power cut, which leaves holes of zeros on some file systems.
+    """
+    try:
+        record = json.loads(line.decode("ascii"))
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record if all(type(value) in (int, float) for value in record.values()) else None
+
+
+def _warn_of_damage(path: Path, count: int, fate: str) -> None:
+    if count:
+        sys.stderr.write(f"warning: {path}: {count} damaged line(s) {fate}.\n")

@@ -1,10 +1,8 @@
 """What a report says of a run, read from its directory."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -134,19 +132,25 @@ def load_runs(folders: list[Path]) -> list[RunData]:
     """Read the runs of a report.
 
     Raises:
-        ConfigError: a folder is no run directory, or has no records yet.
+        ConfigError: a folder is no run directory, has no records yet or cannot be read.
     """
     names = [folder.resolve().name for folder in folders]
     is_clear = len(set(names)) == len(names)
-    return [
-        _load(folder, name, name) if is_clear else _load(folder, str(folder), f"{i}-{name}")
-        for i, (folder, name) in enumerate(zip(folders, names, strict=True), 1)
-    ]
+    runs = []
+    for i, (folder, name) in enumerate(zip(folders, names, strict=True), 1):
+        shown, slug = (name, name) if is_clear else (str(folder), f"{i}-{name}")
+        try:
+            runs.append(_load(folder, shown, slug))
+        except OSError as err:
+            raise ConfigError(
+                f"{folder}: {err.filename} cannot be read ({err.strerror}); mend or remove it."
+            ) from err
+    return runs
 
 
 def _load(folder: Path, name: str, slug: str) -> RunData:
     config = load_config(folder)
-    if not (folder / METRICS_FILE).exists() or not (records := _read(folder, read_metrics)):
+    if not (folder / METRICS_FILE).exists() or not (records := read_metrics(folder)):
         raise ConfigError(f"{folder}: nothing was recorded yet; train first.")
     grids = sorted(p for p in (folder / SAMPLES_DIR).glob("*.png") if _GRID.fullmatch(p.name))
     chosen = np.linspace(0, len(grids) - 1, min(NUM_GRIDS, len(grids))).round().astype(int)
@@ -159,20 +163,13 @@ def _load(folder: Path, name: str, slug: str) -> RunData:
         folder=folder,
         config=config,
         records=records,
-        starts=_read(folder, read_starts),
-        checkpoint_notes=_read(folder, read_notes),
+        starts=read_starts(folder),
+        checkpoint_notes=read_notes(folder),
         events=read_events(folder),
         grids=[grids[i] for i in chosen],
         scores=read_scores(folder / EVALUATION_DIR),
         checkpoint=checkpoint,
     )
-
-
-def _read(folder: Path, read: Callable[[Path], list[Any]]) -> list[Any]:
-    try:
-        return read(folder)
-    except ValueError as err:
-        raise ConfigError(f"{folder}: its records are damaged ({err}); restore them.") from err
 
 
 def read_events(folder: Path) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from training.monitor import TENSORBOARD_DIR
 
 CARDS = ("*/score-*.json", "validation-*.json")  # in the folder of a run's evaluations
 OF_WEIGHTS = ("weights_sha256", "weaker_weights_sha256", "batch_size")  # no ways of measuring
+MAX_VALUE = float(np.finfo(np.float32).max)  # that TensorBoard can hold
 _STEP = re.compile(r"step-\d+-")
 
 
@@ -65,32 +66,50 @@ def _written(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def read_scores(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """Return the scores by way and step; of two cards alike the newer one counts."""
+    """Return the scores by way and step; of two cards alike the newer one counts.
+
+    Raises:
+        OSError: a card cannot be read.
+    """
     paths = [path for pattern in CARDS for path in folder.glob(pattern)]
     found: dict[str, dict[int, dict[str, float]]] = {}
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         try:
             scores = scores_of(json.loads(path.read_text()), path)
-        except (ValueError, KeyError, TypeError):  # a card of another program, such as score_images
-            continue
-        if scores is not None:
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # a card of another program, such as score_images
+        if scores is not None and scores.values:
             found.setdefault(scores.way, {})[scores.step] = scores.values
     return found
 
 
 def scores_of(card: dict[str, Any], path: Path) -> Scores | None:
-    """Say what a card of evaluate.py holds; None if its weights are of no checkpoint."""
+    """Say what a card of evaluate.py holds; None if its weights are of no checkpoint.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is no such card.
+    """
     step = card["weights"].get("step")
     if step is None:
         return None
+    if type(step) is not int:
+        raise TypeError(f"step {step!r}")
     if "validation_loss" in card:
         name, _, data = path.stem.removeprefix("validation-").rpartition("-")
-        values = {f"eval/loss_{term}": v["mean"] for term, v in card["validation_loss"].items()}
+        means = {f"loss_{term}": value["mean"] for term, value in card["validation_loss"].items()}
         # The name also has the weights' hash: "step-0001000-ema-SHA-t8-4096-DATA".
         weights, _, timesteps, count = name.rsplit("-", 3)
-        return Scores(f"loss-{_STEP.sub('', weights)}-{timesteps}-{count}-{data}", step, values)
+        way = f"loss-{_STEP.sub('', weights)}-{timesteps}-{count}-{data}"
+        return Scores(way, step, _by_tag(means))
     drawn = {key: value for key, value in card["images"].items() if key not in OF_WEIGHTS}
     compared = card["reference"]["sha256"], card["features"]["sha256"], card["weights"]["average"]
     digest = hashlib.sha256(json.dumps([drawn, compared], sort_keys=True).encode()).hexdigest()
     way = f"{_STEP.sub('', path.parent.name)}-{digest[:8]}"
-    return Scores(way, step, {f"eval/{name}": value for name, value in card["metrics"].items()})
+    return Scores(way, step, _by_tag(card["metrics"]))
+
+
+def _by_tag(values: dict[str, Any]) -> dict[str, float]:
+    """Return numbers by TensorBoard's tag, without those that are not finite."""
+    if any(type(value) not in (int, float) for value in values.values()):
+        raise TypeError(f"no numbers: {values}")
+    return {f"eval/{name}": value for name, value in values.items() if abs(value) <= MAX_VALUE}
