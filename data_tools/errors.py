@@ -15,6 +15,17 @@ class ConfigError(Exception):
     The message begins with the flag or the file at fault.
     """
 
+    exit_code = CONFIG_ERROR_EXIT_CODE
+
+
+class OutageError(ConfigError):
+    """Nobody's mistake, though said like one: a server failed for longer than we wait for it.
+
+    It may come back by itself, so another start is worth trying, a bounded number of times.
+    """
+
+    exit_code = 1
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """Reports a wrong command line as a ConfigError: one sentence, without the usage."""
@@ -26,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_on_config_error(is_reporter: bool = True) -> Iterator[None]:
-    """Turn a ConfigError into one line on stderr and exit code 2.
+    """Turn a ConfigError into one line on stderr and its exit code.
 
     Args:
         is_reporter: False on ranks that stay silent, so that N processes print one sentence.
@@ -36,4 +47,4 @@ def exit_on_config_error(is_reporter: bool = True) -> Iterator[None]:
     except ConfigError as err:
         if is_reporter:
             sys.stderr.write(f"error: {err}\n")
-        sys.exit(CONFIG_ERROR_EXIT_CODE)
+        sys.exit(err.exit_code)

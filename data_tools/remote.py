@@ -15,7 +15,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from data_tools.checksums import descriptor_sha256
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, OutageError
 from data_tools.http_stream import open_http
 from data_tools.locations import PIPE, Location
 from data_tools.locks import StoppedError
@@ -48,6 +48,7 @@ class _WrongContentError(TransferError):
     """All bytes came and they are not the right ones."""
 
     max_times = 2  # once more, in case a proxy or the network was at fault
+    is_lasting = True
 
 
 def read_small(
@@ -57,6 +58,7 @@ def read_small(
 
     Raises:
         MissingFileError: there is none.
+        OutageError: the server failed until the last attempt.
         ConfigError: it cannot be read, or has more than limit_bytes.
     """
     if location.folder is not None:
@@ -106,7 +108,9 @@ def fetch(
         cancel: when set, the fetch stops with StoppedError.
 
     Raises:
-        ConfigError: after the last attempt; names the URL, the attempts and the last cause.
+        OutageError: after the last attempt, the server failed; it may come back by itself.
+        ConfigError: the same of what a person must correct: no such file, no permission, other
+            bytes. Both name the URL, the attempts and the last cause.
         OSError: `path` cannot be written.
     """
     patience, cancel = patience or Patience.from_environment(), cancel or threading.Event()
@@ -216,8 +220,8 @@ def _persist(
         except TransferError as err:
             times[type(err)] += 1
             if times.total() >= patience.attempts or times[type(err)] >= err.max_times:
-                error = MissingFileError if err.is_missing else ConfigError
-                raise error(
+                lasting = MissingFileError if err.is_missing else ConfigError
+                raise (lasting if err.is_lasting else OutageError)(
                     f"{what}: could not be fetched in {times.total()} attempts, the last time "
                     f"because {err}; see to it that it can be read, then start again."
                 ) from err

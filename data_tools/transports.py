@@ -23,6 +23,7 @@ class TransferError(Exception):
     """An attempt failed; the message is the cause, without the file's name."""
 
     max_times = sys.maxsize  # after so many of a kind, another attempt would not help
+    is_lasting = False  # it does not pass by itself: a person must correct something
     is_missing = False  # there is no such file
     retry_after_sec = 0.0  # the server asked to be left alone for so long
 
@@ -31,6 +32,7 @@ class RefusalError(TransferError):
     """The other side said no: it will say so again, unless the file is being put there."""
 
     max_times = 3
+    is_lasting = True
 
 
 class NoSuchPartError(TransferError):

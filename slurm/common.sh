@@ -50,7 +50,8 @@ train() {
   return "$status"
 }
 
-# This job in Slurm's commands. One job of an array may have the array's own number, which means all.
+# This job in Slurm's commands. One job of an array may have the array's own number, which would
+# mean all of them.
 job_number() {
   if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
     echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
@@ -144,8 +145,8 @@ run_and_mind_signals() {
   return "$status"
 }
 
-# sbatch --signal=B:USR1@SECONDS tells this shell that the limit is near; the ranks save and leave on
-# SIGTERM, which scancel sends to the tasks and not to this shell.
+# sbatch --signal=B:USR1@SECONDS tells this shell that the limit is near; the ranks save and leave
+# on SIGTERM, which scancel sends to the tasks and not to this shell.
 on_near_limit() {
   is_interrupted=yes nears_limit=yes
   echo "job $(job_number) is near its time limit: the ranks save and leave"

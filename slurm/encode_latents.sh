@@ -2,8 +2,8 @@
 # Encode images to latent shards, once, for all training runs.
 #
 #   Command:   sbatch slurm/encode_latents.sh [FLAG OF data_tools/encode_latents.py ...]
-#              sbatch --array=0-15 slurm/encode_latents.sh: 16 jobs that share the work, each as soon
-#              as a GPU is free; or in one job, e.g. on two nodes of 8 GPUs:
+#              sbatch --array=0-15 slurm/encode_latents.sh: 16 jobs that share the work, each as
+#              soon as a GPU is free; or in one job, e.g. on two nodes of 8 GPUs:
 #              sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/encode_latents.sh
 #              bash slurm/encode_latents.sh --dry-run shows the srun command and runs nothing
 #   Data:      datasets/imagenet256-images/<class>/*, e.g. ImageNet's training set; or tars:
@@ -14,8 +14,9 @@
 #   Result:    datasets/imagenet256/ with dataset.json, about 42 GB for ImageNet (fp16 moments,
 #              mirrored ones too)
 #
-# Near the time limit the job queues itself again. Running it again keeps the finished shards. Tasks divide the shards among themselves as they go, so
-# any number may start, end or be killed at any time.
+# Near the time limit the job queues itself again; running it again keeps the finished shards.
+# Tasks divide the shards among themselves as they go, so any number may start, end or be killed at
+# any time.
 #SBATCH --job-name=encode-latents
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

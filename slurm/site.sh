@@ -18,5 +18,6 @@ export MAX_RESTARTS=${MAX_RESTARTS:-3}
 # A node that exchanges less than this with the first one is refused; 0 = only warn of one that is
 # much slower than the others. Gigabytes per second.
 export MIN_NODE_GBPS=${MIN_NODE_GBPS:-0}
-# Look at the nodes before training on them (training/preflight.py); it costs a second start of Python.
+# Look at the nodes before training on them (training/preflight.py); it costs one more start of
+# Python.
 CHECK_NODES=${CHECK_NODES:-yes}

@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm: encode, train and sample, and everything that ends a job.
+"""The job scripts on a real Slurm: encode, train, sample and evaluate, and all that ends a job.
 
 Every node has a network of its own, so ranks of different nodes talk through a bridge. Two of the
 three nodes train; the third stands in for one that is lost.
@@ -7,6 +7,7 @@ three nodes train; the third stands in for one that is lost.
 import re
 import time
 
+import numpy as np
 import pytest
 
 from tests.launch import run
@@ -90,6 +91,25 @@ def test_a_trained_run_is_sampled_by_a_job(cluster, uninterrupted, tmp_path):
     assert len(list(run_dir.glob("samples/*/grid.png"))) == 1
 
 
+def test_an_evaluation_near_its_time_limit_comes_back_and_ends(cluster, uninterrupted, tmp_path):
+    run_dir = uninterrupted.run_dir
+    sbatch = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+    flags = ["--num-images", 6, "--batch-size", 2, "--steps", 2]
+
+    job = Job(cluster, tmp_path, sbatch, "evaluate.sh", run_dir, *flags)
+    rank = ["pgrep", "-f", "python -u training/evaluate.py"]
+    job.wait(lambda: "node2" in job.nodes(), "its nodes")
+    job.wait(lambda: cluster.run(*rank, machine="node2", check=False), "a rank")
+    cluster.run("scancel", "--batch", "--signal=USR1", job.number)  # what --signal=B:USR1 sends
+
+    assert job.end() == "COMPLETED", job.explain()
+    assert job.restarts() == 1
+    assert f"job {job.number} is near its time limit" in job.output()
+    (samples,) = run_dir.glob("evaluation/*/samples.npz")
+    with np.load(samples) as content:
+        assert content["arr_0"].shape == (6, 32, 32, 3)
+
+
 def test_a_job_that_is_told_to_end_saves_and_comes_back_as_if_nothing_had_happened(
     cluster, latents, uninterrupted, tmp_path
 ):
@@ -150,11 +170,17 @@ def test_a_job_that_loses_a_node_or_a_rank_goes_on_elsewhere_as_if_nothing_had_h
         undo(struck[0])
         cluster.wait_until_up()
 
-    def kill_a_rank(_node):
-        rank = ["pkill", "-KILL", "--newest", "-f", "python -u training/main.py"]
+    def signal_a_rank(name):
+        rank = ["pkill", name, "--newest", "-f", "python -u training/main.py"]
         cluster.run(*rank, machine=struck[1])
 
-    strike("kill -9 of a rank", kill_a_rank, lambda _node: None)
+    strike("kill -9 of a rank", lambda _node: signal_a_rank("-KILL"), lambda _node: None)
+    strike("a rank is stopped", lambda _node: signal_a_rank("-STOP"), lambda _node: None)
+    assert re.search(
+        r"error: \[rank 0\] training has not moved for \d+ s: rank [23]: last heard of \d+ s ago, "
+        r".* COLLECTIVE_TIMEOUT_SEC = 60 s; look at its node, ",
+        job.output(),
+    ), job.explain()
     strike("a node's power fails", cluster.power_off, cluster.boot)
     strike("a node's slurmd dies", cluster.kill_slurmd, cluster.start_slurmd)
     strike("a cable is cut", cluster.cut_cable, lambda node: cluster.cut_cable(node, False))

@@ -1,5 +1,6 @@
 """Training on data sets that a web server has: the same batches, and a quick end in any state."""
 
+import re
 import shutil
 import threading
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from data_tools.cache import ShardCache
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, OutageError, exit_on_config_error
 from data_tools.loader import LatentStream
 from data_tools.training_data import open_data
 from tests.http_server import HttpServer
@@ -78,6 +79,40 @@ def test_faults_that_stay_reach_the_consumer(server, tmp_path, monkeypatch):
         for _ in range(2):
             with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1.*\.tar"):
                 next(remote)
+
+
+@pytest.mark.parametrize(
+    ("fault", "exit_code"),
+    [("500", 1), ("reset", 1), ("silent", 1), ("404", 2), ("flip", 2), ("other-length", 2)],
+)
+def test_only_what_may_pass_by_itself_is_worth_another_start(
+    server, tmp_path, monkeypatch, fault, exit_code, capsys
+):
+    monkeypatch.setenv("SWITCH_DIT_FETCH_ATTEMPTS", "3")
+    monkeypatch.setenv("SWITCH_DIT_FETCH_STALL_SEC", "0.2")
+    for number in range(len(SIZES)):
+        server.spoil(f"{number:05d}.tar", *[fault] * 20)
+
+    with (
+        stream(server.url, ShardCache(tmp_path / "cache")) as remote,
+        pytest.raises(SystemExit) as exit_info,
+        exit_on_config_error(),
+    ):
+        next(remote)
+
+    assert exit_info.value.code == exit_code
+    assert re.fullmatch(
+        r"error: http://127\.0\.0\.1\S+\.tar: could not be fetched in [23] attempts, the last time "
+        r"because .*\.\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_a_server_that_is_away_at_the_start_is_an_outage_too(server, monkeypatch):
+    monkeypatch.setenv("SWITCH_DIT_FETCH_ATTEMPTS", "2")
+    server._server.server_close()
+    with pytest.raises(OutageError, match=r"dataset\.json: could not .*in 2 attempts, .* refused"):
+        open_data(server.url)
 
 
 def test_closing_does_not_wait_for_a_server_that_stalls(server, tmp_path):

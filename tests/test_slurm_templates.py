@@ -90,6 +90,21 @@ def test_a_job_that_slurm_may_start_again_keeps_what_it_printed(name):
     assert ("#SBATCH --requeue\n" in text) == ("#SBATCH --open-mode=append\n" in text)
 
 
+@pytest.mark.parametrize("name", ["encode_latents.sh", "evaluate.sh"])
+def test_long_jobs_are_told_of_their_time_limit_and_queued_again(name):
+    text = (ROOT / "slurm" / name).read_text()
+
+    assert "\n#SBATCH --signal=B:USR1@120\n" in text
+    assert "\n#SBATCH --requeue\n" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
+def test_what_a_person_reads_first_fits_a_window(path):
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+
+    assert max(map(len, comments)) <= 100
+
+
 def test_slurms_own_numbers_come_before_the_scripts():
     result = bash(
         "slurm/train_xl.sh",
@@ -255,6 +270,22 @@ def test_a_job_of_an_array_speaks_for_itself_only(job, tmp_path):
     calls = log.read_text().splitlines()
     assert "scancel --signal=TERM 41234_7" in calls
     assert calls[-1] == "scontrol requeue 41234_7"
+
+
+def test_an_evaluation_near_its_time_limit_goes_on_in_the_next_start(job, tmp_path):
+    # It saves as it goes, so SIGTERM just ends it.
+    process, log = job(f"echo $$ >{tmp_path}/srun.pid; exec sleep 60", script="evaluate.sh")
+    wait_for(tmp_path / "srun.pid")
+
+    process.send_signal(signal.SIGUSR1)
+
+    assert process.wait(timeout=60) == 75
+    calls = log.read_text().splitlines()
+    assert calls[-3:] == [
+        "scancel --signal=TERM 41234",
+        "scontrol show job 41234",
+        "scontrol requeue 41234",
+    ]
 
 
 def test_a_script_that_outlived_its_job_leaves_the_next_start_alone(job):

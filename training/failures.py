@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.errors import ConfigError
 from training.standstill import AGAIN
 
 FAILED_EXIT_CODE = 1  # a crash: worth another try, a bounded number of times
@@ -39,7 +39,7 @@ def describe_failure(error: BaseException) -> Failure:
     """Sort an exception by what a person can do about it."""
     first = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, ConfigError):
-        return Failure(True, *str(error).rpartition("; ")[::2], exit_code=CONFIG_ERROR_EXIT_CODE)
+        return Failure(True, *str(error).rpartition("; ")[::2], exit_code=error.exit_code)
     is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_memory or "can't allocate memory" in first or "Cannot allocate memory" in first:
         found = re.search(r"tried to allocate [\d.]+ \w+", first, re.IGNORECASE)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, OutageError
 from data_tools.loader import Batch, LatentStream
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
@@ -54,6 +54,12 @@ class DataError(RunError):
     """A rank cannot read its samples; what was trained until then is saved."""
 
     exit_code = CONFIG_ERROR_EXIT_CODE
+
+
+class DataOutageError(DataError):
+    """No rank has damaged data; a server failed for too long, and may be there for the next try."""
+
+    exit_code = OutageError.exit_code
 
 
 @dataclass
@@ -167,9 +173,22 @@ def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState
     if saved_step != state.step:
         save(training, state, stop, is_last=True)
     report_write(training, state.step, saver.finish(), is_last=True)
-    if message := agreed_message(following.error):
-        raise DataError(message)
+    raise_data_error(following.error)
     return state
+
+
+def raise_data_error(error: ConfigError | None) -> None:
+    """End the run if a rank could not read its samples. All ranks must call this.
+
+    What a person must correct is said before an outage, which the next start may not meet.
+
+    Raises:
+        DataError: on all ranks alike, with the first such error among them.
+    """
+    if message := agreed_message(None if isinstance(error, OutageError) else error):
+        raise DataError(message)
+    if message := agreed_message(error):
+        raise DataOutageError(message)
 
 
 def read_step(training: Training, step: int) -> StepData:
