@@ -16,7 +16,7 @@ from training import bandwidth, preflight
 from training.bandwidth import Bandwidth
 from training.checkpoint_manifest import tag_of
 from training.command_line import DEFAULT_DEEPSPEED, CommandLine
-from training.node_facts import NodeFacts, collect, compare
+from training.node_facts import NodeFacts, collect, compare, exit_code_of
 from training.preflight import PreflightError, Stage, agree, check_job, connect, floor_gbps, judge
 from training.processes import Ranks
 
@@ -76,6 +76,15 @@ def test_a_mistake_that_all_ranks_find_is_no_nodes_fault():
     everyone = [facts(rank, problem="--lr: no.") for rank in range(6)]
 
     assert compare(everyone) == ["--lr: no."]
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [([1, 1], 1), ([0, 1], 1), ([1, 2], 2), ([0, 2], 2), ([0, 0], 2)]
+)
+def test_only_a_server_that_is_away_is_worth_another_start(codes, expected):
+    everyone = [facts(rank, exit_code=code) for rank, code in enumerate(codes)]
+
+    assert exit_code_of(everyone) == expected
 
 
 def test_facts_travel_as_text():
@@ -226,7 +235,7 @@ def test_a_slow_first_node_still_says_who_did_not_report(begin):
     stage = begin(ranks)
     time.sleep(1.8 * TIMEOUT.total_seconds())  # its own files
 
-    _, problems, _ = agree(store, facts(0), ranks, TIMEOUT, stage)
+    _, problems, _, _ = agree(store, facts(0), ranks, TIMEOUT, stage)
 
     assert [problem.split(":")[0] for problem in problems] == ["rank 1 did not report within 0 s"]
 

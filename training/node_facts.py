@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data_tools.errors import ConfigError
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 from training.processes import Ranks, select_accelerator
 from training.provenance import (
     commit,
@@ -42,6 +42,7 @@ class NodeFacts:
     packages: dict[str, str]  # version by name
     data: str  # hash of the data set's manifest
     checkpoint: str  # that a run would continue from
+    exit_code: int = 0  # of the problem
 
     def to_json(self) -> str:
         """Return what `from_json` reads."""
@@ -70,14 +71,14 @@ def collect(ranks: Ranks, check: Callable[[], tuple[str, str]]) -> NodeFacts:
         check: raises ConfigError if this rank cannot train; returns the hash of the data and the
             checkpoint to continue from.
     """
-    problem, data, checkpoint = "", "", ""
+    problem, exit_code, data, checkpoint = "", 0, "", ""
     try:
         _check_gpus()
         select_accelerator(ranks)
         _check_temporary_space()
         data, checkpoint = check()
     except ConfigError as err:
-        problem = str(err)
+        problem, exit_code = str(err), err.exit_code
     return NodeFacts(
         rank=ranks.rank,
         node=own_node(),
@@ -89,6 +90,7 @@ def collect(ranks: Ranks, check: Callable[[], tuple[str, str]]) -> NodeFacts:
         packages=installed_packages(),
         data=data,
         checkpoint=checkpoint,
+        exit_code=exit_code,
     )
 
 
@@ -130,6 +132,11 @@ def compare(everyone: list[NodeFacts]) -> list[str]:
             if what:
                 sentences[facts.node] = f"node {facts.node}: {what}"
     return list(sentences.values())
+
+
+def exit_code_of(everyone: list[NodeFacts]) -> int:
+    """Return what a job leaves with that cannot train: another code than 2 for outages alone."""
+    return max(facts.exit_code for facts in everyone) or CONFIG_ERROR_EXIT_CODE
 
 
 def _with_one_checkpoint(everyone: list[NodeFacts]) -> list[NodeFacts]:

@@ -35,7 +35,14 @@ from training.bandwidth import Bandwidth, measure
 from training.command_line import CommandLine, parse_command_line
 from training.job import check, check_without_data
 from training.main import is_demo_missing
-from training.node_facts import NodeFacts, allocated_nodes, collect, compare, summary
+from training.node_facts import (
+    NodeFacts,
+    allocated_nodes,
+    collect,
+    compare,
+    exit_code_of,
+    summary,
+)
 from training.processes import Ranks
 from training.provenance import own_node
 from training.resume_points import newest_point
@@ -164,8 +171,12 @@ def agree(
     ranks: Ranks,
     timeout: timedelta,
     stage: Stage,
-) -> tuple[list[str], list[str], str]:
-    """Compare the nodes; return every rank's node, what is wrong, and a summary, on all ranks.
+) -> tuple[list[str], list[str], str, int]:
+    """Compare the nodes.
+
+    Returns:
+        On all ranks: every rank's node, what is wrong, a summary, and the exit code if something
+        is wrong.
 
     Raises:
         PreflightError: naming rank 0's node, which did not do its part.
@@ -178,16 +189,17 @@ def agree(
     patience_sec = min(timeout.total_seconds(), stage.seconds_left())
     try:
         everyone = gather_facts(store, ranks, patience_sec)
-        verdict = [facts.node for facts in everyone], compare(everyone), summary(everyone)
+        nodes, code = [facts.node for facts in everyone], exit_code_of(everyone)
+        verdict = nodes, compare(everyone), summary(everyone), code
     except PreflightError as err:
-        verdict = [], [str(err)], ""
+        verdict = [], [str(err)], "", CONFIG_ERROR_EXIT_CODE
     store.set("verdict", json.dumps(verdict))
     return verdict
 
 
 def _hear_verdict(
     store: torch.distributed.Store, facts: NodeFacts, timeout: timedelta, stage: Stage
-) -> tuple[list[str], list[str], str]:
+) -> tuple[list[str], list[str], str, int]:
     """Report to rank 0, whose time had begun when its store answered, and wait for its verdict."""
     patience = 2 * timeout + timedelta(seconds=2 * GRACE_SEC)
     stage.begin("the first node's answer", no_answer())
@@ -195,14 +207,14 @@ def _hear_verdict(
     try:
         store.set(f"facts/{facts.rank}", facts.to_json())
         store.set_timeout(patience)
-        nodes, problems, text = json.loads(store.get("verdict"))
+        nodes, problems, text, exit_code = json.loads(store.get("verdict"))
         store.set_timeout(timeout)
     except RuntimeError as err:  # torch's DistStoreError and DistNetworkError
         if time.monotonic() - started < patience.total_seconds():
             # Rank 0 has left, and its exit code is what counts: the launcher ends this one.
             time.sleep(processes.FOLLOWER_WAIT_SEC)
         raise PreflightError(no_answer()) from err
-    return nodes, problems, text
+    return nodes, problems, text, exit_code
 
 
 def exchange(
@@ -256,7 +268,12 @@ def judge(bandwidth: Bandwidth, floor: float) -> tuple[list[str], list[str]]:
     return slow, odd
 
 
-def report(problems: list[str], ranks: Ranks, store: torch.distributed.Store) -> None:
+def report(
+    problems: list[str],
+    ranks: Ranks,
+    store: torch.distributed.Store,
+    exit_code: int = CONFIG_ERROR_EXIT_CODE,
+) -> None:
     """Print what is wrong and leave, rank 0 first: the launcher ends all when one leaves.
 
     Rank 0 has the store, and waits a moment for the others to have read it.
@@ -270,15 +287,18 @@ def report(problems: list[str], ranks: Ranks, store: torch.distributed.Store) ->
         if len(problems) > MAX_SENTENCES:
             sys.stderr.write(f"error: and {len(problems) - MAX_SENTENCES} nodes more.\n")
     else:
-        processes.end_on_sigterm_with(CONFIG_ERROR_EXIT_CODE)
+        processes.end_on_sigterm_with(exit_code)
         with contextlib.suppress(RuntimeError):  # rank 0 no longer waits
             store.add("read", 1)
-        processes.wait_to_be_ended(CONFIG_ERROR_EXIT_CODE)
-    sys.exit(CONFIG_ERROR_EXIT_CODE)
+        processes.wait_to_be_ended(exit_code)
+    sys.exit(exit_code)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check the nodes of this job; exit with code 2 if training on them would fail."""
+    """Check the nodes of this job; exit with code 2 if training on them would fail.
+
+    With 1, another try, if the only reason is a server that fails for now.
+    """
     started = time.monotonic()
     with exit_on_config_error():
         ranks = processes.discover_ranks()
@@ -293,9 +313,9 @@ def main(argv: list[str] | None = None) -> None:
         store = connect(ranks, timeout)
         stage.begin("a look at its own files")
         facts = collect(ranks, lambda: check_job(command, ranks))
-        nodes, problems, text = agree(store, facts, ranks, timeout, stage)
+        nodes, problems, text, exit_code = agree(store, facts, ranks, timeout, stage)
         if problems:
-            report(problems, ranks, store)
+            report(problems, ranks, store, exit_code)
         bandwidth = exchange(store, ranks, nodes, timeout, stage)
     except PreflightError as err:
         sys.stderr.write(f"error: [rank {ranks.rank}] {err}\n")

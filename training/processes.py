@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.errors import ConfigError
 
 TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
 DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
@@ -113,7 +113,7 @@ def collective_timeout(env: MutableMapping[str, str] = os.environ) -> timedelta:
 
 @contextmanager
 def one_sentence(ranks: Ranks) -> Iterator[None]:
-    """Report a mistake that every rank finds by itself once, and exit with code 2.
+    """Report a mistake that every rank finds by itself once, and exit with its code.
 
     The launcher ends all ranks when one leaves, so rank 0 must come first. A rank that is still
     there after that met a mistake of its own, such as a folder that is missing on its node.
@@ -124,9 +124,9 @@ def one_sentence(ranks: Ranks) -> Iterator[None]:
         if ranks.is_main:
             sys.stderr.write(f"error: {err}\n")
         else:
-            wait_to_be_ended(CONFIG_ERROR_EXIT_CODE)
+            wait_to_be_ended(err.exit_code)
             sys.stderr.write(f"error: [rank {ranks.rank}] {err}\n")
-        sys.exit(CONFIG_ERROR_EXIT_CODE)
+        sys.exit(err.exit_code)
 
 
 def wait_to_be_ended(exit_code: int) -> None:
