@@ -1,7 +1,7 @@
 # make demo    demo images -> latents -> training -> samples, on any machine (about 15 minutes on two cores)
 # make test    lint and tests
-# make test-cluster   the tests that start a real Slurm, OpenMPI, sshd or browser (root, Debian; about a quarter of an hour)
-# make test-long   the test of 20,000 steps (about a quarter of an hour on one core)
+# make test-cluster   the tests that start a real Slurm, OpenMPI, sshd or browser (root, Debian; about 20 minutes)
+# make test-long   the test of 20,000 steps (about 20 minutes on one core)
 # make lint    lint only
 # make clean   remove caches and the virtual environment; runs/ and datasets/ stay
 #
