@@ -1,8 +1,9 @@
 """Run training commands one after another, each on ranks forked from this process.
 
 A launcher's start costs twenty seconds of a core, most of it imports; here they are paid once.
-Reads a line of JSON for every command, {"argv", "num_ranks", "output", "file_kib"}: what to say to
-training/main.py, the file that takes what the ranks say, and the largest file that they may write.
+Reads a line of JSON for every command, {"argv", "num_ranks", "output", "file_kib", "env"}: what
+to say to training/main.py, the file that takes what the ranks say, the largest file that they may
+write, and environment variables.
 Answers with the exit code, as a launcher has it.
 """
 
@@ -31,7 +32,8 @@ def prepare_to_fork():
     engine.import_muon_uncompiled()
 
 
-def run_rank(rank, num_ranks, port, argv, output, file_kib):
+def run_rank(rank, num_ranks, port, argv, output, file_kib, env):
+    os.environ |= env
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if output is not None:
@@ -43,16 +45,14 @@ def run_rank(rank, num_ranks, port, argv, output, file_kib):
     main.main(argv)
 
 
-def fork_ranks(num_ranks, argv, output=None, file_kib=None):
+def fork_ranks(num_ranks, argv, output=None, file_kib=None, env=None):
     """Start a training command; returns its processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=run_rank, args=(rank, num_ranks, port, argv, output, file_kib))
-        for rank in range(num_ranks)
-    ]
+    shared = (num_ranks, port, argv, output, file_kib, env or {})
+    ranks = [context.Process(target=run_rank, args=(rank, *shared)) for rank in range(num_ranks)]
     for rank in ranks:
         rank.start()
     return ranks

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from tests.configs import FP32
 from tests.launch import REPOSITORY, deepspeed, finish, free_port, run, start
 from tests.local_slurm import LocalSlurm
 from tests.synthetic import make_dataset, random_moments
@@ -36,7 +37,8 @@ def program(latents, run_dir):
     flags = ["--preset", "tests/small.yaml", "--data", latents, "--run-dir", run_dir]
     flags += ["--latent-size", SHAPE[1], "--num-experts", 4, "--expert-parallel-size", 2]
     flags += ["--global-batch-size", 8, "--max-steps", STEPS, "--log-every", 1]
-    return ["training/main.py", *flags, "--sample-every", 0]
+    # Not by the environment, which ssh leaves behind.
+    return ["training/main.py", *flags, "--sample-every", 0, "--deepspeed", FP32]
 
 
 def losses(run_dir):
