@@ -17,6 +17,7 @@ from data_tools.errors import ConfigError
 from data_tools.files import SINCE, MalformedError, write_text_once
 from data_tools.formats import Format
 from data_tools.manifest import (
+    DATASET,
     MANIFEST_NAME,
     ImageFormat,
     LatentFormat,
@@ -147,6 +148,7 @@ def begun_settings(
         settings: of this command.
         is_batch_free: take over the folder's batch size.
     """
+    DATASET.refuse_newer(output / MANIFEST_NAME)  # before hours of work that would replace it
     found = load_settings(output)
     if found is None:
         if any(output.glob("*.tar")) or (output / MANIFEST_NAME).exists():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -399,6 +400,25 @@ def test_the_report_leaves_out_a_newer_card_and_says_so(tmp_path, capsys):
 
     assert len(read_scores(tmp_path / "evaluation")) == 2
     assert f"warning: {path} was written by a newer program (format 2" in capsys.readouterr().err
+
+
+def test_the_readme_lists_every_format():
+    text = Path(preset.__file__).parents[1].joinpath("README.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    stated = {row[0]: row[1] for row in rows if len(row) == 3}
+    names = {
+        **{"`dataset.json`": DATASET, "`encoding.json`": SETTINGS, "`00012.json`": SIDECAR},
+        **{"`NAME.index.json`": NOTES, "`config.yaml`": CONFIG, "`manifest.json`": MANIFEST},
+        **{"`starts.jsonl`": START, "`checkpoints.jsonl`": NOTE, "`metrics.jsonl`": METRICS},
+        **{"`restarts.json`": RESTARTS, "snapshots in": SNAPSHOT, "`settings.json`": DRAW},
+        **{"cards of": CARD, "`init.json`": INIT, "`export.json`": EXPORT},
+    }
+
+    assert {id(form) for form in names.values()} == {id(form) for form in FORMATS.values()}
+    for name, form in names.items():
+        numbers = [value for key, value in stated.items() if name in key]
+        spread = [str(n) for n in sorted({form.oldest, form.newest})]
+        assert " to ".join(spread) in numbers, name
 
 
 def test_an_older_format_that_is_read_no_more_is_said_to_be_that():
