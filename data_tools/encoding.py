@@ -33,12 +33,12 @@ from data_tools.encoding_device import BusyClock, EncodedBatch, is_out_of_memory
 from data_tools.encoding_output import finished_sidecar, shard_name
 from data_tools.encoding_settings import EncodingSettings
 from data_tools.errors import ConfigError
-from data_tools.files import replace_file, write_json
+from data_tools.files import replace_file
 from data_tools.images import BadImageError, decode_image
 from data_tools.manifest import Shard
 from data_tools.order import permutation
 from data_tools.records import Sample, sample_key
-from data_tools.sidecar import ShardTotals, Sidecar, add_samples
+from data_tools.sidecar import SIDECAR, ShardTotals, Sidecar, add_samples
 from data_tools.sources import ImageSource
 from data_tools.vae import Vae, tensor_moments
 
@@ -235,7 +235,8 @@ class ShardEncoder:
                 continue
             if self.is_strict:
                 raise ConfigError(
-                    f"--strict: {name}: {damage}; repair or remove the file, or leave --strict out."
+                    f"--strict: {name}: {damage}; repair the file or move it away, or leave "
+                    "--strict out."
                 )
             shard.skipped.append(name)
             self.on_damage(f"{name}: {damage}")
@@ -305,7 +306,7 @@ class ShardEncoder:
         try:
             replace_file(tar, write, temporary)
             sidecar = describe()
-            write_json(tar.with_suffix(".json"), sidecar)
+            SIDECAR.write(tar.with_suffix(".json"), sidecar)
             return sidecar
         except FileNotFoundError:
             # Others believed this process dead, wrote the shard, and removed its temporary file.

@@ -8,22 +8,21 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 from data_tools.claims import Claims
 from data_tools.encoding_settings import EncodingSettings
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json, write_json
+from data_tools.files import MalformedError
 from data_tools.manifest import (
-    FORMAT_VERSION,
+    DATASET,
     MANIFEST_NAME,
     ClassEntry,
     Manifest,
     Members,
     SourceList,
 )
-from data_tools.sidecar import Sidecar, statistics_of
+from data_tools.sidecar import SIDECAR, Sidecar, statistics_of
 from data_tools.sources import ImageSource
 
 CLAIMS_NAME = ".claims"  # folder with the claims of processes at work
@@ -43,10 +42,15 @@ def claim_name(index: int) -> str:
 
 
 def finished_sidecar(output: Path, index: int) -> Sidecar | None:
-    """Return the sidecar of a shard that is complete in the output folder."""
+    """Return the sidecar of a shard that is complete in the output folder.
+
+    Raises:
+        NewerFormatError: a later version wrote it.
+    """
     tar = output / shard_name(index)
+    path = tar.with_suffix(".json")
     try:
-        sidecar: Sidecar = from_json(Sidecar, json.loads(tar.with_suffix(".json").read_bytes()))
+        sidecar: Sidecar = SIDECAR.loads(path.read_bytes(), str(path))
         is_complete = tar.stat().st_size == sidecar.shard.bytes
     except (FileNotFoundError, ValueError, MalformedError):
         return None
@@ -118,17 +122,18 @@ class EncodingOutput:
         manifest = _manifest(self.settings, source, class_names, complete)
         path = self.folder / MANIFEST_NAME
         if not _says_the_same(path, manifest):
-            write_json(path, manifest)
+            DATASET.write(path, manifest)
         return manifest
 
 
 def _says_the_same(path: Path, manifest: Manifest) -> bool:
     """Compare but for the versions of tools, which are those that did the work."""
+    DATASET.refuse_newer(path)
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return False
-    wanted = json.loads(json.dumps(asdict(manifest)))
+    wanted = json.loads(DATASET.dumps(manifest))
     is_whole = isinstance(found, dict) and "versions" in found
     return is_whole and found | {"versions": {}} == wanted | {"versions": {}}
 
@@ -152,7 +157,6 @@ def _manifest(
     _, height, width = settings.latent.shape
     named = [class_names.get(c.id, (c.id, c.id.replace("_", " "))) for c in source.classes]
     return Manifest(
-        format_version=FORMAT_VERSION,
         num_samples=num_samples,
         shards=shards,
         latent=settings.latent,

@@ -2,12 +2,11 @@
 
 import dataclasses
 import errno
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 
 from data_tools.claims import Claims
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json, write_json_once
+from data_tools.files import SINCE, MalformedError, write_text_once
+from data_tools.formats import Format
 from data_tools.manifest import (
-    FORMAT_VERSION,
+    DATASET,
     MANIFEST_NAME,
     ImageFormat,
     LatentFormat,
@@ -44,16 +44,16 @@ _DISK_ERRORS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodingSettings:
     """Everything that decides the bytes of the shards; kept in the output as encoding.json."""
 
-    format_version: int
     vae: VaeReference
     latent: LatentFormat
     image: ImageFormat
     source: str  # sha256 of the images' names and labels
-    sizes: list[int]  # of some images, in bytes
+    # Of some images, in bytes; none where an early version began: then they are not compared.
+    sizes: list[int] = field(default_factory=list, metadata={SINCE: 2})
     num_files: int
     seed: int
     shard_size: int
@@ -73,6 +73,9 @@ class EncodingSettings:
     def files_in(self, index: int) -> int:
         """How many images a shard has, damaged ones included."""
         return min(self.shard_size, self.num_files - index * self.shard_size)
+
+
+SETTINGS = Format(newest=2, base=2, oldest=2, kind=EncodingSettings)
 
 
 @contextmanager
@@ -103,7 +106,6 @@ def make_settings(
     """Collect the settings of a run."""
     side = size // vae.downsample
     return EncodingSettings(
-        format_version=FORMAT_VERSION,
         vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
         latent=LatentFormat(
             kind="moments",
@@ -127,13 +129,13 @@ def load_settings(output: Path) -> EncodingSettings | None:
     """Read the settings of a folder that was begun; None if there are none."""
     path = output / SETTINGS_NAME
     try:
-        found = json.loads(path.read_bytes())
-        # Earlier versions noted no sizes; a list of none is no other input.
-        return from_json(EncodingSettings, {"sizes": []} | found)
+        return SETTINGS.loads(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
-    except (MalformedError, ValueError, TypeError) as err:
-        raise ConfigError(f"{path}: {err}; delete the folder, or give a new --output.") from err
+    except (MalformedError, ValueError) as err:
+        raise ConfigError(
+            f"{path}: {err}; restore it from a copy, or give a new --output."
+        ) from err
 
 
 def begun_settings(
@@ -146,6 +148,7 @@ def begun_settings(
         settings: of this command.
         is_batch_free: take over the folder's batch size.
     """
+    DATASET.refuse_newer(output / MANIFEST_NAME)  # before hours of work that would replace it
     found = load_settings(output)
     if found is None:
         if any(output.glob("*.tar")) or (output / MANIFEST_NAME).exists():
@@ -194,7 +197,8 @@ def settle(
             time.sleep(POLL_SEC)
             continue
         if not (output / SETTINGS_NAME).exists():
-            write_json_once(output / SETTINGS_NAME, complete(settings))
+            text = SETTINGS.dumps(complete(settings))
+            write_text_once(output / SETTINGS_NAME, f"{text}\n")
         claims.release(SETTINGS_NAME)
     return found
 

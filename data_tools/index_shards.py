@@ -10,7 +10,6 @@ command again continues it.
 
 import argparse
 import importlib.metadata
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,11 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.files import MalformedError, from_json, replace_file, write_json
-from data_tools.indexing import ScannedShard, Wanted, scan
+from data_tools.files import MalformedError, replace_file
+from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
 from data_tools.locations import Location, expand_braces, parse_location
 from data_tools.manifest import (
-    FORMAT_VERSION,
+    DATASET,
     MANIFEST_NAME,
     ChannelStatistics,
     ClassEntry,
@@ -98,7 +97,7 @@ def scan_shard(location: Location, name: str, wanted: Wanted, output: Path) -> S
             return known
     found, content = scan(location, name, wanted)
     replace_file(index, lambda file: file.write(content))
-    write_json(notes, found)
+    NOTES.write(notes, found)
     return found
 
 
@@ -109,7 +108,7 @@ def _is_that(tar: Path, known: ScannedShard, notes: Path) -> bool:
 
 def _known(notes: Path) -> ScannedShard | None:
     try:
-        return from_json(ScannedShard, json.loads(notes.read_bytes()))
+        return NOTES.loads(notes.read_bytes(), str(notes))
     except (OSError, ValueError, MalformedError):
         return None
 
@@ -149,7 +148,6 @@ def describe(
     square = np.sum([shard.channel_square_sum for shard in found], axis=0) / values
     std = np.sqrt(np.maximum(square - mean**2, 0.0))
     return Manifest(
-        format_version=FORMAT_VERSION,
         num_samples=num_samples,
         shards=[
             Shard(
@@ -203,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
                 "give a line for each label from 0 on."
             )
     vae = load_vae(args.vae)
+    DATASET.refuse_newer(output / MANIFEST_NAME)
     label = "" if args.label == "none" else args.label
     wanted = Wanted(args.array, args.flip, label, args.kind)
     try:
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             scan_shard(location, name, wanted, output)
             for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty())
         ]
-        write_json(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
+        DATASET.write(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
     except OSError as err:
         raise ConfigError(
             f"--output {output}: cannot be written ({err.strerror}); choose another folder or make "

@@ -20,6 +20,7 @@ from typing import IO
 import numpy as np
 
 from data_tools.errors import ConfigError
+from data_tools.formats import Format
 from data_tools.locations import Location
 from data_tools.records import NPY_HEADER_ERRORS, TAR_BLOCK
 from data_tools.remote import read_small
@@ -58,6 +59,9 @@ class ScannedShard:
     label_counts: dict[str, int]
     channel_sum: list[float]  # (C,) of unscaled posterior draws
     channel_square_sum: list[float]
+
+
+NOTES = Format(newest=1, kind=ScannedShard)
 
 
 class _RefusedError(Exception):
@@ -231,7 +235,9 @@ class _Sums:
                 "samples must have one shape and dtype"
             )
         if not np.isfinite(array).all():
-            raise _RefusedError("holds an array with a value that is no number; remove that sample")
+            raise _RefusedError(
+                "holds an array with a value that is no number; write the tar without that sample"
+            )
         if not is_counted:
             return
         values, variance = array.astype(np.float64), 0.0

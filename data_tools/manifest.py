@@ -12,12 +12,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json
+from data_tools.files import MalformedError
+from data_tools.formats import FORMAT_KEY, Format, said
 from data_tools.records import IndexedLayout, RecordLayout
 
 MANIFEST_NAME = "dataset.json"
-FORMAT_VERSION = 2
+HASHED_FORMAT = 2  # part of every hash that checkpoints remember, whatever the file's number
+NOT_READ = ("versions", "source")  # by training: parts of a description that its hash leaves out
 _ENCODE = "python data_tools/encode_latents.py"
+_VERIFY = "python data_tools/verify_shards.py"
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,6 @@ class ClassEntry:
 class Manifest:
     """The content of dataset.json."""
 
-    format_version: int
     num_samples: int
     shards: list[Shard]
     latent: LatentFormat
@@ -118,6 +120,10 @@ class Manifest:
     order_seed: int  # of the permutation that dealt the images to the shards
     classes: list[ClassEntry]  # empty: unconditional
     versions: dict[str, str]  # of the tools that wrote it
+
+
+# A description that uses nothing new is of format 2, which older programs read.
+DATASET = Format(newest=3, base=2, oldest=2, kind=Manifest)
 
 
 @dataclass(frozen=True)
@@ -229,40 +235,33 @@ def content_hash(manifest: Manifest) -> str:
     """Return the sha256 of all that decides what training reads.
 
     Where the VAE was found, which tools wrote the files, and what people call a class do not count:
-    a data set that was copied or encoded again with newer tools to the same bytes is the same.
+    a data set that was copied or encoded again with newer tools to the same bytes is the same. Nor
+    does a field that was added since and says nothing.
     """
-    content = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
-    del content["versions"], content["source"]
-    vae = {name: value for name, value in vars(manifest.vae).items() if name != "id"}
+    said_here = said(manifest)
+    content = {f.name: said_here[f.name] for f in fields(Manifest) if f.name in said_here}
+    content = {name: value for name, value in content.items() if name not in NOT_READ}
+    vae = {name: value for name, value in said(manifest.vae).items() if name != "id"}
     classes = [
-        {name: value for name, value in vars(entry).items() if name != "name"}
+        {name: value for name, value in said(entry).items() if name != "name"}
         for entry in manifest.classes
     ]
-    counted = content | {"vae": vae, "classes": classes}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=vars).encode()).hexdigest()
+    counted = content | {FORMAT_KEY: HASHED_FORMAT, "vae": vae, "classes": classes}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=said).encode()).hexdigest()
 
 
 def _parse(path: str, text: bytes) -> Manifest:
+    advice = f"copy it again, or have it written anew from the shards by {_VERIFY} --repair"
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as err:
-        raise ConfigError(
-            f"{path}: is not JSON ({err}); delete it and run {_ENCODE} again, the shards are kept."
-        ) from err
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        raise ConfigError(
-            f"{path}: has format version {version}, this code reads {FORMAT_VERSION}; "
-            "use the code that wrote it, or encode again."
-        )
+        raise ConfigError(f"{path}: is not JSON ({err}); {advice}.") from err
     try:
-        manifest = from_json(Manifest, content)
+        manifest = DATASET.parse(content, path)
         _check_consistent(manifest)
         return manifest
     except MalformedError as err:
-        raise ConfigError(
-            f"{path}: {err}; delete it and run {_ENCODE} again, the shards are kept."
-        ) from err
+        raise ConfigError(f"{path}: {err}; {advice}.") from err
 
 
 def _check_consistent(manifest: Manifest) -> None:
@@ -313,5 +312,5 @@ def _check_shard(path: Path, shard: Shard) -> None:
     if not is_good:
         raise ConfigError(
             f"{path}: {found}, {MANIFEST_NAME} says {shard.bytes} bytes; copy the shard again, or "
-            f"delete {MANIFEST_NAME} and run {_ENCODE} with the same flags again."
+            f"have it made again by {_VERIFY} --repair."
         )

@@ -299,7 +299,6 @@ def _united(
     content = json.dumps([[m.hash for m in manifests], counts, weights])
     digest = hashlib.sha256(content.encode()).hexdigest()
     whole = Manifest(
-        format_version=first.format_version,
         num_samples=sum(manifest.num_samples for manifest in manifests),
         shards=[shard for manifest in manifests for shard in manifest.shards],
         latent=first.latent,

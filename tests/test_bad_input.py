@@ -331,7 +331,7 @@ class TestResuming:
         stderr = train(num_ranks=2)
 
         assert f"error: {pointer} names " in stderr
-        assert "write the name of one that exists into it, or delete it to start afresh" in stderr
+        assert "write the name of one that exists into it, or choose another --run-dir" in stderr
 
     @pytest.mark.parametrize("text", [b"", b"[]", b"\xff\xfe", b'{"tag": 1}'])
     def test_with_a_damaged_manifest_and_no_older_checkpoint(self, train, run_dir, text):

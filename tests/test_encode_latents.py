@@ -171,7 +171,9 @@ def test_bad_images_are_skipped_counted_and_listed(images, tmp_path, capsys):
     data = open_data(str(tmp_path / "set"))
     with LatentStream(data, rank=0, world_size=1, **settings) as stream:
         assert torch.bincount(next(stream).labels).tolist() == [8, 15]
-    with pytest.raises(ConfigError, match=r"^--strict: .*(empty|text|cut)\..*; repair or remove"):
+    with pytest.raises(
+        ConfigError, match=r"^--strict: .*(empty|text|cut)\..*; repair the file or move it away"
+    ):
         main(flags(source, tmp_path / "strict", **{"--strict": True}))
 
 

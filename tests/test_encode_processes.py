@@ -15,7 +15,7 @@ from data_tools.encode_latents import main
 from data_tools.encoding_output import CLAIMS_NAME
 from data_tools.encoding_run import choose_device, choose_threads
 from data_tools.errors import ConfigError
-from data_tools.files import write_json_once
+from data_tools.files import as_json, write_text_once
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from tests.encode_jobs import content, flags, make_pictures
 from tests.launch import BIN, finish, run, start
@@ -153,7 +153,7 @@ def test_of_several_writers_the_first_one_wins(tmp_path, monkeypatch, has_links)
     if not has_links:
         monkeypatch.setattr(os, "link", lambda *_: os.stat("/dev/null/x"))
     for number in range(3):
-        write_json_once(tmp_path / "a.json", {"number": number})
+        write_text_once(tmp_path / "a.json", as_json({"number": number}))
     assert content(tmp_path) == {"a.json": b'{\n "number": 0\n}\n'}
 
 

@@ -335,5 +335,7 @@ def test_too_few_or_damaged_pictures_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^--images: 1 images give 1 for training and 0 held ou"):
         folder_pictures([tmp_path], 16)
     (tmp_path / "b.png").touch()
-    with pytest.raises(ConfigError, match=r"^--images .*b\.png: .*; repair or remove the file\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^--images .*b\.png: .*; repair the file or move it away\.$"
+    ):
         folder_pictures([tmp_path], 16)

@@ -15,12 +15,13 @@ layout than the job, training/reshard.py loads instead.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json
+from data_tools.files import FIRST, MalformedError
+from data_tools.formats import Format
 
 CHECKPOINT_DIR = "checkpoints"
 LATEST_FILE = "latest"
@@ -36,8 +37,8 @@ _TAG = re.compile(r"step-\d{7,}")
 class TrainState:
     """What resuming needs beside tensors."""
 
-    step: int = 0  # optimizer steps done
-    samples_consumed: int = 0  # stream position of the next sample
+    step: int = field(default=0, metadata=FIRST)  # optimizer steps done
+    samples_consumed: int = field(default=0, metadata=FIRST)  # stream position of the next sample
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class CheckpointManifest:
     files: dict[str, FileRecord]  # by name
 
 
+# Its number speaks for all files of a checkpoint.
+MANIFEST = Format(newest=1, kind=CheckpointManifest)
+
+
 def record_of(path: Path) -> FileRecord:
     """Describe a finished file."""
     return FileRecord(path.stat().st_size, sha256_of(path))
@@ -92,7 +97,8 @@ class IncompleteCheckpointError(ConfigError):
     def __init__(self, folder: Path, reason: str) -> None:
         pointer = folder.parent / LATEST_FILE
         super().__init__(
-            f"{reason}; delete {folder} and write the name of an older checkpoint into {pointer}."
+            f"{reason}; restore {folder} from a copy, or write the name of an older checkpoint "
+            f"into {pointer}."
         )
         self.folder, self.reason = folder, reason
 
@@ -119,7 +125,7 @@ def checkpoints_up_to(newest: Path) -> list[Path]:
 
 def manifest_text(manifest: CheckpointManifest) -> str:
     """Return the content of `manifest.json`, with a checksum of its own."""
-    content = asdict(manifest)
+    content = json.loads(MANIFEST.dumps(manifest))
     return json.dumps(content | {CHECKSUM_KEY: _checksum_of(content)}, indent=1) + "\n"
 
 
@@ -127,12 +133,13 @@ def _checksum_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _parse_manifest(data: bytes) -> CheckpointManifest:
+def _parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     content = json.loads(data)
+    MANIFEST.check(content, where)  # first: a later version may sum up otherwise
     checksum = content.pop(CHECKSUM_KEY, None) if isinstance(content, dict) else None
     if checksum not in (None, _checksum_of(content)):  # older ones have none
         raise MalformedError("its content does not match the checksum in it")
-    manifest: CheckpointManifest = from_json(CheckpointManifest, content)
+    manifest: CheckpointManifest = MANIFEST.parse(content, where)
     return manifest
 
 
@@ -142,10 +149,14 @@ def read_manifest(folder: Path, has_files: bool = True) -> CheckpointManifest:
     Args:
         folder: of the checkpoint.
         has_files: check the files; a run of hundreds of ranks has thousands.
+
+    Raises:
+        IncompleteCheckpointError: it, or a file, is damaged.
+        NewerFormatError: a later version of this program wrote it.
     """
     path = folder / MANIFEST_FILE
     try:
-        manifest = _parse_manifest(path.read_bytes())
+        manifest = _parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError as err:
         reason = f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint"
         raise IncompleteCheckpointError(folder, reason) from err
@@ -189,7 +200,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     if name not in folders:
         raise ConfigError(
             f"{pointer} names {name!r}, which is no checkpoint in {pointer.parent}; write the name "
-            "of one that exists into it, or delete it to start afresh."
+            "of one that exists into it, or choose another --run-dir to start afresh."
         )
     return folders[name]
 

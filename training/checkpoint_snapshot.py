@@ -111,7 +111,9 @@ def load_verified(engine: Any, folder: Path, manifest: CheckpointManifest) -> di
     class VerifiedEngine(TorchCheckpointEngine):
         def load(self, path: str, map_location: Any = None) -> Any:
             if Path(path).name not in manifest.files:  # it was not compared with a checksum
-                raise ResumeError(f"{path} is not a file of its checkpoint's manifest; remove it.")
+                raise ResumeError(
+                    f"{path} is not a file of its checkpoint's manifest; move it elsewhere."
+                )
             return unpickle(Path(path), map_location)
 
     with _checkpoint_engine(engine, VerifiedEngine()):

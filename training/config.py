@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from data_tools.errors import ConfigError
+from data_tools.formats import Format
 from models.dealing import DEALINGS
 from models.diffusion import OBJECTIVES
 from models.loss_weights import LOSS_WEIGHTS
@@ -260,9 +261,10 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return a text that `load_preset` reads back to an equal Config."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml.safe_dump({CONFIG.key: CONFIG.newest} | self.to_dict(), sort_keys=False)
 
 
+CONFIG = Format(newest=1)  # of config.yaml; a preset may leave the number out
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
 
 

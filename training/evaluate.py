@@ -11,7 +11,6 @@ score lies in a JSON file with everything that is needed to get it again.
 
 import argparse
 import hashlib
-import json
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -24,14 +23,15 @@ import torch
 from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.files import replace_file, write_json
+from data_tools.files import replace_file
 from training.evaluation.card import (
-    CARD_VERSION,
+    CARD,
     describe_images,
     describe_program,
     describe_reference,
     describe_vae,
     describe_weights,
+    read_card,
     weights_sha256,
 )
 from training.evaluation.drawing import (
@@ -168,9 +168,8 @@ def finish_point(
         against = f"{reference.sha256[:8]}-{reference.network.sha256[:8]}"
         path = point.folder / f"score-{against}.json"
     if path.exists():  # of these very images
-        return json.loads(path.read_text())
+        return read_card(path)
     card = {
-        "card_version": CARD_VERSION,
         "weights": describe_weights(job.config, job.run_dir, job.weights),
         "images": describe_images(point.settings),
         "vae": describe_vae(job.vae, job.manifest.vae),
@@ -181,7 +180,7 @@ def finish_point(
             metrics = score(samples, reference, progress.update)
         card = {"metrics": metrics, **describe_reference(reference), **card}
     with disk_errors(path.parent):
-        write_json(path, card)
+        CARD.write(path, card)
     return card
 
 
@@ -253,10 +252,9 @@ def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.de
     """Keep the held-out loss and tell it; None = tell the one that is there. For rank 0."""
     held_out, diffusion, path = job.held_out, job.config.diffusion, job.loss_path
     if loss is None:
-        loss = json.loads(path.read_text())["validation_loss"]
+        loss = read_card(path)["validation_loss"]
     else:
         card = {
-            "card_version": CARD_VERSION,
             "validation_loss": loss,
             "timesteps": held_out.timesteps,
             "seed": SEED,
@@ -269,7 +267,7 @@ def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.de
         }
         with disk_errors(job.output):
             job.output.mkdir(parents=True, exist_ok=True)
-            write_json(path, card)
+            CARD.write(path, card)
     means = ", ".join(f"{name} {term['mean']:.6f}" for name, term in loss.items())
     print(f"held-out loss: {means} ({path})")
 

@@ -26,11 +26,10 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from safetensors import SafetensorError
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.files import as_json
 from training.checkpoint_writer import describe_disk_error
 from training.export_card import model_card
 from training.export_dit import check_dit, write_dit
-from training.export_job import EXPORT_FILE, EXPORTS_DIR, ExportJob, check_job, check_output
+from training.export_job import EXPORT, EXPORT_FILE, EXPORTS_DIR, ExportJob, check_job, check_output
 from training.export_pipeline import (
     check_merged,
     write_merged_pipeline,
@@ -106,7 +105,7 @@ def export(args: argparse.Namespace, job: ExportJob) -> Path:
         temporary.mkdir(parents=True)
         usage = FORMATS[args.format].write(job, temporary)
         about = {"format": args.format, "weights": asdict(job.origin)}
-        (temporary / EXPORT_FILE).write_text(as_json(about), encoding="utf-8")
+        (temporary / EXPORT_FILE).write_text(EXPORT.dumps(about) + "\n", encoding="utf-8")
         card = model_card(job, args.format, usage)
         (temporary / README_FILE).write_text(card, encoding="utf-8")
         _publish(temporary, job.output, args.force)

@@ -18,7 +18,7 @@ from training.engine import model_arguments
 from training.export_bundle import bundle, file_name
 from training.export_code.merged_transformer import MergedDiTTransformer2DModel
 from training.export_code.transformer import SwitchDiTTransformer2DModel
-from training.export_job import ExportJob, plain
+from training.export_job import EXPORT, ExportJob, plain
 from training.objective import build_diffusion
 from training.weight_files import write_weights
 
@@ -52,7 +52,7 @@ def write_safetensors(job: ExportJob, folder: Path) -> str:
     }
     metadata = {"format": "pt", "origin": json.dumps(vars(job.origin))}
     write_weights(folder / MODEL_FILE, job.load_weights(), metadata)
-    (folder / CONFIG_FILE).write_text(as_json(described), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(EXPORT.dumps(described) + "\n", encoding="utf-8")
     return f"""\
 `{MODEL_FILE}` holds float32 tensors under the names of this program's `models/switch_dit.py`, the
 experts of a block stacked. `{CONFIG_FILE}` holds the arguments of that class, the diffusion

@@ -1,13 +1,16 @@
 """Presets: YAML files that hold a configuration."""
 
 import re
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data_tools.errors import ConfigError
-from training.config import Config, config_from_dict
+from data_tools.files import MalformedError
+from training.config import CONFIG, Config, config_from_dict
 from training.option import did_you_mean
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
@@ -15,6 +18,8 @@ PRESET_FOLDER = Path(__file__).parent / "presets"
 
 # A key that had another name in an older version, with what its value has become.
 _RENAMED = {("optim", "ema_decay"): ("ema_decays", lambda decay: [decay])}
+# A key that older versions had, with what became of it: a sentence, without its end.
+_REMOVED: dict[tuple[str, str], str] = {}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -54,8 +59,14 @@ def load_preset(name_or_path: str) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as err:
         reason = " ".join(str(err).split())
         raise ConfigError(f"--preset {name_or_path} is not valid YAML: {reason}.") from err
+    try:
+        values = CONFIG.parse(values, f"--preset {name_or_path}")
+    except MalformedError as err:
+        raise ConfigError(f"--preset {name_or_path}: {err}; give a whole number.") from err
+    source = name_or_path if path.parent != PRESET_FOLDER else path.name
     _rename(values)
-    return config_from_dict(values, name_or_path if path.parent != PRESET_FOLDER else path.name)
+    _leave_out_removed(values, source)
+    return config_from_dict(values, source)
 
 
 def _rename(values: Any) -> None:
@@ -64,3 +75,16 @@ def _rename(values: Any) -> None:
         keys = values.get(section) if isinstance(values, dict) else None
         if isinstance(keys, dict) and old in keys and new not in keys:
             keys[new] = convert(keys.pop(old))
+
+
+def _leave_out_removed(values: Any, source: str) -> None:
+    """Drop keys that this version has no more, and say so."""
+    for (section, key), why in _REMOVED.items():
+        keys = values.get(section) if isinstance(values, dict) else None
+        if isinstance(keys, dict) and key in keys:
+            _say_once(f"{source}: {section}.{key} ({keys.pop(key)}) is left out: {why}")
+
+
+@cache
+def _say_once(text: str) -> None:
+    sys.stderr.write(f"warning: {text}.\n")

@@ -9,13 +9,12 @@ secrets.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import distributions
@@ -23,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from data_tools.files import append_line, read_lines, replace_file
+from data_tools.files import replace_file
+from data_tools.formats import Format
 from training.crash_loops import STARTS_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -79,6 +79,9 @@ class Start:
     python: str
     data_hash: str
     config_changes: list[str]
+
+
+START = Format(newest=1, kind=Start)
 
 
 def own_node() -> str:
@@ -185,7 +188,7 @@ def record_start(
         data_hash=data_hash,
         config_changes=config_changes,
     )
-    append_line(run_dir / STARTS_FILE, json.dumps(asdict(start)))
+    START.append(run_dir / STARTS_FILE, start)
     return start
 
 
@@ -200,4 +203,4 @@ def _keep(folder: Path, name: str, content: bytes) -> str:
 
 def read_starts(run_dir: Path) -> list[Start]:
     """Return the starts of a run, oldest first; none if it was never started."""
-    return read_lines(run_dir / STARTS_FILE, Start)
+    return START.read_journal(run_dir / STARTS_FILE)

@@ -112,12 +112,15 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         values = load_file(path)
     except (OSError, SafetensorError) as err:
-        raise ConfigError(f"{path} is damaged ({err}); delete it, the others suffice.") from err
+        raise ConfigError(
+            f"{path} is damaged ({err}); restore it from a copy or move it elsewhere, the others "
+            "suffice."
+        ) from err
     for name, value in values.items():
         if not value.isfinite().all():
             raise ConfigError(
-                f"{path} is damaged: {name} holds values that are not finite; delete it, the "
-                "others suffice."
+                f"{path} is damaged: {name} holds values that are not finite; restore it from a "
+                "copy or move it elsewhere, the others suffice."
             )
     return values
 

@@ -71,8 +71,8 @@ def _batches(
             return decode_image(source.read(index), size)
         except (BadImageError, OSError) as err:
             raise ConfigError(
-                f"--input {source.text}: {source.name(index)} cannot be read ({err}); mend or "
-                "remove it, every image counts."
+                f"--input {source.text}: {source.name(index)} cannot be read ({err}); mend it "
+                "or move it elsewhere, every image counts."
             ) from err
 
     with ThreadPoolExecutor(NUM_READERS) as readers:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.files import as_json, replace_file
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.files import replace_file
+from data_tools.formats import Format, NewerFormatError
+from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest
 from training.checkpoint_manifest import CHECKPOINT_DIR
 from training.config import Config, differences
 from training.preset import load_preset
@@ -26,6 +27,7 @@ CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 INIT_FILE = "init.json"
 SAMPLES_DIR = "samples"
+INIT = Format(newest=1)
 
 
 def check_run_directory(run_dir: Path, config: Config) -> None:
@@ -93,10 +95,10 @@ def create_run_directory(
     files = {
         CONFIG_FILE: config.to_yaml(),
         DEEPSPEED_FILE: json.dumps(deepspeed_config, indent=2) + "\n",
-        MANIFEST_NAME: as_json(manifest.described()),
+        MANIFEST_NAME: DATASET.dumps(manifest.described()) + "\n",
     }
     if initial_weights is not None:
-        files[INIT_FILE] = json.dumps(initial_weights, indent=1) + "\n"
+        files[INIT_FILE] = INIT.dumps(initial_weights) + "\n"
     run_dir.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         replace_file(run_dir / name, lambda file, text=text: file.write(text.encode()))
@@ -111,6 +113,8 @@ def load_config(run_dir: Path) -> Config:
         )
     try:
         return load_preset(str(path))
+    except NewerFormatError as err:
+        raise NewerFormatError(str(err).removeprefix("--preset ")) from err
     except ConfigError as err:
         reason = str(err).removeprefix("--preset ").rstrip(".")
         raise ConfigError(
@@ -123,6 +127,8 @@ def load_manifest(run_dir: Path) -> DatasetManifest:
     """Read a run's copy of the description of its data."""
     try:
         return DatasetManifest.load(run_dir, check_shards=False)
+    except NewerFormatError:
+        raise
     except ConfigError as err:
         raise ConfigError(
             f"{run_dir / MANIFEST_NAME} is missing or damaged; copy {MANIFEST_NAME} of the data "

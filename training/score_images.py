@@ -17,10 +17,9 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.files import as_json, write_json
 from data_tools.vae import resolve_device
 from training.checkpoint_manifest import sha256_of
-from training.evaluation.card import CARD_VERSION, describe_program, describe_reference
+from training.evaluation.card import CARD, describe_program, describe_reference
 from training.evaluation.drawing import disk_errors
 from training.evaluation.feature_flags import add_network_flags, load_network
 from training.evaluation.image_npz import ImageNpz
@@ -57,7 +56,6 @@ def run(args: argparse.Namespace) -> None:
     with tqdm(total=samples.num_images, unit="image", desc="looking") as progress:
         metrics = score(samples, reference, progress.update)
     card = {
-        "card_version": CARD_VERSION,
         "metrics": metrics,
         "images": {
             "file": args.samples.name,
@@ -69,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
         "program": describe_program(device),
     }
     if args.output is None:
-        print(as_json(card), end="")
+        print(CARD.dumps(card))
         return
     with disk_errors(args.output):
-        write_json(args.output, card)
+        CARD.write(args.output, card)
     print(f"{args.output}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
 
