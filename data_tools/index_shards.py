@@ -21,7 +21,8 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.files import MalformedError, from_json, replace_file, write_json
 from data_tools.indexing import ScannedShard, Wanted, scan
 from data_tools.locations import Location, expand_braces, parse_location
@@ -226,5 +227,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main, when_stopped="the same command goes on")

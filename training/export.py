@@ -25,6 +25,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from safetensors import SafetensorError
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import as_json
 from training.checkpoint_writer import describe_disk_error
@@ -145,4 +146,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)
