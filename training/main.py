@@ -159,7 +159,7 @@ def train_job(
         ):
             limit_all_groups()
             if point is not None:
-                if damaged and ranks.is_main:
+                if ranks.is_main:  # the name may be missing, or that of a damaged one
                     with contextlib.suppress(OSError):  # else the next start finds out again
                         name_latest(point.folder, staging)
                 for reason in damaged:

@@ -14,8 +14,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from data_tools.files import append_whole, replace_file
 from training.expert_load import by_block
+from training.run_directory import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 HPARAMS_METRICS = ("loss/total", "loss/mse", "speed/samples_per_sec")
 MAX_EVENTS_BYTES = 64 << 20  # of one of TensorBoard's files; then the next one is begun
