@@ -108,16 +108,17 @@ def _protected(stream: TextIO | None, name: str) -> tuple[_LossyFile | None, Tex
         return file, io.TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
     if not isinstance(stream, io.TextIOWrapper):  # of a notebook: it sees to itself
         return None, stream
-    # Whoever has taken hold of the old stream must not end by a character either.
     is_strict = stream.errors in ("strict", "surrogateescape")
-    stream.reconfigure(errors="backslashreplace" if is_strict else stream.errors)
+    errors = "backslashreplace" if is_strict else stream.errors
     with contextlib.suppress(OSError):
+        # Whoever has taken hold of the old stream must not end by a character either.
+        stream.reconfigure(errors=errors)
         stream.flush()
     file = _LossyFile(stream.fileno(), name)
     return file, io.TextIOWrapper(
         file if stream.write_through else io.BufferedWriter(file),
         stream.encoding,
-        stream.errors,
+        errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
