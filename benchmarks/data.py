@@ -35,6 +35,7 @@ from benchmarks.data_sets import (
     make_shard,
 )
 from benchmarks.measure import describe_machine
+from data_tools.entry_point import enter
 from data_tools.loader import LatentStream
 from data_tools.reader import SampleReader
 from data_tools.training_data import open_data
@@ -300,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -27,6 +27,7 @@ from benchmarks.hardware import GIB, GIGA, MACHINES, Machine
 from benchmarks.layouts import Outcome, Search, best_of_each_kind, explore, workload_of
 from benchmarks.routing_shares import prior_shares
 from benchmarks.scaling_plot import draw_scaling
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from training.command_line import parse_command_line
 from training.config import Config
@@ -180,4 +181,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

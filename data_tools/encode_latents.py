@@ -11,8 +11,6 @@ shards among themselves. Run the same command again to resume after any interrup
 
 import argparse
 import fcntl
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +22,8 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.entry_point import enter, is_reporter
+from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.vae import DEFAULT_VAE, DEMO_VAE
@@ -40,8 +39,6 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     if args.input is None:
         with disk_errors_as_config_errors(DEMO_IMAGES):
             make_demo_images(DEMO_IMAGES, DEMO_SIZE, DEMO_PER_CLASS)
-    # Of the processes that a launcher started together, one speaks.
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     run = EncodingRun(
         str(args.input or DEMO_IMAGES),
         args.output,
@@ -56,7 +53,7 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         device=choose_device(args.device),
         workers=args.workers,
         is_strict=args.strict,
-        is_quiet=is_quiet or rank != "0",
+        is_quiet=is_quiet or not is_reporter(),
         keeps_indexes=not args.dry_run,
     )
     run.describe()
@@ -103,7 +100,7 @@ def batch_size_of(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags and check their values."""
     parser = ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
@@ -181,7 +178,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Encode; the demo set under its lock."""
     args = parse_arguments(argv)
     with demo_lock() if args.input is None else nullcontext():
@@ -189,7 +186,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # A batch system's or a user's way to stop: leave as by Ctrl-C, giving the claims back.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main, when_stopped="the same command goes on")

@@ -135,9 +135,9 @@ class EncodingRun:
             self.begun = begun_settings(output, self.settings, self.is_batch_free)
 
     def say(self, text: str) -> None:
-        """Print, where anybody wants to read it; whatever bytes a file's name has."""
+        """Print, where anybody wants to read it."""
         if not self.is_quiet:
-            sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
+            sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
 
     def describe(self) -> None:
@@ -234,7 +234,20 @@ class EncodingRun:
 
     def _encode_missing(self, folder: EncodingOutput, claims: Claims) -> None:
         encoder = self.encoder(folder.settings)
-        progress = Progress(folder, claims, self.is_quiet)
+        # Closed whatever happens: what is said then is not written into the bar.
+        with closing(Progress(folder, claims, self.is_quiet)) as progress:
+            self._share_shards(encoder, folder, claims, progress)
+        self.busy_share = encoder.busy_share
+        if encoder.wall_sec:
+            self.say(
+                f"this process encoded for {duration(encoder.wall_sec)}; the VAE was busy "
+                f"{100 * encoder.busy_share:.0f} % of that"
+            )
+
+    def _share_shards(
+        self, encoder: ShardEncoder, folder: EncodingOutput, claims: Claims, progress: Progress
+    ) -> None:
+        """Encode what no other process does, until all is done."""
         is_waiting = False
         while folder.missing:
             num_taken = 0
@@ -251,13 +264,6 @@ class EncodingRun:
                     is_waiting = True
                 progress.look_now_and_then()
                 time.sleep(POLL_SEC)
-        progress.close()
-        self.busy_share = encoder.busy_share
-        if encoder.wall_sec:
-            self.say(
-                f"this process encoded for {duration(encoder.wall_sec)}; the VAE was busy "
-                f"{100 * encoder.busy_share:.0f} % of that"
-            )
 
 
 def _claimed(folder: EncodingOutput, claims: Claims) -> Iterator[int]:

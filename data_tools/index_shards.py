@@ -20,7 +20,8 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.files import MalformedError, replace_file
 from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
 from data_tools.locations import Location, expand_braces, parse_location
@@ -225,5 +226,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main, when_stopped="the same command goes on")

@@ -10,7 +10,6 @@ verify_shards.py says whether the shards are what it describes.
 import argparse
 import json
 import math
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_tools.errors import ArgumentParser, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser
 from data_tools.manifest import ClassEntry, DatasetManifest
 from data_tools.verification_report import readable_bytes, table
 
@@ -154,7 +154,7 @@ def _clipped(text: str) -> str:
     return text if len(text) <= _NAME_WIDTH else text[: _NAME_WIDTH - 3] + "..."
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags."""
     parser = ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
@@ -166,7 +166,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Describe, and draw if asked to."""
     args = parse_arguments(argv)
     manifest = DatasetManifest.load(args.data, check_shards=False)
@@ -182,6 +182,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends this quietly, as other filters
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main, prints_result=True)

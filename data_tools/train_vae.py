@@ -24,7 +24,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.vae import resolve_device
 from data_tools.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
 
@@ -235,7 +236,7 @@ not equal ones.
 {licence}"""
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags and check their values."""
     parser = ArgumentParser(
         description="Train the small image autoencoder whose latents the demo model learns."
@@ -280,7 +281,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train and save."""
     args = parse_arguments(argv)
     pictures = folder_pictures(args.images, args.size) if args.images else emoji_pictures(args.size)
@@ -290,5 +291,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main)

@@ -18,7 +18,8 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.findings import SHARD_PARTS, Verification
 from data_tools.verification import default_workers, verify
 from data_tools.verification_report import readable_bytes, report, sentence
@@ -97,7 +98,7 @@ def write_preview_picture(result: Verification, args: argparse.Namespace) -> Non
     print(f"{args.preview}: {number} samples", flush=True)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags and check their values."""
     parser = ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
@@ -135,7 +136,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Verify, repair if asked to, and report."""
     args = parse_arguments(argv)
     started, done = time.monotonic(), []
@@ -147,7 +148,9 @@ def main(argv: list[str]) -> None:
     print(report(result, seconds, done), end="", flush=True)
     if args.report:
         try:
-            args.report.write_text(report(result, seconds, done, max_findings=None))
+            args.report.write_text(
+                report(result, seconds, done, max_findings=None), "utf-8", "backslashreplace"
+            )
         except OSError as err:
             raise ConfigError(
                 f"--report {args.report}: cannot be written ({err.strerror}); name another file."
@@ -159,5 +162,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main)

@@ -36,7 +36,8 @@ def train_forked(tmp_path_factory):
     """A function that trains without the start of a launcher and returns what the ranks say.
 
     Its arguments are those of training/main.py, the number of ranks, the exit code to expect, the
-    largest file that the ranks may write, and environment variables of theirs.
+    largest file that the ranks may write, where what they say goes instead, and environment
+    variables of theirs.
     """
     server = subprocess.Popen(
         [sys.executable, "tests/forked_jobs.py"],
@@ -48,8 +49,8 @@ def train_forked(tmp_path_factory):
         start_new_session=True,
     )
 
-    def train(*argv, num_ranks=2, expect=0, file_kib=None, **env):
-        output = tmp_path_factory.mktemp("said") / "output"
+    def train(*argv, num_ranks=2, expect=0, file_kib=None, said_to=None, **env):
+        output = said_to or tmp_path_factory.mktemp("said") / "output"
         job = {"num_ranks": num_ranks, "argv": [str(part) for part in argv]}
         job |= {"output": str(output), "file_kib": file_kib, "env": env}
         timer = threading.Timer(TIMEOUT_SEC, os.killpg, (server.pid, signal.SIGKILL))
@@ -58,7 +59,7 @@ def train_forked(tmp_path_factory):
         server.stdin.flush()
         answer = server.stdout.readline()
         timer.cancel()
-        said = output.read_text() if output.exists() else ""
+        said = output.read_text() if said_to is None and output.exists() else ""
         assert answer == f"{expect}\n", f"exit {answer or 'after a timeout'}:\n{said}"
         return said
 

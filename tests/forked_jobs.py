@@ -23,6 +23,7 @@ import torch
 
 import training.assemble
 import training.loop  # noqa: F401
+from data_tools.entry_point import enter
 from training import engine, main
 
 
@@ -37,12 +38,12 @@ def run_rank(rank, num_ranks, port, argv, output, file_kib, env):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if output is not None:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
     if file_kib is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_kib * 1024,) * 2)
-    main.main(argv)
+    enter(lambda: main.main(argv))  # as the script does
 
 
 def fork_ranks(num_ranks, argv, output=None, file_kib=None, env=None):

@@ -135,16 +135,20 @@ def test_the_loser_of_a_race_keeps_what_the_other_wrote(images, encoded, tmp_pat
     assert content(tmp_path) == content(encoded)
 
 
-def test_a_terminated_process_gives_its_claims_back(images, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_process_gives_its_claims_back_and_says_what_next(images, tmp_path, number):
     output = tmp_path / "set"
-    process = start(*SCRIPT, *flags(images, output))
+    process = start("env", "--default-signal", *SCRIPT, *flags(images, output))
     while not list(output.glob("00003.tar.*.tmp")):
         assert process.poll() is None
         time.sleep(0.001)
-    process.terminate()
+    os.killpg(process.pid, number)
+    os.killpg(process.pid, number)  # launchers repeat it
     text = finish(process)
 
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in text
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert process.returncode == 128 + number and "Traceback" not in text
+    assert text.endswith(f"stopped by {name}; the same command goes on\n"), text
     assert not (output / CLAIMS_NAME).exists() and not list(output.glob("*.tmp"))
 
 

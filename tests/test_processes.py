@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+from data_tools.entry_point import STOP_SIGNALS
 from training.processes import Ranks, StopSignal, discover_ranks, share_cores
 
 LAUNCHERS = {
@@ -74,7 +75,19 @@ def test_cores_are_shared_unless_the_user_said():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def no_signal_is_ignored():
+    """Whatever the tests were started by."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("no_signal_is_ignored")
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_kept_until_a_step_boundary_asks(single_process_group, number):
     handler = signal.getsignal(number)
     stop = StopSignal(torch.device("cpu"))
@@ -87,3 +100,16 @@ def test_a_signal_is_kept_until_a_step_boundary_asks(single_process_group, numbe
     finally:
         stop.restore()
     assert signal.getsignal(number) is handler
+
+
+@pytest.mark.usefixtures("no_signal_is_ignored")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(single_process_group, number):
+    signal.signal(number, signal.SIG_IGN)  # as nohup does with SIGHUP
+    stop = StopSignal(torch.device("cpu"))
+    try:
+        os.kill(os.getpid(), number)
+        stop.post()
+        assert stop.read() == 0
+    finally:
+        stop.restore()

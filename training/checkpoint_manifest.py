@@ -15,6 +15,7 @@ layout than the job, training/reshard.py loads instead.
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,24 +190,61 @@ def verify_file(manifest: CheckpointManifest, path: Path) -> None:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the folder that `latest` names, None before the first checkpoint."""
+    """Return the folder that `latest` names, None before the first checkpoint.
+
+    A job that was killed while it published its first checkpoint leaves that one without `latest`.
+    Beside several, nobody but a person knows which of them is the end of the line to go on with:
+    the later ones may be of a line that was left.
+
+    Raises:
+        ConfigError: there are checkpoints, and `latest` names none of them.
+    """
     pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
-    if not pointer.exists():
-        return None
     name, before, folders = _content(pointer), None, {}
     while name not in folders and name != before:  # a job may publish and prune right now
         folders = {path.name: path for path in pointer.parent.glob("step-*")}
         name, before = _content(pointer), name
+    found = sorted(tag for tag in folders if _TAG.fullmatch(tag))
+    if name not in folders and not name and len(found) < 2:
+        return folders[found[0]] if found else None
     if name not in folders:
-        raise ConfigError(
-            f"{pointer} names {name!r}, which is no checkpoint in {pointer.parent}; write the name "
-            "of one that exists into it, or choose another --run-dir to start afresh."
-        )
+        raise ConfigError(_say_lost(pointer, name, [folders[tag] for tag in found]))
     return folders[name]
 
 
 def _content(pointer: Path) -> str:
-    return pointer.read_text(encoding="ascii", errors="replace").strip()
+    try:
+        return pointer.read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+    except OSError as err:
+        raise ConfigError(f"{pointer}: {err.strerror}; make it readable.") from err
+
+
+def _say_lost(pointer: Path, name: str, folders: list[Path]) -> str:
+    """Say that `latest` does not name one of some checkpoints, and how to go on."""
+    problem = f"{pointer} is {'empty' if pointer.exists() else 'missing'} beside checkpoints"
+    if name:
+        problem = f"{pointer} names {name!r}, which is no checkpoint there"
+    newest = next((folder.name for folder in reversed(folders) if _is_whole(folder)), None)
+    if newest is None:
+        return (
+            f"{problem}, and no checkpoint there is whole; copy one back and write its name into "
+            "that file, or choose another run directory to start afresh."
+        )
+    return (
+        f"{problem}, of which {newest} is the newest whole one; to continue from it: "
+        f"echo {newest} > {shlex.quote(str(pointer))} (to start afresh, choose another run "
+        "directory)."
+    )
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except IncompleteCheckpointError:
+        return False
+    return True
 
 
 def sha256_of(path: Path) -> str:

@@ -22,6 +22,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 from tqdm import tqdm
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import replace_file
 from training.evaluation.card import (
@@ -300,4 +301,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main, when_stopped="the same command goes on with the images that are left")

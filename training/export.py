@@ -25,6 +25,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from safetensors import SafetensorError
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from training.checkpoint_writer import describe_disk_error
 from training.export_card import model_card
@@ -144,4 +145,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

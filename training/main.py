@@ -14,9 +14,9 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from training.exit_codes import end_early_on_sigterm
+    from training.exit_codes import end_early_on_signals
 
-    end_early_on_sigterm()
+    end_early_on_signals()
 
 # The report on a lost rank must not drown in what every rank's libraries say of their connections.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -24,6 +24,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
+from data_tools.entry_point import enter
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.training_data import is_absent
@@ -158,7 +159,7 @@ def train_job(
         ):
             limit_all_groups()
             if point is not None:
-                if damaged and ranks.is_main:
+                if ranks.is_main:  # the name may be missing, or that of a damaged one
                     with contextlib.suppress(OSError):  # else the next start finds out again
                         name_latest(point.folder, staging)
                 for reason in damaged:
@@ -281,4 +282,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -16,8 +16,8 @@ from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, append_whole, is_json, replace_file
 from data_tools.formats import Format
 from training.expert_load import by_block
+from training.run_directory import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 METRICS = Format(newest=1)  # a line of the first format says no number
 TENSORBOARD_DIR = "tensorboard"
 HPARAMS_METRICS = ("loss/total", "loss/mse", "speed/samples_per_sec")

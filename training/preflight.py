@@ -23,16 +23,18 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from training.exit_codes import end_early_on_sigterm
+    from training.exit_codes import end_early_on_signals
 
-    end_early_on_sigterm()
+    end_early_on_signals()
 
 import torch
 
+from data_tools.entry_point import enter
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
 from training import processes
 from training.bandwidth import Bandwidth, measure
 from training.command_line import CommandLine, parse_command_line
+from training.exit_codes import end_on_signals_with
 from training.job import check, check_without_data
 from training.main import is_demo_missing
 from training.node_facts import (
@@ -287,7 +289,7 @@ def report(
         if len(problems) > MAX_SENTENCES:
             sys.stderr.write(f"error: and {len(problems) - MAX_SENTENCES} nodes more.\n")
     else:
-        processes.end_on_sigterm_with(exit_code)
+        end_on_signals_with(exit_code)
         with contextlib.suppress(RuntimeError):  # rank 0 no longer waits
             store.add("read", 1)
         processes.wait_to_be_ended(exit_code)
@@ -331,4 +333,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

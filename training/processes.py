@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
+from data_tools.entry_point import minded_signals
 from data_tools.errors import ConfigError
+from training.exit_codes import end_on_signals_with, ignore_signals
 
 TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
 DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
 DEFAULT_MASTER_PORT = 29500
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RANK_FAILED = 1000  # as a stop signal: a rank cannot go on; above every signal number
 FOLLOWER_WAIT_SEC = 30.0  # longer than a launcher needs to notice that rank 0 has left
 
@@ -134,13 +135,8 @@ def wait_to_be_ended(exit_code: int) -> None:
 
     srun and others report the highest code of all ranks, and a signal's is above every other.
     """
-    end_on_sigterm_with(exit_code)
+    end_on_signals_with(exit_code)
     time.sleep(FOLLOWER_WAIT_SEC)
-
-
-def end_on_sigterm_with(exit_code: int) -> None:
-    """Let the next SIGTERM end this process with an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
 
 
 def agreed_message(error: Exception | str | None) -> str | None:
@@ -239,12 +235,12 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
 
 
 def meet_to_leave() -> None:
-    """Wait for all ranks, deaf to SIGTERM from now on. All ranks must call this.
+    """Wait for all ranks, deaf to launchers' signals from now on. All ranks must call this.
 
     The first rank that leaves with an error makes the launcher end the others, whose own exit code
     must not become a signal's.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_signals()
     torch.distributed.barrier()
 
 
@@ -255,7 +251,10 @@ def stop_process_group() -> None:
 
 
 class StopSignal:
-    """SIGINT or SIGTERM on any rank becomes one decision of all ranks at a step boundary.
+    """A signal to stop on any rank becomes one decision of all ranks at a step boundary.
+
+    SIGINT and SIGTERM always do; SIGHUP, SIGUSR1 and SIGUSR2 unless they are ignored already, as
+    nohup has it.
 
     What is posted before a step is read before the next one, when the device has long computed it:
     reading what was posted just now would wait for everything queued before.
@@ -267,7 +266,8 @@ class StopSignal:
         self._on_host = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None
         self._received = 0
-        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        numbers = {signal.SIGINT, signal.SIGTERM, *minded_signals()}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # A launcher often repeats the signal while the checkpoint is being written.

@@ -18,6 +18,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.images import BadImageError, decode_image
 from data_tools.inputs import open_source
@@ -124,4 +125,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

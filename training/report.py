@@ -18,6 +18,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import jinja2
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import replace_file
 from training import report_figures
@@ -141,4 +142,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

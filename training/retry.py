@@ -18,6 +18,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import yaml
 
+from data_tools.entry_point import enter
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
 from data_tools.files import FIRST, MalformedError
 from data_tools.formats import Format
@@ -127,4 +128,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

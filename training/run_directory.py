@@ -19,13 +19,16 @@ from data_tools.errors import ConfigError
 from data_tools.files import replace_file
 from data_tools.formats import Format, NewerFormatError
 from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest
-from training.checkpoint_manifest import CHECKPOINT_DIR
+from training.checkpoint_manifest import CHECKPOINT_DIR, latest_checkpoint
 from training.config import Config, differences
+from training.crash_loops import STARTS_FILE
 from training.preset import load_preset
+from training.run_history import last_saved_step
 
 CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 INIT_FILE = "init.json"
+METRICS_FILE = "metrics.jsonl"
 SAMPLES_DIR = "samples"
 INIT = Format(newest=1)
 
@@ -40,13 +43,34 @@ def check_run_directory(run_dir: Path, config: Config) -> None:
                 f"--run-dir {run_dir} was started with another configuration: "
                 f"{', '.join(changed)}; use a new --run-dir, or repeat the old values."
             )
+        _check_checkpoints_are_there(run_dir)
     elif any(run_dir.glob(f"{CHECKPOINT_DIR}/step-*")):
         raise ConfigError(
             f"--run-dir {run_dir} holds checkpoints but no {CONFIG_FILE}, so what made them is "
             "unknown; restore the file or choose another --run-dir."
         )
+    elif kept := [name for name in (METRICS_FILE, STARTS_FILE) if (run_dir / name).exists()]:
+        raise ConfigError(
+            f"--run-dir {run_dir} holds {kept[0]} but no {CONFIG_FILE}, so it is of a run that is "
+            "not known; restore the file or choose another --run-dir."
+        )
     if not os.access(existing, os.W_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
         raise ConfigError(f"--run-dir {run_dir}: {existing} is not writable; choose another.")
+
+
+def _check_checkpoints_are_there(run_dir: Path) -> None:
+    """Refuse to begin anew, which cuts the metrics back, where a run had got somewhere."""
+    step = None if latest_checkpoint(run_dir) is not None else last_saved_step(run_dir)
+    if step is not None:
+        raise ConfigError(f"--run-dir {run_dir}: {checkpoints_are_gone(step)}, or choose another.")
+
+
+def checkpoints_are_gone(step: int) -> str:
+    """Say that a run has saved checkpoints, the last one at a step, and has none."""
+    return (
+        f"its checkpoint of step {step} was saved, and now there is none; copy the folder "
+        f"{CHECKPOINT_DIR} back"
+    )
 
 
 def check_free_space(run_dir: Path, checkpoint_bytes: int, snapshot_bytes: int) -> None:

@@ -60,6 +60,12 @@ def read_notes(run_dir: Path) -> list[CheckpointNote]:
     return NOTE.read_journal(run_dir / CHECKPOINTS_FILE)
 
 
+def last_saved_step(run_dir: Path) -> int | None:
+    """Return the step of the checkpoint that a run saved last; None if it has saved none."""
+    steps = [note.step for note in read_notes(run_dir) if note.outcome == SAVED]
+    return steps[-1] if steps else None
+
+
 def thinned(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """Average neighbours until at most MAX_POINTS are left."""
     count = min(len(steps), MAX_POINTS)

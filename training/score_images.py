@@ -16,6 +16,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.vae import resolve_device
 from training.checkpoint_manifest import sha256_of
@@ -90,4 +91,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main, prints_result=True)
