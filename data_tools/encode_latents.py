@@ -11,7 +11,6 @@ shards among themselves. Run the same command again to resume after any interrup
 
 import argparse
 import fcntl
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.launcher import read_place_on_node
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.vae import DEFAULT_VAE, DEMO_VAE
@@ -41,7 +41,6 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         with disk_errors_as_config_errors(DEMO_IMAGES):
             make_demo_images(DEMO_IMAGES, DEMO_SIZE, DEMO_PER_CLASS)
     # Of the processes that a launcher started together, one speaks.
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     run = EncodingRun(
         str(args.input or DEMO_IMAGES),
         args.output,
@@ -56,7 +55,7 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         device=choose_device(args.device),
         workers=args.workers,
         is_strict=args.strict,
-        is_quiet=is_quiet or rank != "0",
+        is_quiet=is_quiet or read_place_on_node().rank > 0,
         keeps_indexes=not args.dry_run,
     )
     run.describe()

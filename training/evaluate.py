@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import replace_file, write_json
+from data_tools.launcher import is_started_again
 from training.evaluation.card import (
     CARD_VERSION,
     describe_images,
@@ -59,9 +60,8 @@ from training.processes import (
     discover_ranks,
     one_sentence,
     select_accelerator,
-    share_cores,
+    start_drawing_group,
 )
-from training.run_lock import is_started_again
 from training.sampling_flags import add_sampling_flags
 from training.weight_files import load_model
 
@@ -282,10 +282,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(ranks):
         args = build_parser().parse_args(argv)
         job = check(args, ranks, device)
-    if ranks.world_size > 1:
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-        share_cores()
     with one_sentence(ranks):
+        if ranks.world_size > 1:
+            start_drawing_group(ranks, PATIENCE)
         if job.points:
             draw_images(args, job, ranks, device)
         loss = None if job.held_out is None else measure_loss(args, job, ranks, device)

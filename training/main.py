@@ -25,6 +25,7 @@ import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
+from data_tools.launcher import is_started_again
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
@@ -46,7 +47,7 @@ from training.provenance import count_hosts, read_starts, record_start
 from training.resume_points import ResumePoint, choose_together
 from training.run_directory import CONFIG_FILE, create_run_directory, load_config
 from training.run_history import DAMAGED, CheckpointNote
-from training.run_lock import WAIT_SEC, hold_run_directory, is_started_again
+from training.run_lock import WAIT_SEC, hold_run_directory
 from training.run_log import log_to
 from training.validation import check_compiler
 from training.watchdog import Watchdog, limit_all_groups
@@ -262,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.is_main and (command.dry_run or not command.quiet):
         print(text, flush=True)
     if not command.dry_run:
-        processes.start_process_group(ranks, device)
+        with processes.one_sentence(ranks):
+            processes.start_process_group(ranks, device)
         exit_code = 0
         with Watchdog(ranks, device) as watchdog:
             try:

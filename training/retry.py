@@ -21,6 +21,7 @@ import yaml
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
 from data_tools.files import MalformedError, from_json, write_json
+from data_tools.launcher import batch_job
 from training.exit_codes import SAVED_EXIT_CODE
 
 PRESETS = Path(__file__).parent / "presets"
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(NO_EXIT_CODE)
     run_dir = run_dir_of(flags)
     path = run_dir / RESTARTS_FILE
-    job, checkpoint = os.environ.get("SLURM_JOB_ID", ""), newest_checkpoint(run_dir)
+    job, checkpoint = batch_job(), newest_checkpoint(run_dir)
     restarts, why = decide(exit_code, job, checkpoint, read_restarts(path), int(limit))
     print(f"{run_dir}: {why}.", flush=True)
     if restarts is None:

@@ -32,7 +32,7 @@ from training.processes import (
     discover_ranks,
     one_sentence,
     select_accelerator,
-    share_cores,
+    start_drawing_group,
 )
 from training.run_directory import SAMPLES_DIR, load_config, load_manifest
 from training.sampling import SamplerSettings, image_grid, sample_latents
@@ -219,10 +219,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence(ranks):
         args = build_parser().parse_args(argv)
         job = check(args, device)
-    if ranks.world_size > 1:
-        torch.distributed.init_process_group("gloo")
-        share_cores()
     with one_sentence(ranks):
+        if ranks.world_size > 1:
+            start_drawing_group(ranks)
         grid_path = draw(args, job, ranks, device)
     if ranks.is_main:
         print(f"grid of samples: {grid_path}")
