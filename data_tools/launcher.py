@@ -102,7 +102,7 @@ def read_place(env: Mapping[str, str] = os.environ) -> Place:
     """Read this process's place from whatever launcher's variables are set.
 
     RANK and WORLD_SIZE (torchrun, deepspeed, by hand) come first, then MPI's and others', then
-    srun's, whose tasks may be their helpers. salloc's shell and a batch script are single processes.
+    srun's, whose tasks may be their helpers. salloc's shell and a batch script are one process.
 
     Raises:
         ConfigError: variables that are no numbers, incomplete, or of two launchers that disagree; a
@@ -248,7 +248,7 @@ def has_agent_store(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def said_port(place: Place, env: Mapping[str, str] = os.environ) -> int:
-    """Return the port at which the ranks meet: MASTER_PORT, one of Slurm's job, or the usual one."""
+    """Return the port at which the ranks meet: MASTER_PORT, the job's own, or the usual one."""
     if text := env.get("MASTER_PORT"):
         if not (text.isascii() and text.isdecimal() and 0 < int(text) <= MAX_PORT):
             raise ConfigError(

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.launch import REPOSITORY, deepspeed, finish, free_port, run, start
+from tests.launch import REPOSITORY, deepspeed, environment, finish, free_port, run, start
 from tests.local_slurm import LocalSlurm
 from tests.synthetic import make_dataset, random_moments
 
@@ -95,7 +95,9 @@ def on_node(cluster, *command, **env):
     return output
 
 
-def test_mpirun_of_openmpi_on_two_nodes_asks_mpi4py_for_the_address(cluster, latents, expected, tmp_path):
+def test_mpirun_of_openmpi_on_two_nodes_asks_mpi4py_for_the_address(
+    cluster, latents, expected, tmp_path
+):
     interface = ["--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"]
     command = ["mpirun", "-np", 2, "--host", "node1,node2", *interface, "-x", "PATH"]
     command += ["-x", "OMP_NUM_THREADS", "python", *program(latents, tmp_path / "run")]
@@ -146,24 +148,25 @@ def test_mpirun_of_mpich_on_two_nodes_wants_an_address(cluster, latents, expecte
     on_node(cluster, *command, "-genv", "MASTER_ADDR", "node1", *arguments)
 
     assert refused.returncode != 0
-    assert said.count("error: MASTER_ADDR is not set, and mpirun (PMI) has started processes on") == 1
+    assert (
+        said.count("error: MASTER_ADDR is not set, and mpirun (PMI) has started processes on") == 1
+    )
     assert losses(tmp_path / "run") == expected
 
 
-def test_a_command_typed_into_the_shell_of_salloc_is_a_single_process(cluster, latents, tmp_path):
-    variables = {"LaunchParameters": "use_interactive_step"}
+@pytest.mark.parametrize("wanted", ["-n 4", "--gpus=4"])
+def test_a_command_typed_into_the_shell_of_salloc_is_a_single_process(
+    cluster, latents, tmp_path, wanted
+):
+    flags = [*program(latents, tmp_path / "run"), "--expert-parallel-size", 1, "--max-steps", 1]
     typed = tmp_path / "typed"
-    command = " ".join(str(part) for part in ["python", *program(latents, tmp_path / "run")])
-    typed.write_text(
-        f"cd {REPOSITORY}\n{command} --expert-parallel-size 1\necho step ${{SLURM_STEP_ID:-}}\nexit\n"
-    )
-    with LocalSlurm(1, **variables) as slurm:
-        for wanted in (["-n", "4"], ["--gpus=4"]):
-            shell = ["script", "-qec", "salloc " + " ".join(wanted), "/dev/null"]
-            with typed.open() as keyboard:
-                said = slurm.run(*shell, stdin=keyboard, env={"DS_ACCELERATOR": "cpu"})
+    lines = [f"cd {REPOSITORY}", " ".join(str(part) for part in ["python", *flags])]
+    typed.write_text("\n".join([*lines, "echo it is step ${SLURM_STEP_ID:-}", "exit", ""]))
 
-            assert "step 4294967290" in said, "the premise"
-            assert ": Switch-DiT" in said
-            assert "1 rank(s), ZeRO 2" in said or "continuing" in said, said
-            assert "done: 6 steps" in said, said
+    with typed.open() as keyboard:
+        shell = ["script", "-qec", f"salloc {wanted}", "/dev/null"]
+        said = cluster.run(*shell, stdin=keyboard, env=environment(DS_ACCELERATOR="cpu"))
+
+    assert "it is step 4294967290" in said, "the premise"
+    assert "1 rank(s), ZeRO 2" in said
+    assert "done: 1 steps" in said

@@ -55,7 +55,9 @@ def _build_parser() -> ArgumentParser:
         metavar="JSON",
         help=f"memory and precision (default: {DEFAULT_DEEPSPEED})",
     )
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help="set by older launchers"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

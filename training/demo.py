@@ -22,7 +22,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from training.playground import Playground
-from training.processes import discover_ranks, select_accelerator
+from training.processes import enter_job, select_accelerator
 
 REQUIREMENTS = "requirements-demo.txt"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 7860
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_config_error():
         args = build_parser().parse_args(argv)
         check_gradio()
-        device = select_accelerator(discover_ranks())
+        device = select_accelerator(enter_job())
         with listen(args.host, args.port) as listener:
             if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
                 sys.stderr.write(

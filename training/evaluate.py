@@ -57,7 +57,7 @@ from training.objective import build_diffusion
 from training.pictures import save_png
 from training.processes import (
     Ranks,
-    discover_ranks,
+    enter_job,
     one_sentence,
     select_accelerator,
     start_drawing_group,
@@ -277,7 +277,7 @@ def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.de
 def main(argv: list[str] | None = None) -> None:
     """Measure the run of the command line."""
     with exit_on_config_error():
-        ranks = discover_ranks()
+        ranks = enter_job()
         device = select_accelerator(ranks)
     with one_sentence(ranks):
         args = build_parser().parse_args(argv)

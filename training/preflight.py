@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     started = time.monotonic()
     with exit_on_config_error():
-        ranks = processes.discover_ranks()
+        ranks = processes.enter_job()
         timeout, floor = processes.collective_timeout(), floor_gbps()
     stage = Stage(ranks, timeout)
     with processes.one_sentence(ranks):

@@ -54,14 +54,34 @@ def discover_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     """Read this process's place from its launcher, and write it into `env` as DeepSpeed reads it.
 
     Raises:
-        ConfigError: the variables are wrong, the launcher is unknown, or the ranks cannot
-            meet where they should.
+        ConfigError: the variables are wrong, the launcher is unknown, or the ranks cannot meet
+            where they should.
     """
     place = launcher.read_place(env)
+    _prepare_to_meet(place, env)
+    return _ranks_of(place)
+
+
+def enter_job() -> Ranks:
+    """Do what `discover_ranks` does, for an entry point: what all ranks find is said once.
+
+    Raises:
+        ConfigError: this process's place is unknown.
+    """
+    place = launcher.read_place()
+    with one_sentence(_ranks_of(place)):
+        _prepare_to_meet(place, os.environ)
+    return _ranks_of(place)
+
+
+def _ranks_of(place: launcher.Place) -> Ranks:
+    return Ranks(place.rank, place.world_size, place.local_rank, place.local_size)
+
+
+def _prepare_to_meet(place: launcher.Place, env: MutableMapping[str, str]) -> None:
     host, port = rendezvous.meeting_point(place, env)
     rendezvous.check_meeting_point(place, host, port, env)
     launcher.write_place(place, host, port, env)
-    return Ranks(place.rank, place.world_size, place.local_rank, place.local_size)
 
 
 def collective_timeout(env: MutableMapping[str, str] = os.environ) -> timedelta:

@@ -29,7 +29,7 @@ from training.option import did_you_mean
 from training.pictures import save_png
 from training.processes import (
     Ranks,
-    discover_ranks,
+    enter_job,
     one_sentence,
     select_accelerator,
     start_drawing_group,
@@ -214,7 +214,7 @@ def _file_name(i: int, plan: ImagePlan) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Draw images from the command line's run."""
     with exit_on_config_error():
-        ranks = discover_ranks()
+        ranks = enter_job()
         device = select_accelerator(ranks)
     with one_sentence(ranks):
         args = build_parser().parse_args(argv)
