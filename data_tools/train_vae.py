@@ -25,6 +25,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.paths import typed_path
 from data_tools.vae import resolve_device
 from data_tools.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
 
@@ -243,12 +244,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--images",
-        type=Path,
+        type=typed_path,
         nargs="+",
         metavar="FOLDER",
         help="training images (default: all emoji of the OpenMoji font)",
     )
-    add("--output", type=Path, required=True, metavar="FOLDER", help="of the diffusers model")
+    add("--output", type=typed_path, required=True, metavar="FOLDER", help="of the diffusers model")
     add("--steps", type=int, default=7000, metavar="N", help="default: %(default)s")
     add(
         "--batch-size",

@@ -159,14 +159,15 @@ def test_a_command_typed_into_the_shell_of_salloc_is_a_single_process(
     cluster, latents, tmp_path, wanted
 ):
     flags = [*program(latents, tmp_path / "run"), "--expert-parallel-size", 1, "--max-steps", 1]
-    typed = tmp_path / "typed"
-    lines = [f"cd {REPOSITORY}", " ".join(str(part) for part in ["python", *flags])]
-    typed.write_text("\n".join([*lines, "echo it is step ${SLURM_STEP_ID:-}", "exit", ""]))
+    script, typed = tmp_path / "script", tmp_path / "typed"
+    command = " ".join(str(part) for part in ["python", *flags])
+    script.write_text(f"cd {REPOSITORY}\necho it is step $SLURM_STEP_ID\n{command}\n")
+    typed.write_text(f"bash {script}\nexit\n")
 
     with typed.open() as keyboard:
         shell = ["script", "-qec", f"salloc {wanted}", "/dev/null"]
         said = cluster.run(*shell, stdin=keyboard, env=environment(DS_ACCELERATOR="cpu"))
 
     assert "it is step 4294967290" in said, "the premise"
-    assert "1 rank(s), ZeRO 2" in said
+    assert "1 rank(s), ZeRO 2" in said, said
     assert "done: 1 steps" in said

@@ -21,6 +21,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.paths import typed_path, typed_text
 from training.playground import Playground
 from training.processes import enter_job, select_accelerator
 
@@ -36,7 +37,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dir", type=Path, help="a run directory, e.g. runs/demo")
+    parser.add_argument("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
     parser.add_argument(
         "--host",
         default=DEFAULT_HOST,
@@ -51,7 +52,9 @@ def build_parser() -> ArgumentParser:
         metavar="N",
         help="0 = any free one (default: %(default)s)",
     )
-    parser.add_argument("--vae", metavar="FOLDER|FILE|ID", help="default: the run's")
+    parser.add_argument(
+        "--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="default: the run's"
+    )
     return parser
 
 

@@ -91,7 +91,7 @@ def dry_run(command: CommandLine, ranks: Ranks) -> str:
         merged, manifest, warm_start = job.deepspeed_config, job.manifest, job.warm_start
         found = job.data.describe()
     else:
-        merged, warm_start = check_without_data(command, ranks)
+        _, _, merged, warm_start = check_without_data(command, ranks)
     text = describe(config, merged, ranks.world_size, manifest, found)
     return text if warm_start is None else f"{text}\n\n# initial weights\n{warm_start.report()}"
 
@@ -257,6 +257,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             prepare_demo_if_missing(command, ranks)
             job = check(command, ranks)
+            if ranks.is_main:
+                for note in job.notes:
+                    sys.stderr.write(f"warning: {note}\n")
             text = explain_precision(
                 command.deepspeed, load_deepspeed_json(command.deepspeed), job.deepspeed_config
             )

@@ -22,9 +22,11 @@ import yaml
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
 from data_tools.files import MalformedError, from_json, write_json
 from data_tools.launcher import batch_job
+from data_tools.paths import expand
+from training import run_location as location
 from training.exit_codes import SAVED_EXIT_CODE
+from training.run_location import preset_file
 
-PRESETS = Path(__file__).parent / "presets"
 RESTARTS_FILE = "restarts.json"  # in the run directory
 LIMIT_VARIABLE = "MAX_RESTARTS"
 DEFAULT_LIMIT = 3
@@ -85,10 +87,10 @@ def run_dir_of(flags: list[str]) -> Path:
     parser.add_argument("--preset", default="demo")
     given, _ = parser.parse_known_args(flags)
     if given.run_dir is not None:
-        return Path(given.run_dir)
-    is_file = given.preset.endswith((".yaml", ".yml"))
-    path = Path(given.preset) if is_file else PRESETS / f"{given.preset}.yaml"
-    return Path(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["run_dir"])
+        return Path(expand(given.run_dir, "--run-dir"))
+    path = preset_file(given.preset)
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["run_dir"]
+    return Path(expand(location.run_dir_of(path, said), given.preset))
 
 
 def newest_checkpoint(run_dir: Path) -> str:

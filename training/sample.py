@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.manifest import DatasetManifest
+from data_tools.paths import typed_path, typed_text
 from data_tools.vae import Vae, decode_pixels, load_decoder
 from training.config import Config
 from training.objective import build_diffusion
@@ -72,14 +73,14 @@ class SampleJob:
 def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run_dir", type=Path, help="a run directory, e.g. runs/demo")
+    parser.add_argument("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
     parser.add_argument("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
     parser.add_argument(
         "--ema", metavar="NAME", help="an average by name, e.g. 0.9999 or std0.050 (default: first)"
     )
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="a file of reconstruct_ema.py, or alike"
+        "--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike"
     )
     parser.add_argument(
         "--classes",
@@ -88,8 +89,12 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images per class")
     parser.add_argument("--batch-size", type=int, default=40, metavar="N", help="images at a time")
-    parser.add_argument("--vae", metavar="FOLDER|FILE|ID", help="default: the run's")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/samples/TAG")
+    parser.add_argument(
+        "--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="default: the run's"
+    )
+    parser.add_argument(
+        "--output", type=typed_path, metavar="FOLDER", help="default: RUN/samples/TAG"
+    )
     add_sampling_flags(parser)
     return parser
 
