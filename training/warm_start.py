@@ -118,8 +118,8 @@ def with_own_origin(config: Config) -> tuple[Config, str]:
         if before.exists() and before.resolve() != now.resolve():
             return config, ""
         note = (
-            f"--init-from {given}: is not read; {run_dir} goes on from its own checkpoint and began "
-            f"with {first}; to begin with other weights use a new --run-dir."
+            f"--init-from {given}: is not read; {run_dir} goes on from its own checkpoint and "
+            f"began with {first}; to begin with other weights use a new --run-dir."
         )
     return replace(config, run=replace(config.run, init_from=first)), note
 
