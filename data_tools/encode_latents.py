@@ -26,6 +26,7 @@ from data_tools.entry_point import enter, is_reporter
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
+from data_tools.paths import typed_path, typed_text
 from data_tools.vae import DEFAULT_VAE, DEMO_VAE
 
 DEMO_LATENTS = REPOSITORY / "datasets" / "demo"
@@ -109,22 +110,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--input",
+        type=typed_text,
         metavar="IMAGES",
         help="folder with a sub-folder per class, flat folder, folder of tars, tars "
         "('a/{000..146}.tar'), list (.txt, .tsv: path, or path and class with a tab between), or "
         "folder that save_to_disk of Hugging Face datasets wrote; default: the demo set, drawn "
         "first",
     )
-    add("--output", type=Path, metavar="FOLDER", help="of the shards (demo: datasets/demo)")
+    add("--output", type=typed_path, metavar="FOLDER", help="of the shards (demo: datasets/demo)")
     add(
         "--class-names",
-        type=Path,
+        type=typed_path,
         metavar="FILE",
         help="names of the classes: JSON {id: name} or {id: [new id, name]}, or lines of id, tab, "
         "name (default: the ids)",
     )
     add(
         "--vae",
+        type=typed_text,
         metavar="VAE",
         help=f"diffusers folder, .safetensors file or hub id (default: {DEFAULT_VAE} for 256 and "
         "512 pixels, data_tools/demo_vae for the demo)",

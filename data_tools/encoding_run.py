@@ -35,6 +35,7 @@ from data_tools.encoding_trial import (
 )
 from data_tools.errors import ConfigError
 from data_tools.inputs import open_source, read_class_names
+from data_tools.launcher import BY_TORCH, read_place_on_node
 from data_tools.manifest import MANIFEST_NAME, Manifest
 from data_tools.vae import load_vae, resolve_device, with_dtype
 
@@ -42,20 +43,17 @@ CLASSES_SHOWN = 20
 MAX_THREADS = 16
 
 
-def local_rank() -> int:
-    """Return the number of this process on its machine, as torchrun and Slurm count."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-
-
 def local_processes() -> int:
     """Return how many processes a launcher says it started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    place = read_place_on_node()
+    # srun and mpirun bind each process to cores of its own, which are not to be shared again.
+    return place.local_size or 1 if place.launcher in ("", BY_TORCH) else 1
 
 
 def choose_device(name: str | None) -> torch.device:
     """Return the named device; without a name this process's own GPU, or the CPU."""
     if name is None and torch.cuda.is_available():
-        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+        return torch.device("cuda", read_place_on_node().local_rank % torch.cuda.device_count())
     return resolve_device(name)
 
 

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO
 
-from data_tools.errors import exit_on_config_error
+from data_tools.errors import ConfigError, exit_on_config_error
+from data_tools.launcher import read_place_on_node
 
 # Of a terminal, of a terminal or connection that closes, of a batch system, which lets people
 # choose (Slurm's --signal).
@@ -126,7 +127,10 @@ def _protected(stream: TextIO | None, name: str) -> tuple[_LossyFile | None, Tex
 
 def is_reporter() -> bool:
     """Tell whether this process speaks for those that a launcher started with it."""
-    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+    try:
+        return read_place_on_node().rank == 0
+    except ConfigError:  # said where the place decides something
+        return True
 
 
 def minded_signals() -> list[signal.Signals]:

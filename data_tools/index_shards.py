@@ -39,6 +39,7 @@ from data_tools.manifest import (
     SourceList,
     VaeReference,
 )
+from data_tools.paths import typed_path, typed_text
 from data_tools.vae import Vae, load_vae
 
 
@@ -47,8 +48,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", required=True, metavar="TARS", help="braces name several")
-    parser.add_argument("--output", type=Path, help="folder of dataset.json; default: the tars'")
+    parser.add_argument(
+        "--input", type=typed_text, required=True, metavar="TARS", help="braces name several"
+    )
+    parser.add_argument(
+        "--output", type=typed_path, help="folder of dataset.json; default: the tars'"
+    )
     parser.add_argument("--array", required=True, metavar="SUFFIX", help="after KEY and a dot")
     parser.add_argument("--flip", default="", metavar="SUFFIX", help="of the mirrored image")
     parser.add_argument(
@@ -60,9 +65,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="moments",
         help="mean | log-variance, or draws of the posterior; unscaled",
     )
-    parser.add_argument("--vae", required=True, help="that made the latents: folder, file, hub id")
+    parser.add_argument(
+        "--vae", type=typed_text, required=True, help="that made the latents: folder, file, hub id"
+    )
     parser.add_argument("--size", type=int, metavar="PIXELS", help="of the images; for people")
-    parser.add_argument("--class-names", type=Path, metavar="FILE", help="a line for each label")
+    parser.add_argument(
+        "--class-names", type=typed_path, metavar="FILE", help="a line for each label"
+    )
     return parser.parse_args(argv)
 
 

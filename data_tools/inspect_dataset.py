@@ -21,6 +21,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser
 from data_tools.manifest import ClassEntry, DatasetManifest
+from data_tools.paths import typed_path, typed_text
 from data_tools.verification_report import readable_bytes, table
 
 BATCH_SIZE = 256  # of the paper and of every preset; steps per epoch refer to it
@@ -158,9 +159,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags."""
     parser = ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("data", type=Path, metavar="FOLDER", help="the data set")
-    add("--preview", type=Path, metavar="FILE", help="write a PNG of some decoded samples")
-    add("--vae", metavar="VAE", help="where the data set's VAE is, if not where dataset.json says")
+    add("data", type=typed_path, metavar="FOLDER", help="the data set")
+    add("--preview", type=typed_path, metavar="FILE", help="write a PNG of some decoded samples")
+    add(
+        "--vae",
+        type=typed_text,
+        metavar="VAE",
+        help="where the data set's VAE is, if not where dataset.json says",
+    )
     add("--device", metavar="DEVICE", help="of the VAE: cpu, cuda or cuda:N (default: a GPU)")
     add("--json", action="store_true", help="print everything as JSON, all classes included")
     return parser.parse_args(argv)

@@ -16,6 +16,7 @@ from PIL import Image
 from data_tools.emoji import draw_emoji, emoji_classes
 from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.paths import typed_path
 
 DEMO_IMAGES = REPOSITORY / "datasets" / "demo_images"
 DEMO_SIZE = 64
@@ -60,7 +61,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description="Draw the demo image set: ten classes of emoji (OpenMoji, CC BY-SA 4.0)."
     )
     parser.add_argument(
-        "--output", type=Path, default=DEMO_IMAGES, metavar="FOLDER", help="default: %(default)s"
+        "--output",
+        type=typed_path,
+        default=DEMO_IMAGES,
+        metavar="FOLDER",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--size", type=int, default=DEMO_SIZE, metavar="PIXELS", help="default: %(default)s"

@@ -14,6 +14,7 @@ from pathlib import Path
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
 from data_tools.formats import FORMAT_KEY, Format, said
+from data_tools.paths import absence
 from data_tools.records import IndexedLayout, RecordLayout
 
 MANIFEST_NAME = "dataset.json"
@@ -149,7 +150,7 @@ class DatasetManifest(Manifest):
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         if not folder.is_dir():
-            state = "is not a folder" if folder.exists() else "does not exist"
+            state = "is not a folder" if folder.exists() else absence(folder)
             raise ConfigError(f"--data {folder}: {state}; make it: {_ENCODE} --output {folder}.")
         if not path.is_file():
             raise ConfigError(

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_tools.errors import ConfigError
 from data_tools.images import IMAGE_SUFFIXES, BadImageError
+from data_tools.paths import absence
 
 MAX_IMAGE_BYTES = 1 << 30  # of a file; more is no photograph, and would be read into memory
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, such as an image's number
@@ -254,7 +255,7 @@ def scan_folder(root: Path, flag: str) -> FileSource:
         flag: the option that named the folder, for messages.
     """
     if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
+        state = "is a file" if root.exists() else absence(root)
         raise ConfigError(f"{flag} {root}: {state}; give a folder that holds images.")
     place_of: dict[str, int] = {}
     members, loose = array("i"), []

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.paths import typed_path
 from data_tools.vae import resolve_device
 from data_tools.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
 
@@ -244,12 +245,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--images",
-        type=Path,
+        type=typed_path,
         nargs="+",
         metavar="FOLDER",
         help="training images (default: all emoji of the OpenMoji font)",
     )
-    add("--output", type=Path, required=True, metavar="FOLDER", help="of the diffusers model")
+    add("--output", type=typed_path, required=True, metavar="FOLDER", help="of the diffusers model")
     add("--steps", type=int, default=7000, metavar="N", help="default: %(default)s")
     add(
         "--batch-size",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data_tools.errors import ConfigError
 from data_tools.manifest import VaeReference
+from data_tools.paths import absence
 from models.latents import vae_latents
 
 if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples
@@ -134,7 +135,7 @@ def _find(source: str | Path) -> Path | None:
     if is_hub_id and given.suffix != ".safetensors":
         return None
     raise ConfigError(
-        f"--vae {source}: does not exist; give a diffusers folder, a .safetensors file, or a hub "
+        f"--vae {source}: {absence(given)}; give a diffusers folder, a .safetensors file, or a hub "
         f"id such as {DEFAULT_VAE}."
     )
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.findings import SHARD_PARTS, Verification
+from data_tools.paths import typed_path, typed_text
 from data_tools.verification import default_workers, verify
 from data_tools.verification_report import readable_bytes, report, sentence
 
@@ -105,13 +106,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="The exit code is 0 if the data set is intact and 2 if not.",
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="FOLDER", help="the data set")
+    add("--data", type=typed_path, required=True, metavar="FOLDER", help="the data set")
     add("--quick", action="store_true", help="sizes, first and last samples only: seconds")
-    add("--report", type=Path, metavar="FILE", help="write the report there too, with all findings")
-    add("--preview", type=Path, metavar="FILE", help="write a PNG of some decoded samples")
+    add(
+        "--report",
+        type=typed_path,
+        metavar="FILE",
+        help="write the report there too, with all findings",
+    )
+    add("--preview", type=typed_path, metavar="FILE", help="write a PNG of some decoded samples")
     add("--repair", action="store_true", help="make what is broken again, and only that")
-    add("--input", metavar="IMAGES", help="for --repair: what the data set was encoded from")
-    add("--vae", metavar="VAE", help="where the data set's VAE is, if not where dataset.json says")
+    add(
+        "--input",
+        type=typed_text,
+        metavar="IMAGES",
+        help="for --repair: what the data set was encoded from",
+    )
+    add(
+        "--vae",
+        type=typed_text,
+        metavar="VAE",
+        help="where the data set's VAE is, if not where dataset.json says",
+    )
     add("--device", metavar="DEVICE", help="of the VAE: cpu, cuda or cuda:N (default: a GPU)")
     add(
         "--accept-new-bytes",

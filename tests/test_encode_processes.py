@@ -180,9 +180,12 @@ def test_each_process_of_a_machine_has_its_own_gpu_and_its_share_of_the_cores(mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert choose_device(None) == torch.device("cuda:0")
-    monkeypatch.setenv("SLURM_LOCALID", "2")
+    for name, value in (("PROCID", 2), ("STEP_ID", 0), ("STEP_NUM_TASKS", 4), ("LOCALID", 2)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert choose_device(None) == torch.device("cuda:2")
-    monkeypatch.setenv("LOCAL_RANK", "5")  # more processes than GPUs share them
+    for name in ("PROCID", "STEP_ID"):
+        monkeypatch.delenv(f"SLURM_{name}")
+    monkeypatch.setenv("LOCAL_RANK", "5")  # by hand; more processes than GPUs share them
     assert choose_device(None) == torch.device("cuda:1")
     assert choose_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))

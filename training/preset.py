@@ -3,7 +3,6 @@
 import re
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,9 +11,7 @@ from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
 from training.config import CONFIG, Config, config_from_dict
 from training.option import did_you_mean
-
-PRESET_FOLDER = Path(__file__).parent / "presets"
-
+from training.run_location import PRESET_FOLDER, preset_file
 
 # A key that had another name in an older version, with what its value has become.
 _RENAMED = {("optim", "ema_decay"): ("ema_decays", lambda decay: [decay])}
@@ -43,15 +40,13 @@ _StrictLoader.add_implicit_resolver(
 
 
 def load_preset(name_or_path: str) -> Config:
-    """Read a preset by name (demo, s, b, l, xl) or any YAML file of the same form."""
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        names = [p.stem for p in sorted(PRESET_FOLDER.glob("*.yaml"))]
-        if name_or_path not in names:
-            raise ConfigError(
-                f"--preset: unknown preset '{name_or_path}'{did_you_mean(name_or_path, names)}"
-            )
-        path = PRESET_FOLDER / f"{name_or_path}.yaml"
+    """Read a preset by name (demo, s, b, l, xl), a YAML file of the same form, or a run's own."""
+    path = preset_file(name_or_path)
+    names = [p.stem for p in sorted(PRESET_FOLDER.glob("*.yaml"))]
+    if path.parent == PRESET_FOLDER and path.stem not in names:
+        raise ConfigError(
+            f"--preset: unknown preset '{name_or_path}'{did_you_mean(name_or_path, names)}"
+        )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as err:

@@ -24,6 +24,7 @@ import torch
 
 from data_tools.files import replace_file
 from data_tools.formats import Format
+from data_tools.launcher import batch_job, own_node
 from training.crash_loops import STARTS_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -82,11 +83,6 @@ class Start:
 
 
 START = Format(newest=1, kind=Start)
-
-
-def own_node() -> str:
-    """Return the name by which a user knows this node."""
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def count_hosts() -> dict[str, int]:
@@ -179,7 +175,7 @@ def record_start(
         layout=layout,
         hosts=hosts,
         hardware=hardware(),
-        batch_job=os.environ.get("SLURM_JOB_ID", ""),
+        batch_job=batch_job(),
         commit=own_commit,
         sources=sources,
         changes=_keep(folder, "changes-{}.patch", changes) if changes else "",

@@ -23,6 +23,7 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.images import BadImageError, decode_image
 from data_tools.inputs import open_source
 from data_tools.order import permutation
+from data_tools.paths import typed_path, typed_text
 from data_tools.sources import ImageSource
 from data_tools.vae import resolve_device
 from training.evaluation.drawing import disk_errors
@@ -42,13 +43,14 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add(
         "--input",
+        type=typed_text,
         required=True,
         metavar="IMAGES",
         help="as of data_tools/encode_latents.py: folder of images or of tars, tars "
         "('a/{000..146}.tar'), list, or folder that save_to_disk of Hugging Face datasets wrote",
     )
     add("--size", type=int, default=DEFAULT_SIZE, metavar="PIXELS", help="(default: 256)")
-    add("--output", type=Path, required=True, metavar="NPZ")
+    add("--output", type=typed_path, required=True, metavar="NPZ")
     add(
         "--keep",
         type=int,

@@ -22,9 +22,12 @@ from data_tools.entry_point import enter
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
 from data_tools.files import FIRST, MalformedError
 from data_tools.formats import Format
+from data_tools.launcher import batch_job
+from data_tools.paths import expand
+from training import run_location as location
 from training.exit_codes import SAVED_EXIT_CODE
+from training.run_location import preset_file
 
-PRESETS = Path(__file__).parent / "presets"
 RESTARTS_FILE = "restarts.json"  # in the run directory
 LIMIT_VARIABLE = "MAX_RESTARTS"
 DEFAULT_LIMIT = 3
@@ -88,10 +91,10 @@ def run_dir_of(flags: list[str]) -> Path:
     parser.add_argument("--preset", default="demo")
     given, _ = parser.parse_known_args(flags)
     if given.run_dir is not None:
-        return Path(given.run_dir)
-    is_file = given.preset.endswith((".yaml", ".yml"))
-    path = Path(given.preset) if is_file else PRESETS / f"{given.preset}.yaml"
-    return Path(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["run_dir"])
+        return Path(expand(given.run_dir, "--run-dir"))
+    path = preset_file(given.preset)
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["run_dir"]
+    return Path(expand(location.run_dir_of(path, said), given.preset))
 
 
 def newest_checkpoint(run_dir: Path) -> str:
@@ -116,9 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(NO_EXIT_CODE)
     run_dir = run_dir_of(flags)
     path = run_dir / RESTARTS_FILE
-    job, checkpoint = os.environ.get("SLURM_JOB_ID", ""), newest_checkpoint(run_dir)
-    with exit_on_config_error():
-        before = read_restarts(path)
+    job, checkpoint = batch_job(), newest_checkpoint(run_dir)
+    before = read_restarts(path)
     restarts, why = decide(exit_code, job, checkpoint, before, int(limit))
     print(f"{run_dir}: {why}.", flush=True)
     if restarts is None:

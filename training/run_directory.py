@@ -19,14 +19,14 @@ from data_tools.errors import ConfigError
 from data_tools.files import replace_file
 from data_tools.formats import Format, NewerFormatError
 from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest
+from data_tools.paths import absence, broken_link
 from training.checkpoint_manifest import CHECKPOINT_DIR, latest_checkpoint
 from training.config import Config, differences
 from training.crash_loops import STARTS_FILE
 from training.preset import load_preset
 from training.run_history import last_saved_step
+from training.run_location import CONFIG_FILE, DEEPSPEED_FILE
 
-CONFIG_FILE = "config.yaml"
-DEEPSPEED_FILE = "deepspeed.json"
 INIT_FILE = "init.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_DIR = "samples"
@@ -36,12 +36,19 @@ INIT = Format(newest=1)
 def check_run_directory(run_dir: Path, config: Config) -> None:
     """Refuse a directory that holds another run or cannot be written; change nothing."""
     existing = _existing_folder(run_dir)
+    for folder in (run_dir, run_dir / CHECKPOINT_DIR):
+        if broken_link(folder):
+            raise ConfigError(
+                f"--run-dir {run_dir}: {absence(folder, run_dir)}; restore what it stood for, or "
+                "choose another."
+            )
     if (run_dir / CONFIG_FILE).exists():
         changed = differences(load_config(run_dir), config)
         if changed:
             raise ConfigError(
                 f"--run-dir {run_dir} was started with another configuration: "
-                f"{', '.join(changed)}; use a new --run-dir, or repeat the old values."
+                f"{', '.join(changed)}; repeat the old values, or use a new --run-dir, with "
+                f"--init-from {run_dir} if it shall begin with this run's weights."
             )
         _check_checkpoints_are_there(run_dir)
     elif any(run_dir.glob(f"{CHECKPOINT_DIR}/step-*")):

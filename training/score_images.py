@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.paths import typed_path
 from data_tools.vae import resolve_device
 from training.checkpoint_manifest import sha256_of
 from training.evaluation.card import CARD, describe_program, describe_reference
@@ -30,10 +31,10 @@ from training.evaluation.scores import Reference, check_count, score
 def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("samples", type=Path, help="npz with arr_0 uint8 (N, H, W, 3)")
-    parser.add_argument("--reference", type=Path, required=True, metavar="NPZ")
+    parser.add_argument("samples", type=typed_path, help="npz with arr_0 uint8 (N, H, W, 3)")
+    parser.add_argument("--reference", type=typed_path, required=True, metavar="NPZ")
     parser.add_argument(
-        "--output", type=Path, metavar="JSON", help="keep the card (default: print it)"
+        "--output", type=typed_path, metavar="JSON", help="keep the card (default: print it)"
     )
     parser.add_argument("--force", action="store_true", help="replace --output")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda:N (default: a GPU if any)")

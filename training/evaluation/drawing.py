@@ -29,6 +29,7 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, replace_file
 from data_tools.formats import Format
+from data_tools.launcher import is_started_again
 from data_tools.vae import Vae, decode_pixels
 from models.diffusion import Diffusion
 from models.randomness import Stream, integers, uniform
@@ -36,7 +37,6 @@ from models.switch_dit import SwitchDiT
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
 from training.pictures import save_png
 from training.processes import Ranks, agreed_message
-from training.run_lock import is_started_again
 from training.sampling import SamplerSettings, sample_latents
 
 SETTINGS_FILE = "settings.json"
