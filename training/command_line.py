@@ -173,7 +173,10 @@ def _place_preset(values: dict[str, dict[str, Any]], given: argparse.Namespace) 
     path = preset_file(given.preset)
     if path.parent == PRESET_FOLDER:  # its paths are the repository's
         data = Path(values["data"]["data"])
-        if not data.exists() and (REPOSITORY / data).resolve() == DEMO_LATENTS.resolve():
+        is_demo = (REPOSITORY / data).resolve() == DEMO_LATENTS.resolve()
+        # In the repository the path stays as written: the run's configuration must not change
+        # once the demo's data have been made.
+        if is_demo and not data.exists() and data.resolve() != DEMO_LATENTS.resolve():
             values["data"]["data"] = str(DEMO_LATENTS)
         return ()
     said = values["run"]["run_dir"]
