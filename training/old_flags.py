@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from data_tools.errors import ConfigError
 
-_RUN = "the same command continues a run; --run-dir RUN names it"
-_PRECISION = "precision is the --deepspeed file's: see ds_configs/"
+_RUN = "nothing: the same command continues a run; --run-dir RUN names it"
+_PRECISION = "--deepspeed JSON: precision belongs to ds_configs/"
 _ACCUMULATION = "--micro-batch-size N: accumulation follows from it and --global-batch-size"
 _LATENTS = "--latent-size N: the image's side divided by the VAE's factor (32 for 256 pixels)"
 
