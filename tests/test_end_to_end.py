@@ -87,9 +87,9 @@ def test_a_killed_run_continues_with_identical_losses(trained, demo_latents, tmp
     assert losses(run_dir) == losses(trained[0])
 
 
-# A terminal's Ctrl-C, a terminal that closes and a batch system signal every process of the job, the
-# launcher included. Of SIGHUP deepspeed's launcher dies at once; torchrun ends the ranks by it, even
-# where nohup had it ignored.
+# A terminal, also one that closes, and a batch system signal every process of the job, the launcher
+# included. SIGHUP kills deepspeed's launcher at once; torchrun's passes it on, even where it was
+# ignored.
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
