@@ -18,10 +18,12 @@ from data_tools.manifest import (
     DATASET,
     MANIFEST_NAME,
     ClassEntry,
+    DatasetManifest,
     Manifest,
     Members,
     SourceList,
 )
+from data_tools.shard_check import read_shard
 from data_tools.sidecar import SIDECAR, Sidecar, statistics_of
 from data_tools.sources import ImageSource
 
@@ -78,6 +80,25 @@ class EncodingOutput:
         if index in self.missing and finished_sidecar(self.folder, index) is not None:
             del self.missing[index]
         return index not in self.missing
+
+    def restore_sidecars(self) -> None:
+        """Write lost sidecars again, of shards that are as dataset.json says.
+
+        Encoding such a shard again might give other bytes on another machine, and no run could
+        resume on the data any more.
+        """
+        try:
+            manifest = DatasetManifest.load(self.folder, check_shards=False)
+        except ConfigError:  # none yet, or damaged: it is written at the end
+            return
+        stated = {shard.name: shard for shard in manifest.shards}
+        for index in list(self.missing):
+            shard = stated.get(shard_name(index))
+            content = None if shard is None else read_shard(self.folder, shard, manifest)
+            if content is not None and not content.problems:
+                path = (self.folder / shard.name).with_suffix(".json")
+                write_json(path, Sidecar(shard, content.totals))
+                self.is_finished(index)
 
     @property
     def num_images_done(self) -> int:

@@ -222,6 +222,7 @@ class EncodingRun:
                 )
                 folder = EncodingOutput(self.output, settings)
                 folder.remove_leftovers(claims)
+                folder.restore_sidecars()
                 if folder.missing:
                     self._encode_missing(folder, claims)
                 manifest = folder.write_manifest(self.source, self.class_names)

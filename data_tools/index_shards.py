@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.files import MalformedError, replace_file
+from data_tools.findings import SETTINGS_NAME
 from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
 from data_tools.locations import Location, expand_braces, parse_location
 from data_tools.manifest import (
@@ -195,6 +196,11 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or location.folder
     if output is None:
         raise ConfigError("--output: say in which folder dataset.json and the indexes go.")
+    if (output / SETTINGS_NAME).exists():
+        raise ConfigError(
+            f"--output {output}: encode_latents.py made it, and its {MANIFEST_NAME} would be "
+            "replaced; train on the folder as it is, or give another --output."
+        )
     class_names = []
     if args.class_names is not None:
         try:

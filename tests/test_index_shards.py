@@ -253,3 +253,15 @@ def test_training_describes_indexed_tars_in_a_dry_run(tmp_path):
     )
     assert "8 samples, 2 shards, 0.00 GiB, latents 4x16x16 float32, 3 classes" in output
     assert json.loads((tmp_path / "tars" / MANIFEST_NAME).read_text())["num_samples"] == 8
+
+
+def test_the_description_of_a_data_set_of_ours_is_not_replaced(demo_latents):
+    before = (demo_latents / "dataset.json").read_bytes()
+
+    with pytest.raises(ConfigError, match="encode_latents.py made it, and its dataset.json would"):
+        main(
+            ["--input", f"{demo_latents}/00000.tar", "--array", "moments.npy", "--kind", "moments"]
+            + ["--output", str(demo_latents), "--vae", "data_tools/demo_vae"]
+        )
+
+    assert (demo_latents / "dataset.json").read_bytes() == before
