@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(REPOSITORY)
 
+from data_tools.encoding_changes import edited_sentence
 from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
@@ -66,6 +67,8 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     manifest = run.encode()
     skipped = [path for shard in manifest.shards for path in shard.skipped]
     run.say(f"{args.output}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    if run.edited:
+        run.say(edited_sentence(run.edited))
     if skipped:
         shown = ", ".join(skipped[:SKIPPED_SHOWN])
         more = ", ..." if len(skipped) > SKIPPED_SHOWN else ""

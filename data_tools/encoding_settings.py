@@ -137,7 +137,7 @@ def load_settings(output: Path) -> EncodingSettings | None:
 
 
 def begun_settings(
-    output: Path, settings: EncodingSettings, is_batch_free: bool
+    output: Path, settings: EncodingSettings, is_batch_free: bool, source: ImageSource
 ) -> EncodingSettings | None:
     """Return the settings of a folder that these may continue; None if it is new.
 
@@ -145,6 +145,7 @@ def begun_settings(
         output: may not exist yet.
         settings: of this command.
         is_batch_free: take over the folder's batch size.
+        source: the images of this command.
     """
     found = load_settings(output)
     if found is None:
@@ -163,12 +164,12 @@ def begun_settings(
             f"--output {output}: was begun with other settings: {', '.join(different)}; repeat the "
             "old flags and input, or give a new folder."
         )
-    num_other = sum(a != b for a, b in zip(found.sizes, settings.sizes, strict=False))
+    num_other = len(source.edited(found.sizes, settings.sizes))
     # Some may have been mended since, as --strict asks for; most of them are another set.
-    if 2 * num_other > len(settings.sizes):
+    if 2 * num_other > len(found.sizes):
         raise ConfigError(
             f"--output {output}: was begun with other images of the same names ({num_other} of "
-            f"{len(settings.sizes)} have other sizes); repeat the old input, or give a new folder."
+            f"{len(found.sizes)} have other sizes); repeat the old input, or give a new folder."
         )
     return found
 
@@ -177,6 +178,7 @@ def settle(
     output: Path,
     settings: EncodingSettings,
     is_batch_free: bool,
+    source: ImageSource,
     complete: Callable[[EncodingSettings], EncodingSettings],
     claims: Claims,
 ) -> EncodingSettings:
@@ -186,10 +188,11 @@ def settle(
         output: exists.
         settings: of this command.
         is_batch_free: take over the folder's batch size.
+        source: the images of this command.
         complete: chooses what is free, in the first process only.
         claims: of this process.
     """
-    while (found := begun_settings(output, settings, is_batch_free)) is None:
+    while (found := begun_settings(output, settings, is_batch_free, source)) is None:
         if not claims.take(SETTINGS_NAME):
             time.sleep(POLL_SEC)
             continue

@@ -39,6 +39,7 @@ from data_tools.manifest import (
     SourceList,
     VaeReference,
 )
+from data_tools.user_text import TextError, read_text
 from data_tools.vae import Vae, load_vae
 
 
@@ -190,8 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     class_names = []
     if args.class_names is not None:
         try:
-            class_names = args.class_names.read_text(encoding="utf-8").rstrip().split("\n")
-        except (OSError, UnicodeDecodeError) as err:
+            class_names = read_text(args.class_names).rstrip().split("\n")
+        except (OSError, TextError) as err:
             raise ConfigError(
                 f"--class-names {args.class_names}: is no text that can be read; give a file with "
                 "a line for each label."

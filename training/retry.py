@@ -21,6 +21,7 @@ import yaml
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
 from data_tools.files import MalformedError, from_json, write_json
+from data_tools.user_text import read_text
 from training.exit_codes import SAVED_EXIT_CODE
 
 PRESETS = Path(__file__).parent / "presets"
@@ -87,7 +88,7 @@ def run_dir_of(flags: list[str]) -> Path:
         return Path(given.run_dir)
     is_file = given.preset.endswith((".yaml", ".yml"))
     path = Path(given.preset) if is_file else PRESETS / f"{given.preset}.yaml"
-    return Path(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["run_dir"])
+    return Path(yaml.safe_load(read_text(path))["run"]["run_dir"])
 
 
 def newest_checkpoint(run_dir: Path) -> str:
