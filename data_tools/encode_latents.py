@@ -28,7 +28,8 @@ from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_error
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
-from data_tools.vae import DEFAULT_VAE, DEMO_VAE
+from data_tools.vae import DEMO_VAE
+from data_tools.vae_files import DEFAULT_VAE
 
 DEMO_LATENTS = REPOSITORY / "datasets" / "demo"
 DEFAULT_SIZE = 256

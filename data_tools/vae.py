@@ -1,4 +1,4 @@
-"""The image autoencoder: loading it from wherever it is, pixels to moments, latents to pixels.
+"""The image autoencoder: pixels to moments, latents to pixels, and what a manifest says of it.
 
 Raw pixels are uint8 (N, H, W, 3). Raw latents are the posterior's moments, mean | log-variance on
 the channel axis, unscaled. Final latents are what the model sees (models/latents.py).
@@ -7,30 +7,24 @@ the channel axis, unscaled. Final latents are what the model sees (models/latent
 import copy
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
 from data_tools.manifest import VaeReference
+from data_tools.vae_files import REPOSITORY, load_model
 from models.latents import vae_latents
 
 if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples
     from diffusers import AutoencoderKL
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_VAE = REPOSITORY / "data_tools" / "demo_vae"
-DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # the paper's, for images of 256 and 512 pixels
 DECODE_BATCH_SIZE = 16  # bounds the memory of decode_pixels; at 512 pixels about 16 GiB on a GPU
-_LOADING = {"use_safetensors": True, "low_cpu_mem_usage": False}  # True needs accelerate
 _PIXEL_CENTRE = 127.5  # uint8 0..255 to -1..1
 
 
@@ -73,12 +67,7 @@ def load_vae(
         expected_sha256: of the VAE that encoded the data, from its manifest; another VAE of the
             same shape would decode its latents into wrong pictures without any error.
     """
-    path = _find(source)
-    if path is None:
-        model, source_id = _from_hub(str(source)), str(source)
-    else:
-        model = _from_file(path) if path.is_file() else _from_folder(path)
-        source_id = _source_id(path)
+    model, source_id = load_model(source)
     model = model.float()
     config = model.config
     digest = _weights_sha256(model)
@@ -121,105 +110,6 @@ def load_decoder(
     if named is not None:
         return load_vae(named, device=device)
     return load_vae(reference.id, device=device, expected_sha256=reference.sha256)
-
-
-def _find(source: str | Path) -> Path | None:
-    """Locate a folder or file; None if `source` can only be a hub id."""
-    given = Path(source).expanduser()
-    for path in (given, REPOSITORY / given):
-        if path.exists():
-            return path.resolve()
-    text = str(source)
-    is_hub_id = text.count("/") == 1 and not text.startswith((".", "~", "/"))
-    if is_hub_id and given.suffix != ".safetensors":
-        return None
-    raise ConfigError(
-        f"--vae {source}: does not exist; give a diffusers folder, a .safetensors file, or a hub "
-        f"id such as {DEFAULT_VAE}."
-    )
-
-
-def _source_id(path: Path) -> str:
-    if path.is_relative_to(REPOSITORY):
-        return path.relative_to(REPOSITORY).as_posix()
-    return str(path)
-
-
-def _from_folder(folder: Path) -> "AutoencoderKL":
-    from diffusers import AutoencoderKL
-
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"  # a whole Stable Diffusion pipeline
-    _check_config(folder / "config.json")
-    try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True, **_LOADING)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as err:
-        raise ConfigError(
-            f"--vae {folder}: diffusers cannot load its weights ({_first_line(err)}); "
-            "fetch the folder again."
-        ) from err
-
-
-def _from_file(path: Path) -> "AutoencoderKL":
-    """Load one file, with the configuration beside it: a weight file states no scaling factor."""
-    from diffusers import AutoencoderKL
-
-    config = path.parent / "config.json"
-    if not config.is_file():
-        raise ConfigError(
-            f"--vae {path}: no config.json beside it, and weights tell no scaling factor; "
-            "put the VAE's config.json of the diffusers format into the same folder."
-        )
-    _check_config(config)
-    try:
-        model = AutoencoderKL.from_config(AutoencoderKL.load_config(path.parent))
-        weights = load_file(path)
-        if weights.keys() == model.state_dict().keys():
-            model.load_state_dict(weights)
-            return model
-        # The names of the original Stable Diffusion code; diffusers knows the translation.
-        return AutoencoderKL.from_single_file(
-            str(path), config=str(path.parent), local_files_only=True
-        )
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as err:
-        raise ConfigError(
-            f"--vae {path}: these are not the weights that {config} describes "
-            f"({_first_line(err)}); give the two files of one VAE."
-        ) from err
-
-
-def _from_hub(hub_id: str) -> "AutoencoderKL":
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.from_pretrained(hub_id, **_LOADING)
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as err:
-        raise ConfigError(
-            f"--vae {hub_id}: neither in the Hugging Face cache nor reachable "
-            f"({type(err).__name__}); on a machine with a network run 'hf download {hub_id} "
-            "--local-dir FOLDER', copy FOLDER here and pass --vae FOLDER."
-        ) from err
-
-
-def _check_config(path: Path) -> None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise ConfigError(
-            f"--vae {path.parent}: no config.json; give a folder that diffusers saved."
-        ) from err
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise ConfigError(f"--vae {path}: is not JSON ({err}); fetch the folder again.") from err
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    if name != "AutoencoderKL":
-        raise ConfigError(
-            f"--vae {path}: describes {name or 'no model'}, not an AutoencoderKL; "
-            "give the VAE's own folder."
-        )
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")
 
 
 def _weights_sha256(model: "AutoencoderKL") -> str:

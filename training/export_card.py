@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from data_tools.vae import DEMO_VAE, REPOSITORY
+from data_tools.vae import DEMO_VAE
+from data_tools.vae_files import REPOSITORY
 from models.switch_dit import MODEL_NAMES
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest
 from training.export_job import ExportJob
