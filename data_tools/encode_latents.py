@@ -70,6 +70,11 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     run.say(f"{args.output}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
     if run.edited:
         run.say(edited_sentence(run.edited))
+    if run.settings.vae.latents_mean != manifest.vae.latents_mean:
+        run.say(
+            f"latents_mean and latents_std of --vae {args.vae} are not used: this data set was "
+            "begun without them; a new --output uses them"
+        )
     if skipped:
         shown = ", ".join(skipped[:SKIPPED_SHOWN])
         more = ", ..." if len(skipped) > SKIPPED_SHOWN else ""

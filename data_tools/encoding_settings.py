@@ -30,6 +30,7 @@ from data_tools.vae import Vae
 SETTINGS_NAME = "encoding.json"
 CROP = "adm-center"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STATISTICS = ("vae.latents_mean", "vae.latents_std")
 POLL_SEC = 0.5  # between looks at what other processes do
 # A disk that is full, over quota, read-only or not ours: the user's to solve, not a bug.
 _DISK_ERRORS = {
@@ -104,7 +105,7 @@ def make_settings(
     side = size // vae.downsample
     return EncodingSettings(
         format_version=FORMAT_VERSION,
-        vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
+        vae=vae.reference,
         latent=LatentFormat(
             kind="moments",
             shape=[2 * vae.latent_channels, side, side],
@@ -158,7 +159,12 @@ def begun_settings(
     if is_batch_free:
         settings = dataclasses.replace(settings, batch_size=found.batch_size)
     old, new = _leaves(asdict(found)), _leaves(asdict(settings))
-    different = [f"{name} ({old[name]} -> {new[name]})" for name in new if old[name] != new[name]]
+    different = [
+        f"{name} ({old[name]} -> {new[name]})"
+        for name in new
+        # What was begun before a VAE's statistics were used is finished without them.
+        if old[name] != new[name] and not (name in _STATISTICS and not old[name])
+    ]
     if different:
         raise ConfigError(
             f"--output {output}: was begun with other settings: {', '.join(different)}; repeat the "

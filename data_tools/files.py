@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from io import FileIO
 from pathlib import Path
@@ -24,18 +24,29 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)  # slow, and a manifest has a hundred thousand parts
 
 
+@cache
+def _required(kind: type) -> frozenset[str]:
+    return frozenset(
+        field.name
+        for field in fields(kind)
+        if field.default is MISSING and field.default_factory is MISSING
+    )
+
+
 def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
-    """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors."""
+    """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors.
+
+    A key that is missing takes its field's default, if that has one.
+    """
     if kind in _PLAIN and type(value) is kind:
         return value
     if is_dataclass(kind):
-        hints = _hints(kind)
-        if not isinstance(value, dict) or value.keys() != hints.keys():
+        hints, required = _hints(kind), _required(kind)
+        if not isinstance(value, dict) or not required <= value.keys() <= hints.keys():
             given = set(value) if isinstance(value, dict) else set()
-            missing, unknown = sorted(set(hints) - given), sorted(given - set(hints))
+            missing, unknown = sorted(required - given), sorted(given - set(hints))
             raise MalformedError(f"{where} lacks {missing} and has the unknown {unknown}")
-        parts = {name: from_json(hints[name], value[name], name) for name in hints}
-        return kind(**parts)
+        return kind(**{name: from_json(hints[name], value[name], name) for name in value})
     if get_origin(kind) is list and isinstance(value, list):
         return [from_json(get_args(kind)[0], item, f"an item of {where}") for item in value]
     if get_origin(kind) is dict and isinstance(value, dict):

@@ -37,7 +37,6 @@ from data_tools.manifest import (
     Members,
     Shard,
     SourceList,
-    VaeReference,
 )
 from data_tools.user_text import TextError, read_text
 from data_tools.vae import Vae, load_vae
@@ -168,7 +167,7 @@ def describe(
             precision="unknown",
         ),
         members=Members(wanted.array, wanted.flip, wanted.label),
-        vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
+        vae=vae.reference,
         statistics=ChannelStatistics(mean.round(6).tolist(), std.round(6).tolist()),
         image=ImageFormat(size or first.shape[1] * vae.downsample, "unknown"),
         source=SourceList(num_samples, 0, ""),

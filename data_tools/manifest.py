@@ -8,7 +8,7 @@ C latent channels, H W latent size.
 import hashlib
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data_tools.errors import ConfigError
@@ -65,6 +65,13 @@ class VaeReference:
     sha256: str
     scaling_factor: float
     shift_factor: float
+    latents_mean: list[float] = field(default_factory=list)  # (C,); most VAEs have none
+    latents_std: list[float] = field(default_factory=list)
+
+    @property
+    def normalisation(self) -> tuple[float, float, list[float], list[float]]:
+        """The numbers between the VAE's latents and those that a model sees."""
+        return self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std
 
 
 @dataclass(frozen=True)
@@ -233,7 +240,12 @@ def content_hash(manifest: Manifest) -> str:
     """
     content = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
     del content["versions"], content["source"]
-    vae = {name: value for name, value in vars(manifest.vae).items() if name != "id"}
+    # A VAE without statistics: data sets of before there was room for them keep their hash.
+    vae = {
+        name: value
+        for name, value in vars(manifest.vae).items()
+        if name != "id" and (value or name not in ("latents_mean", "latents_std"))
+    }
     classes = [
         {name: value for name, value in vars(entry).items() if name != "name"}
         for entry in manifest.classes
@@ -269,6 +281,8 @@ def _check_consistent(manifest: Manifest) -> None:
     latent, shape = manifest.latent, manifest.latent.shape
     if latent.kind not in ("moments", "latents"):
         raise MalformedError(f"latent.kind is {latent.kind!r}, not moments or latents")
+    if len(manifest.vae.latents_mean) != len(manifest.vae.latents_std):
+        raise MalformedError("vae.latents_mean and vae.latents_std have different lengths")
     if latent.dtype not in ("float16", "float32"):
         raise MalformedError(f"latent.dtype is {latent.dtype!r}, not float16 or float32")
     if len(shape) != 3 or min(shape) < 1 or (latent.kind == "moments" and shape[0] % 2):

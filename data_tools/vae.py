@@ -7,9 +7,10 @@ the channel axis, unscaled. Final latents are what the model sees (models/latent
 import copy
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from data_tools.manifest import VaeReference
 from data_tools.vae_files import REPOSITORY, load_model
-from models.latents import vae_latents
+from models.latents import scale_and_shift, vae_latents
 
 if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples
     from diffusers import AutoencoderKL
@@ -38,6 +39,8 @@ class Vae:
         sha256: of the weights (names, shapes and fp32 values), whatever file they came from.
         scaling_factor: final = (latent - shift_factor) * scaling_factor.
         shift_factor: 0 where the VAE's configuration has none.
+        latents_mean: (C,), which replaces shift_factor; empty where the configuration has none.
+        latents_std: (C,), by which final latents are divided; likewise.
         latent_channels: C.
         downsample: image side over latent side.
     """
@@ -49,6 +52,30 @@ class Vae:
     shift_factor: float
     latent_channels: int
     downsample: int
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
+
+    @property
+    def reference(self) -> VaeReference:
+        """What a manifest says of it."""
+        return VaeReference(
+            self.source_id,
+            self.sha256,
+            self.scaling_factor,
+            self.shift_factor,
+            list(self.latents_mean),
+            list(self.latents_std),
+        )
+
+    def scale_and_shift(self, device: torch.device | str) -> tuple[float | Tensor, float | Tensor]:
+        """Return what normalises its latents, see models/latents.py."""
+        return scale_and_shift(
+            self.scaling_factor,
+            self.shift_factor,
+            self.latents_mean,
+            self.latents_std,
+            device,
+        )
 
 
 def load_vae(
@@ -86,7 +113,29 @@ def load_vae(
         float(config.get("shift_factor") or 0.0),
         int(config.latent_channels),
         2 ** (len(config.block_out_channels) - 1),
+        *_statistics(source, config),
     )
+
+
+def _statistics(
+    source: str | Path, config: Mapping[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return latents_mean and latents_std of a VAE's configuration, both empty or both (C,)."""
+    mean, std = (config.get(name) or () for name in ("latents_mean", "latents_std"))
+    if not mean and not std:
+        return (), ()
+    if len(mean) != config["latent_channels"] or len(std) != len(mean) or min(std) <= 0:
+        raise ConfigError(
+            f"--vae {source}: latents_mean {list(mean)} and latents_std {list(std)} of its "
+            f"config.json are not {config['latent_channels']} numbers each, the latter positive; "
+            "give both or neither."
+        )
+    if config.get("shift_factor"):
+        raise ConfigError(
+            f"--vae {source}: its config.json has a shift_factor ({config['shift_factor']}) and "
+            "latents_mean, which both shift the latents; leave one of them out."
+        )
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def with_dtype(vae: Vae, dtype: torch.dtype) -> Vae:
@@ -108,8 +157,24 @@ def load_decoder(
         device: where it goes.
     """
     if named is not None:
-        return load_vae(named, device=device)
-    return load_vae(reference.id, device=device, expected_sha256=reference.sha256)
+        vae = load_vae(named, device=device)
+    else:
+        vae = load_vae(reference.id, device=device, expected_sha256=reference.sha256)
+    # What the model learned decides, and not what this VAE's configuration says.
+    scaling_factor, shift_factor, mean, std = reference.normalisation
+    vae.model.register_to_config(
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor or None,
+        latents_mean=mean or None,
+        latents_std=std or None,
+    )
+    return dataclasses.replace(
+        vae,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        latents_mean=tuple(mean),
+        latents_std=tuple(std),
+    )
 
 
 def _weights_sha256(model: "AutoencoderKL") -> str:
@@ -156,7 +221,7 @@ def decode_pixels(vae: Vae, final_latents: Tensor) -> np.ndarray:
     parameter = next(vae.model.parameters())
     pictures = []
     for part in final_latents.split(DECODE_BATCH_SIZE):
-        latents = vae_latents(part.float(), vae.scaling_factor, vae.shift_factor)
+        latents = vae_latents(part.float(), *vae.scale_and_shift(part.device))
         decoded = vae.model.decode(latents.to(parameter)).sample.float()
         pixels = ((decoded + 1) * _PIXEL_CENTRE).round().clamp(0, 255).to(torch.uint8)
         pictures.append(pixels.permute(0, 2, 3, 1).cpu().numpy())

@@ -187,6 +187,10 @@ def describe_latents(job: ExportJob) -> dict[str, Any]:
         "shape": job.config.model.latent_shape,
         "scaling_factor": vae.scaling_factor,
         "shift_factor": vae.shift_factor,
-        "rule": "final = (latent - shift_factor) * scaling_factor",
+        "latents_mean": vae.latents_mean,
+        "latents_std": vae.latents_std,
+        "rule": "final = (latent - latents_mean) * scaling_factor / latents_std"
+        if vae.latents_mean
+        else "final = (latent - shift_factor) * scaling_factor",
         "vae": {"id": vae.id, "sha256": vae.sha256},
     }
