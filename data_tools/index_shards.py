@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.files import MalformedError, from_json, replace_file, write_json
 from data_tools.indexing import ScannedShard, Wanted, scan
 from data_tools.locations import Location, expand_braces, parse_location
@@ -202,6 +203,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"--class-names {args.class_names}: line {class_names.index('') + 1} is empty; "
                 "give a line for each label from 0 on."
             )
+    for name in names if location.folder is not None else ():
+        refuse_lfs_pointer("--input", location.folder / name)
     vae = load_vae(args.vae)
     label = "" if args.label == "none" else args.label
     wanted = Wanted(args.array, args.flip, label, args.kind)

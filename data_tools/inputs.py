@@ -42,6 +42,8 @@ def open_source(text: str, cache: Path | None = None) -> ImageSource:
     if is_saved:
         source = open_saved_dataset(path)
     elif tars:
+        for tar in tars:
+            refuse_lfs_pointer("--input", tar)
         source = open_tars(text, tars, cache)
     elif is_list:
         source = read_list(path)

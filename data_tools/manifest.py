@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data_tools.errors import ConfigError
+from data_tools.file_kinds import LFS_REASON, is_lfs_pointer, refuse_lfs_pointer
 from data_tools.files import MalformedError, from_json
 from data_tools.records import IndexedLayout, RecordLayout
 
@@ -255,6 +256,8 @@ def content_hash(manifest: Manifest) -> str:
 
 
 def _parse(path: str, text: bytes) -> Manifest:
+    if is_lfs_pointer(text):
+        raise ConfigError(f"{path}: {LFS_REASON}.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as err:
@@ -325,6 +328,7 @@ def _check_shard(path: Path, shard: Shard) -> None:
     except FileNotFoundError:
         found, is_good = "is missing", False
     if not is_good:
+        refuse_lfs_pointer("--data", path)
         raise ConfigError(
             f"{path}: {found}, {MANIFEST_NAME} says {shard.bytes} bytes; copy the shard again, or "
             f"delete {MANIFEST_NAME} and run {_ENCODE} with the same flags again."
