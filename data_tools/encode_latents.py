@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(REPOSITORY)
 
+from data_tools.encoding_changes import edited_sentence
 from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.entry_point import enter, is_reporter
@@ -27,7 +28,8 @@ from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.paths import typed_path, typed_text
-from data_tools.vae import DEFAULT_VAE, DEMO_VAE
+from data_tools.vae import DEMO_VAE
+from data_tools.vae_files import DEFAULT_VAE
 
 DEMO_LATENTS = REPOSITORY / "datasets" / "demo"
 DEFAULT_SIZE = 256
@@ -64,6 +66,13 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     manifest = run.encode()
     skipped = [path for shard in manifest.shards for path in shard.skipped]
     run.say(f"{args.output}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    if run.edited:
+        run.say(edited_sentence(run.edited))
+    if run.settings.vae.latents_mean != manifest.vae.latents_mean:
+        run.say(
+            f"latents_mean and latents_std of --vae {args.vae} are not used: this data set was "
+            "begun without them; a new --output uses them"
+        )
     if skipped:
         shown = ", ".join(skipped[:SKIPPED_SHOWN])
         more = ", ..." if len(skipped) > SKIPPED_SHOWN else ""

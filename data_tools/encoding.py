@@ -42,7 +42,7 @@ from data_tools.sidecar import SIDECAR, ShardTotals, Sidecar, add_samples
 from data_tools.sources import ImageSource
 from data_tools.vae import Vae, tensor_moments
 
-_SPLIT = 3  # key of the permutation that deals images to shards
+SPLIT = 3  # key of the permutation that deals images to shards
 _WRITTEN_BEHIND = 2  # batches encoded and not written yet, per shard
 _READ_AHEAD = 2  # batches, at least; and at least two images per reading thread
 _OPEN_SHARDS = 2  # one is being flushed to the disk while the next one is filled
@@ -123,7 +123,7 @@ class ShardEncoder:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # whose stream the events below are recorded in
         self.clock, self.wall_sec = BusyClock(self.device), 0.0
-        order = permutation(len(source), settings.seed, _SPLIT)
+        order = permutation(len(source), settings.seed, SPLIT)
         self.order = order.astype(np.uint32)  # half the memory
 
     @property

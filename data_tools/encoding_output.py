@@ -97,7 +97,7 @@ class EncodingOutput:
             content = None if shard is None else read_shard(self.folder, shard, manifest)
             if content is not None and not content.problems:
                 path = (self.folder / shard.name).with_suffix(".json")
-                write_json(path, Sidecar(shard, content.totals))
+                SIDECAR.write(path, Sidecar(shard, content.totals))
                 self.is_finished(index)
 
     @property

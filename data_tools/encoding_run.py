@@ -14,6 +14,7 @@ import torch
 
 from data_tools.claims import Claims
 from data_tools.encoding import ShardEncoder
+from data_tools.encoding_changes import check_files_exist, edited_images, finished_before
 from data_tools.encoding_output import CLAIMS_NAME, INDEXES_NAME, EncodingOutput, claim_name
 from data_tools.encoding_progress import Progress, duration
 from data_tools.encoding_settings import (
@@ -130,7 +131,13 @@ class EncodingRun:
             precision=precision,
         )
         with disk_errors_as_config_errors(output):
-            self.begun = begun_settings(output, self.settings, self.is_batch_free)
+            self.begun = begun_settings(output, self.settings, self.is_batch_free, self.source)
+        sizes = self.settings.sizes
+        if self.begun is None:
+            check_files_exist(self.source, sizes)
+            self.edited = []
+        else:
+            self.edited = edited_images(output, self.begun, self.source, sizes)
 
     def say(self, text: str) -> None:
         """Print, where anybody wants to read it."""
@@ -214,11 +221,17 @@ class EncodingRun:
             if self.begun is not None:
                 folder = EncodingOutput(self.output, self.begun)
                 if not folder.missing and (self.output / MANIFEST_NAME).exists():
+                    self.say(finished_before(self.begun, self.source))
                     return folder.write_manifest(self.source, self.class_names)
             self.output.mkdir(parents=True, exist_ok=True)
             with Claims(self.output / CLAIMS_NAME) as claims:
                 settings = settle(
-                    self.output, self.settings, self.is_batch_free, self.complete, claims
+                    self.output,
+                    self.settings,
+                    self.is_batch_free,
+                    self.source,
+                    self.complete,
+                    claims,
                 )
                 folder = EncodingOutput(self.output, settings)
                 folder.remove_leftovers(claims)

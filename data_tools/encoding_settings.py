@@ -30,6 +30,7 @@ from data_tools.vae import Vae
 SETTINGS_NAME = "encoding.json"
 CROP = "adm-center"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STATISTICS = ("vae.latents_mean", "vae.latents_std")
 POLL_SEC = 0.5  # between looks at what other processes do
 # A disk that is full, over quota, read-only or not ours: the user's to solve, not a bug.
 _DISK_ERRORS = {
@@ -75,7 +76,7 @@ class EncodingSettings:
         return min(self.shard_size, self.num_files - index * self.shard_size)
 
 
-SETTINGS = Format(newest=2, base=2, oldest=2, kind=EncodingSettings)
+SETTINGS = Format(newest=3, base=2, oldest=2, kind=EncodingSettings)
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def make_settings(
     """Collect the settings of a run."""
     side = size // vae.downsample
     return EncodingSettings(
-        vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
+        vae=vae.reference,
         latent=LatentFormat(
             kind="moments",
             shape=[2 * vae.latent_channels, side, side],
@@ -139,7 +140,7 @@ def load_settings(output: Path) -> EncodingSettings | None:
 
 
 def begun_settings(
-    output: Path, settings: EncodingSettings, is_batch_free: bool
+    output: Path, settings: EncodingSettings, is_batch_free: bool, source: ImageSource
 ) -> EncodingSettings | None:
     """Return the settings of a folder that these may continue; None if it is new.
 
@@ -147,6 +148,7 @@ def begun_settings(
         output: may not exist yet.
         settings: of this command.
         is_batch_free: take over the folder's batch size.
+        source: the images of this command.
     """
     DATASET.refuse_newer(output / MANIFEST_NAME)  # before hours of work that would replace it
     found = load_settings(output)
@@ -160,18 +162,23 @@ def begun_settings(
     if is_batch_free:
         settings = dataclasses.replace(settings, batch_size=found.batch_size)
     old, new = _leaves(asdict(found)), _leaves(asdict(settings))
-    different = [f"{name} ({old[name]} -> {new[name]})" for name in new if old[name] != new[name]]
+    different = [
+        f"{name} ({old[name]} -> {new[name]})"
+        for name in new
+        # What was begun before a VAE's statistics were used is finished without them.
+        if old[name] != new[name] and not (name in _STATISTICS and not old[name])
+    ]
     if different:
         raise ConfigError(
             f"--output {output}: was begun with other settings: {', '.join(different)}; repeat the "
             "old flags and input, or give a new folder."
         )
-    num_other = sum(a != b for a, b in zip(found.sizes, settings.sizes, strict=False))
+    num_other = len(source.edited(found.sizes, settings.sizes))
     # Some may have been mended since, as --strict asks for; most of them are another set.
-    if 2 * num_other > len(settings.sizes):
+    if 2 * num_other > len(found.sizes):
         raise ConfigError(
             f"--output {output}: was begun with other images of the same names ({num_other} of "
-            f"{len(settings.sizes)} have other sizes); repeat the old input, or give a new folder."
+            f"{len(found.sizes)} have other sizes); repeat the old input, or give a new folder."
         )
     return found
 
@@ -180,6 +187,7 @@ def settle(
     output: Path,
     settings: EncodingSettings,
     is_batch_free: bool,
+    source: ImageSource,
     complete: Callable[[EncodingSettings], EncodingSettings],
     claims: Claims,
 ) -> EncodingSettings:
@@ -189,10 +197,11 @@ def settle(
         output: exists.
         settings: of this command.
         is_batch_free: take over the folder's batch size.
+        source: the images of this command.
         complete: chooses what is free, in the first process only.
         claims: of this process.
     """
-    while (found := begun_settings(output, settings, is_batch_free)) is None:
+    while (found := begun_settings(output, settings, is_batch_free, source)) is None:
         if not claims.take(SETTINGS_NAME):
             time.sleep(POLL_SEC)
             continue

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.files import MalformedError, replace_file
 from data_tools.findings import SETTINGS_NAME
 from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
@@ -38,9 +39,9 @@ from data_tools.manifest import (
     Members,
     Shard,
     SourceList,
-    VaeReference,
 )
 from data_tools.paths import typed_path, typed_text
+from data_tools.user_text import TextError, read_text
 from data_tools.vae import Vae, load_vae
 
 
@@ -176,7 +177,7 @@ def describe(
             precision="unknown",
         ),
         members=Members(wanted.array, wanted.flip, wanted.label),
-        vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
+        vae=vae.reference,
         statistics=ChannelStatistics(mean.round(6).tolist(), std.round(6).tolist()),
         image=ImageFormat(size or first.shape[1] * vae.downsample, "unknown"),
         source=SourceList(num_samples, 0, ""),
@@ -204,8 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     class_names = []
     if args.class_names is not None:
         try:
-            class_names = args.class_names.read_text(encoding="utf-8").rstrip().split("\n")
-        except (OSError, UnicodeDecodeError) as err:
+            class_names = read_text(args.class_names).rstrip().split("\n")
+        except (OSError, TextError) as err:
             raise ConfigError(
                 f"--class-names {args.class_names}: is no text that can be read; give a file with "
                 "a line for each label."
@@ -216,6 +217,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"--class-names {args.class_names}: line {class_names.index('') + 1} is empty; "
                 "give a line for each label from 0 on."
             )
+    for name in names if location.folder is not None else ():
+        refuse_lfs_pointer("--input", location.folder / name)
     vae = load_vae(args.vae)
     DATASET.refuse_newer(output / MANIFEST_NAME)
     label = "" if args.label == "none" else args.label

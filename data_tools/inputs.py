@@ -7,12 +7,16 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from data_tools.errors import ConfigError
+from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.huggingface_source import is_saved_dataset, open_saved_dataset
+from data_tools.image_list import read_list
 from data_tools.records import KEY_DIGITS
-from data_tools.sources import ImageClass, ImageSource, read_list, scan_folder
+from data_tools.sources import ImageClass, ImageSource, scan_folder
 from data_tools.tar_source import open_tars
+from data_tools.user_text import read_text
 
 _LIST_SUFFIXES = (".txt", ".tsv")
+_TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".xls", ".xlsx")
 
 
 def open_source(text: str, cache: Path | None = None) -> ImageSource:
@@ -38,9 +42,16 @@ def open_source(text: str, cache: Path | None = None) -> ImageSource:
     if is_saved:
         source = open_saved_dataset(path)
     elif tars:
+        for tar in tars:
+            refuse_lfs_pointer("--input", tar)
         source = open_tars(text, tars, cache)
     elif is_list:
         source = read_list(path)
+    elif path.is_file() and path.suffix.lower() in _TABLE_SUFFIXES:
+        raise ConfigError(
+            f"--input {text}: a {path.suffix} file is no list of images; write a .tsv file with a "
+            "path, a tab and a class in each line, without a line of headings."
+        )
     else:
         source = _scan_images(path)
     if len(source) > 10**KEY_DIGITS:
@@ -55,8 +66,10 @@ def _scan_images(folder: Path) -> ImageSource:
     try:
         return scan_folder(folder, "--input")
     except ConfigError as err:
-        if not any(folder.glob("*.parquet")) and not any(folder.glob("data/*.parquet")):
+        tables = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
+        if not tables:
             raise
+        refuse_lfs_pointer("--input", min(tables))
         # Parquet, the hub's format, is compressed in blocks: no single image can be read from it.
         raise ConfigError(
             f"--input {folder}: holds Parquet files; write them to disk as Arrow once, with "
@@ -93,7 +106,7 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
         id and name for the manifest, by the input's id.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         pairs = json.loads(text) if path.suffix == ".json" else _from_lines(text)
     except OSError as err:
         raise ConfigError(

@@ -75,10 +75,15 @@ def page(manifest: DatasetManifest) -> str:
     latent, vae, per_shard = manifest.latent, manifest.vae, facts["samples_per_shard"]
     size = manifest.image.size
     shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
-    scaled = [value * vae.scaling_factor for value in manifest.statistics.std]
+    stds = vae.latents_std or [1.0] * len(manifest.statistics.std)
+    scaled = [
+        value * vae.scaling_factor / std
+        for value, std in zip(manifest.statistics.std, stds, strict=True)
+    ]
     mirrored = "with" if latent.flip else "without"
     steps = facts["steps_per_epoch"][str(BATCH_SIZE)]
     shift = f", shift {vae.shift_factor:g}" if vae.shift_factor else ""
+    shift += ", latents_mean and latents_std" if vae.latents_mean else ""
     spread = (
         f"{per_shard['max']}"
         if per_shard["min"] == per_shard["max"]

@@ -8,11 +8,12 @@ C latent channels, H W latent size.
 import hashlib
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError
+from data_tools.file_kinds import LFS_REASON, is_lfs_pointer, refuse_lfs_pointer
+from data_tools.files import SINCE, MalformedError
 from data_tools.formats import FORMAT_KEY, Format, said
 from data_tools.paths import absence
 from data_tools.records import IndexedLayout, RecordLayout
@@ -69,6 +70,14 @@ class VaeReference:
     sha256: str
     scaling_factor: float
     shift_factor: float
+    # (C,); most VAEs have none.
+    latents_mean: list[float] = field(default_factory=list, metadata={SINCE: 3})
+    latents_std: list[float] = field(default_factory=list, metadata={SINCE: 3})
+
+    @property
+    def normalisation(self) -> tuple[float, float, list[float], list[float]]:
+        """The numbers between the VAE's latents and those that a model sees."""
+        return self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std
 
 
 @dataclass(frozen=True)
@@ -253,6 +262,8 @@ def content_hash(manifest: Manifest) -> str:
 
 def _parse(path: str, text: bytes) -> Manifest:
     advice = f"copy it again, or have it written anew from the shards by {_VERIFY} --repair"
+    if is_lfs_pointer(text):
+        raise ConfigError(f"{path}: {LFS_REASON}.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as err:
@@ -269,6 +280,8 @@ def _check_consistent(manifest: Manifest) -> None:
     latent, shape = manifest.latent, manifest.latent.shape
     if latent.kind not in ("moments", "latents"):
         raise MalformedError(f"latent.kind is {latent.kind!r}, not moments or latents")
+    if len(manifest.vae.latents_mean) != len(manifest.vae.latents_std):
+        raise MalformedError("vae.latents_mean and vae.latents_std have different lengths")
     if latent.dtype not in ("float16", "float32"):
         raise MalformedError(f"latent.dtype is {latent.dtype!r}, not float16 or float32")
     if len(shape) != 3 or min(shape) < 1 or (latent.kind == "moments" and shape[0] % 2):
@@ -311,6 +324,7 @@ def _check_shard(path: Path, shard: Shard) -> None:
     except FileNotFoundError:
         found, is_good = "is missing", False
     if not is_good:
+        refuse_lfs_pointer("--data", path)
         raise ConfigError(
             f"{path}: {found}, {MANIFEST_NAME} says {shard.bytes} bytes; copy the shard again, or "
             f"have it made again by {_VERIFY} --repair."

@@ -264,7 +264,7 @@ def _check_agreement(
         "dtype": lambda m: m.latent.dtype,
         "mirrored images": lambda m: m.latent.flip,
         "VAE's sha256": lambda m: m.vae.sha256[:12],
-        "VAE's scaling and shift": lambda m: (m.vae.scaling_factor, m.vae.shift_factor),
+        "VAE's scaling and shift": lambda m: m.vae.normalisation,
         "has classes": lambda m: m.num_classes > 0,
     }
     for name, get in compared.items():

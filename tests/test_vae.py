@@ -195,7 +195,7 @@ def no_weights(folder):
         (broken_config, "vae", "config.json: is not JSON ("),
         (other_model, "vae", "describes UNet2DModel, not an AutoencoderKL; give the VAE's own"),
         (cut_weights, "vae", "diffusers cannot load its weights ("),
-        (no_weights, "vae", "diffusers cannot load its weights ("),
+        (no_weights, "vae", f"has no weights ({WEIGHTS}); fetch the folder again."),
         (no_config, f"vae/{WEIGHTS}", "no config.json beside it, and weights tell no scaling fa"),
         (cut_weights, f"vae/{WEIGHTS}", "these are not the weights that "),
         (no_weights, f"vae/{WEIGHTS}", f"{WEIGHTS}: does not exist; give a diffusers folder, "),

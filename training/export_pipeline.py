@@ -11,7 +11,7 @@ import torch
 
 from data_tools.errors import ConfigError
 from data_tools.files import as_json
-from data_tools.vae import REPOSITORY
+from data_tools.vae_files import REPOSITORY
 from models.merged import merge_experts
 from models.sampler import visited_timesteps
 from training.engine import model_arguments
@@ -187,6 +187,10 @@ def describe_latents(job: ExportJob) -> dict[str, Any]:
         "shape": job.config.model.latent_shape,
         "scaling_factor": vae.scaling_factor,
         "shift_factor": vae.shift_factor,
-        "rule": "final = (latent - shift_factor) * scaling_factor",
+        "latents_mean": vae.latents_mean,
+        "latents_std": vae.latents_std,
+        "rule": "final = (latent - latents_mean) * scaling_factor / latents_std"
+        if vae.latents_mean
+        else "final = (latent - shift_factor) * scaling_factor",
         "vae": {"id": vae.id, "sha256": vae.sha256},
     }

@@ -9,6 +9,7 @@ import yaml
 
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
+from data_tools.user_text import TextError, read_text
 from training.config import CONFIG, Config, config_from_dict
 from training.option import did_you_mean
 from training.run_location import PRESET_FOLDER, preset_file
@@ -48,10 +49,10 @@ def load_preset(name_or_path: str) -> Config:
             f"--preset: unknown preset '{name_or_path}'{did_you_mean(name_or_path, names)}"
         )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        values = yaml.load(read_text(path), Loader=_StrictLoader)
     except OSError as err:
         raise ConfigError(f"--preset {name_or_path}: {err.strerror}; give a YAML file.") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
+    except (yaml.YAMLError, TextError) as err:
         reason = " ".join(str(err).split())
         raise ConfigError(f"--preset {name_or_path} is not valid YAML: {reason}.") from err
     try:

@@ -24,6 +24,7 @@ from data_tools.files import FIRST, MalformedError
 from data_tools.formats import Format
 from data_tools.launcher import batch_job
 from data_tools.paths import expand
+from data_tools.user_text import read_text
 from training import run_location as location
 from training.exit_codes import SAVED_EXIT_CODE
 from training.run_location import preset_file
@@ -93,7 +94,7 @@ def run_dir_of(flags: list[str]) -> Path:
     if given.run_dir is not None:
         return Path(expand(given.run_dir, "--run-dir"))
     path = preset_file(given.preset)
-    said = yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["run_dir"]
+    said = yaml.safe_load(read_text(path))["run"]["run_dir"]
     return Path(expand(location.run_dir_of(path, said), given.preset))
 
 

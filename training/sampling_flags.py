@@ -241,6 +241,5 @@ def _class_names(manifest: DatasetManifest) -> dict[int, str]:
     return {entry.index: entry.name for entry in manifest.classes}
 
 
-def _latent_space(manifest: DatasetManifest) -> tuple[str, float, float]:
-    vae = manifest.vae
-    return vae.sha256[:12], vae.scaling_factor, vae.shift_factor
+def _latent_space(manifest: DatasetManifest) -> tuple[object, ...]:
+    return manifest.vae.sha256[:12], *manifest.vae.normalisation

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
+from data_tools.file_kinds import refuse_lfs_pointer
 from models.switch_dit import SwitchDiT
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
@@ -162,6 +163,7 @@ def check_weights(path: Path, config: Config) -> None:
         wanted = {name: list(p.shape) for name, p in build_model(config).named_parameters()}
     if not path.is_file():
         raise ConfigError(f"--weights {path}: there is no such file; give a .safetensors file.")
+    refuse_lfs_pointer("--weights", path)
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
