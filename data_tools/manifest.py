@@ -238,7 +238,8 @@ def content_hash(manifest: Manifest) -> str:
     """Return the sha256 of all that decides what training reads.
 
     Where the VAE was found, which tools wrote the files, what was left out and what people call a
-    class do not count: a data set that was copied or encoded again with newer tools to the same bytes is the same.
+    class do not count: a data set that was copied, or encoded again with newer tools to the same
+    bytes, is the same.
     """
     content = {item.name: getattr(manifest, item.name) for item in fields(Manifest)}
     del content["versions"], content["source"], content["left_out"]

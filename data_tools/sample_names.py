@@ -8,6 +8,7 @@ import re
 
 from data_tools.images import IMAGE_SUFFIXES
 
+HIDDEN_KIND = "hidden"  # as one kind of what is left out
 # Folders that systems put between people's files.
 _JUNK_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -57,3 +58,10 @@ def kind_of(name: str) -> str:
     """Name the kind of a file that is not used: its suffix, where it has one."""
     suffix = split_last(name)[1]
     return f".{suffix}" if _SUFFIX.fullmatch(suffix) else "files without a suffix"
+
+
+def is_hidden_path(name: str) -> bool:
+    """Tell whether any part of a path is_hidden; quick for the usual names."""
+    return (name[0:1] == "." or "/" in name or name in _JUNK_FOLDERS) and any(
+        map(is_hidden, name.split("/"))
+    )

@@ -65,9 +65,7 @@ def walk_samples(file: BinaryIO, members: Members, latent: LatentFormat) -> Iter
         raise DamagedRecordError(str(err).rpartition("; ")[0]) from err
 
 
-def _sample(
-    file: BinaryIO, sample: TarParts, members: Members, latent: LatentFormat
-) -> TarSample:
+def _sample(file: BinaryIO, sample: TarParts, members: Members, latent: LatentFormat) -> TarSample:
     shown, parts = sample.key[:_SHOWN_NAME], sample.by_suffix
     array_offset, values = _array(file, parts[members.array], shown, latent)
     flip_offset = -1
