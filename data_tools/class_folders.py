@@ -2,6 +2,7 @@
 
 import os
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,40 +70,41 @@ class ClassFolders:
         """Return the folders at the top of the input that hold images, at any depth."""
         return {name.partition(b"/")[0] for name in self._place_of}
 
-    def classes(self, text: str, flag: str) -> Classes:
+    def classes(self, where: str, split_advice: Callable[[str], str]) -> Classes:
         """Number the classes: in the order of their names, numbers in the order of numbers.
 
         Args:
-            text: the input as typed.
-            flag: the option that named it.
+            where: the flag and the input, for messages.
+            split_advice: what to do if the folders are called train and test, for one of them.
         """
         members = np.frombuffer(self._members, np.int32)
         if self.num_loose == len(members) or self.reading.class_from == "none":
             return Classes(np.zeros(len(members), np.int32))
         ids = [name.decode("utf-8", "backslashreplace") for name in self._place_of]
         if not self.reading.class_from:
-            self._refuse_splits(text, flag, ids)
+            self._refuse_splits(where, split_advice, ids)
         if self.reading.class_from == "path":
             ids = _without_common_folders(ids)
         notes = []
         if not self.reading.class_from and not self._num_direct:
             notes.append(
-                f"{_named(sorted(ids))}; the folders in {'it' if len(ids) == 1 else 'them'} are "
-                "not classes of their own, --class-from path makes them classes"
+                f"{_named(sorted(ids))}: the folders in {'it' if len(ids) == 1 else 'them'} are "
+                "not classes, add --class-from path if they should be"
             )
         former = None
         if not all(name.isascii() and name.isdigit() for name in ids):
             return Classes(*classes_of(ids, members), former, notes)
-        labels, classes = classes_of(ids, members, order=[(int(name), name) for name in ids])
+        numbers = [name.lstrip("0") for name in ids]
+        order = [(len(number), number, name) for number, name in zip(numbers, ids, strict=True)]
+        labels, classes = classes_of(ids, members, order)
         text_order = classes_of(ids, members)
         if (labels != text_order[0]).any():
             former = text_order
-        odd = next((entry for entry in classes if int(entry.id) != entry.index), None)
-        if odd is not None:
-            notes.append(f"the folder {odd.id} is class {odd.index}: classes count from 0")
+        if difference := number_difference(classes):
+            notes.append(f"{difference}: classes count from 0, without gaps")
         return Classes(labels, classes, former, notes)
 
-    def _refuse_splits(self, text: str, flag: str, ids: list[str]) -> None:
+    def _refuse_splits(self, where: str, advice: Callable[[str], str], ids: list[str]) -> None:
         """Refuse the folders of a training and a test set as classes."""
         if not _SPLITS.issuperset(name.lower() for name in ids):
             return
@@ -110,10 +112,17 @@ class ClassFolders:
             return  # pictures of trains
         verb = "class would be called" if len(ids) == 1 else "classes would be called"
         raise ConfigError(
-            f"{flag} {text}: its {verb} {' and '.join(sorted(ids))}, which are parts of a data set "
-            f"and no classes; give {flag} {text.rstrip('/')}/{sorted(ids)[0]}, or --class-from "
-            "folder if they are classes, --class-from path for the folders in them."
+            f"{where}: its {verb} {' and '.join(sorted(ids))}, as parts of a data set are called; "
+            f"{advice(min(ids))}, or add --class-from folder if they are classes."
         )
+
+
+def number_difference(classes: tuple[ImageClass, ...]) -> str:
+    """Name the first class of numbers whose folder has another number; "": all have the same."""
+    for entry in classes:
+        if (entry.id.lstrip("0") or "0") != str(entry.index):
+            return f"the folder {entry.id} is class {entry.index}"
+    return ""
 
 
 def _named(ids: list[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from data_tools.claims import Claims
+from data_tools.class_folders import number_difference
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, from_json, write_json_once
 from data_tools.manifest import (
@@ -188,10 +189,9 @@ def as_begun(output: Path, source: ImageSource) -> ImageSource:
     former = source.with_former_labels()
     if former.fingerprint() != found.source:
         return source
-    odd = next(entry for entry in former.classes if int(entry.id) != entry.index)
     former.notes = [
         "goes on with the classes as they were numbered when the encoding began, in the order of "
-        f"text: the folder {odd.id} is class {odd.index}"
+        f"text: {number_difference(former.classes)}"
     ]
     return former
 

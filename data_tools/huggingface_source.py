@@ -171,8 +171,8 @@ def _unused(found: "datasets.Dataset", others: dict[str, Any]) -> list[str]:
     if not parts:
         return []
     return [
-        f"no classes: the columns {', '.join(parts)} are not used; if one holds classes, add "
-        "--label-column NAME"
+        f"columns that are not used: {', '.join(parts)}; add --label-column NAME if one holds "
+        "classes"
     ]
 
 

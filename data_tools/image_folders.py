@@ -4,6 +4,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,64 @@ from data_tools.errors import ConfigError
 from data_tools.images import IMAGE_SUFFIXES
 from data_tools.left_out import Tally, sentence
 from data_tools.reading import Reading
-from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of
+from data_tools.sample_names import (
+    HIDDEN_KIND,
+    companion_key,
+    is_hidden,
+    kind_of,
+    split_last,
+    split_name,
+)
 from data_tools.sources import MAX_CLASSES, FileSource, Names, numbered_classes
 
 LABELS_NAME = "dataset.json"  # as the tools of StyleGAN and EDM write it beside images
-_WITHOUT_IMAGES = "folders without images"
+_COMPANIONS_SHOWN = 2  # kinds
+_WITHOUT_IMAGES = "folders without images, which are no classes"
+
+
+@dataclass
+class _Found:
+    """What a walk meets beside images.
+
+    Attributes:
+        flag: that named the folder.
+        left_out: what is not used.
+        companions: images that may be no images of their own.
+    """
+
+    flag: str
+    left_out: Tally = field(default_factory=Tally)
+    companions: Tally = field(default_factory=Tally)
+
+    def look_for_companions(self, names: list[str], prefix: str) -> None:
+        """Count names such as 1.seg.png beside 1.jpg, of one folder."""
+        keys = [split_last(name)[0] for name in names if not name.endswith("/")]
+        plain: set[str] | None = None
+        for key in keys:
+            if "." in key and (short := companion_key(key)) is not None:
+                plain = set(keys) if plain is None else plain
+                if short in plain:
+                    self.companions.add(split_name(key)[1], prefix + key)
+
+    def notes(self) -> list[str]:
+        """Say what may not be meant."""
+        return [
+            f"{entry.count} images are called as {entry.examples[0]} is, beside one without "
+            f".{entry.kind}: if they are masks or the like, name the images in a list"
+            for entry in self.companions.entries()[:_COMPANIONS_SHOWN]
+        ]
 
 
 def _walk(
-    folder: str, prefix: str, above: tuple[tuple[int, int], ...], flag: str, left_out: Tally
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: "_Found"
 ) -> Iterator[str]:
     """Yield image paths relative to the root, in the order of the whole strings."""
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in above:
-        raise ConfigError(f"{flag} {folder}: is a link to a folder above it; remove the link.")
+        raise ConfigError(
+            f"{found.flag} {folder}: is a link to a folder above it; remove the link."
+        )
     listed, others = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -42,11 +86,12 @@ def _walk(
                 others.append((entry.name, kind_of(entry.name)))
     for name, kind in sorted(others):
         if prefix or name != LABELS_NAME:
-            left_out.add(kind, prefix + name)
+            found.left_out.add(kind, prefix + name)
+    found.look_for_companions(listed, prefix)
     for name in sorted(listed):
         if name.endswith("/"):
             inside = os.path.join(folder, name[:-1])
-            yield from _walk(inside, prefix + name, (*above, here), flag, left_out)
+            yield from _walk(inside, prefix + name, (*above, here), found)
         else:
             yield prefix + name
 
@@ -66,10 +111,11 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
     reading.refuse_others(str(root), "a folder of images", "class_from")
     if reading.class_from == "tar":
         raise ConfigError(f"--class-from tar: {flag} {root} holds no tars; leave it out.")
-    found, left_out = ClassFolders(reading), Tally()
+    found, walked = ClassFolders(reading), _Found(flag)
+    left_out = walked.left_out
 
     def paths() -> Iterator[bytes]:
-        for path in _walk(str(root), "", (), flag, left_out):
+        for path in _walk(str(root), "", (), walked):
             name = os.fsencode(path)
             found.add(name)
             yield name
@@ -103,7 +149,7 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
     return FileSource(
         *(str(root), root, names, classes.labels, classes.classes),
         former=classes.former,
-        notes=classes.notes,
+        notes=[*classes.notes, *walked.notes()],
         left_out=left_out.entries(),
     )
 
@@ -115,7 +161,7 @@ def _folder_classes(found: ClassFolders, root: Path, flag: str, num_images: int)
             f"{flag} {root}: {found.num_loose} images ({loose}, ...) lie beside class folders; "
             "move them into a class folder, or all images into one flat folder."
         )
-    return found.classes(str(root), flag)
+    return found.classes(f"{flag} {root}", lambda part: f"give {flag} {root / part}")
 
 
 def _stored_classes(where: str, content: bytes, names: Names, left_out: Tally) -> Classes | None:

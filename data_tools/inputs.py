@@ -42,7 +42,7 @@ def open_source(
         elif not (is_saved := is_saved_dataset(path)):
             tars, beside = _tars_in(path) if path.is_dir() else ([], beside)
             is_list = path.is_file() and path.suffix in _LIST_SUFFIXES
-            if path.is_file() and not is_list:
+            if not path.is_dir():
                 _refuse_packed(text)
     except OSError as err:
         raise ConfigError(

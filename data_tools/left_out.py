@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _EXAMPLES = 3  # names kept of a kind
+_MAX_KINDS = 100  # counted apart: names may have any suffix
+_OTHER_KINDS = "other kinds"
 _KINDS_SHOWN = 12
 
 
@@ -31,18 +33,23 @@ class Tally:
         """Tell whether anything was left out."""
         return bool(self._counts)
 
+    def _count(self, kind: str, number: int) -> list[str]:
+        """Count, and return the examples of the kind."""
+        if kind not in self._counts and len(self._counts) >= _MAX_KINDS:
+            kind = _OTHER_KINDS
+        self._counts[kind] += number
+        return self._examples.setdefault(kind, [])
+
     def add(self, kind: str, name: str) -> None:
         """Count one file or folder."""
-        self._counts[kind] += 1
-        examples = self._examples.setdefault(kind, [])
+        examples = self._count(kind, 1)
         if len(examples) < _EXAMPLES:
             # Bytes that are no text would end the writing of JSON.
             examples.append(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
 
     def add_all(self, entry: LeftOut, prefix: str = "") -> None:
         """Count what another tally found, whose names stand behind a prefix."""
-        self._counts[entry.kind] += entry.count
-        examples = self._examples.setdefault(entry.kind, [])
+        examples = self._count(entry.kind, entry.count)
         examples += [prefix + name for name in entry.examples[: _EXAMPLES - len(examples)]]
 
     def entries(self) -> list[LeftOut]:
@@ -52,12 +59,12 @@ class Tally:
 
 
 def sentence(entries: list[LeftOut]) -> str:
-    """Write kinds and counts in a line: ".heic 4 (a/1.HEIC, ...), hidden 1 (.cache)"."""
+    """Write kinds and counts in a line: ".csv 9 (a.csv, b.csv, c.csv, ...), .heic 1 (1.HEIC)"."""
     parts = []
     for entry in entries[:_KINDS_SHOWN]:
-        more = ", ..." if entry.count > 1 else ""
-        parts.append(f"{entry.kind} {entry.count} ({entry.examples[0]}{more})")
+        shown = entry.examples[:_EXAMPLES] + (["..."] if entry.count > _EXAMPLES else [])
+        parts.append(f"{entry.kind} {entry.count} ({', '.join(shown)})")
     if len(entries) > _KINDS_SHOWN:
         others = sum(entry.count for entry in entries[_KINDS_SHOWN:])
-        parts.append(f"other kinds {others}")
+        parts.append(f"{_OTHER_KINDS} {others}")
     return ", ".join(parts)

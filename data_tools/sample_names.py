@@ -8,7 +8,7 @@ import re
 
 from data_tools.images import IMAGE_SUFFIXES
 
-HIDDEN_KIND = "hidden"  # as one kind of what is left out
+HIDDEN_KIND = "hidden or system files"  # as one kind of what is left out
 # Folders that systems put between people's files.
 _JUNK_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}

@@ -242,10 +242,12 @@ def _folder_classes(text: str, indexes: list[TarIndex], reading: Reading) -> Cla
             f"--input {text}: {found.num_loose} of {count} images lie in no folder of their tar; "
             "give every sample a folder or a .cls, or none."
         )
-    classes = found.classes(text, "--input")
+    classes = found.classes(
+        f"--input {text}", lambda part: f"give tars that hold {part} only, or unpack them"
+    )
     if not classes.classes and not reading.class_from and len(indexes) > 1:
         classes.notes.append(
-            "no classes: the images lie in no folders and have no .cls; if each tar is a class, "
-            "add --class-from tar"
+            "the images lie in no folders and have no .cls: add --class-from tar if each tar is a "
+            "class"
         )
     return classes
