@@ -236,14 +236,19 @@ class _Scan:
                 raise self._error(
                     f"{count} of its keys have {' and '.join(f'.{name}' for name in suffixes)}; "
                     f"say which is the image, for example --image-suffix {suffixes[0]}"
+                    f"{self._label_hint()}"
                 )
+
+    def _label_hint(self) -> str:
+        """Return the flag that would find the labels whose image was not found."""
+        suffix = split_name(self.orphans[0])[1] if self.orphans else self.label_suffix
+        return "" if suffix == self.label_suffix else f" --label-suffix {suffix}"
 
     def _orphans_error(self, labels: np.ndarray) -> ConfigError:
         hint = ""
         if self.companions:
-            hint = f", for example --image-suffix {split_name(self._name(min(self.companions)))[1]}"
-            suffix = split_name(self.orphans[0])[1]
-            hint += f" --label-suffix {suffix}" if suffix != self.label_suffix else ""
+            suffix = split_name(self._name(min(self.companions)))[1]
+            hint = f", for example --image-suffix {suffix}{self._label_hint()}"
         return self._error(
             f"{len(self.orphans)} .{self.label_suffix} ({self.orphans[0][:80]}, ...) have no image "
             f"beside them, and {int((labels == _NO_LABEL).sum())} images have no label; give both "

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from PIL import Image
 
 from data_tools.errors import ConfigError
 from data_tools.image_folders import scan_folder
@@ -19,27 +18,7 @@ from data_tools.images import BadImageError
 from data_tools.inputs import open_source, read_class_names
 from data_tools.sources import MAX_IMAGE_BYTES, FileSource, Names
 from data_tools.tar_images import scan_tar
-
-
-def picture(shade=0):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (shade, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def save(path, shade=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(shade))
-
-
-def names(source):
-    listed = [name.decode() for name in source.raw_names()]
-    assert [source.name(i) for i in range(len(source))] == listed
-    return listed
-
-
-def described(source):
-    return [(c.index, c.id, c.count) for c in source.classes]
+from tests.image_inputs import described, make_tar, names, picture, save
 
 
 def test_names_come_back_and_take_their_bytes_and_eight_more():
@@ -216,16 +195,6 @@ def test_wrong_lists_are_refused_in_one_sentence(tmp_path, content, sentence):
     with pytest.raises(ConfigError) as error:
         open_source(str(tmp_path / "list.txt"))
     assert sentence in str(error.value) and "\n" not in str(error.value)
-
-
-def make_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def labelled(first, count):
