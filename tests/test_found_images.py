@@ -51,22 +51,6 @@ def test_hidden_members_of_tars_are_left_out_too(tmp_path):
 
 SUFFIXES = ["jpg", "JPEG", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "TIFF", "ppm"]
 SUFFIXES += ["pgm", "pbm", "pnm", "avif"]
-    "jpg",
-    "JPEG",
-    "jpe",
-    "jfif",
-    "png",
-    "webp",
-    "bmp",
-    "gif",
-    "tif",
-    "TIFF",
-    "ppm",
-    "pgm",
-    "pbm",
-    "pnm",
-    "avif",
-]
 
 
 def test_folders_and_tars_know_the_same_images_and_count_the_others(tmp_path):
