@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from data_tools.encoding_settings import (
     POLL_SEC,
     PRECISIONS,
     EncodingSettings,
+    as_begun,
     begun_settings,
     disk_errors_as_config_errors,
     load_settings,
@@ -35,12 +35,13 @@ from data_tools.encoding_trial import (
     timed_trial,
 )
 from data_tools.errors import ConfigError
+from data_tools.input_summary import refuse_mostly_empty, summary
 from data_tools.inputs import open_source, read_class_names
 from data_tools.launcher import BY_TORCH, read_place_on_node
 from data_tools.manifest import MANIFEST_NAME, Manifest
+from data_tools.reading import Reading
 from data_tools.vae import load_vae, resolve_device, with_dtype
 
-CLASSES_SHOWN = 20
 MAX_THREADS = 16
 
 
@@ -85,6 +86,8 @@ class EncodingRun:
         is_strict: bool,
         is_quiet: bool,
         keeps_indexes: bool,
+        reading: Reading,
+        allows_empty_classes: bool,
     ) -> None:
         """Check everything that can be checked before a shard is written.
 
@@ -104,12 +107,15 @@ class EncodingRun:
             is_strict: stop at the first image that cannot be decoded.
             is_quiet: print nothing.
             keeps_indexes: write those of tars into the output, for other processes.
+            reading: how the input is read.
+            allows_empty_classes: begin although nearly all classes have no image.
         """
         self.output, self.is_strict, self.is_quiet = output, is_strict, is_quiet
         # A finished set stays as it is.
         keeps_indexes &= not (output / MANIFEST_NAME).exists()
         with disk_errors_as_config_errors(output):
-            self.source = open_source(input_text, output / INDEXES_NAME if keeps_indexes else None)
+            cache = output / INDEXES_NAME if keeps_indexes else None
+            self.source = as_begun(output, open_source(input_text, cache, reading))
         classes = self.source.classes
         self.class_names = read_class_names(class_names, classes) if class_names else {}
         self.exact = load_vae(vae, device=device)
@@ -129,12 +135,16 @@ class EncodingRun:
             shard_size=shard_size,
             batch_size=batch_size or 0,
             precision=precision,
+            reading=reading,
         )
         with disk_errors_as_config_errors(output):
             self.begun = begun_settings(output, self.settings, self.is_batch_free, self.source)
         sizes = self.settings.sizes
         if self.begun is None:
             check_files_exist(self.source, sizes)
+            # Names for all of them show that they are meant.
+            if not (allows_empty_classes or self.class_names):
+                refuse_mostly_empty(self.source)
             self.edited = []
         else:
             self.edited = edited_images(output, self.begun, self.source, sizes)
@@ -154,6 +164,8 @@ class EncodingRun:
             f"{self.output}: {settings.num_shards} shards, {num_bytes / 2**20:.0f} MiB, latents "
             f"{settings.latent.shape} of {self.exact.source_id}"
         )
+        for line in summary(source):
+            self.say(line)
 
     def complete(self, settings: EncodingSettings) -> EncodingSettings:
         """Choose the batch size if it is open."""
@@ -186,15 +198,6 @@ class EncodingRun:
 
     def estimate(self) -> None:
         """Say what encoding would take."""
-        counts = [entry.count for entry in self.source.classes]
-        if len(counts) > CLASSES_SHOWN:
-            self.say(
-                f"images per class: {min(counts)} to {max(counts)}, median "
-                f"{statistics.median(counts):g}"
-            )
-        elif counts:
-            shown = ", ".join(f"{entry.id} {entry.count}" for entry in self.source.classes)
-            self.say(f"images per class: {shown}")
         settings = self.begun or self.complete(self.settings)
         stride = settings.layout.stride
         self.say(
@@ -305,7 +308,7 @@ def reopen(output: Path, input_text: str, vae: str | None, device: str | None) -
             f"{output}: has no encoding.json, so how its shards were made is unknown; copy them "
             "again from where they came."
         )
-    source = open_source(input_text)
+    source = as_begun(output, open_source(input_text, reading=settings.reading))
     if source.fingerprint() != settings.source:
         raise ConfigError(
             f"--input {input_text}: its {len(source)} images are not the {settings.num_files} that "

@@ -20,6 +20,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser
+from data_tools.left_out import sentence
 from data_tools.manifest import ClassEntry, DatasetManifest
 from data_tools.paths import typed_path, typed_text
 from data_tools.verification_report import readable_bytes, table
@@ -61,6 +62,7 @@ def describe(manifest: DatasetManifest) -> dict[str, Any]:
         "has_own_layout": all(shard.stride for shard in manifest.shards),
         "source": vars(manifest.source),
         "skipped": [name for shard in manifest.shards for name in shard.skipped],
+        "left_out": [vars(entry) for entry in manifest.left_out],
         "classes": [vars(entry) for entry in manifest.classes],
         "class_balance": {"min": min(counts), "max": max(counts), "gini": gini(counts)}
         if counts
@@ -108,6 +110,7 @@ def page(manifest: DatasetManifest) -> str:
         ("std", f"{_numbers(manifest.statistics.std)}  per channel, unscaled"),
         ("scaled std", f"{_numbers(scaled)}  what the model sees, 1 is usual"),
         ("skipped", _skipped(facts["skipped"], manifest.source.num_files)),
+        ("left out", sentence(manifest.left_out) or "nothing that was noted"),
         ("made with", ", ".join(f"{k} {v}" for k, v in sorted(manifest.versions.items())) or "?"),
         ("hash", manifest.hash[:12]),
     ]

@@ -15,12 +15,18 @@ from data_tools.errors import ConfigError
 from data_tools.file_kinds import LFS_REASON, is_lfs_pointer, refuse_lfs_pointer
 from data_tools.files import SINCE, MalformedError
 from data_tools.formats import FORMAT_KEY, Format, said
+from data_tools.left_out import LeftOut
 from data_tools.paths import absence
 from data_tools.records import IndexedLayout, RecordLayout
+from data_tools.sample_labels import split_label
 
 MANIFEST_NAME = "dataset.json"
 HASHED_FORMAT = 2  # part of every hash that checkpoints remember, whatever the file's number
-NOT_READ = ("versions", "source")  # by training: parts of a description that its hash leaves out
+NOT_READ = (
+    "versions",
+    "source",
+    "left_out",
+)  # by training: parts of a description that its hash leaves out
 _ENCODE = "python data_tools/encode_latents.py"
 _VERIFY = "python data_tools/verify_shards.py"
 
@@ -59,7 +65,12 @@ class Members:
 
     array: str
     flip: str  # "" where mirrored images are not stored
-    label: str  # "" where there are no labels
+    label: str  # "" where there are no labels; "json:FIELD": a field of the member json
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Of the members that every sample has."""
+        return frozenset({self.array, self.flip, split_label(self.label)[0]} - {""})
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,8 @@ class Manifest:
     order_seed: int  # of the permutation that dealt the images to the shards
     classes: list[ClassEntry]  # empty: unconditional
     versions: dict[str, str]  # of the tools that wrote it
+    # What the input held that is no part of the data set, for people.
+    left_out: list[LeftOut] = field(default_factory=list, kw_only=True, metadata={SINCE: 3})
 
 
 # A description that uses nothing new is of format 2, which older programs read.
@@ -186,12 +199,12 @@ class DatasetManifest(Manifest):
     @classmethod
     def of(cls, manifest: Manifest, folder: Path | None = None) -> "DatasetManifest":
         """Add what follows from a description."""
-        values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
+        values = {item.name: getattr(manifest, item.name) for item in fields(Manifest)}
         return cls(**values, folder=folder, hash=content_hash(manifest))
 
     def described(self) -> Manifest:
         """Return what dataset.json says."""
-        return Manifest(**{field.name: getattr(self, field.name) for field in fields(Manifest)})
+        return Manifest(**{item.name: getattr(self, item.name) for item in fields(Manifest)})
 
     @property
     def is_frozen(self) -> bool:

@@ -15,6 +15,7 @@ from data_tools.loader import LatentStream
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.reader import SampleReader
 from data_tools.training_data import open_data
+from data_tools.verification import verify
 from tests.launch import REPOSITORY, run
 
 VAE = str(REPOSITORY / "data_tools" / "demo_vae")
@@ -172,9 +173,9 @@ def damaged_header(content):
         ({"cls": b"tench"}, [], "sample dir.x/img5 has b'tench' as its cls"),
         ({"cls": -1}, [], "has the label -1; labels count from 0"),
         ({}, ["--label", "json:class"], "as its json:class, which gives no whole number"),
-        ({}, ["--flip", "flip.npy"], "has no flip.npy; see --array and --flip"),
-        ({}, ["--label", "id"], "has no id; see --label"),
-        ({}, ["--array", "moments.npy"], "has no moments.npy; see --array"),
+        ({}, ["--flip", "flip.npy"], "has no .flip.npy"),
+        ({}, ["--label", "id"], "has no .id"),
+        ({}, ["--array", "moments.npy"], "has no .moments.npy (5 such samples); see --array"),
     ],
 )
 def test_tars_that_cannot_be_read_are_refused_in_one_sentence(tmp_path, extra, flags, sentence):
@@ -193,9 +194,9 @@ def test_tars_that_cannot_be_read_are_refused_in_one_sentence(tmp_path, extra, f
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (last_member_only, "does not end as a tar does, so its last samples may be missing"),
+        (last_member_only, "does not end as a tar does, so its last files may be missing"),
         (damage_a_header, "has a damaged header after"),
-        (lambda f: (f / "part-1.tar").write_bytes(b"no tar" * 500), "is no whole tar"),
+        (lambda f: (f / "part-1.tar").write_bytes(b"no tar" * 500), "is no tar, or damaged at"),
         (lambda f: (f / "part-1.tar").write_bytes(bytes(10240)), "holds no samples"),
         (lambda f: (f / "part-1.tar").unlink(), "cannot be read (No such file"),
     ],
@@ -265,3 +266,30 @@ def test_the_description_of_a_data_set_of_ours_is_not_replaced(demo_latents):
         )
 
     assert (demo_latents / "dataset.json").read_bytes() == before
+
+
+def test_latents_of_joined_and_unsorted_tars_are_found_by_their_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCH_DIT_CACHE", str(tmp_path / "cache"))
+    write_tars(tmp_path / "sorted")
+    (tmp_path / "tars").mkdir()
+    parts = []
+    for part in range(2):
+        with tarfile.open(tmp_path / "sorted" / f"part-{part}.tar") as tar:
+            members = [(m, tar.extractfile(m).read()) for m in tar]
+        members.sort(key=lambda item: not item[0].name.endswith(".npy"))  # labels at the end
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for member, data in members:
+                tar.addfile(member, io.BytesIO(data))
+        parts.append(buffer.getvalue())
+    (tmp_path / "tars" / "all.tar").write_bytes(b"".join(parts))
+    tar = str(tmp_path / "tars" / "all.tar")
+
+    main(["--input", tar, "--array", "latent.npy", "--kind", "latents", "--vae", VAE])
+
+    labels, arrays = read_all(open_data(str(tmp_path / "tars")))
+    assert labels == [i % 3 for i in range(8)]
+    np.testing.assert_array_equal(arrays, np.stack([latent(i) for i in range(8)]))
+    manifest = DatasetManifest.load(tmp_path / "tars")
+    assert {entry.kind: entry.count for entry in manifest.left_out} == {".json": 8, ".txt": 8}
+    assert not verify(tmp_path / "tars", is_quick=False, num_workers=1).damaged()
