@@ -22,11 +22,8 @@ from data_tools.sample_labels import split_label
 
 MANIFEST_NAME = "dataset.json"
 HASHED_FORMAT = 2  # part of every hash that checkpoints remember, whatever the file's number
-NOT_READ = (
-    "versions",
-    "source",
-    "left_out",
-)  # by training: parts of a description that its hash leaves out
+# By training: parts of a description that its hash leaves out.
+NOT_READ = ("versions", "source", "left_out")
 _ENCODE = "python data_tools/encode_latents.py"
 _VERIFY = "python data_tools/verify_shards.py"
 
