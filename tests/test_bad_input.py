@@ -425,8 +425,14 @@ class TestSampling:
             (("--steps", 0), "--steps must be at least 1, not 0."),
             (("--steps", 1001), "--steps 1001 exceeds the 1000 timesteps of the model; use fewer."),
             (("--cfg-scale", "nan"), "--cfg-scale must be a number of at least 0, not nan."),
-            (("--classes", "dog"), "--classes: unknown class 'dog'; choose one of: "),
-            (("--classes", "10"), "--classes: unknown class '10'; choose one of: "),
+            (
+                ("--classes", "dog"),
+                "--classes: unknown class 'dog'; give a number of a class, from 0 to 9",
+            ),
+            (
+                ("--classes", "10"),
+                "--classes: unknown class '10'; give a number of a class, from 0 to 9",
+            ),
             (("--checkpoint", "step-4"), "--checkpoint: no 'step-4'; "),
             (
                 ("--checkpoint", ""),
