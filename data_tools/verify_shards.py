@@ -147,7 +147,8 @@ def main(argv: list[str]) -> None:
     print(report(result, seconds, done), end="", flush=True)
     if args.report:
         try:
-            args.report.write_text(report(result, seconds, done, max_findings=None))
+            text = report(result, seconds, done, max_findings=None)
+            args.report.write_text(text, encoding="utf-8", errors="surrogateescape")
         except OSError as err:
             raise ConfigError(
                 f"--report {args.report}: cannot be written ({err.strerror}); name another file."

@@ -168,7 +168,7 @@ def finish_point(
         against = f"{reference.sha256[:8]}-{reference.network.sha256[:8]}"
         path = point.folder / f"score-{against}.json"
     if path.exists():  # of these very images
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     card = {
         "card_version": CARD_VERSION,
         "weights": describe_weights(job.config, job.run_dir, job.weights),
@@ -253,7 +253,7 @@ def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.de
     """Keep the held-out loss and tell it; None = tell the one that is there. For rank 0."""
     held_out, diffusion, path = job.held_out, job.config.diffusion, job.loss_path
     if loss is None:
-        loss = json.loads(path.read_text())["validation_loss"]
+        loss = json.loads(path.read_text(encoding="utf-8"))["validation_loss"]
     else:
         card = {
             "card_version": CARD_VERSION,

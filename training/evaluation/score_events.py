@@ -75,7 +75,7 @@ def read_scores(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
     found: dict[str, dict[int, dict[str, float]]] = {}
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         try:
-            scores = scores_of(json.loads(path.read_text()), path)
+            scores = scores_of(json.loads(path.read_text(encoding="utf-8")), path)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # a card of another program, such as score_images
         if scores is not None and scores.values:
