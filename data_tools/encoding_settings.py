@@ -75,7 +75,8 @@ class EncodingSettings:
         return min(self.shard_size, self.num_files - index * self.shard_size)
 
 
-SETTINGS = Format(newest=2, base=2, oldest=2, kind=EncodingSettings)
+# As of dataset.json, which its parts are in, too.
+SETTINGS = Format(newest=3, base=2, oldest=2, kind=EncodingSettings)
 
 
 @contextmanager
