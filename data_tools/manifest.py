@@ -191,7 +191,7 @@ class DatasetManifest(Manifest):
             where: that was found, for messages.
             folder: that holds it.
         """
-        return cls.of(_parse(where, text), folder)
+        return cls.of(_parse(where, text, folder), folder)
 
     @classmethod
     def of(cls, manifest: Manifest, folder: Path | None = None) -> "DatasetManifest":
@@ -270,8 +270,10 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=said).encode()).hexdigest()
 
 
-def _parse(path: str, text: bytes) -> Manifest:
-    advice = f"copy it again, or have it written anew from the shards by {_VERIFY} --repair"
+def _parse(path: str, text: bytes, folder: Path | None) -> Manifest:
+    advice = "copy it again"
+    if folder is not None:
+        advice += f", or run {_VERIFY} --data {folder}, it says what to do"
     if is_lfs_pointer(text):
         raise ConfigError(f"{path}: {LFS_REASON}.")
     try:
@@ -337,5 +339,5 @@ def _check_shard(path: Path, shard: Shard) -> None:
         refuse_lfs_pointer("--data", path)
         raise ConfigError(
             f"{path}: {found}, {MANIFEST_NAME} says {shard.bytes} bytes; copy the shard again, or "
-            f"have it made again by {_VERIFY} --repair."
+            f"run {_VERIFY} --data {path.parent}, it says what to do."
         )
