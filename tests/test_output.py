@@ -84,6 +84,22 @@ def test_a_character_that_an_encoding_lacks_is_written_as_an_escape(tmp_path, en
     assert output.splitlines() == [b"line %d %b" % (i, shown) for i in range(3000)]
 
 
+def test_names_of_files_are_read_in_any_locale(tmp_path):
+    """Under ASCII and Latin-1 alike; what is printed is still what the terminal can show."""
+    no_utf8 = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    script = "from data_tools.entry_point import enter; import sys; enter(lambda: print(sys.argv))"
+    command = [sys.executable, "-c", script, "l\u00e4ufe", b"\xff"]
+    said = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment(PYTHONPATH=str(REPOSITORY), **no_utf8),
+        capture_output=True,
+        check=True,
+    )
+
+    assert said.stdout == rb"['-c', 'l\xe4ufe', '\udcff']" + b"\n"
+
+
 def test_a_file_opened_later_does_not_become_the_closed_output(tmp_path):
     script = (
         "import os, subprocess; from data_tools.entry_point import enter\n"
