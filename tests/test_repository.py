@@ -64,7 +64,7 @@ def started_elsewhere(*command):
     result = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT.parent,
-        env=os.environ | {"COLUMNS": "100", "DS_ACCELERATOR": "cpu"},
+        env=os.environ | {"COLUMNS": "100", "DS_ACCELERATOR": "cpu", "PYTHONUTF8": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -91,6 +91,14 @@ def test_entry_points_answer_help(path):
 
     assert text.startswith("usage: ")
     assert "--help" in text
+
+
+@pytest.mark.parametrize("path", ENTRY_POINTS, ids=relative)
+def test_entry_points_begin_by_the_function_that_protects_their_output(path):
+    block = ast.parse(path.read_text()).body[-1]
+
+    assert isinstance(block, ast.If)
+    assert [ast.unparse(statement).split("(main")[0] for statement in block.body] == ["enter"]
 
 
 def test_help_is_that_of_the_plain_command():
