@@ -293,7 +293,11 @@ class TestResuming:
     def test_with_another_configuration(self, train, run_dir):
         stderr = train("--num-experts", 4, num_ranks=2)
 
-        assert "was started with another configuration: num_experts (3 -> 4); use a new" in stderr
+        assert (
+            "was started with another configuration: num_experts (3 -> 4); repeat the old values, "
+            f"or use a new --run-dir, with --init-from {run_dir} if it shall begin with this run's "
+            "weights.\n"
+        ) in stderr
 
     def test_in_another_precision(self, train, run_dir, tmp_path):
         path = tmp_path / "bf16.json"

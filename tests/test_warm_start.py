@@ -20,7 +20,12 @@ from training.config import Config
 from training.engine import build_model
 from training.preset import load_preset
 from training.run_directory import CONFIG_FILE
-from training.warm_start import check_is_elsewhere, check_warm_start, initial_values
+from training.warm_start import (
+    check_is_elsewhere,
+    check_warm_start,
+    initial_values,
+    with_own_origin,
+)
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
 
@@ -389,3 +394,52 @@ class TestWhatIsRefused:
             with pytest.raises(ConfigError, match="itself; to continue that run leave --init-from"):
                 check_is_elsewhere(config)
         check_is_elsewhere(configured(tmp_path))
+
+
+class TestAnotherSourceWhenARunGoesOn:
+    """The source of the first weights is not read again, so only its name is looked at."""
+
+    @pytest.fixture
+    def resumed(self, tmp_path):
+        """Say what becomes of a source that is given to a run which began with tmp_path/first."""
+        (tmp_path / "first").touch()
+        folder = tmp_path / "run/checkpoints/step-0000001"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+        (folder.parent / "latest").write_text(folder.name)
+        begun = configured(tmp_path / "first")
+        (tmp_path / "run" / CONFIG_FILE).write_text(begun.to_yaml())
+
+        def call(source):
+            config = configured(source)
+            run = replace(config.run, run_dir=str(tmp_path / "run"))
+            config, note = with_own_origin(replace(config, run=run))
+            return config.run.init_from, note
+
+        return call
+
+    def test_left_out(self, resumed, tmp_path):
+        assert resumed(None) == (str(tmp_path / "first"), "")
+
+    def test_as_before_though_it_is_gone(self, resumed, tmp_path):
+        (tmp_path / "first").unlink()
+
+        assert resumed(tmp_path / "first") == resumed(None) == (str(tmp_path / "first"), "")
+
+    def test_moved(self, resumed, tmp_path):
+        (tmp_path / "first").rename(tmp_path / "moved")
+
+        source, note = resumed(tmp_path / "moved")
+
+        assert source == str(tmp_path / "first")
+        assert note.startswith(f"--init-from {tmp_path}/moved: is not read; {tmp_path}/run goes on")
+
+    def test_another_one_is_left_to_be_refused(self, resumed, tmp_path):
+        (tmp_path / "other").touch()
+
+        assert resumed(tmp_path / "other") == (str(tmp_path / "other"), "")
+
+    def test_before_the_first_checkpoint_it_is_read(self, resumed, tmp_path):
+        (tmp_path / "run/checkpoints/latest").unlink()
+
+        assert resumed(None) == (None, "")

@@ -5,6 +5,7 @@ elsewhere and everything else new: step 0, a fresh optimizer, averages that begi
 What matched by name and shape is loaded, the rest stays freshly initialised, and both are said.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -112,7 +113,8 @@ def with_own_origin(config: Config) -> tuple[Config, str]:
         the configuration, and what should be said of a source that has moved.
     """
     run_dir, given = Path(config.run.run_dir), config.run.init_from
-    if latest_checkpoint(run_dir) is None or not (run_dir / CONFIG_FILE).exists():
+    # os.path, which never raises, of whatever name.
+    if not os.path.exists(run_dir / CONFIG_FILE) or latest_checkpoint(run_dir) is None:
         return config, ""
     first = load_config(run_dir).run.init_from
     if first is None or first == given:
