@@ -26,6 +26,7 @@ from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.files import MalformedError, replace_file
 from data_tools.findings import SETTINGS_NAME
 from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
+from data_tools.input_summary import class_lines
 from data_tools.left_out import LeftOut, Tally, sentence
 from data_tools.locations import Location, expand_braces, parse_location
 from data_tools.manifest import (
@@ -251,8 +252,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{output}: {manifest.num_samples} samples in {len(names)} tars, {manifest.latent.kind} "
         f"{shape} {manifest.latent.dtype}, {manifest.num_classes} classes\n"
     )
-    if manifest.left_out:
-        sys.stdout.write(f"left out: {sentence(manifest.left_out)}\n")
+    lines = class_lines(manifest.classes)
+    lines += [f"left out: {sentence(manifest.left_out)}"] if manifest.left_out else []
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":
