@@ -11,15 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, safe_open
 
 from data_tools.files import write_json
-from data_tools.manifest import DATASET, VaeReference
+from data_tools.manifest import DATASET, DatasetManifest, VaeReference
 from data_tools.order import ORDER_VERSION
-from data_tools.vae import DEMO_VAE, decode_pixels, load_vae
+from data_tools.vae import DEMO_VAE, decode_pixels, load_decoder, load_vae
 from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.switch_dit import SwitchDiT
@@ -474,6 +475,26 @@ def test_a_pipeline_comes_with_its_autoencoder_and_its_licence(exports, vae):
     assert "CC BY-SA 4.0" in (folder / "vae" / "README.md").read_text()
     theirs = load_vae(folder / "vae")
     assert theirs.sha256 == vae.sha256
+
+
+def test_a_pipeline_decodes_by_the_statistics_of_the_data_that_the_model_learned_from(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    text = json.loads((run / "dataset.json").read_text())
+    text["vae"] |= {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2]}
+    (run / "dataset.json").write_text(json.dumps(text))
+    reference = DatasetManifest.parse(json.dumps(text).encode(), "dataset.json").vae
+
+    export(run, "--format", "diffusers", "--output", tmp_path / "x", "--steps", 2)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline([0, 1], output_type="latent").images
+    pixels = pipeline([0, 1], output_type="np").images
+
+    expected = decode_pixels(load_decoder(None, reference), latents)
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+    assert list(pipeline.vae.config.latents_std) == reference.latents_std
 
 
 def test_the_card_of_a_run_without_numbers_states_none(run, tmp_path):
