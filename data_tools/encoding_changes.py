@@ -60,7 +60,7 @@ def edited_images(
 def edited_sentence(names: list[str]) -> str:
     """Say that the latents of these images are of what they were before."""
     return (
-        f"edited since they were encoded: {len(names)} images, whose files have other sizes now "
+        f"images edited since they were encoded, by the sizes of their files: {len(names)} "
         f"({_shown(names)}); the shards hold the old pictures, for the new ones encode into a new "
         "--output"
     )

@@ -176,8 +176,8 @@ def test_an_image_that_was_edited_after_encoding_is_named(tmp_path, capsys):
     main(flags(images, output))
     text = capsys.readouterr().out
     assert (
-        "edited since they were encoded: 1 images, whose files have other sizes now "
-        "(red_cars/04.png); the shards hold the old pictures" in text
+        "images edited since they were encoded, by the sizes of their files: 1 (red_cars/04.png); "
+        "the shards hold the old pictures" in text
     )
     settings = json.loads((output / "encoding.json").read_text())
     settings["sizes"] = [(images / name).stat().st_size for name in sized(images, 5)]
