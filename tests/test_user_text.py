@@ -110,7 +110,7 @@ def test_a_table_given_as_a_list_is_told_what_a_list_is(tmp_path, suffix):
 def test_the_same_command_goes_on_when_its_list_was_mended(tmp_path, pictures):
     path, output = tmp_path / "list.tsv", tmp_path / "set"
     path.write_text(listed(pictures).replace(pictures[3], "gone.png"))
-    with pytest.raises(ConfigError, match=r"1 of 6 files do not exist \(gone\.png\); correct the"):
+    with pytest.raises(ConfigError, match=r"1 of 6 files do not exist \(gone\.png\); bring them"):
         main(flags(path, output))
     assert not output.exists()
     path.write_bytes(WAYS["utf-16"](listed(pictures)))
