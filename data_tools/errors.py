@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 CONFIG_ERROR_EXIT_CODE = 2
 
@@ -28,7 +28,25 @@ class OutageError(ConfigError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a wrong command line as a ConfigError: one sentence, without the usage."""
+    """Reports a wrong command line as a ConfigError: one sentence, without the usage.
+
+    Attributes:
+        instead: flags that people know from other programs, and what to write for them here.
+    """
+
+    instead: Mapping[str, str] = {}
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Refuse other programs' flags by name; then parse."""
+        for word in sys.argv[1:] if args is None else args:
+            flag = str(word).split("=")[0]
+            if flag in self.instead and flag not in self._option_string_actions:
+                raise ConfigError(
+                    f"{flag}: is no flag of {self.prog}; here it is {self.instead[flag]}."
+                )
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing; begin with the flag."""

@@ -1,7 +1,6 @@
 """The command line of training/main.py: a preset, and one flag per configuration key."""
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from data_tools.encode_latents import DEMO_LATENTS
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.paths import typed_path
 from training.config import SECTIONS, Config, config_from_dict, options
-from training.old_flags import OF_TRAINING, refuse_old_flags
+from training.old_flags import OF_TRAINING
 from training.option import EXPECTED, Option, check_value, did_you_mean
 from training.preset import load_preset
 from training.run_location import (
@@ -133,12 +132,11 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         argv: without the program's name; None = sys.argv.
     """
     parser = _build_parser()
-    words = sys.argv[1:] if argv is None else argv
-    refuse_old_flags(words, _known_flags(parser), OF_TRAINING, "training/main.py")
+    parser.instead = OF_TRAINING
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
-        known = _known_flags(parser)
+        known = [name for action in parser._actions for name in action.option_strings]
         if Path(flag).exists():
             raise ConfigError(f"{flag}: is no flag; write --preset {flag} to train by this file.")
         raise ConfigError(f"{flag}: unknown flag{did_you_mean(flag, known, '; see --help.')}")
@@ -162,10 +160,6 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         quiet=given.quiet,
         notes=notes,
     )
-
-
-def _known_flags(parser: ArgumentParser) -> list[str]:
-    return [name for action in parser._actions for name in action.option_strings]
 
 
 def _place_preset(values: dict[str, dict[str, Any]], given: argparse.Namespace) -> tuple[str, ...]:

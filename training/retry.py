@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     if exit_code in (0, CONFIG_ERROR_EXIT_CODE):  # then the flags need not be right
         print(decide(exit_code, "", "", Restarts(), int(limit))[1], flush=True)
         sys.exit(NO_EXIT_CODE)
-    run_dir = run_dir_of(flags)
+    with exit_on_config_error():
+        run_dir = run_dir_of(flags)
     path = run_dir / RESTARTS_FILE
     job, checkpoint = batch_job(), newest_checkpoint(run_dir)
     before = read_restarts(path)
