@@ -59,7 +59,7 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         is_strict=args.strict,
         is_quiet=is_quiet or not is_reporter(),
         keeps_indexes=not args.dry_run,
-        reading=Reading(args.class_from, args.image_suffix, args.label_suffix, args.label_column),
+        reading=args.reading,
         allows_empty_classes=args.allow_empty_classes,
     )
     run.describe()
@@ -201,6 +201,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
+    args.reading = Reading(args.class_from, args.image_suffix, args.label_suffix, args.label_column)
     is_demo = args.input is None
     if args.output is None and not is_demo:
         raise ConfigError("--output is missing: say where the shards of --input shall go.")
