@@ -23,6 +23,7 @@ NEEDED = ("diffusers", "torch", "pillow", "safetensors")
 OPTIONAL = (
     "scipy",  # schedulers of diffusers, for noise levels that no export has
     "dill",  # torch.utils.data, for pickling lambdas
+    *("brotli", "_brotli"),  # diffusers' HTTP library, for compressed answers
 )
 
 
