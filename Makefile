@@ -80,11 +80,11 @@ clean:
 # working python and pip is made anew.
 $(INSTALLED): requirements.txt requirements-dev.txt
 	@PATH="$${PATH#*:}"; \
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is missing or older than Python 3.11; try: make PYTHON=/path/to/python3.11" >&2; exit 2; }; \
-	$(PYTHON) -c 'import ensurepip, venv' || \
+	"$(PYTHON)" -c 'import ensurepip, venv' || \
 	  { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 2; }; \
-	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@$(MEND_COMMANDS)
 	@touch $@

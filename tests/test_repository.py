@@ -245,7 +245,8 @@ def test_a_command_that_a_package_brings_as_a_file_works_in_a_path_with_blanks(t
     for path in (python, command):
         path.chmod(0o755)
 
-    install = ["make", ".venv/installed.stamp", f"PYTHON={sys.executable}"]
+    (checkout / "python3").symlink_to(sys.executable)
+    install = ["make", ".venv/installed.stamp", f"PYTHON={checkout}/python3"]
     subprocess.run(install, cwd=checkout, capture_output=True, check=True)
     ran = subprocess.run([command, "a b"], capture_output=True, text=True, check=True)
 
