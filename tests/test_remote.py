@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -257,7 +258,7 @@ def test_a_pipe_is_a_shell_command_with_the_name_in_it(tmp_path):
 )
 def test_a_failing_pipe_is_one_sentence(command, cause, tmp_path):
     (tmp_path / "a.tar").write_bytes(CONTENT)
-    text = "pipe:" + command.replace("{folder}", str(tmp_path))
+    text = "pipe:" + command.replace("{folder}", shlex.quote(str(tmp_path)))
     patience = replace(IMPATIENT if "sleep" in command else FAST, attempts=2)
 
     with pytest.raises(ConfigError) as caught:
@@ -270,7 +271,7 @@ def test_a_failing_pipe_is_one_sentence(command, cause, tmp_path):
 def test_a_pipe_that_leaves_something_running_is_read_to_its_end(tmp_path):
     (tmp_path / "a.tar").write_bytes(CONTENT)
 
-    text = f"pipe:sleep 20 >/dev/null & cat {tmp_path}/{{}}"
+    text = f"pipe:sleep 20 >/dev/null & cat {shlex.quote(str(tmp_path))}/{{}}"
     assert bring(text, tmp_path / "part") == CONTENT
 
 
