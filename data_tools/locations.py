@@ -16,6 +16,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from data_tools.errors import ConfigError
 
 PIPE = "pipe:"
+_STORES = ("s3://", "gs://")
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})")
@@ -46,6 +47,8 @@ class Location:
         _check_name(name)
         if self.text.startswith(PIPE):
             return self.text.replace("{}", shlex.quote(name))
+        if self.text.startswith(_STORES):  # in a key, ?, # and % are letters like others
+            return f"{self.text.rstrip('/')}/{name}"
         parts = urlsplit(self.text)
         path = f"{parts.path.rstrip('/')}/{quote(name)}"
         return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
@@ -55,7 +58,7 @@ class Location:
         if self.folder is not None:
             return str(self.folder / name)
         url = self.url(name)
-        if url.startswith(PIPE):
+        if url.startswith((PIPE, *_STORES)):
             return url
         parts = urlsplit(url)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -97,6 +100,11 @@ def parse_location(text: str, flag: str) -> Location:
             raise ConfigError(
                 f"{flag} {text}: is no URL that can be read; use a folder, file:, {known} with a "
                 "host or bucket, or pipe:COMMAND."
+            )
+        if scheme in ("http", "https") and "#" in text:
+            raise ConfigError(
+                f"{flag} {text}: a server is never sent what follows the #; write %23 where it is "
+                "part of a name, or leave it out."
             )
         return Location(text, None)
     if not text:

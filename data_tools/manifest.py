@@ -165,7 +165,7 @@ class DatasetManifest(Manifest):
             where: that was found, for messages.
             folder: that holds it.
         """
-        return cls.of(_parse(where, text), folder)
+        return cls.of(_parse(where, text, is_local=folder is not None), folder)
 
     @classmethod
     def of(cls, manifest: Manifest, folder: Path | None = None) -> "DatasetManifest":
@@ -242,13 +242,14 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=vars).encode()).hexdigest()
 
 
-def _parse(path: str, text: bytes) -> Manifest:
+def _parse(path: str, text: bytes, is_local: bool) -> Manifest:
+    advice = f"delete it and run {_ENCODE} again, the shards are kept"
+    if not is_local:
+        advice = f"check the address, and that {_ENCODE} wrote the file"
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as err:
-        raise ConfigError(
-            f"{path}: is not JSON ({err}); delete it and run {_ENCODE} again, the shards are kept."
-        ) from err
+        raise ConfigError(f"{path}: is not JSON ({err}); {advice}.") from err
     version = content.get("format_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise ConfigError(
@@ -260,9 +261,7 @@ def _parse(path: str, text: bytes) -> Manifest:
         _check_consistent(manifest)
         return manifest
     except MalformedError as err:
-        raise ConfigError(
-            f"{path}: {err}; delete it and run {_ENCODE} again, the shards are kept."
-        ) from err
+        raise ConfigError(f"{path}: {err}; {advice}.") from err
 
 
 def _check_consistent(manifest: Manifest) -> None:

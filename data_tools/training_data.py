@@ -12,13 +12,14 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_tools.cache import ShardCache
 from data_tools.errors import ConfigError
+from data_tools.file_kinds import HEAD_BYTES, kind_of, server_says
 from data_tools.locations import PIPE, Location, expand_braces, parse_location
 from data_tools.manifest import (
     MANIFEST_NAME,
@@ -199,13 +200,18 @@ def is_absent(text: str) -> bool:
     return any(folder is not None and not folder.exists() for folder in folders)
 
 
-def open_data(text: str, data_shards: str | None = None) -> TrainingData:
+def open_data(
+    text: str,
+    data_shards: str | None = None,
+    on_failure: Callable[[str], object] = lambda text: None,
+) -> TrainingData:
     """Read the descriptions of all that --data names and unite them.
 
     Args:
         text: of --data.
         data_shards: of --data-shards: where the tars lie, as many places; None = beside each
             dataset.json.
+        on_failure: called with a sentence whenever a server failed and is waited for.
 
     Raises:
         ConfigError: nothing there, something damaged, or parts that do not agree.
@@ -225,7 +231,8 @@ def open_data(text: str, data_shards: str | None = None) -> TrainingData:
     for place, tars in zip(named, elsewhere, strict=True):
         location = parse_location(place, _FLAG)
         shard_location = location if tars is None else parse_location(tars, "--data-shards")
-        found.append((_load(location, shard_location), location, shard_location))
+        manifest = _load(location, shard_location, on_failure)
+        found.append((manifest, location, shard_location))
     manifests = [manifest for manifest, *_ in found]
     for manifest, location, _ in found[1:]:
         _check_agreement(manifests[0], manifest, named[0], location.text)
@@ -240,17 +247,25 @@ def open_data(text: str, data_shards: str | None = None) -> TrainingData:
     return TrainingData(_united(manifests, classes, counts, weights), tuple(parts), counts, weights)
 
 
-def _load(location: Location, shard_location: Location) -> DatasetManifest:
+def _load(
+    location: Location, shard_location: Location, on_failure: Callable[[str], object]
+) -> DatasetManifest:
     if location.folder is not None:
         return DatasetManifest.load(location.folder, check_shards=shard_location is location)
     where = location.describe(MANIFEST_NAME)
     try:
-        text = read_small(location, MANIFEST_NAME, _MAX_MANIFEST_BYTES)
+        text = read_small(location, MANIFEST_NAME, _MAX_MANIFEST_BYTES, on_failure=on_failure)
     except MissingFileError as err:
         raise ConfigError(
             f"{_FLAG} {location.text}: there is no {MANIFEST_NAME} ({where}), it is written last; "
             "check the address, or wait until the data set is complete."
         ) from err
+    said = server_says(text[:HEAD_BYTES])
+    if said and kind_of(text[:HEAD_BYTES]) == "JSON":
+        raise ConfigError(
+            f"{where}: is no {MANIFEST_NAME} but a message of the server ({said!r}); check the "
+            "address, and whether it asks for a login."
+        )
     return DatasetManifest.parse(text, where)
 
 
