@@ -1,72 +1,110 @@
-"""What a file is by its first bytes, where it is not what was asked for.
+"""What a file is by its first bytes, whatever its name says: for the reason why it is not used."""
 
-Servers answer with login pages, error messages and pointers in the place of files, often with the
-status of a success.
-"""
-
-import json
 import re
+from pathlib import Path
 
-HEAD_BYTES = 4096  # of a file, enough to tell
-_SHOWN = 80  # characters of what a server says
-_GIT_LFS = b"version https://git-lfs"
-_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip (as .npz and .pt are)",
-    b"\x80\x02": "a pickle",
-    b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle",
+from data_tools.errors import ConfigError
+
+HEAD_BYTES = 512  # of a file; enough for every kind below
+_LFS_POINTER = re.compile(rb"\s*version https://git-lfs\.github\.com/spec/")
+LFS_REASON = "is a git-lfs pointer and not the file itself; run git lfs pull in its folder"
+# The four letters after "ftyp" in files made of boxes, as HEIF and MP4 are.
+_BRANDS = {
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+    b"heic": "HEIC",
+    b"heix": "HEIC",
+    b"hevc": "HEIC",
+    b"hevx": "HEIC",
+    b"heim": "HEIC",
+    b"heis": "HEIC",
+    b"mif1": "HEIF",
+    b"msf1": "HEIF",
+    b"crx ": "a Canon raw photograph",
 }
+_SIGNATURES = (
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"8BPS", "a Photoshop file"),
+    (b"%PDF", "a PDF"),
+    (b"%!PS", "PostScript"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"II+\x00", "TIFF"),
+    (b"MM\x00+", "TIFF"),
+    (b"\x76\x2f\x31\x01", "OpenEXR"),
+    (b"#?RADIANCE", "Radiance HDR"),
+    (b"DDS ", "a DDS texture"),
+    (b"\x00\x00\x01\x00", "a Windows icon"),
+    (b"qoif", "QOI"),
+    (b"gimp xcf", "a GIMP file"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ", "xz"),
+    (b"7z\xbc\xaf", "a 7z archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
+    (b"PAR1", "Parquet"),
+    (b"ARROW1", "Arrow"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x89HDF", "HDF5"),
+    (b"SQLite format 3", "an SQLite database"),
+)
+_MARKUP = (
+    (re.compile(rb"<!doctype html|<html|<head|<body", re.IGNORECASE), "HTML"),
+    (re.compile(rb"<svg", re.IGNORECASE), "SVG"),
+    (re.compile(rb"<\?xml|<Error>", re.IGNORECASE), "XML"),
+)
 
 
-def kind_of(head: bytes) -> str:
-    """Name what a file is: "tar", "HTML", "XML", "JSON", "a Git LFS pointer", "gzip" ...; or "".
+def kind_of(head: bytes) -> str | None:
+    """Name what a file is; None if its first bytes are of no kind known here."""
+    if head[4:8] == b"ftyp":
+        return _BRANDS.get(head[8:12], "a video (MP4 or QuickTime)")
+    if head[:4] == b"RIFF":
+        return "WebP" if head[8:12] == b"WEBP" else "RIFF (a video or a sound)"
+    if re.match(rb"P[1-7fF]\s", head):
+        return "a Netpbm picture"
+    for signature, name in _SIGNATURES:
+        if head.startswith(signature):
+            return name
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, name in _MARKUP:
+        if pattern.match(text) or (text.startswith(b"<") and pattern.search(text)):
+            return name
+    if text[:1] in (b"{", b"["):
+        return "JSON"
+    if text and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text):
+        return "text"
+    return None
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Tell whether git stores another file's checksum here, because Git LFS did not fetch it."""
+    return _LFS_POINTER.match(head) is not None
+
+
+def refuse_lfs_pointer(flag: str, path: Path) -> None:
+    """Refuse a file that Git LFS did not fetch; one that cannot be read is left to its reader.
 
     Args:
-        head: its first HEAD_BYTES, or all of it.
+        flag: the option that named it, for the message.
+        path: of the file.
+
+    Raises:
+        ConfigError: it is a pointer.
     """
-    if head[257:262] == b"ustar":
-        return "tar"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(_GIT_LFS):
-        return "a Git LFS pointer"
-    start = text[:512].lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<script")):
-        return "HTML"
-    if start.startswith(b"<?xml") or re.match(rb"<[a-z]+>", start):
-        return "HTML" if b"<html" in start else "XML"
-    if start.startswith((b'{"', b"{\n", b"{ ", b"{\r", b"{}")):
-        return "JSON"
-    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
-
-
-def server_says(body: bytes) -> str:
-    """Return the message in an error's body as object stores and web services write it, or ""."""
-    kind, text = kind_of(body), body.decode("utf-8", "replace")
-    if kind == "XML":
-        found = [re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message")]
-        said = ": ".join(match[1] for match in found if match)
-    elif kind == "JSON":
-        said = _message(text)
-    elif kind == "HTML":
-        title = re.search(r"<title[^>]*>([^<]*)</title>", text, re.IGNORECASE)
-        said = title[1] if title else ""
-    else:
-        said = ""
-    plain = "".join(filter(str.isprintable, " ".join(said.split()))).rstrip(".")
-    return plain if len(plain) <= _SHOWN else plain[: _SHOWN - 3] + "..."
-
-
-def _message(text: str) -> str:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return ""
-    while isinstance(content, dict):
-        keys = ("message", "error_description", "error", "detail", "msg")
-        content = next((content[key] for key in keys if key in content), "")
-    return content if isinstance(content, str) else ""
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return
+    if is_lfs_pointer(head):
+        raise ConfigError(f"{flag} {path}: {LFS_REASON}.")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from data_tools.file_kinds import HEAD_BYTES, kind_of, server_says
+from data_tools.server_answers import HEAD_BYTES, error_message
 from data_tools.transports import (
     CHUNK_BYTES,
     NoSuchPartError,
@@ -197,8 +197,7 @@ def _refusal(err: urllib.error.HTTPError) -> TransferError:
     reason = "".join(filter(str.isprintable, " ".join(str(err.reason).split())))
     said = ""
     with suppress(OSError, http.client.HTTPException):
-        body = err.read(HEAD_BYTES)
-        said = "" if kind_of(body) == "HTML" else server_says(body)
+        said = error_message(err.read(HEAD_BYTES))
     cause = f"the server answered {err.code} {reason}{said and f' ({said})'}"
     if err.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         return NoSuchPartError(cause)

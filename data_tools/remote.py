@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 from data_tools.checksums import descriptor_sha256
 from data_tools.errors import ConfigError, OutageError
-from data_tools.file_kinds import HEAD_BYTES, kind_of, server_says
 from data_tools.http_stream import open_http
 from data_tools.locations import PIPE, Location
 from data_tools.locks import StoppedError
 from data_tools.object_stores import open_object
+from data_tools.server_answers import instead_of_file
 from data_tools.transports import Patience, ProcessStream, RefusalError, Stream, TransferError
 
 _MAX_BACKOFF_SEC = 30.0
@@ -153,24 +153,12 @@ def _open_stream(url: str, start: int, validator: str, patience: Patience) -> St
     return open_object(url, start, patience)
 
 
-def _answer(head: bytes, name: str, origin: str) -> str:
-    """Say what came in a file's place, if it is a server's page or message; else ""."""
-    kind, said = kind_of(head), server_says(head[:HEAD_BYTES])
-    if kind == "a Git LFS pointer":
-        return f"it is {kind} and no {name}: ask for the file itself, as the site's downloads do"
-    if kind not in ("HTML", "XML", "JSON") or (kind == "JSON" and name.endswith(".json")):
-        return ""
-    about = ", ".join(filter(None, (origin, said and f"{said!r}")))
-    why = ": the server may ask for a login" if kind == "HTML" else ""
-    return f"it is {kind}{about and f' ({about})'} and no {name}{why}"
-
-
 def _chunks(stream: Stream, name: str, watch: "_StallWatch") -> Iterator[bytes]:
     """Yield what comes, unless it is a page or a message in the file's place."""
     is_beginning = stream.start == 0
     while chunk := stream.read():
         watch.count(len(chunk))
-        if is_beginning and (wrong := _answer(chunk, name, stream.origin)):
+        if is_beginning and (wrong := instead_of_file(chunk, name, stream.origin)):
             raise _WrongContentError(wrong)
         is_beginning = False
         yield chunk

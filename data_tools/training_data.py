@@ -19,7 +19,6 @@ import numpy as np
 
 from data_tools.cache import ShardCache
 from data_tools.errors import ConfigError
-from data_tools.file_kinds import HEAD_BYTES, kind_of, server_says
 from data_tools.locations import PIPE, Location, expand_braces, parse_location
 from data_tools.manifest import (
     MANIFEST_NAME,
@@ -30,6 +29,7 @@ from data_tools.manifest import (
     SourceList,
 )
 from data_tools.remote import MissingFileError, read_small
+from data_tools.server_answers import json_message
 from data_tools.shard_store import ShardStore
 from data_tools.stream_plan import BLOCK, StreamPlan
 
@@ -260,8 +260,7 @@ def _load(
             f"{_FLAG} {location.text}: there is no {MANIFEST_NAME} ({where}), it is written last; "
             "check the address, or wait until the data set is complete."
         ) from err
-    said = server_says(text[:HEAD_BYTES])
-    if said and kind_of(text[:HEAD_BYTES]) == "JSON":
+    if said := json_message(text):
         raise ConfigError(
             f"{where}: is no {MANIFEST_NAME} but a message of the server ({said!r}); check the "
             "address, and whether it asks for a login."

@@ -94,7 +94,7 @@ def test_a_server_that_stalls_is_left_and_asked_again(fault, server, tmp_path):
         ("login-chunked", 2, "it is HTML (text/html, 'Sign in') and no a.tar: the server may ask"),
         ("login-elsewhere", 2, "it is HTML (text/html, from {host}/login, 'Sign in') and no a.tar"),
         ("json", 2, "it is JSON (application/json, 'token expired') and no a.tar"),
-        ("lfs", 2, "it is a Git LFS pointer and no a.tar: ask for the file itself"),
+        ("lfs", 2, "it is a git-lfs pointer and no a.tar: ask for what the site's"),
         ("500", 4, "the server answered 500 Internal Server Error"),
         ("silent", 4, "the server sent nothing for 0.3 s"),
         ("stall", 4, "the server sent nothing for 0.3 s"),
