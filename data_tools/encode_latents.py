@@ -40,10 +40,15 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     if args.input is None:
         with disk_errors_as_config_errors(DEMO_IMAGES):
             make_demo_images(DEMO_IMAGES, DEMO_SIZE, DEMO_PER_CLASS)
+    elif any(args.output.resolve() == Path(word).resolve() for word in args.input):
+        # Its shards would be taken for the input from then on.
+        raise ConfigError(
+            f"--output {args.output}: is where the images lie; choose another folder."
+        )
     # Of the processes that a launcher started together, one speaks.
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     run = EncodingRun(
-        str(args.input or DEMO_IMAGES),
+        args.input or [str(DEMO_IMAGES)],
         args.output,
         args.vae,
         size=args.size,
@@ -112,11 +117,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--input",
+        nargs="+",
         metavar="IMAGES",
         help="folder with a sub-folder per class, flat folder, folder of tars, tars "
-        "('a/{000..146}.tar'), list (.txt, .tsv: path, or path and class with a tab between), or "
-        "folder that save_to_disk of Hugging Face datasets wrote; default: the demo set, drawn "
-        "first",
+        "('a/{000..146}.tar' or 'a/*.tar'), list (.txt, .tsv: path, or path and class with a tab "
+        "between), or folder that save_to_disk of Hugging Face datasets wrote; default: the demo "
+        "set, drawn first",
     )
     add("--output", type=Path, metavar="FOLDER", help="of the shards (demo: datasets/demo)")
     add(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import MalformedError, from_json, replace_file, write_json
 from data_tools.indexing import ScannedShard, Wanted, scan
-from data_tools.locations import Location, expand_braces, parse_location
+from data_tools.locations import Location, parse_location
 from data_tools.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -39,6 +39,7 @@ from data_tools.manifest import (
     SourceList,
     VaeReference,
 )
+from data_tools.place_names import PIPE, expand, is_address
 from data_tools.vae import Vae, load_vae
 
 
@@ -47,7 +48,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", required=True, metavar="TARS", help="braces name several")
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="TARS",
+        help="their folder, or several with braces or * or by name",
+    )
     parser.add_argument("--output", type=Path, help="folder of dataset.json; default: the tars'")
     parser.add_argument("--array", required=True, metavar="SUFFIX", help="after KEY and a dot")
     parser.add_argument("--flip", default="", metavar="SUFFIX", help="of the mirrored image")
@@ -66,14 +73,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def split_input(text: str) -> tuple[Location, list[str]]:
+def split_input(words: list[str]) -> tuple[Location, list[str]]:
     """Return where the tars lie, which must be one place, and what they are called."""
-    if "?" in text or text.startswith("pipe:"):
+    text = " ".join(words)
+    if any(word.startswith(PIPE) or (is_address(word) and "?" in word) for word in words):
         raise ConfigError(
             f"--input {text}: a command or an address with a query cannot be cut into folder and "
             "name; copy the tars, or give a plain address."
         )
-    paths = expand_braces(text, "--input")
+    paths = [path for word in words for path in expand(word, "--input")]
+    if len(paths) == 1 and Path(paths[0]).is_dir():
+        paths = sorted(map(str, Path(paths[0]).glob("*.tar")))
+    if not paths:
+        raise ConfigError(f"--input {text}: is a folder without NAME.tar; give one with tars.")
     folders = {path.rpartition("/")[0] if "/" in path else "." for path in paths}
     names = [path.rpartition("/")[2] for path in paths]
     if len(folders) > 1 or len(set(names)) < len(names):

@@ -1,13 +1,11 @@
 """What --input and --class-names may be, and which source each is."""
 
 import json
-import os
 from pathlib import Path
-
-from braceexpand import braceexpand
 
 from data_tools.errors import ConfigError
 from data_tools.huggingface_source import is_saved_dataset, open_saved_dataset
+from data_tools.place_names import expand
 from data_tools.records import KEY_DIGITS
 from data_tools.sources import ImageClass, ImageSource, read_list, scan_folder
 from data_tools.tar_source import open_tars
@@ -15,19 +13,20 @@ from data_tools.tar_source import open_tars
 _LIST_SUFFIXES = (".txt", ".tsv")
 
 
-def open_source(text: str, cache: Path | None = None) -> ImageSource:
+def open_source(*words: str, cache: Path | None = None) -> ImageSource:
     """Open the input: a folder of images or tars, a list, tars with braces, a saved data set.
 
     Args:
-        text: as typed.
+        words: as typed; braces and wildcards are expanded, several names are those of tars.
         cache: folder that keeps the indexes of tars; None = scan and keep nothing.
     """
-    path = Path(text)
+    text = " ".join(words)
+    places = [place for word in words for place in expand(word, "--input")]
+    path = Path(places[0])
     is_saved, is_list, tars = False, False, []
     try:
-        # os.path, which never raises: with braces, the text may be too long for a path.
-        if path.suffix == ".tar" and not os.path.isdir(path):
-            tars = _expanded(text)
+        if len(places) > 1 or (path.suffix == ".tar" and not path.is_dir()):
+            tars = _tars(places, text)
         elif not (is_saved := is_saved_dataset(path)):
             tars = sorted(path.glob("*.tar")) if path.is_dir() else []
             is_list = path.is_file() and path.suffix in _LIST_SUFFIXES
@@ -65,13 +64,14 @@ def _scan_images(folder: Path) -> ImageSource:
         ) from err
 
 
-def _expanded(text: str) -> list[Path]:
-    try:
-        paths = [Path(text)] if os.path.exists(text) else list(map(Path, braceexpand(text)))
-    except ValueError as err:
+def _tars(places: list[str], text: str) -> list[Path]:
+    other = next((place for place in places if Path(place).suffix != ".tar"), None)
+    if other is not None:
         raise ConfigError(
-            f"--input {text}: its braces are wrong ({err}); write {{000..146}}."
-        ) from err
+            f"--input {text}: names {len(places)} files and folders, such as {other}, and only "
+            "tars can be several; give the one folder that holds them, or a list of images."
+        )
+    paths = [Path(place) for place in places]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ConfigError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, from_json
 from data_tools.records import IndexedLayout, RecordLayout
+from data_tools.undescribed import explain
 
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION = 2
@@ -142,15 +143,21 @@ class DatasetManifest(Manifest):
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
-        if not folder.is_dir():
-            state = "is not a folder" if folder.exists() else "does not exist"
-            raise ConfigError(f"--data {folder}: {state}; make it: {_ENCODE} --output {folder}.")
-        if not path.is_file():
+        if not folder.exists():
+            gone = f"is a link to {folder.readlink()}, which" if folder.is_symlink() else ""
             raise ConfigError(
-                f"--data {folder}: no {MANIFEST_NAME}, encoding did not finish; "
-                f"run {_ENCODE} --output {folder} with the same flags again (it resumes)."
+                f"--data {folder}: {f'{gone} '.lstrip()}does not exist; make it: {_ENCODE} "
+                f"--output {folder}."
             )
-        manifest = cls.parse(path.read_bytes(), str(path), folder)
+        if not path.is_file():
+            raise ConfigError(f"--data {folder}: {explain(folder)}.")
+        try:
+            text = path.read_bytes()
+        except OSError as err:
+            raise ConfigError(
+                f"{path}: cannot be read ({err.strerror}); make it readable."
+            ) from err
+        manifest = cls.parse(text, str(path), folder)
         if check_shards:
             for shard in manifest.shards:
                 _check_shard(folder / shard.name, shard)

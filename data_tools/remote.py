@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 from data_tools.checksums import descriptor_sha256
 from data_tools.errors import ConfigError, OutageError
 from data_tools.http_stream import open_http
-from data_tools.locations import PIPE, Location
+from data_tools.locations import Location
 from data_tools.locks import StoppedError
 from data_tools.object_stores import open_object
+from data_tools.place_names import PIPE
 from data_tools.server_answers import instead_of_file
 from data_tools.transports import Patience, ProcessStream, RefusalError, Stream, TransferError
 

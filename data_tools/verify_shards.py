@@ -109,7 +109,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--report", type=Path, metavar="FILE", help="write the report there too, with all findings")
     add("--preview", type=Path, metavar="FILE", help="write a PNG of some decoded samples")
     add("--repair", action="store_true", help="make what is broken again, and only that")
-    add("--input", metavar="IMAGES", help="for --repair: what the data set was encoded from")
+    add(
+        "--input",
+        nargs="+",
+        metavar="IMAGES",
+        help="for --repair: what the data set was encoded from",
+    )
     add("--vae", metavar="VAE", help="where the data set's VAE is, if not where dataset.json says")
     add("--device", metavar="DEVICE", help="of the VAE: cpu, cuda or cuda:N (default: a GPU)")
     add(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.errors import ConfigError
-from data_tools.locations import Location, expand_braces, parse_location
+from data_tools.locations import Location, parse_location
 from data_tools.locks import StoppedError
 from data_tools.remote import MissingFileError, fetch, read_small
 from data_tools.training_data import open_data
@@ -428,16 +428,6 @@ def test_a_name_that_is_no_plain_file_name_is_not_looked_up(name):
             parse_location(text, "--data").url(name)
     with pytest.raises(ConfigError, match="is no plain file name"):
         parse_location("folder", "--data").path(name)
-
-
-def test_braces():
-    assert expand_braces("x/{a,b}{0..1}", "--data") == ["x/a0", "x/a1", "x/b0", "x/b1"]
-    assert expand_braces("x", "--data") == ["x"]
-    assert expand_braces("pipe:cat {a,b} {}", "--data") == ["pipe:cat {a,b} {}"]
-    with pytest.raises(ConfigError, match="do not pair"):
-        expand_braces("x/{a,b", "--data")
-    with pytest.raises(ConfigError, match="more than 10000"):
-        expand_braces("x/{0..999999999}", "--data")
 
 
 def test_patience_comes_from_the_environment(monkeypatch):
