@@ -27,6 +27,7 @@ from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_error
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
+from data_tools.reading import CLASS_SOURCES, Reading
 from data_tools.vae import DEFAULT_VAE, DEMO_VAE
 
 DEMO_LATENTS = REPOSITORY / "datasets" / "demo"
@@ -63,6 +64,8 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         is_strict=args.strict,
         is_quiet=is_quiet or rank != "0",
         keeps_indexes=not args.dry_run,
+        reading=Reading(args.class_from, args.image_suffix, args.label_suffix, args.label_column),
+        allows_empty_classes=args.allow_empty_classes,
     )
     run.describe()
     if args.dry_run:
@@ -131,6 +134,31 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="names of the classes: JSON {id: name} or {id: [new id, name]}, or lines of id, tab, "
         "name (default: the ids)",
+    )
+    add(
+        "--class-from",
+        choices=CLASS_SOURCES,
+        default="",
+        help="the class of an image is the first folder of its path, its whole path, its tar, or "
+        "none (default: labels in the input, else the first folder)",
+    )
+    for part, example in (("image", "input.jpg"), ("label", "output.cls, or json:FIELD")):
+        add(
+            f"--{part}-suffix",
+            metavar="SUFFIX",
+            default="",
+            help=f"of the {part}s in tars, after KEY and its first dot, such as {example}",
+        )
+    add(
+        "--label-column",
+        metavar="NAME",
+        default="",
+        help="column with the classes, of a data set of Hugging Face (default: its ClassLabel)",
+    )
+    add(
+        "--allow-empty-classes",
+        action="store_true",
+        help="begin although nearly all class numbers have no image",
     )
     add(
         "--vae",

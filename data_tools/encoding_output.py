@@ -123,14 +123,18 @@ class EncodingOutput:
 
 
 def _says_the_same(path: Path, manifest: Manifest) -> bool:
-    """Compare but for the versions of tools, which are those that did the work."""
+    """Compare but for the versions of tools, which are those that did the work.
+
+    What lies beside the images may change later, too.
+    """
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return False
     wanted = json.loads(json.dumps(asdict(manifest)))
     is_whole = isinstance(found, dict) and "versions" in found
-    return is_whole and found | {"versions": {}} == wanted | {"versions": {}}
+    then = {"versions": {}, "left_out": []}
+    return is_whole and found | then == wanted | then
 
 
 def _manifest(
@@ -169,4 +173,5 @@ def _manifest(
             for entry, names in zip(source.classes, named, strict=True)
         ],
         versions={name: importlib.metadata.version(name) for name in _TOOLS},
+        left_out=source.left_out,
     )

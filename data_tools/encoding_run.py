@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from data_tools.encoding_settings import (
     POLL_SEC,
     PRECISIONS,
     EncodingSettings,
+    as_begun,
     begun_settings,
     disk_errors_as_config_errors,
     load_settings,
@@ -34,11 +34,12 @@ from data_tools.encoding_trial import (
     timed_trial,
 )
 from data_tools.errors import ConfigError
+from data_tools.input_summary import refuse_mostly_empty, summary
 from data_tools.inputs import open_source, read_class_names
 from data_tools.manifest import MANIFEST_NAME, Manifest
+from data_tools.reading import Reading
 from data_tools.vae import load_vae, resolve_device, with_dtype
 
-CLASSES_SHOWN = 20
 MAX_THREADS = 16
 
 
@@ -86,6 +87,8 @@ class EncodingRun:
         is_strict: bool,
         is_quiet: bool,
         keeps_indexes: bool,
+        reading: Reading,
+        allows_empty_classes: bool,
     ) -> None:
         """Check everything that can be checked before a shard is written.
 
@@ -105,13 +108,15 @@ class EncodingRun:
             is_strict: stop at the first image that cannot be decoded.
             is_quiet: print nothing.
             keeps_indexes: write those of tars into the output, for other processes.
+            reading: how the input is read.
+            allows_empty_classes: begin although nearly all classes have no image.
         """
         self.output, self.is_strict, self.is_quiet = output, is_strict, is_quiet
         # A finished set stays as it is.
         keeps_indexes &= not (output / MANIFEST_NAME).exists()
         with disk_errors_as_config_errors(output):
             cache = output / INDEXES_NAME if keeps_indexes else None
-            self.source = open_source(*inputs, cache=cache)
+            self.source = as_begun(output, open_source(*inputs, cache=cache, reading=reading))
         classes = self.source.classes
         self.class_names = read_class_names(class_names, classes) if class_names else {}
         self.exact = load_vae(vae, device=device)
@@ -131,9 +136,13 @@ class EncodingRun:
             shard_size=shard_size,
             batch_size=batch_size or 0,
             precision=precision,
+            reading=reading,
         )
         with disk_errors_as_config_errors(output):
             self.begun = begun_settings(output, self.settings, self.is_batch_free)
+        # Names for all of them show that they are meant.
+        if self.begun is None and not (allows_empty_classes or self.class_names):
+            refuse_mostly_empty(self.source)
 
     def say(self, text: str) -> None:
         """Print, where anybody wants to read it; whatever bytes a file's name has."""
@@ -150,6 +159,8 @@ class EncodingRun:
             f"{self.output}: {settings.num_shards} shards, {num_bytes / 2**20:.0f} MiB, latents "
             f"{settings.latent.shape} of {self.exact.source_id}"
         )
+        for line in summary(source):
+            self.say(line)
 
     def complete(self, settings: EncodingSettings) -> EncodingSettings:
         """Choose the batch size if it is open."""
@@ -182,15 +193,6 @@ class EncodingRun:
 
     def estimate(self) -> None:
         """Say what encoding would take."""
-        counts = [entry.count for entry in self.source.classes]
-        if len(counts) > CLASSES_SHOWN:
-            self.say(
-                f"images per class: {min(counts)} to {max(counts)}, median "
-                f"{statistics.median(counts):g}"
-            )
-        elif counts:
-            shown = ", ".join(f"{entry.id} {entry.count}" for entry in self.source.classes)
-            self.say(f"images per class: {shown}")
         settings = self.begun or self.complete(self.settings)
         stride = settings.layout.stride
         self.say(
@@ -290,7 +292,7 @@ def reopen(
             f"{output}: has no encoding.json, so how its shards were made is unknown; copy them "
             "again from where they came."
         )
-    source = open_source(*inputs)
+    source = as_begun(output, open_source(*inputs, reading=settings.reading))
     if source.fingerprint() != settings.source:
         raise ConfigError(
             f"--input {source.text}: its {len(source)} images are not the {settings.num_files} "

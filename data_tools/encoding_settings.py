@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_tools.claims import Claims
+from data_tools.class_folders import number_difference
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, from_json, write_json_once
 from data_tools.manifest import (
@@ -23,6 +24,7 @@ from data_tools.manifest import (
     LatentFormat,
     VaeReference,
 )
+from data_tools.reading import Reading
 from data_tools.records import RecordLayout
 from data_tools.sources import ImageSource
 from data_tools.vae import Vae
@@ -58,6 +60,8 @@ class EncodingSettings:
     seed: int
     shard_size: int
     batch_size: int
+    # Flags that say how the input is read, for a repair; what they lead to is in `source`.
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def num_shards(self) -> int:
@@ -99,6 +103,7 @@ def make_settings(
     shard_size: int,
     batch_size: int,
     precision: str,
+    reading: Reading,
 ) -> EncodingSettings:
     """Collect the settings of a run."""
     side = size // vae.downsample
@@ -120,6 +125,7 @@ def make_settings(
         seed=seed,
         shard_size=shard_size,
         batch_size=batch_size,
+        reading=reading,
     )
 
 
@@ -159,9 +165,11 @@ def begun_settings(
     old, new = _leaves(asdict(found)), _leaves(asdict(settings))
     different = [f"{name} ({old[name]} -> {new[name]})" for name in new if old[name] != new[name]]
     if different:
+        rules = " (read by the rules for inputs in data_tools/README.md)"
         raise ConfigError(
-            f"--output {output}: was begun with other settings: {', '.join(different)}; repeat the "
-            "old flags and input, or give a new folder."
+            f"--output {output}: was begun with other settings: {', '.join(different)}"
+            f"{rules if old['source'] != new['source'] else ''}; repeat the old flags and input, "
+            "or give a new folder."
         )
     num_other = sum(a != b for a, b in zip(found.sizes, settings.sizes, strict=False))
     # Some may have been mended since, as --strict asks for; most of them are another set.
@@ -171,6 +179,21 @@ def begun_settings(
             f"{len(settings.sizes)} have other sizes); repeat the old input, or give a new folder."
         )
     return found
+
+
+def as_begun(output: Path, source: ImageSource) -> ImageSource:
+    """Return the source with its classes numbered as in a folder that an earlier version began."""
+    found = load_settings(output) if source.former is not None else None
+    if found is None or source.fingerprint() == found.source:
+        return source
+    former = source.with_former_labels()
+    if former.fingerprint() != found.source:
+        return source
+    former.notes = [
+        "goes on with the classes as they were numbered when the encoding began, in the order of "
+        f"text: {number_difference(former.classes)}"
+    ]
+    return former
 
 
 def settle(
@@ -203,6 +226,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to {"image.size": 64, ...}."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
+        if name == "reading":
+            continue
         if isinstance(value, dict):
             leaves |= _leaves(value, f"{prefix}{name}.")
         # Of the VAE the weights count, not where they were found; sizes are compared apart.

@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from io import FileIO
 from pathlib import Path
@@ -24,17 +24,29 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)  # slow, and a manifest has a hundred thousand parts
 
 
+@cache
+def _required(kind: type) -> frozenset[str]:
+    return frozenset(
+        item.name
+        for item in fields(kind)
+        if item.default is MISSING and item.default_factory is MISSING
+    )
+
+
 def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
-    """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors."""
+    """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors.
+
+    A key may be missing where the dataclass has a default: files of before it knew the key.
+    """
     if kind in _PLAIN and type(value) is kind:
         return value
     if is_dataclass(kind):
         hints = _hints(kind)
-        if not isinstance(value, dict) or value.keys() != hints.keys():
-            given = set(value) if isinstance(value, dict) else set()
-            missing, unknown = sorted(set(hints) - given), sorted(given - set(hints))
+        given = set(value) if isinstance(value, dict) else set()
+        missing, unknown = sorted(_required(kind) - given), sorted(given - set(hints))
+        if missing or unknown or not isinstance(value, dict):
             raise MalformedError(f"{where} lacks {missing} and has the unknown {unknown}")
-        parts = {name: from_json(hints[name], value[name], name) for name in hints}
+        parts = {name: from_json(hints[name], value[name], name) for name in hints if name in given}
         return kind(**parts)
     if get_origin(kind) is list and isinstance(value, list):
         return [from_json(get_args(kind)[0], item, f"an item of {where}") for item in value]

@@ -6,18 +6,21 @@ The package maps the Arrow files into memory: an image is read where it lies, no
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_tools.class_folders import Classes
 from data_tools.errors import ConfigError
 from data_tools.images import BadImageError
+from data_tools.reading import Reading
 from data_tools.sources import (
     MAX_CLASSES,
     MAX_IMAGE_BYTES,
     ImageClass,
     ImageSource,
     Names,
+    classes_of,
     numbered_classes,
     too_large_label,
 )
@@ -37,6 +40,7 @@ _UNREADABLE = (
     OverflowError,
     RuntimeError,
 )
+_LOOKED_AT = 100_000  # rows whose values are counted for a hint
 _NUMBER_COLUMNS = ("label", "labels", "cls")  # of class numbers, where no column names its classes
 
 
@@ -50,11 +54,10 @@ class HuggingFaceSource(ImageSource):
         self,
         text: str,
         images: "pa.ChunkedArray",
-        labels: np.ndarray,
-        classes: tuple[ImageClass, ...],
+        classes: Classes,
     ) -> None:
         """Describe a column of structs {bytes, path}."""
-        super().__init__(text, labels, classes)
+        super().__init__(text, classes.labels, classes.classes, notes=classes.notes)
         self.images = images
         self.paths = Names(_paths(images))
 
@@ -101,12 +104,15 @@ def _is_split(folder: Path) -> bool:
     return (folder / _STATE_NAME).is_file() and (folder / "dataset_info.json").is_file()
 
 
-def open_saved_dataset(folder: Path) -> HuggingFaceSource:
+def open_saved_dataset(folder: Path, reading: Reading | None = None) -> HuggingFaceSource:
     """Open one split.
 
     Its classes are those of its only ClassLabel column, in the order in which that has them; else
-    the numbers in a column called label, labels or cls; without either there are none.
+    the numbers in a column called label, labels or cls; without either there are none. Any other
+    column has to be chosen.
     """
+    reading = reading or Reading()
+    reading.refuse_others(str(folder), "a data set of Hugging Face datasets", "label_column")
     if not _is_split(folder):
         raise _splits_error(folder)
     try:
@@ -131,28 +137,107 @@ def open_saved_dataset(folder: Path) -> HuggingFaceSource:
             f"--input {folder}: none of its columns ({columns}) is of type Image; cast one with "
             "cast_column(NAME, datasets.Image()) and save the data set again."
         )
-    labels = _only_column(folder, found, ClassLabel)
-    class_names = found.features[labels].names if labels else None
-    labels = labels or next((name for name in _NUMBER_COLUMNS if name in found.features), None)
-    if not all(isinstance(name, str) for name in class_names or ()):
-        err = ValueError(f"column {labels} has class names that are no text")
-        raise _unreadable_error(folder, err)
+    labels = reading.label_column or _label_column(folder, found, ClassLabel)
+    if labels and labels not in found.features:
+        raise ConfigError(
+            f"--label-column {labels}: is no column of --input {folder}; give one of "
+            f"{', '.join(found.column_names)}."
+        )
     table = found.with_format("arrow", columns=[images, *([labels] if labels else [])])[:]
-    numbers = _label_numbers(folder, table[labels], labels) if labels else None
-    classes = ()
-    if numbers is None:
-        numbers = np.zeros(len(found), np.int32)
-    elif class_names is None:
-        classes = numbered_classes(str(folder), numbers)
-    else:
-        if int(numbers.max()) >= len(class_names):
+    classes = Classes(np.zeros(len(found), np.int32))
+    if labels:
+        kind = found.features[labels]
+        names = kind.names if isinstance(kind, ClassLabel) else None
+        classes = _column_classes(folder, table[labels], labels, names, bool(reading.label_column))
+    if not classes.classes:
+        others = {n: f for n, f in found.features.items() if n not in (images, labels)}
+        classes.notes.extend(_unused(found, others))
+    return HuggingFaceSource(str(folder), table[images], classes)
+
+
+def _unused(found: "datasets.Dataset", others: dict[str, Any]) -> list[str]:
+    """Name the columns that may be meant as classes."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    parts = []
+    first = found.select(range(min(len(found), _LOOKED_AT))).with_format("arrow")
+    for name, feature in others.items():
+        kind = getattr(feature, "dtype", "")
+        if not (kind in ("string", "large_string", "bool") or "int" in str(kind)):
+            continue
+        count = pa.compute.count_distinct(first.with_format("arrow", columns=[name])[:][name])
+        parts.append(f"{name} ({kind}, {count.as_py()} values)")
+    if not parts:
+        return []
+    return [
+        f"columns that are not used: {', '.join(parts)}; add --label-column NAME if one holds "
+        "classes"
+    ]
+
+
+def _label_column(folder: Path, found: "datasets.Dataset", kind: type) -> str | None:
+    """Return the only ClassLabel column, or one that is called as class numbers are."""
+    columns = [name for name, feature in found.features.items() if isinstance(feature, kind)]
+    if len(columns) > 1:
+        raise ConfigError(
+            f"--input {folder}: has {len(columns)} columns of type {kind.__name__} "
+            f"({', '.join(columns)}); choose one, --label-column {columns[0]}."
+        )
+    named = (name for name in _NUMBER_COLUMNS if name in found.features)
+    return columns[0] if columns else next(named, None)
+
+
+def _column_classes(
+    folder: Path,
+    column: "pa.ChunkedArray",
+    name: str,
+    class_names: list[str] | None,
+    is_chosen: bool,
+) -> Classes:
+    """Make classes of a column: named numbers, numbers, or where it was chosen other values."""
+    import pyarrow as pa
+
+    if not all(isinstance(text, str) for text in class_names or ()):
+        err = ValueError(f"column {name} has class names that are no text")
+        raise _unreadable_error(folder, err)
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if is_text or pa.types.is_boolean(column.type):
+        if not is_chosen:
             raise ConfigError(
-                f"--input {folder}: column {labels} has a class above {len(class_names) - 1} and "
-                f"names {len(class_names)} classes; correct it and save the data set again."
+                f"--input {folder}: column {name} holds {column.type} and no class numbers; add "
+                f"--label-column {name} to make each of its values a class."
             )
-        counts = np.bincount(numbers, minlength=len(class_names)).tolist()
-        classes = tuple(map(ImageClass, range(len(class_names)), class_names, counts))
-    return HuggingFaceSource(str(folder), table[images], numbers, classes)
+        return _value_classes(folder, column.cast("string"), name)
+    numbers = _label_numbers(folder, column, name)
+    if numbers is None:
+        return Classes(np.zeros(len(column), np.int32))
+    if class_names is None:
+        return Classes(numbers, numbered_classes(str(folder), numbers))
+    if int(numbers.max()) >= len(class_names):
+        raise ConfigError(
+            f"--input {folder}: column {name} has a class above {len(class_names) - 1} and "
+            f"names {len(class_names)} classes; correct it and save the data set again."
+        )
+    counts = np.bincount(numbers, minlength=len(class_names)).tolist()
+    return Classes(numbers, tuple(map(ImageClass, range(len(class_names)), class_names, counts)))
+
+
+def _value_classes(folder: Path, column: "pa.ChunkedArray", name: str) -> Classes:
+    """Make each value a class, in the order of the values."""
+    import pyarrow as pa
+
+    encoded = column.combine_chunks().dictionary_encode()
+    if encoded.null_count:
+        raise _unlabelled_error(folder, name, encoded.is_valid().to_numpy(zero_copy_only=False))
+    ids = encoded.dictionary.cast(pa.binary()).to_pylist()
+    if len(ids) > MAX_CLASSES or b"" in ids:
+        what = "an empty value" if b"" in ids else f"{len(ids):,} values"
+        raise ConfigError(
+            f"--label-column {name}: has {what}, which can be no classes; choose another column."
+        )
+    texts = [value.decode("utf-8", "backslashreplace") for value in ids]
+    return Classes(*classes_of(texts, encoded.indices.to_numpy()))
 
 
 def _has_files(folder: Path) -> bool:
@@ -222,12 +307,17 @@ def _label_numbers(folder: Path, column: "pa.ChunkedArray", name: str) -> np.nda
     if not is_labelled.any():
         return None
     if not is_labelled.all():
-        missing = len(values) - int(is_labelled.sum())
-        raise ConfigError(
-            f"--input {folder}: {missing} of {len(values)} images (row {int(is_labelled.argmin())},"
-            f" ...) have no class in column {name}; give every image one, or none."
-        )
+        raise _unlabelled_error(folder, name, is_labelled)
     return np.minimum(values, MAX_CLASSES).astype(np.int32)
+
+
+def _unlabelled_error(folder: Path, name: str, is_labelled: np.ndarray) -> ConfigError:
+    missing = len(is_labelled) - int(is_labelled.sum())
+    return ConfigError(
+        f"--input {folder}: {missing} of {len(is_labelled)} images (row "
+        f"{int(is_labelled.argmin())}, ...) have no class in column {name}; give every image one, "
+        "or none."
+    )
 
 
 def _first_line(err: Exception) -> str:

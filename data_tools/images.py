@@ -14,7 +14,10 @@ from PIL import Image, ImageOps
 
 # Everything else in a folder (annotations, scripts, a README) is not looked at; a file with one of
 # these names that is no image is reported as skipped.
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".avif"}
+)
 # What a file is decoded as, whatever its name; never formats for which Pillow starts programs.
 Image.init()  # here, and not by several threads at once
 _FORMATS = [n for n in ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if n in Image.OPEN]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import MalformedError, from_json, replace_file, write_json
 from data_tools.indexing import ScannedShard, Wanted, scan
+from data_tools.left_out import LeftOut, Tally, sentence
 from data_tools.locations import Location, parse_location
 from data_tools.manifest import (
     FORMAT_VERSION,
@@ -189,7 +190,16 @@ def describe(
             for label, name in enumerate(ids)
         ],
         versions={"numpy": importlib.metadata.version("numpy")},
+        left_out=_left_out(names, found),
     )
+
+
+def _left_out(names: list[str], found: list[ScannedShard]) -> list[LeftOut]:
+    tally = Tally()
+    for name, shard in zip(names, found, strict=True):
+        for entry in shard.left_out:
+            tally.add_all(entry, f"{name}/")
+    return tally.entries()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{output}: {manifest.num_samples} samples in {len(names)} tars, {manifest.latent.kind} "
         f"{shape} {manifest.latent.dtype}, {manifest.num_classes} classes\n"
     )
+    if manifest.left_out:
+        sys.stdout.write(f"left out: {sentence(manifest.left_out)}\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tars of latents that others wrote: what is in them and where, found in one pass.
 
-A tar of a webdataset holds a sample's members one after the other, under one key. What a run needs
+A sample's members share a key, see tar_samples.py. What a run needs
 to read any of them at once is the offset of its arrays and its label, which go into an index beside
 dataset.json. Arrays must all be of one shape and dtype and stored as numpy.save stores them; their
 headers are parsed without ever loading a pickle.
@@ -10,27 +10,26 @@ C latent channels, H W latent size.
 
 import hashlib
 import io
-import json
-import re
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO
+from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 
 from data_tools.errors import ConfigError
+from data_tools.left_out import LeftOut, Tally
 from data_tools.locations import Location
-from data_tools.records import NPY_HEADER_ERRORS, TAR_BLOCK
+from data_tools.manifest import Members
+from data_tools.records import NPY_HEADER_ERRORS
 from data_tools.remote import read_small
+from data_tools.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
+from data_tools.tar_members import BadTarError, content_of, walk
+from data_tools.tar_samples import TarParts, grouped
 from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
 DTYPES = ("float16", "float32")
 _MAX_HEADER_BYTES = 4096  # of an npy file; numpy's own have 128
 _MAX_REMOTE_BYTES = 1 << 33  # of one tar, which is held in memory while it is scanned
-_JSON = "json:"
-# As webdataset cuts names: the key ends at the first dot of the last part of the path.
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class ScannedShard:
     label_counts: dict[str, int]
     channel_sum: list[float]  # (C,) of unscaled posterior draws
     channel_square_sum: list[float]
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 class _RefusedError(Exception):
@@ -81,41 +81,26 @@ def scan(location: Location, name: str, wanted: Wanted) -> tuple[ScannedShard, b
         raise ConfigError(
             f"--input {where}: cannot be read ({err.strerror}); give tars that are there."
         ) from err
-    except tarfile.TarError as err:
-        raise ConfigError(f"--input {where}: is no whole tar ({err}); copy it again.") from err
-    except _RefusedError as err:
+    except (BadTarError, _RefusedError) as err:
         raise ConfigError(f"--input {where}: {err}.") from err
 
 
-def _scan(file: IO[bytes], wanted: Wanted) -> tuple[ScannedShard, bytes]:
-    hashing = _HashingReader(file)
+def _scan(file: BinaryIO, wanted: Wanted) -> tuple[ScannedShard, bytes]:
+    hashing, left_out = _HashingReader(file), Tally()
     sums = _Sums(wanted.kind)
-    rows, counts, first_key = [], {}, ""
-    with tarfile.open(fileobj=hashing, mode="r|") as tar:
-        for key, members in _samples(tar, wanted):
-            label = _label(members, key, wanted.label)
-            if not 0 <= label < 1 << 31:
-                raise _RefusedError(f"sample {key} has the label {label}; labels count from 0")
-            first_key = first_key or key
-            flip_offset = -1
-            for suffix in filter(None, (wanted.array, wanted.flip)):
-                if suffix not in members:
-                    raise _RefusedError(f"sample {key} has no {suffix}; see --array and --flip")
-                content, offset = members[suffix]
-                sums.add(_array(content, f"{key}.{suffix}"), suffix == wanted.array)
-                flip_offset = offset if suffix == wanted.flip else -1
-            rows.append((members[wanted.array][1], flip_offset, label))
-            counts[str(label)] = counts.get(str(label), 0) + 1
-        end = tar.offset  # in the file, of the last member that tarfile could read
+    rows: list[tuple[int, int, int]] = []
+    counts, first_key = {}, ""
+    suffixes = Members(wanted.array, wanted.flip, wanted.label).suffixes
+    for sample in grouped(walk(hashing), suffixes, left_out):
+        offset, flip_offset = _read_arrays(hashing, sample, wanted, sums)
+        label = _label(hashing, sample, wanted.label)
+        first_key = first_key or sample.key
+        rows.append((offset, flip_offset, label))
+        counts[str(label)] = counts.get(str(label), 0) + 1
     hashing.drain()
     if not rows:
         raise _RefusedError("holds no samples; see --array")
-    if hashing.data_end > end:  # tarfile takes a damaged header for the end
-        raise _RefusedError(
-            f"has a damaged header after {end:,} bytes, behind sample {key}; copy it again"
-        )
-    if any(hashing.end):
-        raise _RefusedError("does not end as a tar does, so its last samples may be missing")
+    rows.sort()  # labels that stand elsewhere complete samples late
     index = io.BytesIO()
     np.save(index, np.array(rows, np.dtype("<i8")))
     found = ScannedShard(
@@ -130,53 +115,39 @@ def _scan(file: IO[bytes], wanted: Wanted) -> tuple[ScannedShard, bytes]:
         label_counts=counts,
         channel_sum=sums.total.tolist(),
         channel_square_sum=sums.squares.tolist(),
+        left_out=left_out.entries(),
     )
     return found, index.getvalue()
 
 
-def _samples(
-    tar: tarfile.TarFile, wanted: Wanted
-) -> Iterator[tuple[str, dict[str, tuple[bytes, int]]]]:
-    """Yield keys with their members' contents and offsets, by suffix; only what is wanted."""
-    label = "json" if wanted.label.startswith(_JSON) else wanted.label
-    suffixes = {wanted.array, wanted.flip, label} - {""}
-    key, members = None, {}
-    for member in tar:
-        name = _NAME.fullmatch(member.name)
-        # The content of a sparse member does not lie in the tar as it is.
-        if not member.isreg() or member.issparse() or name is None:
-            continue
-        if name[1] != key:
-            if members:
-                yield key, members
-            key, members = name[1], {}
-        if name[2] in suffixes:
-            if name[2] in members:
-                raise _RefusedError(f"sample {key} has two {name[2]}; rename one of them")
-            members[name[2]] = (tar.extractfile(member).read(), member.offset_data)
-    if members:
-        yield key, members
+def _read_arrays(
+    file: "_HashingReader", sample: TarParts, wanted: Wanted, sums: "_Sums"
+) -> tuple[int, int]:
+    """Check and add up a sample's arrays; return the offsets of the array and the mirrored one."""
+    offsets = [-1, -1]
+    for place, suffix in enumerate((wanted.array, wanted.flip)):
+        if suffix:
+            member = sample.by_suffix[suffix]
+            array = _array(content_of(file, member), f"{sample.key}.{suffix}")
+            sums.add(array, suffix == wanted.array)
+            offsets[place] = member.offset_data
+    return offsets[0], offsets[1]
 
 
-def _label(members: dict[str, tuple[bytes, int]], key: str, label: str) -> int:
+def _label(file: "_HashingReader", sample: TarParts, label: str) -> int:
     if not label:
         return 0
-    suffix, _, field = label.partition(":")
-    if suffix not in members:
-        raise _RefusedError(f"sample {key} has no {suffix}; see --label")
-    text = members[suffix][0]
+    suffix, field = split_label(label)
     try:
-        if not field:
-            return int(text)
-        value = json.loads(text)[field]
-        if type(value) is not int:
-            raise ValueError("not a whole number")
-        return value
-    except (ValueError, KeyError, TypeError) as err:
+        number = parse_label(content_of(file, sample.by_suffix[suffix], LABEL_BYTES), field)
+    except LabelError as err:
         raise _RefusedError(
-            f"sample {key} has {text[:40]!r} as its {label}, which gives no whole number; "
+            f"sample {sample.key} has {err} as its {label}, which gives no whole number; "
             "see --label"
         ) from err
+    if not 0 <= number < 1 << 31:
+        raise _RefusedError(f"sample {sample.key} has the label {number}; labels count from 0")
+    return number
 
 
 def _array(content: bytes, name: str) -> np.ndarray:
@@ -245,22 +216,31 @@ class _Sums:
 
 
 class _HashingReader:
-    """Passes a file on, and knows its size, its sha256, its last two blocks, where zeros begin."""
+    """Passes a file on to a reader of tars, hashing each byte once, the first time it is passed."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest, self.count, self.end = file, hashlib.sha256(), 0, b""
-        self.data_end = 0
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.count = file, hashlib.sha256(), 0
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, /) -> bytes:
         data = self.file.read(size)
-        self.digest.update(data)
-        if length := len(data.rstrip(b"\0")):
-            self.data_end = self.count + length
-        self.count += len(data)
-        self.end = (self.end + data)[-2 * TAR_BLOCK :]
+        if new := max(0, self.file.tell() - self.count):
+            self.digest.update(data[-new:])
+            self.count += new
         return data
 
+    def seek(self, offset: int, /) -> None:
+        """Go to a place, reading what was not read before."""
+        if offset > self.count:
+            self.file.seek(self.count)
+        while offset > self.count and self.read(min(_CHUNK_BYTES, offset - self.count)):
+            pass
+        self.file.seek(offset)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
     def drain(self) -> None:
-        """Read what the tar's end left."""
-        while self.read(1 << 20):
+        """Read what is left."""
+        self.file.seek(self.count)
+        while self.read(_CHUNK_BYTES):
             pass

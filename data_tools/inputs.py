@@ -1,47 +1,62 @@
 """What --input and --class-names may be, and which source each is."""
 
 import json
+import os
 from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.huggingface_source import is_saved_dataset, open_saved_dataset
+from data_tools.image_folders import scan_folder
+from data_tools.left_out import Tally
 from data_tools.place_names import expand
+from data_tools.reading import Reading
 from data_tools.records import KEY_DIGITS
-from data_tools.sources import ImageClass, ImageSource, read_list, scan_folder
+from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of
+from data_tools.sources import ImageClass, ImageSource, read_list
 from data_tools.tar_source import open_tars
 
 _LIST_SUFFIXES = (".txt", ".tsv")
+_PACKED_TARS = tuple(
+    f".{name}"
+    for name in ("tgz", "tbz", "tbz2", "txz", "tar.gz", "tar.bz2", "tar.xz", "tar.zst", "tar.lz4")
+)
 
 
-def open_source(*words: str, cache: Path | None = None) -> ImageSource:
+def open_source(
+    *words: str, cache: Path | None = None, reading: Reading | None = None
+) -> ImageSource:
     """Open the input: a folder of images or tars, a list, tars with braces, a saved data set.
 
     Args:
         words: as typed; braces and wildcards are expanded, several names are those of tars.
         cache: folder that keeps the indexes of tars; None = scan and keep nothing.
+        reading: what the flags say about it.
     """
-    text = " ".join(words)
+    text, reading = " ".join(words), reading or Reading()
     places = [place for word in words for place in expand(word, "--input")]
     path = Path(places[0])
-    is_saved, is_list, tars = False, False, []
+    is_saved, is_list, tars, beside = False, False, [], Tally()
     try:
-        if len(places) > 1 or (path.suffix == ".tar" and not path.is_dir()):
+        if len(places) > 1 or (path.suffix.lower() == ".tar" and not path.is_dir()):
             tars = _tars(places, text)
         elif not (is_saved := is_saved_dataset(path)):
-            tars = sorted(path.glob("*.tar")) if path.is_dir() else []
+            tars, beside = _tars_in(path) if path.is_dir() else ([], beside)
             is_list = path.is_file() and path.suffix in _LIST_SUFFIXES
+            if not path.is_dir():
+                _refuse_packed(places[0])
     except OSError as err:
         raise ConfigError(
             f"--input {text}: cannot be read ({err.strerror}); give a path that can be."
         ) from err
     if is_saved:
-        source = open_saved_dataset(path)
+        source = open_saved_dataset(path, reading)
     elif tars:
-        source = open_tars(text, tars, cache)
+        source = open_tars(text, tars, cache, reading, beside)
     elif is_list:
+        reading.refuse_others(text, "a list")
         source = read_list(path)
     else:
-        source = _scan_images(path)
+        source = _scan_images(path, reading)
     if len(source) > 10**KEY_DIGITS:
         raise ConfigError(
             f"--input {text}: {len(source):,} images; one data set holds {10**KEY_DIGITS:,}, make "
@@ -50,22 +65,57 @@ def open_source(*words: str, cache: Path | None = None) -> ImageSource:
     return source
 
 
-def _scan_images(folder: Path) -> ImageSource:
-    try:
-        return scan_folder(folder, "--input")
-    except ConfigError as err:
-        if not any(folder.glob("*.parquet")) and not any(folder.glob("data/*.parquet")):
-            raise
-        # Parquet, the hub's format, is compressed in blocks: no single image can be read from it.
+def _tars_in(folder: Path) -> tuple[list[Path], Tally]:
+    """Return the tars that lie in a folder, and what lies beside them."""
+    tars, beside = [], Tally()
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_hidden(entry.name):
+            beside.add(HIDDEN_KIND, entry.name)
+        elif entry.name.lower().endswith(".tar"):
+            tars.append(folder / entry.name)
+        elif entry.is_dir():
+            beside.add("folders beside the tars", entry.name)
+        else:
+            beside.add(kind_of(entry.name), entry.name)
+    return tars, beside
+
+
+def _refuse_packed(text: str) -> None:
+    """Refuse an archive of another kind, saying how to unpack it."""
+    name = text.lower()
+    if name.endswith(_PACKED_TARS):
         raise ConfigError(
-            f"--input {folder}: holds Parquet files; write them to disk as Arrow once, with "
-            f"datasets.load_dataset({str(folder)!r}, split='train').save_to_disk(FOLDER), and give "
-            "--input FOLDER."
-        ) from err
+            f"--input {text}: is a compressed tar, so that no single image can be read from it; "
+            f"unpack it once, tar -xf {text} -C FOLDER, and give --input FOLDER."
+        )
+    if name.endswith((".zip", ".7z", ".rar")):
+        raise ConfigError(
+            f"--input {text}: is an archive that is not read in place; unpack it once into a "
+            "folder and give --input FOLDER."
+        )
+
+
+def _scan_images(folder: Path, reading: Reading) -> ImageSource:
+    try:
+        return scan_folder(folder, "--input", reading)
+    except ConfigError as err:
+        if not folder.is_dir():
+            raise
+        if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
+            # The hub's format is compressed in blocks: no single image can be read from it.
+            raise ConfigError(
+                f"--input {folder}: holds Parquet files; write them to disk as Arrow once, with "
+                f"datasets.load_dataset({str(folder)!r}, split='train').save_to_disk(FOLDER), and "
+                "give --input FOLDER."
+            ) from err
+        for name in sorted(entry.name for entry in folder.iterdir()):
+            if not is_hidden(name):
+                _refuse_packed(str(folder / name))
+        raise
 
 
 def _tars(places: list[str], text: str) -> list[Path]:
-    other = next((place for place in places if Path(place).suffix != ".tar"), None)
+    other = next((place for place in places if not place.lower().endswith(".tar")), None)
     if other is not None:
         raise ConfigError(
             f"--input {text}: names {len(places)} files and folders, such as {other}, and only "

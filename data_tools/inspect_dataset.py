@@ -20,6 +20,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_tools.errors import ArgumentParser, exit_on_config_error
+from data_tools.left_out import sentence
 from data_tools.manifest import ClassEntry, DatasetManifest
 from data_tools.verification_report import readable_bytes, table
 
@@ -60,6 +61,7 @@ def describe(manifest: DatasetManifest) -> dict[str, Any]:
         "has_own_layout": all(shard.stride for shard in manifest.shards),
         "source": vars(manifest.source),
         "skipped": [name for shard in manifest.shards for name in shard.skipped],
+        "left_out": [vars(entry) for entry in manifest.left_out],
         "classes": [vars(entry) for entry in manifest.classes],
         "class_balance": {"min": min(counts), "max": max(counts), "gini": gini(counts)}
         if counts
@@ -102,6 +104,7 @@ def page(manifest: DatasetManifest) -> str:
         ("std", f"{_numbers(manifest.statistics.std)}  per channel, unscaled"),
         ("scaled std", f"{_numbers(scaled)}  what the model sees, 1 is usual"),
         ("skipped", _skipped(facts["skipped"], manifest.source.num_files)),
+        ("left out", sentence(manifest.left_out) or "nothing that was noted"),
         ("made with", ", ".join(f"{k} {v}" for k, v in sorted(manifest.versions.items())) or "?"),
         ("hash", manifest.hash[:12]),
     ]

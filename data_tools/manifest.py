@@ -8,12 +8,14 @@ C latent channels, H W latent size.
 import hashlib
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, from_json
+from data_tools.left_out import LeftOut
 from data_tools.records import IndexedLayout, RecordLayout
+from data_tools.sample_labels import split_label
 from data_tools.undescribed import explain
 
 MANIFEST_NAME = "dataset.json"
@@ -55,7 +57,12 @@ class Members:
 
     array: str
     flip: str  # "" where mirrored images are not stored
-    label: str  # "" where there are no labels
+    label: str  # "" where there are no labels; "json:FIELD": a field of the member json
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Of the members that every sample has."""
+        return frozenset({self.array, self.flip, split_label(self.label)[0]} - {""})
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ class Manifest:
     order_seed: int  # of the permutation that dealt the images to the shards
     classes: list[ClassEntry]  # empty: unconditional
     versions: dict[str, str]  # of the tools that wrote it
+    # What the input held that is no part of the data set, for people.
+    left_out: list[LeftOut] = field(default_factory=list, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -177,12 +186,12 @@ class DatasetManifest(Manifest):
     @classmethod
     def of(cls, manifest: Manifest, folder: Path | None = None) -> "DatasetManifest":
         """Add what follows from a description."""
-        values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
+        values = {item.name: getattr(manifest, item.name) for item in fields(Manifest)}
         return cls(**values, folder=folder, hash=content_hash(manifest))
 
     def described(self) -> Manifest:
         """Return what dataset.json says."""
-        return Manifest(**{field.name: getattr(self, field.name) for field in fields(Manifest)})
+        return Manifest(**{item.name: getattr(self, item.name) for item in fields(Manifest)})
 
     @property
     def is_frozen(self) -> bool:
@@ -235,11 +244,12 @@ class DatasetManifest(Manifest):
 def content_hash(manifest: Manifest) -> str:
     """Return the sha256 of all that decides what training reads.
 
-    Where the VAE was found, which tools wrote the files, and what people call a class do not count:
-    a data set that was copied or encoded again with newer tools to the same bytes is the same.
+    Where the VAE was found, which tools wrote the files, what was left out and what people call a
+    class do not count: a data set that was copied, or encoded again with newer tools to the same
+    bytes, is the same.
     """
-    content = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
-    del content["versions"], content["source"]
+    content = {item.name: getattr(manifest, item.name) for item in fields(Manifest)}
+    del content["versions"], content["source"], content["left_out"]
     vae = {name: value for name, value in vars(manifest.vae).items() if name != "id"}
     classes = [
         {name: value for name, value in vars(entry).items() if name != "name"}

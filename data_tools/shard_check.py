@@ -254,6 +254,7 @@ def _check_foreign(
             add_samples(content.totals, [sample.label], sample.values[None], latent.kind)
     except DamagedRecordError as err:
         content.problems.append(str(err))
+    found.sort()  # as an index has them; labels that stand elsewhere complete samples late
     content.num_samples = len(found)
     if len(found) != shard.num_samples:
         content.problems.append(f"holds {len(found)} samples, not {shard.num_samples}")

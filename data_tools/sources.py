@@ -1,22 +1,25 @@
-"""Where images come from: class-per-folder trees, flat folders, lists; what all sources have.
+"""Where images come from: files that a folder or a list names; what all sources have.
 
 A source is a numbered sequence of images with labels that is the same in every process. It may
 hold 100 million of them, so names are bytes in one buffer and not Python strings.
 """
 
+import copy
 import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_tools.errors import ConfigError
-from data_tools.images import IMAGE_SUFFIXES, BadImageError
+from data_tools.images import BadImageError
+from data_tools.left_out import LeftOut
 
 MAX_IMAGE_BYTES = 1 << 30  # of a file; more is no photograph, and would be read into memory
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, such as an image's number
@@ -80,11 +83,24 @@ class ImageSource(ABC):
         text: the input as typed, for messages.
         labels: int32 (N,), class of each image; all 0 when unconditional.
         classes: by label; empty when unconditional.
+        former: labels and classes as earlier versions gave them, where they gave others.
+        notes: lines for people, about what could be understood in another way.
+        left_out: what the input holds beside these images.
     """
 
-    def __init__(self, text: str, labels: np.ndarray, classes: tuple[ImageClass, ...]) -> None:
+    def __init__(
+        self,
+        text: str,
+        labels: np.ndarray,
+        classes: tuple[ImageClass, ...],
+        *,
+        former: tuple[np.ndarray, tuple[ImageClass, ...]] | None = None,
+        notes: Sequence[str] = (),
+        left_out: Sequence[LeftOut] = (),
+    ) -> None:
         """Hold what every kind of source has."""
         self.text, self.labels, self.classes = text, labels, classes
+        self.former, self.notes, self.left_out = former, list(notes), list(left_out)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -126,6 +142,13 @@ class ImageSource(ABC):
         digest.update(b"".join(lines))
         return digest.hexdigest()
 
+    def with_former_labels(self) -> "ImageSource":
+        """Return the same images with the labels that earlier versions gave them."""
+        assert self.former is not None
+        other = copy.copy(self)
+        other.labels, other.classes = self.former
+        return other
+
     def sizes(self) -> list[int]:
         """Return the bytes of at most 64 evenly spaced images, -1 for those without a file.
 
@@ -145,9 +168,10 @@ class FileSource(ImageSource):
         names: Names,
         labels: np.ndarray,
         classes: tuple[ImageClass, ...],
+        **others: Any,  # noqa: ANN401
     ) -> None:
         """Describe files whose names are relative to `folder`, or absolute."""
-        super().__init__(text, labels, classes)
+        super().__init__(text, labels, classes, **others)
         self.folder, self.names = os.fsencode(folder), names
 
     def raw_names(self) -> Iterator[bytes]:
@@ -188,17 +212,20 @@ def _each(values: np.ndarray) -> Iterator[int]:
         yield from values[first : first + _CHUNK].tolist()
 
 
-def classes_of(ids: list[str], members: np.ndarray) -> tuple[np.ndarray, tuple[ImageClass, ...]]:
+def classes_of(
+    ids: list[str], members: np.ndarray, order: Sequence[Any] | None = None
+) -> tuple[np.ndarray, tuple[ImageClass, ...]]:
     """Give the classes their labels in the order of their ids.
 
     Args:
         ids: each once.
         members: int (N,), place in `ids` of each image's class.
+        order: what the classes are sorted by instead, one for each id.
 
     Returns:
         int32 (N,) labels; the classes.
     """
-    order = sorted(range(len(ids)), key=ids.__getitem__)
+    order = sorted(range(len(ids)), key=(order or ids).__getitem__)
     label_of = np.empty(len(ids), np.int32)
     label_of[order] = np.arange(len(ids), dtype=np.int32)
     counts = np.bincount(members, minlength=len(ids))
@@ -224,70 +251,6 @@ def too_large_label(text: str) -> ConfigError:
         f"--input {text}: has a class number above {MAX_CLASSES - 1:,}, which seems to be "
         "something else than a label; correct it."
     )
-
-
-def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...], flag: str) -> Iterator[str]:
-    """Yield image paths relative to the root, in the order of the whole strings."""
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise ConfigError(f"{flag} {folder}: is a link to a folder above it; remove the link.")
-    with os.scandir(folder) as entries:
-        # "/" ends a folder's name, so that sorting the parts sorts the paths.
-        listed = sorted(
-            entry.name + "/" if entry.is_dir() else entry.name  # class folders are often links
-            for entry in entries
-            if entry.is_dir() or os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
-        )
-    for name in listed:
-        if name.endswith("/"):
-            yield from _walk(os.path.join(folder, name[:-1]), prefix + name, (*above, here), flag)
-        else:
-            yield prefix + name
-
-
-def scan_folder(root: Path, flag: str) -> FileSource:
-    """List a folder of images: one sub-folder per class, or a flat folder without classes.
-
-    Args:
-        root: the folder; a class folder may itself hold folders.
-        flag: the option that named the folder, for messages.
-    """
-    if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
-        raise ConfigError(f"{flag} {root}: {state}; give a folder that holds images.")
-    place_of: dict[str, int] = {}
-    members, loose = array("i"), []
-
-    def found() -> Iterator[bytes]:
-        for path in _walk(str(root), "", (), flag):
-            folder, is_inside, _ = path.partition("/")
-            if not is_inside:
-                loose.append(path)
-            members.append(place_of.setdefault(folder, len(place_of)) if is_inside else 0)
-            yield os.fsencode(path)
-
-    try:
-        names = Names(found())
-    except OSError as err:
-        raise ConfigError(
-            f"{flag} {err.filename or root}: cannot be listed ({err.strerror}); make it readable."
-        ) from err
-    if not len(names):
-        raise ConfigError(
-            f"{flag} {root}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))}) in it; "
-            "give a folder with one sub-folder per class, or with the images themselves."
-        )
-    if loose and len(loose) < len(names):
-        raise ConfigError(
-            f"{flag} {root}: {len(loose)} images ({loose[0]}, ...) lie beside class folders; "
-            "move them into a class folder, or all images into one flat folder."
-        )
-    if loose:
-        return FileSource(str(root), root, names, np.zeros(len(names), np.int32), ())
-    ids = [os.fsencode(folder).decode("utf-8", "backslashreplace") for folder in place_of]
-    labels, classes = classes_of(ids, np.frombuffer(members, np.int32))
-    return FileSource(str(root), root, names, labels, classes)
 
 
 def read_list(path: Path) -> FileSource:

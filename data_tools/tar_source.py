@@ -4,120 +4,34 @@ Nothing is extracted: names in a tar only name samples.
 """
 
 import hashlib
+import json
 import os
-import tarfile
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
+from data_tools.class_folders import Classes, ClassFolders
 from data_tools.errors import ConfigError
-from data_tools.files import replace_file
+from data_tools.files import MalformedError, from_json, replace_file
 from data_tools.images import BadImageError
+from data_tools.left_out import LeftOut, Tally, sentence
+from data_tools.reading import Reading
 from data_tools.sources import (
-    MAX_CLASSES,
     MAX_IMAGE_BYTES,
-    ImageClass,
     ImageSource,
     Names,
     classes_of,
     numbered_classes,
 )
+from data_tools.tar_images import TARS_INSIDE, TarIndex, scan_tar
 
-_IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
-_LABEL_SUFFIX = "cls"
-_NO_LABEL = -1
-_LABEL_BYTES = 16  # more is no number of a class
 _SCANNERS = 8  # tars whose headers are read at once: over a network, reading them is waiting
-_INDEX_VERSION = 1
-
-
-@dataclass(frozen=True)
-class TarIndex:
-    """The images of one tar.
-
-    Attributes:
-        names: of the image files in it.
-        offsets: int64 (n,), where their contents begin.
-        sizes: int64 (n,), bytes of their contents.
-        labels: int32 (n,), -1 without a .cls.
-    """
-
-    names: Names
-    offsets: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-
-
-def scan_tar(path: Path) -> TarIndex:
-    """Read a tar's headers; its samples are consecutive files that differ in their suffix only."""
-    names, sizes, offsets, labels = [], array("q"), array("q"), array("i")
-    key, label, image = "", _NO_LABEL, None
-
-    def close_sample() -> None:
-        if image is not None:
-            names.append(os.fsencode(image.name.removeprefix("./")))
-            offsets.append(image.offset_data)
-            sizes.append(image.size)
-            labels.append(label)
-
-    with path.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    tar.members.clear()  # it would keep every header
-                    stem, _, suffix = member.name.rpartition(".")
-                    suffix = suffix.lower()
-                    is_image = suffix in _IMAGE_SUFFIXES
-                    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not (
-                        is_image or suffix == _LABEL_SUFFIX
-                    ):
-                        continue
-                    if stem != key:
-                        close_sample()
-                        key, label, image = stem, _NO_LABEL, None
-                    if not is_image:
-                        label = _parse_label(path, member, file)
-                    elif image is None:
-                        image = member
-                    else:
-                        raise ConfigError(
-                            f"--input {path}: {image.name} and {member.name} are one sample; leave "
-                            "one image per sample."
-                        )
-                close_sample()
-                end = tar.offset
-        except tarfile.TarError as err:
-            raise ConfigError(
-                f"--input {path}: is no whole, uncompressed tar ({err}); copy it again, or unpack "
-                "its compression."
-            ) from err
-        # tarfile takes the first header that it cannot read for the end.
-        if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-            raise ConfigError(
-                f"--input {path}: is cut off or damaged after {end:,} bytes; copy it again."
-            )
-    return TarIndex(
-        Names(names),
-        np.frombuffer(offsets, np.int64),
-        np.frombuffer(sizes, np.int64),
-        np.frombuffer(labels, np.int32),
-    )
-
-
-def _parse_label(path: Path, member: tarfile.TarInfo, file: object) -> int:
-    text = os.pread(file.fileno(), min(member.size, _LABEL_BYTES + 1), member.offset_data).strip()
-    if not text.isdigit() or len(text) > _LABEL_BYTES:
-        raise ConfigError(
-            f"--input {path}: {member.name} holds {text!r}, which is no number of a class; write "
-            "the label into it."
-        )
-    return min(int(text), MAX_CLASSES)
+_INDEX_VERSION = 2
 
 
 def _readable(look: Callable[[Path], Any], path: Path) -> Any:  # noqa: ANN401
@@ -129,24 +43,29 @@ def _readable(look: Callable[[Path], Any], path: Path) -> Any:  # noqa: ANN401
         ) from err
 
 
-def _index_of(path: Path, cache: Path | None) -> TarIndex:
+def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
     """Scan a tar, or read what an earlier scan wrote while the tar was the same."""
     if cache is None:
-        return _readable(scan_tar, path)
+        return _readable(lambda tar: scan_tar(tar, reading), path)
     status = _readable(Path.stat, path)
     state = np.array([_INDEX_VERSION, status.st_size, status.st_mtime_ns], np.int64)
-    stored = cache / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.npz"
+    what = b"%b\0%b" % (os.fsencode(path.resolve()), repr(reading).encode(errors="replace"))
+    stored = cache / f"{hashlib.sha256(what).hexdigest()[:32]}.npz"
     try:
         with np.load(stored, allow_pickle=False) as found:
             if np.array_equal(found["state"], state):
                 names = Names.of(found["blob"], found["ends"])
-                return TarIndex(names, found["offsets"], found["sizes"], found["labels"])
-    except (FileNotFoundError, KeyError, ValueError, EOFError, BadZipFile):
+                left_out = from_json(list[LeftOut], json.loads(found["left_out"].tobytes()))
+                arrays = (found["offsets"], found["sizes"], found["labels"])
+                return TarIndex(names, *arrays, left_out)
+    except (FileNotFoundError, KeyError, ValueError, EOFError, BadZipFile, MalformedError):
         pass  # none yet, or one that was damaged: it is written again
-    index = _readable(scan_tar, path)
+    index = _readable(lambda tar: scan_tar(tar, reading), path)
     names = index.names
     arrays = {"blob": names.blob, "ends": names.ends, "offsets": index.offsets}
     arrays |= {"sizes": index.sizes, "labels": index.labels, "state": state}
+    entries = json.dumps([asdict(entry) for entry in index.left_out]).encode()
+    arrays["left_out"] = np.frombuffer(entries, np.uint8)
     temporary = stored.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.tmp")
     cache.mkdir(parents=True, exist_ok=True)
     replace_file(stored, lambda file: np.savez(file, **arrays), temporary)
@@ -161,11 +80,16 @@ class TarSource(ImageSource):
         text: str,
         paths: list[Path],
         indexes: list[TarIndex],
-        labels: np.ndarray,
-        classes: tuple[ImageClass, ...],
+        classes: Classes,
+        left_out: Sequence[LeftOut] = (),
     ) -> None:
         """Join the indexes of the tars, which count their images one after the other."""
-        super().__init__(text, labels, classes)
+        super().__init__(
+            *(text, classes.labels, classes.classes),
+            former=classes.former,
+            notes=classes.notes,
+            left_out=left_out,
+        )
         folder = os.path.commonpath([path.parent for path in paths])
         self.paths = paths
         self.tar_names = [os.fsencode(os.path.relpath(path, folder)) for path in paths]
@@ -208,60 +132,122 @@ class TarSource(ImageSource):
         return int(self.indexes[tar].sizes[place])
 
 
-def open_tars(text: str, paths: list[Path], cache: Path | None) -> TarSource:
-    """Index tars of images: KEY.jpg (.jpeg, .png, .webp) and perhaps KEY.cls, a number.
+def open_tars(
+    text: str,
+    paths: list[Path],
+    cache: Path | None,
+    reading: Reading | None = None,
+    left_out: Tally | None = None,
+) -> TarSource:
+    """Index tars of images: KEY.jpg and perhaps KEY.cls, a number; see tar_images.py.
 
-    Without any .cls, folders in the tars are classes; without folders there are none.
+    Without any label, folders in the tars are classes; without folders there are none.
 
     Args:
         text: the input as typed.
         paths: of the tars, in the order of their images.
         cache: folder for the indexes, which several processes may fill at once; None: keep none.
+        reading: what the flags say.
+        left_out: what lies beside the tars.
     """
+    reading, left_out = reading or Reading(), left_out or Tally()
+    reading.refuse_others(text, "tars", "class_from", "image_suffix", "label_suffix")
     # Processes that start together begin at different tars and find the others' indexes.
     order = np.random.default_rng().permutation(len(paths))
     indexes: list[TarIndex | None] = [None] * len(paths)
 
     def scan(place: int) -> None:
-        indexes[place] = _index_of(paths[place], cache)
+        indexes[place] = _index_of(paths[place], cache, reading)
 
     with ThreadPoolExecutor(_SCANNERS, thread_name_prefix="scan") as pool:
         list(pool.map(scan, order.tolist()))
+    for path, index in zip(paths, indexes, strict=True):
+        for entry in index.left_out:
+            left_out.add_all(entry, f"{_shown(path)}/")
+    entries = left_out.entries()
     labels = np.concatenate([index.labels for index in indexes])
     if not len(labels):
-        raise ConfigError(
-            f"--input {text}: no images (KEY.jpg, .jpeg, .png or .webp) in its {len(paths)} tars; "
-            "give tars of images."
+        raise _no_images_error(text, paths, entries)
+    return TarSource(
+        *(text, paths, indexes, _classes(text, paths, indexes, labels, reading)), entries
+    )
+
+
+def _shown(path: Path) -> str:
+    return os.fsencode(path.name).decode("utf-8", "replace")
+
+
+def _no_images_error(text: str, paths: list[Path], entries: list[LeftOut]) -> ConfigError:
+    inside = next((entry for entry in entries if entry.kind == TARS_INSIDE), None)
+    if inside is not None:
+        return ConfigError(
+            f"--input {text}: holds {inside.count} tars ({inside.examples[0]}, ...) and no images; "
+            f"unpack it once, tar -xf {paths[0]} -C FOLDER, and give --input FOLDER (with "
+            "--class-from tar if each tar in it is a class)."
         )
+    instead = f"; left out: {sentence(entries)}" if entries else ""
+    return ConfigError(
+        f"--input {text}: no images (KEY.jpg, .png, ...) in its {len(paths)} tars{instead}; give "
+        "tars of images."
+    )
+
+
+def _classes(
+    text: str,
+    paths: list[Path],
+    indexes: list[TarIndex],
+    labels: np.ndarray,
+    reading: Reading,
+) -> Classes:
     num_labelled = int((labels >= 0).sum())
+    if reading.class_from == "tar":
+        ids = [_shown(path).rpartition(".")[0] for path in paths]
+        members = np.repeat(np.arange(len(ids)), [len(index.names) for index in indexes])
+        if len(set(ids)) < len(ids):
+            raise ConfigError(
+                f"--class-from tar: two tars of --input {text} are called "
+                f"{max(ids, key=ids.count)}; rename one."
+            )
+        return Classes(*classes_of(ids, members))
+    if reading.class_from:
+        classes = _folder_classes(text, indexes, reading)
+        if num_labelled:
+            classes.notes.append(f"the {num_labelled} labels in the tars are not used")
+        return classes
     if num_labelled == len(labels):
-        return TarSource(text, paths, indexes, labels, numbered_classes(text, labels))
+        return Classes(labels, numbered_classes(text, labels))
     if num_labelled:
-        source = TarSource(text, paths, indexes, labels, ())
+        source = TarSource(text, paths, indexes, Classes(labels))
         example = source.name(int(np.argmin(labels)))
         raise ConfigError(
             f"--input {text}: {len(labels) - num_labelled} of {len(labels)} images ({example}, "
             "...) have no .cls; give every sample one, or none."
         )
-    return TarSource(text, paths, indexes, *_folder_classes(text, indexes))
+    if reading.label_suffix:
+        raise ConfigError(
+            f"--label-suffix {reading.label_suffix}: no sample of --input {text} has one; write "
+            "what stands after KEY and a dot."
+        )
+    return _folder_classes(text, indexes, reading)
 
 
-def _folder_classes(
-    text: str, indexes: list[TarIndex]
-) -> tuple[np.ndarray, tuple[ImageClass, ...]]:
-    place_of: dict[bytes, int] = {}
-    members, num_loose = array("i"), 0
+def _folder_classes(text: str, indexes: list[TarIndex], reading: Reading) -> Classes:
+    found, count = ClassFolders(reading), 0
     for index in indexes:
         for name in index.names:
-            folder, is_inside, _ = name.partition(b"/")
-            num_loose += not is_inside
-            members.append(place_of.setdefault(folder, len(place_of)) if is_inside else 0)
-    if num_loose == len(members):
-        return np.zeros(len(members), np.int32), ()
-    if num_loose:
+            found.add(name)
+            count += 1
+    if 0 < found.num_loose < count and reading.class_from != "none":
         raise ConfigError(
-            f"--input {text}: {num_loose} of {len(members)} images lie in no folder of their tar; "
+            f"--input {text}: {found.num_loose} of {count} images lie in no folder of their tar; "
             "give every sample a folder or a .cls, or none."
         )
-    ids = [name.decode("utf-8", "backslashreplace") for name in place_of]
-    return classes_of(ids, np.frombuffer(members, np.int32))
+    classes = found.classes(
+        f"--input {text}", lambda part: f"give tars that hold {part} only, or unpack them"
+    )
+    if not classes.classes and not reading.class_from and len(indexes) > 1:
+        classes.notes.append(
+            "the images lie in no folders and have no .cls: add --class-from tar if each tar is a "
+            "class"
+        )
+    return classes

@@ -1,7 +1,5 @@
 """Walking the members of a tar of latents that may have been written by others."""
 
-import json
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -10,8 +8,11 @@ import numpy as np
 
 from data_tools.manifest import LatentFormat, Members
 from data_tools.records import NPY_HEADER_ERRORS, DamagedRecordError
+from data_tools.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
+from data_tools.sample_names import split_name
+from data_tools.tar_members import BadTarError, Member, content_of, walk
+from data_tools.tar_samples import TarParts, grouped
 
-_MAX_LABEL_BYTES = 1 << 20
 _SHOWN_NAME = 80  # characters of a member's name in a message
 
 
@@ -39,23 +40,13 @@ def index_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".index.npy"
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Split a member's name as webdataset does: at the first dot of its last part."""
-    folder, slash, base = name.rpartition("/")
-    key, _, suffix = base.partition(".")
-    return folder + slash + key, suffix
-
-
 def first_foreign_member(file: BinaryIO, members: Members) -> str | None:
     """Return the name of the first member that is no part of a sample; None if there is none."""
-    known = {members.array, members.flip, members.label.partition(":")[0]} - {""}
-    file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if not member.isfile() or split_name(member.name)[1] not in known:
-                    return member.name[:_SHOWN_NAME]
-    except (tarfile.TarError, ValueError):
+        for member in walk(file):
+            if not member.is_plain or split_name(member.name)[1] not in members.suffixes:
+                return member.shown
+    except BadTarError:
         return None  # damaged: the checks of the samples say where
     return None
 
@@ -67,49 +58,15 @@ def walk_samples(file: BinaryIO, members: Members, latent: LatentFormat) -> Iter
         DamagedRecordError: a header is damaged, a part is missing, occurs twice or is not what
             `latent` says; nothing in the file is ever unpickled.
     """
-    file.seek(0)
-    seen: set[str] = set()
-    parts: dict[str, tarfile.TarInfo] = {}
-    current = ""
-    end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                key, suffix = split_name(member.name)
-                if not member.isfile():
-                    continue
-                if key != current and parts:
-                    yield _sample(file, current, parts, members, latent)
-                    parts = {}
-                if key != current and key in seen:
-                    raise DamagedRecordError(f"holds the key {key[:_SHOWN_NAME]!r} twice")
-                if suffix in parts:
-                    raise DamagedRecordError(f"holds {member.name[:_SHOWN_NAME]!r} twice")
-                seen.add(key)
-                current, parts[suffix] = key, member
-    except (tarfile.TarError, ValueError) as err:
-        raise DamagedRecordError(f"is no tar ({err})") from err
-    if parts:
-        yield _sample(file, current, parts, members, latent)
-    file.seek(end)
-    while chunk := file.read(1 << 20):  # tarfile takes a damaged header for the end
-        if any(chunk):
-            raise DamagedRecordError(f"a damaged header follows sample {current[:_SHOWN_NAME]!r}")
+        for sample in grouped(walk(file), members.suffixes):
+            yield _sample(file, sample, members, latent)
+    except BadTarError as err:
+        raise DamagedRecordError(str(err).rpartition("; ")[0]) from err
 
 
-def _sample(
-    file: BinaryIO,
-    key: str,
-    parts: dict[str, tarfile.TarInfo],
-    members: Members,
-    latent: LatentFormat,
-) -> TarSample:
-    shown = key[:_SHOWN_NAME]
-    label_suffix, _, json_key = members.label.partition(":")  # "json:KEY" is a field of KEY.json
-    for suffix in (members.array, members.flip, label_suffix):
-        if suffix and suffix not in parts:
-            raise DamagedRecordError(f"sample {shown!r} has no .{suffix}")
+def _sample(file: BinaryIO, sample: TarParts, members: Members, latent: LatentFormat) -> TarSample:
+    shown, parts = sample.key[:_SHOWN_NAME], sample.by_suffix
     array_offset, values = _array(file, parts[members.array], shown, latent)
     flip_offset = -1
     if members.flip:
@@ -117,25 +74,17 @@ def _sample(
         if not np.isfinite(flipped).all():
             raise DamagedRecordError(f"a value that is no number in the mirrored {shown!r}")
     label = 0
-    if label_suffix:
-        member = parts[label_suffix]
-        file.seek(member.offset_data)
-        label = _label(file.read(min(member.size, _MAX_LABEL_BYTES)), json_key, shown)
-    return TarSample(key, array_offset, flip_offset, label, values)
-
-
-def _label(text: bytes, json_key: str, shown: str) -> int:
-    try:
-        value = json.loads(text)[json_key] if json_key else int(text)
-    except (ValueError, KeyError, TypeError):
-        value = None
-    if type(value) is not int:
-        raise DamagedRecordError(f"the label of sample {shown!r} is not a number")
-    return value
+    if members.label:
+        suffix, field = split_label(members.label)
+        try:
+            label = parse_label(content_of(file, parts[suffix], LABEL_BYTES), field)
+        except LabelError as err:
+            raise DamagedRecordError(f"the label of sample {shown!r} is not a number") from err
+    return TarSample(sample.key, array_offset, flip_offset, label, values)
 
 
 def _array(
-    file: BinaryIO, member: tarfile.TarInfo, shown: str, latent: LatentFormat
+    file: BinaryIO, member: Member, shown: str, latent: LatentFormat
 ) -> tuple[int, np.ndarray]:
     file.seek(member.offset_data)
     try:

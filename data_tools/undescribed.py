@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_tools.file_kinds import HEAD_BYTES, kind_of
 from data_tools.images import IMAGE_SUFFIXES
+from data_tools.sample_names import is_hidden
 
 _MANIFEST_NAME = "dataset.json"
 _MAX_LOOKED_AT = 2000  # files and folders; a set of images may have millions
@@ -116,9 +117,9 @@ def _first(folder: Path, suffixes: frozenset[str] | tuple[str, ...]) -> str:
 def _files(folder: Path) -> Iterator[str]:
     """Go through a tree's files without hidden ones; folders of classes are often links."""
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))[:_MAX_LOOKED_AT]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))[:_MAX_LOOKED_AT]
         if Path(place) != folder and len(Path(place).relative_to(folder).parts) > 3:
             folders.clear()  # a loop of links, or a tree of another kind
         for name in sorted(files):
-            if not name.startswith("."):
+            if not is_hidden(name):
                 yield os.path.relpath(os.path.join(place, name), folder)

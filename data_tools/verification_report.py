@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from data_tools import left_out
 from data_tools.findings import SETTINGS_NAME, SHARD_PARTS, Verification
 from data_tools.manifest import MANIFEST_NAME
 
@@ -52,6 +53,8 @@ def report(
             f"{result.manifest.num_samples} samples in {len(result.manifest.shards)} shards, "
             f"{readable_bytes(num_bytes)}, data set {result.manifest.hash[:12]}"
         )
+        if result.manifest.left_out:
+            lines.append(f"left out of it: {left_out.sentence(result.manifest.left_out)}")
     if repaired:
         lines += ["", "repaired", *(f"  {line}" for line in repaired)]
     if result.checked:

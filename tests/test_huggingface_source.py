@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.class_folders import Classes
 from data_tools.encode_latents import encode, parse_arguments
 from data_tools.errors import ConfigError
 from data_tools.huggingface_source import HuggingFaceSource
@@ -262,7 +263,7 @@ def test_paths_that_are_no_text_are_escaped(tmp_path):
 
     path = pa.array([b"caf\xe9.png"]).view("string")
     column = pa.StructArray.from_arrays([pa.array([picture(1)]), path], ["bytes", "path"])
-    source = HuggingFaceSource("set", pa.chunked_array([column]), np.zeros(1, np.int32), ())
+    source = HuggingFaceSource("set", pa.chunked_array([column]), Classes(np.zeros(1, np.int32)))
     assert source.name(0) == "0/caf\\xe9.png"
 
 

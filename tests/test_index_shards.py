@@ -172,9 +172,9 @@ def damaged_header(content):
         ({"cls": b"tench"}, [], "sample dir.x/img5 has b'tench' as its cls"),
         ({"cls": -1}, [], "has the label -1; labels count from 0"),
         ({}, ["--label", "json:class"], "as its json:class, which gives no whole number"),
-        ({}, ["--flip", "flip.npy"], "has no flip.npy; see --array and --flip"),
-        ({}, ["--label", "id"], "has no id; see --label"),
-        ({}, ["--array", "moments.npy"], "has no moments.npy; see --array"),
+        ({}, ["--flip", "flip.npy"], "has no .flip.npy"),
+        ({}, ["--label", "id"], "has no .id"),
+        ({}, ["--array", "moments.npy"], "has no .moments.npy (5 such samples); see --array"),
     ],
 )
 def test_tars_that_cannot_be_read_are_refused_in_one_sentence(tmp_path, extra, flags, sentence):
@@ -193,9 +193,9 @@ def test_tars_that_cannot_be_read_are_refused_in_one_sentence(tmp_path, extra, f
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (last_member_only, "does not end as a tar does, so its last samples may be missing"),
+        (last_member_only, "does not end as a tar does, so its last files may be missing"),
         (damage_a_header, "has a damaged header after"),
-        (lambda f: (f / "part-1.tar").write_bytes(b"no tar" * 500), "is no whole tar"),
+        (lambda f: (f / "part-1.tar").write_bytes(b"no tar" * 500), "is no tar, or damaged at"),
         (lambda f: (f / "part-1.tar").write_bytes(bytes(10240)), "holds no samples"),
         (lambda f: (f / "part-1.tar").unlink(), "cannot be read (No such file"),
     ],

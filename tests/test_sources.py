@@ -11,34 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from PIL import Image
 
 from data_tools.errors import ConfigError
+from data_tools.image_folders import scan_folder
 from data_tools.images import BadImageError
 from data_tools.inputs import open_source, read_class_names
-from data_tools.sources import MAX_IMAGE_BYTES, FileSource, Names, scan_folder
-from data_tools.tar_source import scan_tar
-
-
-def picture(shade=0):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (shade, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def save(path, shade=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(shade))
-
-
-def names(source):
-    listed = [name.decode() for name in source.raw_names()]
-    assert [source.name(i) for i in range(len(source))] == listed
-    return listed
-
-
-def described(source):
-    return [(c.index, c.id, c.count) for c in source.classes]
+from data_tools.sources import MAX_IMAGE_BYTES, FileSource, Names
+from data_tools.tar_images import scan_tar
+from tests.image_inputs import described, make_tar, names, picture, save
 
 
 def test_names_come_back_and_take_their_bytes_and_eight_more():
@@ -132,7 +112,7 @@ def test_names_that_are_no_text_are_escaped_and_still_read(tmp_path):
 def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"^--input .*gone: does not exist; give a folder"):
         open_source(str(tmp_path / "gone"))
-    with pytest.raises(ConfigError, match=r"^--input .*: no image files \(\.bmp, .*in it; give"):
+    with pytest.raises(ConfigError, match=r"^--input .*: no image files \(\.avif, .*in it; give"):
         open_source(str(tmp_path))
     save(tmp_path / "loose.png")
     with pytest.raises(ConfigError, match=r"loose\.png: is a file; give a folder"):
@@ -217,16 +197,6 @@ def test_wrong_lists_are_refused_in_one_sentence(tmp_path, content, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-def make_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
 def labelled(first, count):
     for i in range(first, first + count):
         yield f"{i:06d}.cls", str(i % 3).encode()
@@ -300,7 +270,7 @@ def test_indexes_of_tars_are_kept_until_the_tar_changes(tmp_path, monkeypatch):
     scanned = []
     original = scan_tar
     monkeypatch.setattr(
-        "data_tools.tar_source.scan_tar", lambda path: scanned.append(path) or original(path)
+        "data_tools.tar_source.scan_tar", lambda path, how: scanned.append(path) or original(path)
     )
     first = open_source(str(path), cache=cache)
     second = open_source(str(path), cache=cache)
@@ -321,12 +291,21 @@ def cut(path, end):
     ("damage", "sentence"),
     [
         (lambda p: cut(p, 5 * 1024), "is cut off or damaged after"),  # between two members
-        (lambda p: cut(p, 5 * 1024 + 100), "is cut off or damaged after"),  # in a header
-        (lambda p: cut(p, 1024 + 600), "is no whole, uncompressed tar (unexpected end of data)"),
-        (lambda p: p.write_bytes(b""), "is no whole, uncompressed tar (empty file)"),
-        (lambda p: p.write_bytes(b"\x1f\x8b" * 600), "is no whole, uncompressed tar ("),
+        (lambda p: cut(p, 5 * 1024 + 100), "has a damaged header after 5,120 bytes"),
+        (
+            lambda p: cut(p, 1024 + 600),
+            "is cut off inside or behind '000000.jpg' (unex",
+        ),
+        (lambda p: p.write_bytes(b""), "is empty; copy it again."),
+        (
+            lambda p: p.write_bytes(b"\x1f\x8b" * 600),
+            "is compressed with gzip, so that",
+        ),
         (lambda p: p.unlink(), "does not exist (1 of 1 tars); give tars that are there."),
-        (lambda p: make_tar(p, [("a.txt", b"")]), "no images (KEY.jpg, .jpeg, .png or .webp)"),
+        (
+            lambda p: make_tar(p, [("a.txt", b"")]),
+            "in its 1 tars; left out: .txt 1 (a.tar/a.txt);",
+        ),
         (
             lambda p: make_tar(p, [("a.cls", b"cat"), ("a.jpg", b"x")]),
             "a.cls holds b'cat', which is no number of a class; write the label into it.",
@@ -337,7 +316,7 @@ def cut(path, end):
         ),
         (
             lambda p: make_tar(p, [("a.jpg", b"x"), ("a.png", b"x")]),
-            "a.jpg and a.png are one sample; leave one image per sample.",
+            "a.jpg and a.png are one sample; leave one image per sample, or say with --image-suf",
         ),
         (
             lambda p: make_tar(p, [("cat/a.jpg", b"x"), ("b.png", b"x")]),
@@ -359,7 +338,7 @@ def test_one_flipped_byte_of_a_header_is_seen(tmp_path):
     data = bytearray(path.read_bytes())
     data[5 * 1024 + 20] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ConfigError, match="is cut off or damaged after 5,120 bytes; copy it again"):
+    with pytest.raises(ConfigError, match=r"header after 5,120 bytes, behind '000001\.jpg'; copy"):
         open_source(str(path))
 
 

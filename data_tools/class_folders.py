@@ -1,0 +1,140 @@
+"""Which classes the folders of images stand for."""
+
+import os
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_tools.errors import ConfigError
+from data_tools.reading import Reading
+from data_tools.sources import ImageClass, classes_of
+
+_SPLITS = frozenset(
+    {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+)
+_SHOWN = 5  # classes named in a line
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Labels and classes of all images.
+
+    Attributes:
+        labels: int32 (N,).
+        classes: by label; empty: the images have none.
+        former: labels and classes as earlier versions gave them, where they gave others.
+        notes: lines for people.
+    """
+
+    labels: np.ndarray
+    classes: tuple[ImageClass, ...] = ()
+    former: tuple[np.ndarray, tuple[ImageClass, ...]] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class ClassFolders:
+    """Collects the folders of images, one image after the other.
+
+    Attributes:
+        num_loose: images that lie in no folder.
+        first_loose: the first of these.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        """Begin; `reading` says which folders are classes."""
+        self.reading = reading
+        self.num_loose, self.first_loose = 0, b""
+        self._place_of: dict[bytes, int] = {}
+        self._members = array("i")
+        self._num_direct = 0  # images that lie in the first folder of their path itself
+
+    def add(self, name: bytes) -> None:
+        """Take the next image's path, "/" between its parts."""
+        # Tars may name ./a, /a and ../a, which are no folders.
+        while name.startswith((b"./", b"../", b"/")):
+            name = name.partition(b"/")[2]
+        folder, is_inside, rest = name.partition(b"/")
+        if not is_inside:
+            self.num_loose += 1
+            self.first_loose = self.first_loose or name
+            self._members.append(0)
+            return
+        self._num_direct += b"/" not in rest
+        if self.reading.class_from == "path":
+            folder = name.rpartition(b"/")[0]
+        self._members.append(self._place_of.setdefault(folder, len(self._place_of)))
+
+    def first_folders(self) -> set[bytes]:
+        """Return the folders at the top of the input that hold images, at any depth."""
+        return {name.partition(b"/")[0] for name in self._place_of}
+
+    def classes(self, where: str, split_advice: Callable[[str], str]) -> Classes:
+        """Number the classes: in the order of their names, numbers in the order of numbers.
+
+        Args:
+            where: the flag and the input, for messages.
+            split_advice: what to do if the folders are called train and test, for one of them.
+        """
+        members = np.frombuffer(self._members, np.int32)
+        if self.num_loose == len(members) or self.reading.class_from == "none":
+            return Classes(np.zeros(len(members), np.int32))
+        ids = [name.decode("utf-8", "backslashreplace") for name in self._place_of]
+        if not self.reading.class_from:
+            self._refuse_splits(where, split_advice, ids)
+        if self.reading.class_from == "path":
+            ids = _without_common_folders(ids)
+        notes = []
+        if not self.reading.class_from and not self._num_direct:
+            notes.append(
+                f"{_named(sorted(ids))}: the folders in {'it' if len(ids) == 1 else 'them'} are "
+                "not classes, add --class-from path if they should be"
+            )
+        former = None
+        if not all(name.isascii() and name.isdigit() for name in ids):
+            return Classes(*classes_of(ids, members), former, notes)
+        numbers = [name.lstrip("0") for name in ids]
+        order = [(len(number), number, name) for number, name in zip(numbers, ids, strict=True)]
+        labels, classes = classes_of(ids, members, order)
+        text_order = classes_of(ids, members)
+        if (labels != text_order[0]).any():
+            former = text_order
+        if difference := number_difference(classes):
+            notes.append(f"{difference}: classes count from 0, without gaps")
+        return Classes(labels, classes, former, notes)
+
+    def _refuse_splits(self, where: str, advice: Callable[[str], str], ids: list[str]) -> None:
+        """Refuse the folders of a training and a test set as classes."""
+        if not _SPLITS.issuperset(name.lower() for name in ids):
+            return
+        if len(ids) == 1 and self._num_direct:
+            return  # pictures of trains
+        verb = "class would be called" if len(ids) == 1 else "classes would be called"
+        raise ConfigError(
+            f"{where}: its {verb} {' and '.join(sorted(ids))}, as parts of a data set are called; "
+            f"{advice(min(ids))}, or add --class-from folder if they are classes."
+        )
+
+
+def number_difference(classes: tuple[ImageClass, ...]) -> str:
+    """Name the first class of numbers whose folder has another number; "": all have the same."""
+    for entry in classes:
+        if (entry.id.lstrip("0") or "0") != str(entry.index):
+            return f"the folder {entry.id} is class {entry.index}"
+    return ""
+
+
+def _named(ids: list[str]) -> str:
+    if len(ids) == 1:
+        return f"all images lie in the folder {ids[0]}, which is the only class"
+    more = ", ..." if len(ids) > _SHOWN else ""
+    return f"the classes are {', '.join(ids[:_SHOWN])}{more}"
+
+
+def _without_common_folders(ids: list[str]) -> list[str]:
+    """Cut off the folders that all share, as long as something is left of each."""
+    parts = [name.split("/") for name in ids]
+    shared = len(os.path.commonprefix(parts))
+    shared = min(shared, min(map(len, parts)) - 1)
+    return ["/".join(rest[shared:]) for rest in parts]

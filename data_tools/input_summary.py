@@ -1,0 +1,60 @@
+"""What encoding says about its input before it begins: classes, doubts, what is left out."""
+
+import statistics
+
+from data_tools.errors import ConfigError
+from data_tools.left_out import sentence
+from data_tools.sources import ImageSource
+
+_CLASSES_SHOWN = 20
+_FIRST_SHOWN = 3  # of more classes
+_MAX_EMPTY = 0.9  # of the numbers of classes
+
+
+def summary(source: ImageSource) -> list[str]:
+    """Return lines about the classes that were found and about what was not used."""
+    return [
+        *_class_lines(source),
+        *source.notes,
+        *([f"left out: {sentence(source.left_out)}"] if source.left_out else []),
+    ]
+
+
+def _class_lines(source: ImageSource) -> list[str]:
+    classes = source.classes
+    if not classes:
+        return ["no classes: train with --num-classes 0"]
+    counts = [entry.count for entry in classes]
+    shown = classes if len(classes) <= _CLASSES_SHOWN else classes[:_FIRST_SHOWN]
+    lines = ["images per class: " + ", ".join(f"{entry.id} {entry.count}" for entry in shown)]
+    if len(shown) < len(classes):
+        lines[0] += (
+            f", ...; {min(counts)} to {max(counts)} in each, median {statistics.median(counts):g}"
+        )
+    empty = [entry.id for entry in classes if not entry.count]
+    if empty == ["0"] and len(classes) > 1:
+        lines.append("class 0 has no image; do the labels begin at 1?")
+    elif empty:
+        more = ", ..." if len(empty) > _FIRST_SHOWN else ""
+        verb = "class has" if len(empty) == 1 else "classes have"
+        lines.append(
+            f"{len(empty)} of {len(classes)} {verb} no image: "
+            f"{', '.join(empty[:_FIRST_SHOWN])}{more}"
+        )
+    return lines
+
+
+def refuse_mostly_empty(source: ImageSource) -> None:
+    """Ask before numbers with large gaps become classes, each of which the network would learn."""
+    empty = sum(not entry.count for entry in source.classes)
+    if not all(entry.id.isdigit() for entry in source.classes):
+        return  # the input names them
+    if empty <= _MAX_EMPTY * len(source.classes):
+        return
+    used = [entry.id for entry in source.classes if entry.count]
+    more = ", ..." if len(used) > _FIRST_SHOWN else ""
+    raise ConfigError(
+        f"--input {source.text}: {empty:,} of {len(source.classes):,} classes have no image, only "
+        f"{', '.join(used[:_FIRST_SHOWN])}{more} have; number the classes from 0 without gaps, or "
+        "pass --allow-empty-classes if the others come later."
+    )

@@ -1,0 +1,50 @@
+"""How an input is to be read where its names alone do not say it: flags of encode_latents.py."""
+
+from dataclasses import asdict, dataclass
+
+from data_tools.errors import ConfigError
+from data_tools.sample_labels import is_label_text
+
+CLASS_SOURCES = ("folder", "path", "tar", "none")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the flags say; "" where the input decides.
+
+    Attributes:
+        class_from: what names an image's class: the first folder of its path, its whole folder,
+            its tar, or nothing.
+        image_suffix: of the images in tars, after KEY and a dot, where the name is cut at its
+            first dot.
+        label_suffix: of the labels in tars, or json:FIELD.
+        label_column: of a data set by Hugging Face.
+    """
+
+    class_from: str = ""
+    image_suffix: str = ""
+    label_suffix: str = ""
+    label_column: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the texts."""
+        if self.label_suffix and not is_label_text(self.label_suffix):
+            raise ConfigError(
+                f"--label-suffix {self.label_suffix}: is no suffix; write what stands after KEY "
+                "and a dot, such as output.cls, or json:FIELD."
+            )
+
+    def refuse_others(self, text: str, kind: str, *known: str) -> None:
+        """Refuse flags that say nothing about this kind of input.
+
+        Args:
+            text: the input as typed.
+            kind: what it is, such as "a list".
+            known: fields that it knows.
+        """
+        for name, value in asdict(self).items():
+            if value and name not in known:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {value}: --input {text} is {kind}, which it does "
+                    "not serve; leave it out."
+                )

@@ -1,0 +1,160 @@
+"""The members of a tar, one after the other: the only reader of tars by others in this project.
+
+It reads headers only, goes on into archives that were joined (cat a.tar b.tar), and refuses a tar
+of which something may be lost: damaged headers, cut ends, compression.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, Protocol
+
+_BLOCK = tarfile.BLOCKSIZE
+_CHUNK_BYTES = 1 << 20
+_SHOWN_NAME = 80  # characters of a member's name in a message
+# What a file begins with: what it is, and the command that makes a tar of it.
+_OTHER_KINDS = (
+    (b"\x1f\x8b", "compressed with gzip", "gunzip"),
+    (b"BZh", "compressed with bzip2", "bunzip2"),
+    (b"\xfd7zXZ\0", "compressed with xz", "unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "zstd -d"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -d"),
+    (b"PK\x03\x04", "a zip archive", "unzip"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x"),
+    (b"Rar!", "a RAR archive", "unrar x"),
+)
+
+
+class BadTarError(Exception):
+    """A tar that cannot be read whole: a clause that follows its name, and what to do."""
+
+
+class SeekableFile(Protocol):
+    """What is asked of a file: reading, and going to a place."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return the next bytes."""
+
+    def seek(self, offset: int, /) -> object:
+        """Go to a place, counted from the beginning."""
+
+    def tell(self) -> int:
+        """Return the place."""
+
+
+class Member(tarfile.TarInfo):
+    """One member.
+
+    Attributes:
+        archive: number of the archive, of those that were joined, counted from 0.
+    """
+
+    archive = 0
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Member":
+        """Read a header; the library alone would take a damaged one for the end of the archive."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as err:
+            if any(buf):
+                raise _BadHeaderError(str(err)) from err
+            raise
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a file whose content lies in the tar as it is."""
+        return self.isreg() and not self.issparse()
+
+    @property
+    def shown(self) -> str:
+        """Its name, short enough for a message."""
+        return self.name[:_SHOWN_NAME]
+
+
+class _BadHeaderError(Exception):
+    """A block that should be a header, or the end, and is neither."""
+
+
+def walk(file: SeekableFile) -> Iterator[Member]:
+    """Go through all members of all archives of a tar.
+
+    Args:
+        file: stands anywhere and is read from its beginning. After each member it stands at the
+            member's content; whoever reads that may leave it anywhere.
+
+    Raises:
+        BadTarError: it is no tar, is compressed, is damaged, or ends too early.
+    """
+    start, number, last = 0, 0, None
+    while start is not None:
+        file.seek(start)
+        try:
+            # The names' bytes must not depend on the locale.
+            with tarfile.TarFile(
+                fileobj=file, tarinfo=Member, encoding="utf-8", errors="surrogateescape"
+            ) as tar:
+                # Its own iterator would keep every header.
+                while (member := tar.next()) is not None:
+                    tar.members.clear()
+                    member.archive, last = number, member
+                    if member.size < 0:
+                        raise _BadHeaderError("negative size")
+                    yield member
+                end = tar.offset
+        except (_BadHeaderError, tarfile.TarError, ValueError, OverflowError) as err:
+            raise _reason(file, last, start, err) from err
+        start, number = _next_archive(file, end), number + 1
+
+
+def _reason(file: SeekableFile, last: Member | None, start: int, err: Exception) -> BadTarError:
+    """Say what is wrong behind the last member that could be read."""
+    if last is None:
+        return BadTarError(_other_kind(file, err))
+    end = max(start, last.offset_data + -(-last.size // _BLOCK) * _BLOCK)
+    if isinstance(err, _BadHeaderError):
+        return BadTarError(
+            f"has a damaged header after {end:,} bytes, behind {last.shown!r}; copy it again"
+        )
+    return BadTarError(f"is cut off inside or behind {last.shown!r} ({err}); copy it again")
+
+
+def _other_kind(file: SeekableFile, err: Exception) -> str:
+    file.seek(0)
+    begin = file.read(_BLOCK)
+    for magic, kind, command in _OTHER_KINDS:
+        if begin.startswith(magic):
+            return (
+                f"is {kind}, so that no single file can be read from it; unpack it once with "
+                f"{command}"
+            )
+    what = "is empty" if not begin else f"is no tar, or damaged at its beginning ({err})"
+    return f"{what}; copy it again"
+
+
+def _next_archive(file: SeekableFile, end: int) -> int | None:
+    """Return where the next archive begins, behind the zeros at the end of one; None: nowhere."""
+    file.seek(end)
+    place, is_ended = end, False
+    while chunk := file.read(_CHUNK_BYTES):
+        is_ended = True
+        if rest := chunk.lstrip(b"\0"):
+            return place + (len(chunk) - len(rest)) // _BLOCK * _BLOCK
+        place += len(chunk)
+    if not is_ended:
+        raise BadTarError(
+            f"is cut off or damaged after {end:,} bytes: it does not end as a tar does, so its "
+            "last files may be missing; copy it again"
+        )
+    return None
+
+
+def content_of(file: BinaryIO | SeekableFile, member: Member, limit: int | None = None) -> bytes:
+    """Read a member's content, or its first bytes.
+
+    Args:
+        file: that `walk` reads.
+        member: is_plain.
+        limit: bytes at most.
+    """
+    file.seek(member.offset_data)
+    return file.read(member.size if limit is None else min(member.size, limit))
