@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import MalformedError, from_json, replace_file, write_json
+from data_tools.foreign_arrays import channels_last, doubts
 from data_tools.indexing import ScannedShard, Wanted, scan
 from data_tools.left_out import LeftOut, Tally, sentence
 from data_tools.locations import Location, parse_location
@@ -127,6 +128,24 @@ def _known(notes: Path) -> ScannedShard | None:
         return None
 
 
+def check_latents(name: str, shard: ScannedShard, vae: Vae) -> None:
+    """Refuse, after the first tar already, what is not of this VAE or no log-variance."""
+    shape, kind = shard.shape, shard.wanted.kind
+    channels = shape[0] // (2 if kind == "moments" else 1)
+    if channels != vae.latent_channels:
+        raise ConfigError(
+            f"--vae {vae.source_id}: has {vae.latent_channels} latent channels, {name} {channels} "
+            f"in its {kind} of shape {tuple(shape)}; give the VAE that made them, or see --kind"
+            f"{channels_last(shape)}."
+        )
+    if shard.log_variance_min >= 0:
+        raise ConfigError(
+            f"--kind moments: the second half of every array in {name} is positive, so it seems to "
+            "hold standard deviations and no log-variances; write 2 * log(std) in their place, or "
+            "the first half alone with --kind latents."
+        )
+
+
 def describe(
     names: list[str], found: list[ScannedShard], vae: Vae, size: int | None, class_names: list[str]
 ) -> Manifest:
@@ -138,12 +157,6 @@ def describe(
                 f"--input {name}: holds arrays {shard.dtype} {shard.shape}, {names[0]} holds "
                 f"{first.dtype} {first.shape}; index them apart."
             )
-    channels = first.shape[0] // (2 if wanted.kind == "moments" else 1)
-    if channels != vae.latent_channels:
-        raise ConfigError(
-            f"--vae {vae.source_id}: has {vae.latent_channels} latent channels, the tars "
-            f"{channels}; give the VAE that made them, or see --kind."
-        )
     counts: Counter[int] = Counter()
     for shard in found:
         counts.update({int(label): count for label, count in shard.label_counts.items()})
@@ -229,10 +242,10 @@ def main(argv: list[str] | None = None) -> None:
     wanted = Wanted(args.array, args.flip, label, args.kind)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        found = [
-            scan_shard(location, name, wanted, output)
-            for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty())
-        ]
+        found = []
+        for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty()):
+            found.append(scan_shard(location, name, wanted, output))
+            check_latents(name, found[-1], vae)
         write_json(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
     except OSError as err:
         raise ConfigError(
@@ -245,6 +258,10 @@ def main(argv: list[str] | None = None) -> None:
         f"{output}: {manifest.num_samples} samples in {len(names)} tars, {manifest.latent.kind} "
         f"{shape} {manifest.latent.dtype}, {manifest.num_classes} classes\n"
     )
+    shown = "  ".join(f"{std:.3f}" for std in manifest.scaled_std)
+    sys.stdout.write(f"scaled std {shown}  per channel, what the model sees, 1 is usual\n")
+    if doubt := doubts(manifest.scaled_std, manifest.vae.scaling_factor):
+        sys.stdout.write(f"warning: {output}: {doubt}.\n")
     if manifest.left_out:
         sys.stdout.write(f"left out: {sentence(manifest.left_out)}\n")
 

@@ -199,6 +199,11 @@ class DatasetManifest(Manifest):
         return self.latent.kind == "latents"
 
     @property
+    def scaled_std(self) -> list[float]:
+        """Standard deviation per channel (C,) as a model sees it."""
+        return [std * self.vae.scaling_factor for std in self.statistics.std]
+
+    @property
     def latent_channels(self) -> int:
         """C: half of the stored channels where the other half are log-variances."""
         return self.latent.shape[0] if self.is_frozen else self.latent.shape[0] // 2
