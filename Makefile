@@ -1,5 +1,6 @@
 # make demo    demo images -> latents -> training -> samples, on any machine (about 15 minutes on two cores)
 # make test    lint and tests
+# make test-precision   the tests that have to be right with and without bf16 instructions, with both
 # make test-cluster   the tests that start a real Slurm, OpenMPI, sshd or browser (root, Debian; about 20 minutes)
 # make test-long   the test of 20,000 steps (about 20 minutes on one core)
 # make lint    lint only
@@ -17,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test test-cluster test-long lint clean
+.PHONY: help demo test test-precision test-cluster test-long lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +36,12 @@ demo: $(INSTALLED)
 
 test: lint
 	pytest
+
+# `make test` takes "auto" precision for fp32. Here the hardware is said to multiply bf16, which a
+# CPU without bf16 instructions emulates; then it is asked, and has none (a GPU is not to be seen).
+test-precision: $(INSTALLED)
+	SWITCH_DIT_BF16=1 pytest -m precision
+	SWITCH_DIT_BF16= ONEDNN_MAX_CPU_ISA=AVX2 CUDA_VISIBLE_DEVICES= pytest -m precision
 
 test-cluster: $(DEMO_INSTALLED)
 	tests/install_cluster.sh

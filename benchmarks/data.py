@@ -35,7 +35,9 @@ from benchmarks.data_sets import (
     make_shard,
 )
 from benchmarks.measure import describe_machine
+from data_tools.entry_point import enter
 from data_tools.loader import LatentStream
+from data_tools.paths import typed_path
 from data_tools.reader import SampleReader
 from data_tools.training_data import open_data
 
@@ -255,7 +257,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="for 0.9 GiB of latents; default: temporary")
+    parser.add_argument(
+        "--folder", type=typed_path, help="for 0.9 GiB of latents; default: temporary"
+    )
     parser.add_argument("--num-shards", type=int, default=8, help="of 2048 samples")
     parser.add_argument("--repeats", type=int, default=3, help="the best counts")
     parser.add_argument("--memory-samples", type=int, default=1_000_000)
@@ -300,4 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from data_tools.files import replace_file, write_json
+from data_tools.files import replace_file
 from data_tools.manifest import (
-    FORMAT_VERSION,
+    DATASET,
     MANIFEST_NAME,
     ChannelStatistics,
     ClassEntry,
@@ -60,7 +60,6 @@ def describe(folder: Path, shards: list[Shard]) -> None:
     count = sum(shard.num_samples for shard in shards)
     channels = SHAPE[0] // 2
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
         num_samples=count,
         shards=shards,
         latent=LatentFormat(
@@ -75,7 +74,7 @@ def describe(folder: Path, shards: list[Shard]) -> None:
         classes=[ClassEntry(i, str(i), str(i), 0) for i in range(NUM_CLASSES)],
         versions={},
     )
-    write_json(folder / MANIFEST_NAME, manifest)
+    DATASET.write(folder / MANIFEST_NAME, manifest)
 
 
 def make_large(folder: Path, shard: Path, entry: Shard, num_shards: int) -> None:

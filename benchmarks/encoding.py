@@ -25,7 +25,8 @@ from PIL import Image
 
 from benchmarks.measure import describe_machine
 from data_tools.encoding_run import EncodingRun
-from data_tools.errors import ArgumentParser, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser
 from data_tools.images import square_crop
 from data_tools.vae import DEMO_VAE, Vae, load_vae, resolve_device
 
@@ -115,7 +116,7 @@ def timed(encode: Callable[[Path], float]) -> tuple[float, float]:
         return time.perf_counter() - started, share
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Make the pictures, encode them in turns, print a table."""
     parser = ArgumentParser(description="Images per second: ours against a naive loop.")
     add = parser.add_argument
@@ -157,5 +158,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main)

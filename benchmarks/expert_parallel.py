@@ -25,6 +25,7 @@ from benchmarks.layer_comparison import Measured, compare
 from benchmarks.layer_problem import Sizes
 from benchmarks.measure import describe_machine
 from benchmarks.start_ranks import run_on_ranks
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from models.switch_dit import MODEL_SIZES
 
@@ -129,4 +130,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.measure import best_seconds, describe_machine, saved_bytes
 from benchmarks.sides import DTYPES
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from models.experts import AffineExperts
 from models.gate import ExpertProduct, build_plan
@@ -183,4 +184,4 @@ def summary(cells: list[Cell]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -36,6 +36,7 @@ import torch
 
 from benchmarks.measure import best_seconds, describe_machine, synchronise
 from benchmarks.sides import DTYPES, Side, config_of, make_batch, our_side
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan, build_plan
@@ -247,4 +248,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.errors import ArgumentParser, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser
 from models.dealing import deal, served_at_home
 from models.gate import TimestepGate
 from models.layers import TimestepEmbedder
@@ -141,5 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main()
+    enter(main)

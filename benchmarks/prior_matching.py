@@ -26,6 +26,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from benchmarks.measure import best_seconds, describe_machine
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser
 from models.prior import diffusion_prior, matching_cost
 
@@ -141,4 +142,4 @@ def _line(way: str, num_units: int, cost: Cost) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

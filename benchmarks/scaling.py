@@ -27,7 +27,9 @@ from benchmarks.hardware import GIB, GIGA, MACHINES, Machine
 from benchmarks.layouts import Outcome, Search, best_of_each_kind, explore, workload_of
 from benchmarks.routing_shares import prior_shares
 from benchmarks.scaling_plot import draw_scaling
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.paths import typed_path
 from training.command_line import parse_command_line
 from training.config import Config
 from training.pictures import save_png
@@ -65,13 +67,20 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpus", nargs="+", type=int, default=None, metavar="N", help="ranks")
     parser.add_argument("--images-per-gpu", type=int, default=None, metavar="N", help="see above")
     parser.add_argument(
-        "--deepspeed", nargs="+", type=Path, default=STAGE_FILES, metavar="JSON", help="to try"
+        "--deepspeed",
+        nargs="+",
+        type=typed_path,
+        default=STAGE_FILES,
+        metavar="JSON",
+        help="to try",
     )
     parser.add_argument(
         "--expert-parallel-size", nargs="+", type=int, default=None, metavar="N", help="to try"
     )
     parser.add_argument("--every-layout", action="store_true", help="print not only the best")
-    parser.add_argument("--plot", type=Path, default=None, metavar="PNG", help="draw the table")
+    parser.add_argument(
+        "--plot", type=typed_path, default=None, metavar="PNG", help="draw the table"
+    )
     parser.add_argument("--fit", action="store_true", help="measure this CPU's constants and stop")
     parser.add_argument(
         "--compare", action="store_true", help="measure, predict and compare on this CPU"
@@ -180,4 +189,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

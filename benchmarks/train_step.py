@@ -45,6 +45,7 @@ from benchmarks.sides import (
     official_side,
     our_side,
 )
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from models.flops import training_flops
 from training.config import Config
@@ -310,4 +311,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -11,8 +11,6 @@ shards among themselves. Run the same command again to resume after any interrup
 
 import argparse
 import fcntl
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,13 +20,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(REPOSITORY)
 
+from data_tools.encoding_changes import edited_sentence
 from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.entry_point import enter, is_reporter
+from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
+from data_tools.paths import typed_path, typed_text
 from data_tools.reading import CLASS_SOURCES, Reading
-from data_tools.vae import DEFAULT_VAE, DEMO_VAE
+from data_tools.vae import DEMO_VAE
+from data_tools.vae_files import DEFAULT_VAE
 
 DEMO_LATENTS = REPOSITORY / "datasets" / "demo"
 DEFAULT_SIZE = 256
@@ -46,8 +48,6 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         raise ConfigError(
             f"--output {args.output}: is where the images lie; choose another folder."
         )
-    # Of the processes that a launcher started together, one speaks.
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     run = EncodingRun(
         args.input or [str(DEMO_IMAGES)],
         args.output,
@@ -62,7 +62,7 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         device=choose_device(args.device),
         workers=args.workers,
         is_strict=args.strict,
-        is_quiet=is_quiet or rank != "0",
+        is_quiet=is_quiet or not is_reporter(),
         keeps_indexes=not args.dry_run,
         reading=Reading(args.class_from, args.image_suffix, args.label_suffix, args.label_column),
         allows_empty_classes=args.allow_empty_classes,
@@ -74,6 +74,13 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     manifest = run.encode()
     skipped = [path for shard in manifest.shards for path in shard.skipped]
     run.say(f"{args.output}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    if run.edited:
+        run.say(edited_sentence(run.edited))
+    if run.settings.vae.latents_mean != manifest.vae.latents_mean:
+        run.say(
+            f"latents_mean and latents_std of --vae {args.vae} are not used: this data set was "
+            "begun without them; a new --output uses them"
+        )
     if skipped:
         shown = ", ".join(skipped[:SKIPPED_SHOWN])
         more = ", ..." if len(skipped) > SKIPPED_SHOWN else ""
@@ -111,7 +118,7 @@ def batch_size_of(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags and check their values."""
     parser = ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
@@ -121,16 +128,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add(
         "--input",
         nargs="+",
+        type=typed_text,
         metavar="IMAGES",
         help="folder with a sub-folder per class, flat folder, folder of tars, tars "
         "('a/{000..146}.tar' or 'a/*.tar'), list (.txt, .tsv: path, or path and class with a tab "
         "between), or folder that save_to_disk of Hugging Face datasets wrote; default: the demo "
         "set, drawn first",
     )
-    add("--output", type=Path, metavar="FOLDER", help="of the shards (demo: datasets/demo)")
+    add("--output", type=typed_path, metavar="FOLDER", help="of the shards (demo: datasets/demo)")
     add(
         "--class-names",
-        type=Path,
+        type=typed_path,
         metavar="FILE",
         help="names of the classes: JSON {id: name} or {id: [new id, name]}, or lines of id, tab, "
         "name (default: the ids)",
@@ -162,6 +170,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add(
         "--vae",
+        type=typed_text,
         metavar="VAE",
         help=f"diffusers folder, .safetensors file or hub id (default: {DEFAULT_VAE} for 256 and "
         "512 pixels, data_tools/demo_vae for the demo)",
@@ -215,7 +224,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Encode; the demo set under its lock."""
     args = parse_arguments(argv)
     with demo_lock() if args.input is None else nullcontext():
@@ -223,7 +232,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # A batch system's or a user's way to stop: leave as by Ctrl-C, giving the claims back.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main, when_stopped="the same command goes on")

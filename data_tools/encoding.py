@@ -33,16 +33,16 @@ from data_tools.encoding_device import BusyClock, EncodedBatch, is_out_of_memory
 from data_tools.encoding_output import finished_sidecar, shard_name
 from data_tools.encoding_settings import EncodingSettings
 from data_tools.errors import ConfigError
-from data_tools.files import replace_file, write_json
+from data_tools.files import replace_file
 from data_tools.images import BadImageError, decode_image
 from data_tools.manifest import Shard
 from data_tools.order import permutation
 from data_tools.records import Sample, sample_key
-from data_tools.sidecar import ShardTotals, Sidecar, add_samples
+from data_tools.sidecar import SIDECAR, ShardTotals, Sidecar, add_samples
 from data_tools.sources import ImageSource
 from data_tools.vae import Vae, tensor_moments
 
-_SPLIT = 3  # key of the permutation that deals images to shards
+SPLIT = 3  # key of the permutation that deals images to shards
 _WRITTEN_BEHIND = 2  # batches encoded and not written yet, per shard
 _READ_AHEAD = 2  # batches, at least; and at least two images per reading thread
 _OPEN_SHARDS = 2  # one is being flushed to the disk while the next one is filled
@@ -123,7 +123,7 @@ class ShardEncoder:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # whose stream the events below are recorded in
         self.clock, self.wall_sec = BusyClock(self.device), 0.0
-        order = permutation(len(source), settings.seed, _SPLIT)
+        order = permutation(len(source), settings.seed, SPLIT)
         self.order = order.astype(np.uint32)  # half the memory
 
     @property
@@ -235,7 +235,8 @@ class ShardEncoder:
                 continue
             if self.is_strict:
                 raise ConfigError(
-                    f"--strict: {name}: {damage}; repair or remove the file, or leave --strict out."
+                    f"--strict: {name}: {damage}; repair the file or move it away, or leave "
+                    "--strict out."
                 )
             shard.skipped.append(name)
             self.on_damage(f"{name}: {damage}")
@@ -305,7 +306,7 @@ class ShardEncoder:
         try:
             replace_file(tar, write, temporary)
             sidecar = describe()
-            write_json(tar.with_suffix(".json"), sidecar)
+            SIDECAR.write(tar.with_suffix(".json"), sidecar)
             return sidecar
         except FileNotFoundError:
             # Others believed this process dead, wrote the shard, and removed its temporary file.

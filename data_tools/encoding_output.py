@@ -8,22 +8,23 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 from data_tools.claims import Claims
 from data_tools.encoding_settings import EncodingSettings
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json, write_json
+from data_tools.files import MalformedError
 from data_tools.manifest import (
-    FORMAT_VERSION,
+    DATASET,
     MANIFEST_NAME,
     ClassEntry,
+    DatasetManifest,
     Manifest,
     Members,
     SourceList,
 )
-from data_tools.sidecar import Sidecar, statistics_of
+from data_tools.shard_check import read_shard
+from data_tools.sidecar import SIDECAR, Sidecar, statistics_of
 from data_tools.sources import ImageSource
 
 CLAIMS_NAME = ".claims"  # folder with the claims of processes at work
@@ -43,10 +44,15 @@ def claim_name(index: int) -> str:
 
 
 def finished_sidecar(output: Path, index: int) -> Sidecar | None:
-    """Return the sidecar of a shard that is complete in the output folder."""
+    """Return the sidecar of a shard that is complete in the output folder.
+
+    Raises:
+        NewerFormatError: a later version wrote it.
+    """
     tar = output / shard_name(index)
+    path = tar.with_suffix(".json")
     try:
-        sidecar: Sidecar = from_json(Sidecar, json.loads(tar.with_suffix(".json").read_bytes()))
+        sidecar: Sidecar = SIDECAR.loads(path.read_bytes(), str(path))
         is_complete = tar.stat().st_size == sidecar.shard.bytes
     except (FileNotFoundError, ValueError, MalformedError):
         return None
@@ -74,6 +80,25 @@ class EncodingOutput:
         if index in self.missing and finished_sidecar(self.folder, index) is not None:
             del self.missing[index]
         return index not in self.missing
+
+    def restore_sidecars(self) -> None:
+        """Write lost sidecars again, of shards that are as dataset.json says.
+
+        Encoding such a shard again might give other bytes on another machine, and no run could
+        resume on the data any more.
+        """
+        try:
+            manifest = DatasetManifest.load(self.folder, check_shards=False)
+        except ConfigError:  # none yet, or damaged: it is written at the end
+            return
+        stated = {shard.name: shard for shard in manifest.shards}
+        for index in list(self.missing):
+            shard = stated.get(shard_name(index))
+            content = None if shard is None else read_shard(self.folder, shard, manifest)
+            if content is not None and not content.problems:
+                path = (self.folder / shard.name).with_suffix(".json")
+                SIDECAR.write(path, Sidecar(shard, content.totals))
+                self.is_finished(index)
 
     @property
     def num_images_done(self) -> int:
@@ -118,7 +143,7 @@ class EncodingOutput:
         manifest = _manifest(self.settings, source, class_names, complete)
         path = self.folder / MANIFEST_NAME
         if not _says_the_same(path, manifest):
-            write_json(path, manifest)
+            DATASET.write(path, manifest)
         return manifest
 
 
@@ -127,11 +152,12 @@ def _says_the_same(path: Path, manifest: Manifest) -> bool:
 
     What lies beside the images may change later, too.
     """
+    DATASET.refuse_newer(path)
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return False
-    wanted = json.loads(json.dumps(asdict(manifest)))
+    wanted = json.loads(DATASET.dumps(manifest))
     is_whole = isinstance(found, dict) and "versions" in found
     then = {"versions": {}, "left_out": []}
     return is_whole and found | then == wanted | then
@@ -156,7 +182,6 @@ def _manifest(
     _, height, width = settings.latent.shape
     named = [class_names.get(c.id, (c.id, c.id.replace("_", " "))) for c in source.classes]
     return Manifest(
-        format_version=FORMAT_VERSION,
         num_samples=num_samples,
         shards=shards,
         latent=settings.latent,

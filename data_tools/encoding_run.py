@@ -13,6 +13,7 @@ import torch
 
 from data_tools.claims import Claims
 from data_tools.encoding import ShardEncoder
+from data_tools.encoding_changes import check_files_exist, edited_images, finished_before
 from data_tools.encoding_output import CLAIMS_NAME, INDEXES_NAME, EncodingOutput, claim_name
 from data_tools.encoding_progress import Progress, duration
 from data_tools.encoding_settings import (
@@ -36,6 +37,7 @@ from data_tools.encoding_trial import (
 from data_tools.errors import ConfigError
 from data_tools.input_summary import refuse_mostly_empty, summary
 from data_tools.inputs import open_source, read_class_names
+from data_tools.launcher import BY_TORCH, read_place_on_node
 from data_tools.manifest import MANIFEST_NAME, Manifest
 from data_tools.reading import Reading
 from data_tools.vae import load_vae, resolve_device, with_dtype
@@ -43,20 +45,17 @@ from data_tools.vae import load_vae, resolve_device, with_dtype
 MAX_THREADS = 16
 
 
-def local_rank() -> int:
-    """Return the number of this process on its machine, as torchrun and Slurm count."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-
-
 def local_processes() -> int:
     """Return how many processes a launcher says it started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    place = read_place_on_node()
+    # srun and mpirun bind each process to cores of its own, which are not to be shared again.
+    return place.local_size or 1 if place.launcher in ("", BY_TORCH) else 1
 
 
 def choose_device(name: str | None) -> torch.device:
     """Return the named device; without a name this process's own GPU, or the CPU."""
     if name is None and torch.cuda.is_available():
-        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+        return torch.device("cuda", read_place_on_node().local_rank % torch.cuda.device_count())
     return resolve_device(name)
 
 
@@ -139,15 +138,21 @@ class EncodingRun:
             reading=reading,
         )
         with disk_errors_as_config_errors(output):
-            self.begun = begun_settings(output, self.settings, self.is_batch_free)
-        # Names for all of them show that they are meant.
-        if self.begun is None and not (allows_empty_classes or self.class_names):
-            refuse_mostly_empty(self.source)
+            self.begun = begun_settings(output, self.settings, self.is_batch_free, self.source)
+        sizes = self.settings.sizes
+        if self.begun is None:
+            check_files_exist(self.source, sizes)
+            # Names for all of them show that they are meant.
+            if not (allows_empty_classes or self.class_names):
+                refuse_mostly_empty(self.source)
+            self.edited = []
+        else:
+            self.edited = edited_images(output, self.begun, self.source, sizes)
 
     def say(self, text: str) -> None:
-        """Print, where anybody wants to read it; whatever bytes a file's name has."""
+        """Print, where anybody wants to read it."""
         if not self.is_quiet:
-            sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
+            sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
 
     def describe(self) -> None:
@@ -219,14 +224,21 @@ class EncodingRun:
             if self.begun is not None:
                 folder = EncodingOutput(self.output, self.begun)
                 if not folder.missing and (self.output / MANIFEST_NAME).exists():
+                    self.say(finished_before(self.begun, self.source))
                     return folder.write_manifest(self.source, self.class_names)
             self.output.mkdir(parents=True, exist_ok=True)
             with Claims(self.output / CLAIMS_NAME) as claims:
                 settings = settle(
-                    self.output, self.settings, self.is_batch_free, self.complete, claims
+                    self.output,
+                    self.settings,
+                    self.is_batch_free,
+                    self.source,
+                    self.complete,
+                    claims,
                 )
                 folder = EncodingOutput(self.output, settings)
                 folder.remove_leftovers(claims)
+                folder.restore_sidecars()
                 if folder.missing:
                     self._encode_missing(folder, claims)
                 manifest = folder.write_manifest(self.source, self.class_names)
@@ -237,7 +249,20 @@ class EncodingRun:
 
     def _encode_missing(self, folder: EncodingOutput, claims: Claims) -> None:
         encoder = self.encoder(folder.settings)
-        progress = Progress(folder, claims, self.is_quiet)
+        # Closed whatever happens: what is said then is not written into the bar.
+        with closing(Progress(folder, claims, self.is_quiet)) as progress:
+            self._share_shards(encoder, folder, claims, progress)
+        self.busy_share = encoder.busy_share
+        if encoder.wall_sec:
+            self.say(
+                f"this process encoded for {duration(encoder.wall_sec)}; the VAE was busy "
+                f"{100 * encoder.busy_share:.0f} % of that"
+            )
+
+    def _share_shards(
+        self, encoder: ShardEncoder, folder: EncodingOutput, claims: Claims, progress: Progress
+    ) -> None:
+        """Encode what no other process does, until all is done."""
         is_waiting = False
         while folder.missing:
             num_taken = 0
@@ -254,13 +279,6 @@ class EncodingRun:
                     is_waiting = True
                 progress.look_now_and_then()
                 time.sleep(POLL_SEC)
-        progress.close()
-        self.busy_share = encoder.busy_share
-        if encoder.wall_sec:
-            self.say(
-                f"this process encoded for {duration(encoder.wall_sec)}; the VAE was busy "
-                f"{100 * encoder.busy_share:.0f} % of that"
-            )
 
 
 def _claimed(folder: EncodingOutput, claims: Claims) -> Iterator[int]:

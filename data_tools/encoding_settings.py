@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,10 @@ import torch
 from data_tools.claims import Claims
 from data_tools.class_folders import number_difference
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json, write_json_once
+from data_tools.files import SINCE, MalformedError, write_text_once
+from data_tools.formats import Format
 from data_tools.manifest import (
-    FORMAT_VERSION,
+    DATASET,
     MANIFEST_NAME,
     ImageFormat,
     LatentFormat,
@@ -32,6 +32,7 @@ from data_tools.vae import Vae
 SETTINGS_NAME = "encoding.json"
 CROP = "adm-center"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STATISTICS = ("vae.latents_mean", "vae.latents_std")
 POLL_SEC = 0.5  # between looks at what other processes do
 # A disk that is full, over quota, read-only or not ours: the user's to solve, not a bug.
 _DISK_ERRORS = {
@@ -46,22 +47,22 @@ _DISK_ERRORS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodingSettings:
     """Everything that decides the bytes of the shards; kept in the output as encoding.json."""
 
-    format_version: int
     vae: VaeReference
     latent: LatentFormat
     image: ImageFormat
     source: str  # sha256 of the images' names and labels
-    sizes: list[int]  # of some images, in bytes
+    # Of some images, in bytes; none where an early version began: then they are not compared.
+    sizes: list[int] = field(default_factory=list, metadata={SINCE: 2})
     num_files: int
     seed: int
     shard_size: int
     batch_size: int
     # Flags that say how the input is read, for a repair; what they lead to is in `source`.
-    reading: Reading = field(default_factory=Reading)
+    reading: Reading = field(default_factory=Reading, metadata={SINCE: 3})
 
     @property
     def num_shards(self) -> int:
@@ -77,6 +78,9 @@ class EncodingSettings:
     def files_in(self, index: int) -> int:
         """How many images a shard has, damaged ones included."""
         return min(self.shard_size, self.num_files - index * self.shard_size)
+
+
+SETTINGS = Format(newest=3, base=2, oldest=2, kind=EncodingSettings)
 
 
 @contextmanager
@@ -108,8 +112,7 @@ def make_settings(
     """Collect the settings of a run."""
     side = size // vae.downsample
     return EncodingSettings(
-        format_version=FORMAT_VERSION,
-        vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
+        vae=vae.reference,
         latent=LatentFormat(
             kind="moments",
             shape=[2 * vae.latent_channels, side, side],
@@ -133,17 +136,17 @@ def load_settings(output: Path) -> EncodingSettings | None:
     """Read the settings of a folder that was begun; None if there are none."""
     path = output / SETTINGS_NAME
     try:
-        found = json.loads(path.read_bytes())
-        # Earlier versions noted no sizes; a list of none is no other input.
-        return from_json(EncodingSettings, {"sizes": []} | found)
+        return SETTINGS.loads(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
-    except (MalformedError, ValueError, TypeError) as err:
-        raise ConfigError(f"{path}: {err}; delete the folder, or give a new --output.") from err
+    except (MalformedError, ValueError) as err:
+        raise ConfigError(
+            f"{path}: {err}; restore it from a copy, or give a new --output."
+        ) from err
 
 
 def begun_settings(
-    output: Path, settings: EncodingSettings, is_batch_free: bool
+    output: Path, settings: EncodingSettings, is_batch_free: bool, source: ImageSource
 ) -> EncodingSettings | None:
     """Return the settings of a folder that these may continue; None if it is new.
 
@@ -151,7 +154,9 @@ def begun_settings(
         output: may not exist yet.
         settings: of this command.
         is_batch_free: take over the folder's batch size.
+        source: the images of this command.
     """
+    DATASET.refuse_newer(output / MANIFEST_NAME)  # before hours of work that would replace it
     found = load_settings(output)
     if found is None:
         if any(output.glob("*.tar")) or (output / MANIFEST_NAME).exists():
@@ -163,7 +168,12 @@ def begun_settings(
     if is_batch_free:
         settings = dataclasses.replace(settings, batch_size=found.batch_size)
     old, new = _leaves(asdict(found)), _leaves(asdict(settings))
-    different = [f"{name} ({old[name]} -> {new[name]})" for name in new if old[name] != new[name]]
+    different = [
+        f"{name} ({old[name]} -> {new[name]})"
+        for name in new
+        # What was begun before a VAE's statistics were used is finished without them.
+        if old[name] != new[name] and not (name in _STATISTICS and not old[name])
+    ]
     if different:
         rules = " (read by the rules for inputs in data_tools/README.md)"
         raise ConfigError(
@@ -171,12 +181,12 @@ def begun_settings(
             f"{rules if old['source'] != new['source'] else ''}; repeat the old flags and input, "
             "or give a new folder."
         )
-    num_other = sum(a != b for a, b in zip(found.sizes, settings.sizes, strict=False))
+    num_other = len(source.edited(found.sizes, settings.sizes))
     # Some may have been mended since, as --strict asks for; most of them are another set.
-    if 2 * num_other > len(settings.sizes):
+    if 2 * num_other > len(found.sizes):
         raise ConfigError(
             f"--output {output}: was begun with other images of the same names ({num_other} of "
-            f"{len(settings.sizes)} have other sizes); repeat the old input, or give a new folder."
+            f"{len(found.sizes)} have other sizes); repeat the old input, or give a new folder."
         )
     return found
 
@@ -200,6 +210,7 @@ def settle(
     output: Path,
     settings: EncodingSettings,
     is_batch_free: bool,
+    source: ImageSource,
     complete: Callable[[EncodingSettings], EncodingSettings],
     claims: Claims,
 ) -> EncodingSettings:
@@ -209,15 +220,17 @@ def settle(
         output: exists.
         settings: of this command.
         is_batch_free: take over the folder's batch size.
+        source: the images of this command.
         complete: chooses what is free, in the first process only.
         claims: of this process.
     """
-    while (found := begun_settings(output, settings, is_batch_free)) is None:
+    while (found := begun_settings(output, settings, is_batch_free, source)) is None:
         if not claims.take(SETTINGS_NAME):
             time.sleep(POLL_SEC)
             continue
         if not (output / SETTINGS_NAME).exists():
-            write_json_once(output / SETTINGS_NAME, complete(settings))
+            text = SETTINGS.dumps(complete(settings))
+            write_text_once(output / SETTINGS_NAME, f"{text}\n")
         claims.release(SETTINGS_NAME)
     return found
 

@@ -7,6 +7,7 @@ from data_tools.errors import ConfigError
 
 HEAD_BYTES = 512  # of a file; enough for every kind below
 _LFS_POINTER = re.compile(rb"\s*version https://git-lfs\.github\.com/spec/")
+_MAX_POINTER_BYTES = 1024  # by the specification of Git LFS
 LFS_REASON = "is a git-lfs pointer and not the file itself; run git lfs pull in its folder"
 # The four letters after "ftyp" in files made of boxes, as HEIF and MP4 are.
 _BRANDS = {
@@ -91,8 +92,19 @@ def is_lfs_pointer(head: bytes) -> bool:
     return _LFS_POINTER.match(head) is not None
 
 
+def is_lfs_pointer_file(path: Path) -> bool:
+    """Look into a file; one that cannot be read is left to its reader."""
+    try:
+        if path.stat().st_size > _MAX_POINTER_BYTES:
+            return False
+        with path.open("rb") as file:
+            return is_lfs_pointer(file.read(HEAD_BYTES))
+    except OSError:
+        return False
+
+
 def refuse_lfs_pointer(flag: str, path: Path) -> None:
-    """Refuse a file that Git LFS did not fetch; one that cannot be read is left to its reader.
+    """Refuse a file that Git LFS did not fetch.
 
     Args:
         flag: the option that named it, for the message.
@@ -101,10 +113,5 @@ def refuse_lfs_pointer(flag: str, path: Path) -> None:
     Raises:
         ConfigError: it is a pointer.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-    except OSError:
-        return
-    if is_lfs_pointer(head):
+    if is_lfs_pointer_file(path):
         raise ConfigError(f"{flag} {path}: {LFS_REASON}.")

@@ -1,6 +1,5 @@
 """JSON files that are read strictly, and files that are written whole or not at all."""
 
-import contextlib
 import errno
 import json
 import os
@@ -10,9 +9,12 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from io import FileIO
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 _PLAIN = (int, float, str, bool)
+SINCE = "since"  # metadata of a field: the format (formats.py) that it came with
+FIRST = {SINCE: 1}  # of a field whose default serves the code only: every file has it
 
 
 class MalformedError(Exception):
@@ -27,33 +29,35 @@ def _hints(kind: type) -> dict[str, Any]:
 @cache
 def _required(kind: type) -> frozenset[str]:
     return frozenset(
-        item.name
-        for item in fields(kind)
-        if item.default is MISSING and item.default_factory is MISSING
+        field.name
+        for field in fields(kind)
+        if (field.default is MISSING and field.default_factory is MISSING)
+        or field.metadata.get(SINCE) == 1
     )
 
 
 def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
     """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors.
 
-    A key may be missing where the dataclass has a default: files of before it knew the key.
+    A key that is missing takes its field's default, if that has one.
     """
     if kind in _PLAIN and type(value) is kind:
         return value
     if is_dataclass(kind):
-        hints = _hints(kind)
-        given = set(value) if isinstance(value, dict) else set()
-        missing, unknown = sorted(_required(kind) - given), sorted(given - set(hints))
-        if missing or unknown or not isinstance(value, dict):
+        hints, required = _hints(kind), _required(kind)
+        if not isinstance(value, dict) or not required <= value.keys() <= hints.keys():
+            given = set(value) if isinstance(value, dict) else set()
+            missing, unknown = sorted(required - given), sorted(given - set(hints))
             raise MalformedError(f"{where} lacks {missing} and has the unknown {unknown}")
-        parts = {name: from_json(hints[name], value[name], name) for name in hints if name in given}
-        return kind(**parts)
+        return kind(**{name: from_json(hints[name], value[name], name) for name in value})
     if get_origin(kind) is list and isinstance(value, list):
         return [from_json(get_args(kind)[0], item, f"an item of {where}") for item in value]
     if get_origin(kind) is dict and isinstance(value, dict):
         return {name: from_json(get_args(kind)[1], item, name) for name, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
+    if isinstance(kind, UnionType) and get_args(kind)[1:] == (NoneType,):  # "X | None"
+        return None if value is None else from_json(get_args(kind)[0], value, where)
     if type(value) is not kind:
         raise MalformedError(f"{where} is {value!r}, which is no {getattr(kind, '__name__', kind)}")
     return value
@@ -66,31 +70,44 @@ def as_json(content: Any) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a dataclass or dictionary as JSON, whole or not at all.
+    """Write a dataclass or dictionary as JSON, whole or not at all."""
+    write_text(path, as_json(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all.
 
     Several processes may write the same content at once: each has a temporary file of its own.
     """
-    text = as_json(content)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     replace_file(path, lambda file: file.write(text.encode()), temporary)
 
 
-def write_json_once(path: Path, content: Any) -> None:
-    """Write as write_json, unless the file exists; of several processes the first one wins.
+def write_text_once(path: Path, text: str) -> None:
+    """Write as write_text, unless the file exists; of several processes the first one wins.
 
     Making a link is atomic on a network file system too, and asks the server and no cache.
     """
     own = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    write_json(own, content)
+    write_text(own, text)
     try:
         os.link(own, path)
     except FileExistsError:
         pass
     except OSError:  # a file system without links
         if not path.exists():
-            write_json(path, content)
+            write_text(path, text)
     finally:
         own.unlink(missing_ok=True)
+
+
+def is_json(text: bytes) -> bool:
+    """Tell whether a text is a whole JSON value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def append_whole(file: FileIO, line: str) -> None:
@@ -112,24 +129,19 @@ def append_whole(file: FileIO, line: str) -> None:
         raise
 
 
-def read_lines(path: Path, kind: type[Any]) -> list[Any]:
-    """Read the lines of JSON that `append_line` wrote; none if there is no file.
-
-    What does not fit is left out: a line that was torn, or is of another version of this program.
-    """
-    found: list[Any] = []
-    lines = path.read_text(encoding="ascii", errors="replace") if path.exists() else ""
-    for line in lines.splitlines():
-        with contextlib.suppress(ValueError, MalformedError):
-            found.append(from_json(kind, json.loads(line)))
-    return found
-
-
 def append_line(path: Path, line: str) -> None:
-    """Add a line of ASCII to a file, durably; what a write that was cut off left there goes."""
+    """Add a line of ASCII to a file, durably; what a write that was cut off left there goes.
+
+    A last line that only lacks its end, as an editor may leave it, is whole and stays.
+    """
     with path.open("a+b", buffering=0) as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        content = file.read()
+        start = content.rfind(b"\n") + 1
+        if is_json(content[start:]):
+            line = f"\n{line}"
+        else:
+            file.truncate(start)
         append_whole(file, line)
         os.fsync(file.fileno())
 

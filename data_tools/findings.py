@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.files import MalformedError, from_json
+from data_tools.formats import said
 from data_tools.manifest import DatasetManifest, Shard
 from data_tools.shard_check import ShardContent
-from data_tools.sidecar import ShardTotals
+from data_tools.sidecar import SIDECAR, ShardTotals
 
 SETTINGS_NAME = "encoding.json"  # as in encoding_settings.py, which loads the VAE's library
 SHARD_PARTS = ("shard", "index")
@@ -80,14 +81,18 @@ def read_sidecar(
     Returns:
         its content, None if it cannot be used at all; and what is wrong with it, "" if it agrees
         with dataset.json.
+
+    Raises:
+        NewerFormatError: a later version wrote it, so it is not to be written anew.
     """
     path = (folder / shard.name).with_suffix(".json")
     try:
         content = json.loads(path.read_bytes())
+        SIDECAR.check(content, str(path))
         if with_totals:
             from_json(ShardTotals, content["totals"])
         found = content["shard"]
-        differs = [name for name, value in vars(shard).items() if found[name] != value]
+        differs = [name for name, value in said(shard).items() if found[name] != value]
     except FileNotFoundError:
         return None, "is missing"
     except OSError as err:

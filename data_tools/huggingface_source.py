@@ -12,6 +12,7 @@ import numpy as np
 
 from data_tools.class_folders import Classes
 from data_tools.errors import ConfigError
+from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.images import BadImageError
 from data_tools.reading import Reading
 from data_tools.sources import (
@@ -252,6 +253,7 @@ def _has_files(folder: Path) -> bool:
     for name in names:
         if not _is_plain(name) or not (folder / name).is_file():
             raise ValueError(f"{_STATE_NAME} names {name!r}, which is no file in the folder")
+        refuse_lfs_pointer("--input", folder / name)
     return bool(names)
 
 

@@ -13,6 +13,7 @@ from data_tools.class_folders import Classes, ClassFolders
 from data_tools.errors import ConfigError
 from data_tools.images import IMAGE_SUFFIXES
 from data_tools.left_out import Tally, sentence
+from data_tools.paths import absence
 from data_tools.reading import Reading
 from data_tools.sample_names import (
     HIDDEN_KIND,
@@ -105,7 +106,7 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
         reading: what names the classes; None: the first folder.
     """
     if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
+        state = "is a file" if root.exists() else absence(root)
         raise ConfigError(f"{flag} {root}: {state}; give a folder that holds images.")
     reading = reading or Reading()
     reading.refuse_others(str(root), "a folder of images", "class_from")

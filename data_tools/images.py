@@ -10,7 +10,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from data_tools.file_kinds import HEAD_BYTES, LFS_REASON, is_lfs_pointer, kind_of
+from data_tools.image_metadata import without_metadata
 
 # Everything else in a folder (annotations, scripts, a README) is not looked at; a file with one of
 # these names that is no image is reported as skipped.
@@ -20,7 +23,16 @@ IMAGE_SUFFIXES = frozenset(
 )
 # What a file is decoded as, whatever its name; never formats for which Pillow starts programs.
 Image.init()  # here, and not by several threads at once
-_FORMATS = [n for n in ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if n in Image.OPEN]
+_FORMATS = [
+    name
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    if name in Image.OPEN
+]
+# What kind_of calls the formats above, and other pictures.
+_KINDS = {"a Netpbm picture", "AVIF", "BMP", "GIF", "JPEG", "JPEG 2000", "PNG", "TIFF", "WebP"}
+_PICTURES = {"HEIC", "HEIF", "JPEG XL", "OpenEXR", "QOI", "Radiance HDR", "SVG"}
+_ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+_PNG_BITS = 24  # where a PNG's header says how many bits a value has
 # Pillow's own limit against decompression bombs; decoding takes 3 to 4 bytes a pixel and thread.
 MAX_PIXELS = 178_956_970
 # Pillow warns from half of that on, which would be a line per large photograph.
@@ -62,6 +74,8 @@ def square_crop(image: Image.Image, size: int) -> np.ndarray:
 def decode_image(data: bytes, size: int) -> np.ndarray:
     """Decode an image file's content: first frame, upright by its EXIF tag, on white, RGB, cropped.
 
+    Metadata that is damaged or very large is left out: the picture counts.
+
     Returns:
         uint8 (size, size, 3).
 
@@ -71,12 +85,41 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     if not data:
         raise BadImageError("is empty")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_size(image, size)
-            image.load()
-            return square_crop(_flattened(ImageOps.exif_transpose(image)), size)
+        return _decoded(data, size)
+    except BadImageError:
+        raise
     except _DAMAGE as err:
-        raise BadImageError(str(err) or type(err).__name__) from err
+        for reduced in without_metadata(data):
+            try:
+                return _decoded(reduced, size)
+            except _DAMAGE:
+                continue
+        raise BadImageError(_reason(data, err)) from err
+
+
+def _decoded(data: bytes, size: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        _check_size(image, size)
+        image.load()
+        return square_crop(_upright(_on_white(image, data), image), size)
+
+
+def _reason(data: bytes, err: Exception) -> str:
+    """Say what is wrong with a file that cannot be decoded."""
+    head = data[:HEAD_BYTES]
+    if is_lfs_pointer(head):
+        return LFS_REASON
+    kind = kind_of(head)
+    if not isinstance(err, UnidentifiedImageError):
+        is_sentence = isinstance(err, (OSError, SyntaxError, ValueError, RuntimeError)) and str(err)
+        return str(err) if is_sentence else f"is damaged ({type(err).__name__}: {err})"
+    if kind is None:
+        return "is no image of a known format"
+    if kind not in _KINDS:
+        return f"is {kind}: convert it to PNG or JPEG" if kind in _PICTURES else f"is {kind}"
+    if kind == "AVIF" and "AVIF" not in _FORMATS:
+        return "is AVIF, which this Pillow cannot decode: install pillow with AVIF"
+    return f"is a damaged {kind} file"
 
 
 def load_pixels(path: Path, size: int) -> np.ndarray:
@@ -109,15 +152,62 @@ def _check_size(image: Image.Image, size: int) -> None:
             )
 
 
-def _flattened(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):  # Pillow would clip; of 16-bit colours it keeps these bits
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
+def _upright(flat: Image.Image, image: Image.Image) -> Image.Image:
+    """Turn the pixels of `image` by its EXIF tag; damaged EXIF says nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DAMAGE:
+        return flat
+    # Nothing else of the EXIF: Pillow would write it anew, which odd values do not survive.
+    flat.info = {}
+    flat.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(flat)
+
+
+def _on_white(image: Image.Image, data: bytes) -> Image.Image:
+    """Return an image in mode RGB, transparent parts on white; `data` is its file's content."""
+    transparent = _of_transparent_colour(image, data)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # Pillow would clip; of 16-bit colours it keeps these bits.
+        flat = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
         raise BadImageError(f"its pixels (mode {image.mode}) have no known range")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    elif image.mode == "LAB":
+        raise BadImageError("its colours are LAB, which are not converted: save it as RGB")
+    elif transparent is None and (image.mode in _ALPHA_MODES or "transparency" in image.info):
+        straight = image.convert("LA") if image.mode == "La" else image  # not premultiplied
+        colours = straight.convert("RGBA")
+        flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
+    else:
+        flat = image
+    flat = flat.convert("RGB")
+    if transparent is not None:
+        flat.paste("white", mask=Image.fromarray(transparent))
+    return flat
+
+
+def _of_transparent_colour(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """Find the pixels of a PNG whose colour is the one that its tRNS chunk calls transparent.
+
+    Pillow compares 8-bit pixels with it, however many bits the file has.
+
+    Returns:
+        bool (H, W); None where no single colour is transparent.
+    """
+    key = image.info.get("transparency")
+    if image.format != "PNG" or key is None or image.mode not in ("1", "L", "I;16", "RGB"):
+        return None
+    bits = data[_PNG_BITS]
+    pixels, largest = np.asarray(image), (1 << bits) - 1
+    if image.mode == "1":
+        return pixels == (key != 0)
+    if image.mode == "L":
+        return pixels == (key & largest) * (255 // largest)
+    if image.mode == "I;16":
+        return pixels == key
+    if bits == 16:
+        # Pillow keeps the upper byte of each value; read in the other order, it keeps the lower.
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as lower:
+            lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+            pixels = (pixels.astype(np.uint16) << 8) | np.asarray(lower)
+    return (pixels == (np.array(key) & largest)).all(axis=2)

@@ -10,7 +10,6 @@ command again continues it.
 
 import argparse
 import importlib.metadata
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,14 +20,17 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.files import MalformedError, from_json, replace_file, write_json
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.file_kinds import refuse_lfs_pointer
+from data_tools.files import MalformedError, replace_file
+from data_tools.findings import SETTINGS_NAME
 from data_tools.foreign_arrays import channels_last, doubts
-from data_tools.indexing import ScannedShard, Wanted, scan
+from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
 from data_tools.left_out import LeftOut, Tally, sentence
 from data_tools.locations import Location, parse_location
 from data_tools.manifest import (
-    FORMAT_VERSION,
+    DATASET,
     MANIFEST_NAME,
     ChannelStatistics,
     ClassEntry,
@@ -39,9 +41,10 @@ from data_tools.manifest import (
     Members,
     Shard,
     SourceList,
-    VaeReference,
 )
+from data_tools.paths import typed_path, typed_text
 from data_tools.place_names import PIPE, expand, is_address
+from data_tools.user_text import TextError, read_text
 from data_tools.vae import Vae, load_vae
 
 
@@ -52,12 +55,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--input",
+        type=typed_text,
         required=True,
         nargs="+",
         metavar="TARS",
         help="their folder, or several with braces or * or by name",
     )
-    parser.add_argument("--output", type=Path, help="folder of dataset.json; default: the tars'")
+    parser.add_argument(
+        "--output", type=typed_path, help="folder of dataset.json; default: the tars'"
+    )
     parser.add_argument("--array", required=True, metavar="SUFFIX", help="after KEY and a dot")
     parser.add_argument("--flip", default="", metavar="SUFFIX", help="of the mirrored image")
     parser.add_argument(
@@ -69,9 +75,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="moments",
         help="mean | log-variance, or draws of the posterior; unscaled",
     )
-    parser.add_argument("--vae", required=True, help="that made the latents: folder, file, hub id")
+    parser.add_argument(
+        "--vae", type=typed_text, required=True, help="that made the latents: folder, file, hub id"
+    )
     parser.add_argument("--size", type=int, metavar="PIXELS", help="of the images; for people")
-    parser.add_argument("--class-names", type=Path, metavar="FILE", help="a line for each label")
+    parser.add_argument(
+        "--class-names", type=typed_path, metavar="FILE", help="a line for each label"
+    )
     return parser.parse_args(argv)
 
 
@@ -112,7 +122,7 @@ def scan_shard(location: Location, name: str, wanted: Wanted, output: Path) -> S
             return known
     found, content = scan(location, name, wanted)
     replace_file(index, lambda file: file.write(content))
-    write_json(notes, found)
+    NOTES.write(notes, found)
     return found
 
 
@@ -123,7 +133,7 @@ def _is_that(tar: Path, known: ScannedShard, notes: Path) -> bool:
 
 def _known(notes: Path) -> ScannedShard | None:
     try:
-        return from_json(ScannedShard, json.loads(notes.read_bytes()))
+        return NOTES.loads(notes.read_bytes(), str(notes))
     except (OSError, ValueError, MalformedError):
         return None
 
@@ -175,7 +185,6 @@ def describe(
     square = np.sum([shard.channel_square_sum for shard in found], axis=0) / values
     std = np.sqrt(np.maximum(square - mean**2, 0.0))
     return Manifest(
-        format_version=FORMAT_VERSION,
         num_samples=num_samples,
         shards=[
             Shard(
@@ -193,7 +202,7 @@ def describe(
             precision="unknown",
         ),
         members=Members(wanted.array, wanted.flip, wanted.label),
-        vae=VaeReference(vae.source_id, vae.sha256, vae.scaling_factor, vae.shift_factor),
+        vae=vae.reference,
         statistics=ChannelStatistics(mean.round(6).tolist(), std.round(6).tolist()),
         image=ImageFormat(size or first.shape[1] * vae.downsample, "unknown"),
         source=SourceList(num_samples, 0, ""),
@@ -222,11 +231,16 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or location.folder
     if output is None:
         raise ConfigError("--output: say in which folder dataset.json and the indexes go.")
+    if (output / SETTINGS_NAME).exists():
+        raise ConfigError(
+            f"--output {output}: encode_latents.py made it, and its {MANIFEST_NAME} would be "
+            "replaced; train on the folder as it is, or give another --output."
+        )
     class_names = []
     if args.class_names is not None:
         try:
-            class_names = args.class_names.read_text(encoding="utf-8").rstrip().split("\n")
-        except (OSError, UnicodeDecodeError) as err:
+            class_names = read_text(args.class_names).rstrip().split("\n")
+        except (OSError, TextError) as err:
             raise ConfigError(
                 f"--class-names {args.class_names}: is no text that can be read; give a file with "
                 "a line for each label."
@@ -237,7 +251,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"--class-names {args.class_names}: line {class_names.index('') + 1} is empty; "
                 "give a line for each label from 0 on."
             )
+    for name in names if location.folder is not None else ():
+        refuse_lfs_pointer("--input", location.folder / name)
     vae = load_vae(args.vae)
+    DATASET.refuse_newer(output / MANIFEST_NAME)
     label = "" if args.label == "none" else args.label
     wanted = Wanted(args.array, args.flip, label, args.kind)
     try:
@@ -246,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty()):
             found.append(scan_shard(location, name, wanted, output))
             check_latents(name, found[-1], vae)
-        write_json(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
+        DATASET.write(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
     except OSError as err:
         raise ConfigError(
             f"--output {output}: cannot be written ({err.strerror}); choose another folder or make "
@@ -267,5 +284,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main, when_stopped="the same command goes on")

@@ -16,7 +16,9 @@ from typing import BinaryIO
 import numpy as np
 
 from data_tools.errors import ConfigError
+from data_tools.files import SINCE
 from data_tools.foreign_arrays import channels_last, not_npy, unusable
+from data_tools.formats import Format
 from data_tools.left_out import LeftOut, Tally, sentence
 from data_tools.locations import Location
 from data_tools.manifest import Members
@@ -57,8 +59,12 @@ class ScannedShard:
     label_counts: dict[str, int]
     channel_sum: list[float]  # (C,) of unscaled posterior draws
     channel_square_sum: list[float]
-    left_out: list[LeftOut] = field(default_factory=list)
-    log_variance_min: float = -1.0  # least of all moments; else, or where it is unknown, -1
+    left_out: list[LeftOut] = field(default_factory=list, metadata={SINCE: 2})
+    # Least of all moments; else, or where it is unknown, -1.
+    log_variance_min: float = field(default=-1.0, metadata={SINCE: 2})
+
+
+NOTES = Format(newest=2, kind=ScannedShard)
 
 
 class _RefusedError(Exception):
@@ -210,7 +216,9 @@ class _Sums:
                 "samples must have one shape and dtype"
             )
         if not np.isfinite(array).all():
-            raise _RefusedError(f"{name} holds a value that is no number; remove that sample")
+            raise _RefusedError(
+                f"{name} holds a value that is no number; write the tar without that sample"
+            )
         if not is_counted:
             return
         values, variance = array.astype(np.float64), 0.0

@@ -5,17 +5,21 @@ import os
 from pathlib import Path
 
 from data_tools.errors import ConfigError
+from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.huggingface_source import is_saved_dataset, open_saved_dataset
 from data_tools.image_folders import scan_folder
+from data_tools.image_list import read_list
 from data_tools.left_out import Tally
 from data_tools.place_names import expand
 from data_tools.reading import Reading
 from data_tools.records import KEY_DIGITS
 from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of
-from data_tools.sources import ImageClass, ImageSource, read_list
+from data_tools.sources import ImageClass, ImageSource
 from data_tools.tar_source import open_tars
+from data_tools.user_text import read_text
 
 _LIST_SUFFIXES = (".txt", ".tsv")
+_TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".xls", ".xlsx")
 _PACKED_TARS = tuple(
     f".{name}"
     for name in ("tgz", "tbz", "tbz2", "txz", "tar.gz", "tar.bz2", "tar.xz", "tar.zst", "tar.lz4")
@@ -51,10 +55,17 @@ def open_source(
     if is_saved:
         source = open_saved_dataset(path, reading)
     elif tars:
+        for tar in tars:
+            refuse_lfs_pointer("--input", tar)
         source = open_tars(text, tars, cache, reading, beside)
     elif is_list:
         reading.refuse_others(text, "a list")
         source = read_list(path)
+    elif path.is_file() and path.suffix.lower() in _TABLE_SUFFIXES:
+        raise ConfigError(
+            f"--input {text}: a {path.suffix} file is no list of images; write a .tsv file with a "
+            "path, a tab and a class in each line, without a line of headings."
+        )
     else:
         source = _scan_images(path, reading)
     if len(source) > 10**KEY_DIGITS:
@@ -101,7 +112,8 @@ def _scan_images(folder: Path, reading: Reading) -> ImageSource:
     except ConfigError as err:
         if not folder.is_dir():
             raise
-        if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
+        if tables := [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]:
+            refuse_lfs_pointer("--input", min(tables))
             # The hub's format is compressed in blocks: no single image can be read from it.
             raise ConfigError(
                 f"--input {folder}: holds Parquet files; write them to disk as Arrow once, with "
@@ -143,7 +155,7 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
         id and name for the manifest, by the input's id.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         pairs = json.loads(text) if path.suffix == ".json" else _from_lines(text)
     except OSError as err:
         raise ConfigError(

@@ -10,7 +10,6 @@ verify_shards.py says whether the shards are what it describes.
 import argparse
 import json
 import math
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,11 @@ from typing import Any
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_tools.errors import ArgumentParser, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser
 from data_tools.left_out import sentence
 from data_tools.manifest import ClassEntry, DatasetManifest
+from data_tools.paths import typed_path, typed_text
 from data_tools.verification_report import readable_bytes, table
 
 BATCH_SIZE = 256  # of the paper and of every preset; steps per epoch refer to it
@@ -79,6 +80,7 @@ def page(manifest: DatasetManifest) -> str:
     mirrored = "with" if latent.flip else "without"
     steps = facts["steps_per_epoch"][str(BATCH_SIZE)]
     shift = f", shift {vae.shift_factor:g}" if vae.shift_factor else ""
+    shift += ", latents_mean and latents_std" if vae.latents_mean else ""
     spread = (
         f"{per_shard['max']}"
         if per_shard["min"] == per_shard["max"]
@@ -156,19 +158,24 @@ def _clipped(text: str) -> str:
     return text if len(text) <= _NAME_WIDTH else text[: _NAME_WIDTH - 3] + "..."
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags."""
     parser = ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("data", type=Path, metavar="FOLDER", help="the data set")
-    add("--preview", type=Path, metavar="FILE", help="write a PNG of some decoded samples")
-    add("--vae", metavar="VAE", help="where the data set's VAE is, if not where dataset.json says")
+    add("data", type=typed_path, metavar="FOLDER", help="the data set")
+    add("--preview", type=typed_path, metavar="FILE", help="write a PNG of some decoded samples")
+    add(
+        "--vae",
+        type=typed_text,
+        metavar="VAE",
+        help="where the data set's VAE is, if not where dataset.json says",
+    )
     add("--device", metavar="DEVICE", help="of the VAE: cpu, cuda or cuda:N (default: a GPU)")
     add("--json", action="store_true", help="print everything as JSON, all classes included")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Describe, and draw if asked to."""
     args = parse_arguments(argv)
     manifest = DatasetManifest.load(args.data, check_shards=False)
@@ -184,6 +191,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends this quietly, as other filters
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main, prints_result=True)

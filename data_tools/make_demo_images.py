@@ -14,7 +14,9 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from PIL import Image
 
 from data_tools.emoji import draw_emoji, emoji_classes
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.paths import typed_path
 
 DEMO_IMAGES = REPOSITORY / "datasets" / "demo_images"
 DEMO_SIZE = 64
@@ -53,13 +55,17 @@ def make_demo_images(output: Path, size: int, per_class: int) -> int:
     return len(wanted)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags and check their values."""
     parser = ArgumentParser(
         description="Draw the demo image set: ten classes of emoji (OpenMoji, CC BY-SA 4.0)."
     )
     parser.add_argument(
-        "--output", type=Path, default=DEMO_IMAGES, metavar="FOLDER", help="default: %(default)s"
+        "--output",
+        type=typed_path,
+        default=DEMO_IMAGES,
+        metavar="FOLDER",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--size", type=int, default=DEMO_SIZE, metavar="PIXELS", help="default: %(default)s"
@@ -81,7 +87,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Draw the set and say where it is."""
     args = parse_arguments(argv)
     count = make_demo_images(args.output, args.size, args.per_class)
@@ -89,5 +95,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main)

@@ -12,15 +12,23 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json
+from data_tools.file_kinds import LFS_REASON, is_lfs_pointer, refuse_lfs_pointer
+from data_tools.files import SINCE, MalformedError
+from data_tools.formats import FORMAT_KEY, Format, said
 from data_tools.left_out import LeftOut
 from data_tools.records import IndexedLayout, RecordLayout
 from data_tools.sample_labels import split_label
 from data_tools.undescribed import explain
 
 MANIFEST_NAME = "dataset.json"
-FORMAT_VERSION = 2
+HASHED_FORMAT = 2  # part of every hash that checkpoints remember, whatever the file's number
+NOT_READ = (
+    "versions",
+    "source",
+    "left_out",
+)  # by training: parts of a description that its hash leaves out
 _ENCODE = "python data_tools/encode_latents.py"
+_VERIFY = "python data_tools/verify_shards.py"
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,14 @@ class VaeReference:
     sha256: str
     scaling_factor: float
     shift_factor: float
+    # (C,); most VAEs have none.
+    latents_mean: list[float] = field(default_factory=list, metadata={SINCE: 3})
+    latents_std: list[float] = field(default_factory=list, metadata={SINCE: 3})
+
+    @property
+    def normalisation(self) -> tuple[float, float, list[float], list[float]]:
+        """The numbers between the VAE's latents and those that a model sees."""
+        return self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,6 @@ class ClassEntry:
 class Manifest:
     """The content of dataset.json."""
 
-    format_version: int
     num_samples: int
     shards: list[Shard]
     latent: LatentFormat
@@ -127,7 +142,11 @@ class Manifest:
     classes: list[ClassEntry]  # empty: unconditional
     versions: dict[str, str]  # of the tools that wrote it
     # What the input held that is no part of the data set, for people.
-    left_out: list[LeftOut] = field(default_factory=list, kw_only=True)
+    left_out: list[LeftOut] = field(default_factory=list, kw_only=True, metadata={SINCE: 3})
+
+
+# A description that uses nothing new is of format 2, which older programs read.
+DATASET = Format(newest=3, base=2, oldest=2, kind=Manifest)
 
 
 @dataclass(frozen=True)
@@ -152,21 +171,12 @@ class DatasetManifest(Manifest):
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
-        if not folder.exists():
-            gone = f"is a link to {folder.readlink()}, which" if folder.is_symlink() else ""
-            raise ConfigError(
-                f"--data {folder}: {f'{gone} '.lstrip()}does not exist; make it: {_ENCODE} "
-                f"--output {folder}."
-            )
         if not path.is_file():
             raise ConfigError(f"--data {folder}: {explain(folder)}.")
         try:
-            text = path.read_bytes()
+            manifest = cls.parse(path.read_bytes(), str(path), folder)
         except OSError as err:
-            raise ConfigError(
-                f"{path}: cannot be read ({err.strerror}); make it readable."
-            ) from err
-        manifest = cls.parse(text, str(path), folder)
+            raise ConfigError(f"{path}: {err.strerror}; make it readable.") from err
         if check_shards:
             for shard in manifest.shards:
                 _check_shard(folder / shard.name, shard)
@@ -201,7 +211,9 @@ class DatasetManifest(Manifest):
     @property
     def scaled_std(self) -> list[float]:
         """Standard deviation per channel (C,) as a model sees it."""
-        return [std * self.vae.scaling_factor for std in self.statistics.std]
+        own = self.vae.latents_std or [1.0] * len(self.statistics.std)
+        pairs = zip(self.statistics.std, own, strict=True)
+        return [std * self.vae.scaling_factor / own_std for std, own_std in pairs]
 
     @property
     def latent_channels(self) -> int:
@@ -249,37 +261,34 @@ class DatasetManifest(Manifest):
 def content_hash(manifest: Manifest) -> str:
     """Return the sha256 of all that decides what training reads.
 
-    Where the VAE was found, which tools wrote the files, what was left out and what people call a
-    class do not count: a data set that was copied, or encoded again with newer tools to the same
-    bytes, is the same.
+    Where the VAE was found, which tools wrote the files, and what people call a class do not count:
+    a data set that was copied or encoded again with newer tools to the same bytes is the same. Nor
+    does a field that was added since and says nothing.
     """
-    content = {item.name: getattr(manifest, item.name) for item in fields(Manifest)}
-    del content["versions"], content["source"], content["left_out"]
-    vae = {name: value for name, value in vars(manifest.vae).items() if name != "id"}
+    said_here = said(manifest)
+    content = {f.name: said_here[f.name] for f in fields(Manifest) if f.name in said_here}
+    content = {name: value for name, value in content.items() if name not in NOT_READ}
+    vae = {name: value for name, value in said(manifest.vae).items() if name != "id"}
     classes = [
-        {name: value for name, value in vars(entry).items() if name != "name"}
+        {name: value for name, value in said(entry).items() if name != "name"}
         for entry in manifest.classes
     ]
-    counted = content | {"vae": vae, "classes": classes}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=vars).encode()).hexdigest()
+    counted = content | {FORMAT_KEY: HASHED_FORMAT, "vae": vae, "classes": classes}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=said).encode()).hexdigest()
 
 
 def _parse(path: str, text: bytes, is_local: bool) -> Manifest:
-    advice = f"delete it and run {_ENCODE} again, the shards are kept"
+    advice = f"copy it again, or have it written anew from the shards by {_VERIFY} --repair"
     if not is_local:
         advice = f"check the address, and that {_ENCODE} wrote the file"
+    if is_lfs_pointer(text):
+        raise ConfigError(f"{path}: {LFS_REASON}.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as err:
         raise ConfigError(f"{path}: is not JSON ({err}); {advice}.") from err
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        raise ConfigError(
-            f"{path}: has format version {version}, this code reads {FORMAT_VERSION}; "
-            "use the code that wrote it, or encode again."
-        )
     try:
-        manifest = from_json(Manifest, content)
+        manifest = DATASET.parse(content, path)
         _check_consistent(manifest)
         return manifest
     except MalformedError as err:
@@ -290,6 +299,8 @@ def _check_consistent(manifest: Manifest) -> None:
     latent, shape = manifest.latent, manifest.latent.shape
     if latent.kind not in ("moments", "latents"):
         raise MalformedError(f"latent.kind is {latent.kind!r}, not moments or latents")
+    if len(manifest.vae.latents_mean) != len(manifest.vae.latents_std):
+        raise MalformedError("vae.latents_mean and vae.latents_std have different lengths")
     if latent.dtype not in ("float16", "float32"):
         raise MalformedError(f"latent.dtype is {latent.dtype!r}, not float16 or float32")
     if len(shape) != 3 or min(shape) < 1 or (latent.kind == "moments" and shape[0] % 2):
@@ -332,7 +343,8 @@ def _check_shard(path: Path, shard: Shard) -> None:
     except FileNotFoundError:
         found, is_good = "is missing", False
     if not is_good:
+        refuse_lfs_pointer("--data", path)
         raise ConfigError(
             f"{path}: {found}, {MANIFEST_NAME} says {shard.bytes} bytes; copy the shard again, or "
-            f"delete {MANIFEST_NAME} and run {_ENCODE} with the same flags again."
+            f"have it made again by {_VERIFY} --repair."
         )

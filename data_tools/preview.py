@@ -22,6 +22,7 @@ from data_tools.manifest import DatasetManifest
 from data_tools.records import KEY_DIGITS, DamagedRecordError
 from data_tools.tar_walk import index_name
 from data_tools.vae import decode_pixels, load_vae
+from models.latents import frozen_latents
 
 MAX_PICTURES = 60  # ten by six
 MAX_PER_CLASS = 8
@@ -113,7 +114,7 @@ def write_preview(
         vae or reference.id, device=device, expected_sha256=reference.sha256 or None
     )
     latents = torch.stack([sample.latent for sample in samples])  # (N, C, H, W)
-    scaled = (latents - autoencoder.shift_factor) * autoencoder.scaling_factor
+    scaled = frozen_latents(latents, *autoencoder.scale_and_shift("cpu"))
     pixels = decode_pixels(autoencoder, scaled.to(device))
     title = (
         f"{manifest.folder.resolve().name}: {len(samples)} of {manifest.num_samples} samples, "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.file_kinds import HEAD_BYTES, LFS_REASON, is_lfs_pointer
 from data_tools.findings import Finding, Verification, expects_sidecars, read_sidecar
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest, Shard
 from data_tools.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
@@ -64,6 +65,8 @@ def _quick_problem(
             if not stat.S_ISREG(status.st_mode):
                 return "is no file"
             if status.st_size != shard.bytes:
+                if is_lfs_pointer(file.read(HEAD_BYTES)):
+                    return LFS_REASON
                 verb = "is cut off: has" if status.st_size < shard.bytes else "has"
                 return f"{verb} {status.st_size} bytes, dataset.json says {shard.bytes}"
             if layout is None:

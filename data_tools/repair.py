@@ -16,11 +16,10 @@ from data_tools.encoding_output import EncodingOutput, finished_sidecar, shard_n
 from data_tools.encoding_run import reopen
 from data_tools.encoding_settings import disk_errors_as_config_errors
 from data_tools.errors import ConfigError
-from data_tools.files import write_json
 from data_tools.findings import SHARD_PARTS, Verification
 from data_tools.full_check import class_counts, computed_statistics
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest, Manifest, Shard
-from data_tools.sidecar import Sidecar
+from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest, Manifest, Shard
+from data_tools.sidecar import SIDECAR, Sidecar
 
 _SCRATCH = "repair-"  # begins the scratch folder's name, inside the data set's folder
 
@@ -150,7 +149,7 @@ def _write_shards(folder: Path, manifest: DatasetManifest, changed: list[Shard])
 
 def _write_manifest(folder: Path, manifest: DatasetManifest, **changes: object) -> None:
     values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
-    write_json(folder / MANIFEST_NAME, Manifest(**(values | changes)))
+    DATASET.write(folder / MANIFEST_NAME, Manifest(**(values | changes)))
 
 
 def repair_small_files(result: Verification) -> list[str]:
@@ -169,7 +168,7 @@ def repair_small_files(result: Verification) -> list[str]:
         for shard in manifest.shards:
             path = (result.folder / shard.name).with_suffix(".json")
             if path.name in names:
-                write_json(path, Sidecar(shard, result.contents[shard.name].totals))
+                SIDECAR.write(path, Sidecar(shard, result.contents[shard.name].totals))
                 done.append(f"{path.name}: written from {shard.name}")
         if result.damaged("manifest"):
             counts = class_counts(result)

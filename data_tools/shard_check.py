@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data_tools.file_kinds import LFS_REASON, is_lfs_pointer_file
 from data_tools.manifest import DatasetManifest, Shard
 from data_tools.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
 from data_tools.sidecar import ShardTotals, add_samples
@@ -54,6 +55,8 @@ def read_shard(folder: Path, shard: Shard, manifest: DatasetManifest) -> ShardCo
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+            if is_lfs_pointer_file(path):
+                return ShardContent([LFS_REASON])
             if shard.stride:
                 check = _StridedCheck(shard, manifest, content)
                 check.run(file)

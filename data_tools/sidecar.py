@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_tools.files import FIRST
+from data_tools.formats import Format
 from data_tools.manifest import ChannelStatistics, Shard
 from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
@@ -18,9 +20,11 @@ from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 class ShardTotals:
     """Sums over a shard's samples from which the data set's statistics follow."""
 
-    class_counts: dict[str, int] = field(default_factory=dict)  # label in digits: samples
-    channel_sum: list[float] = field(default_factory=list)  # of posterior means, per channel
-    channel_square_sum: list[float] = field(default_factory=list)  # of mean^2 + variance
+    # Label in digits: samples.
+    class_counts: dict[str, int] = field(default_factory=dict, metadata=FIRST)
+    # Per channel, of posterior means and of mean^2 + variance.
+    channel_sum: list[float] = field(default_factory=list, metadata=FIRST)
+    channel_square_sum: list[float] = field(default_factory=list, metadata=FIRST)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Sidecar:
 
     shard: Shard
     totals: ShardTotals
+
+
+SIDECAR = Format(newest=1, kind=Sidecar)
 
 
 def add_samples(

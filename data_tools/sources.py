@@ -11,6 +11,7 @@ import stat
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ MAX_IMAGE_BYTES = 1 << 30  # of a file; more is no photograph, and would be read
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, such as an image's number
 _CHUNK = 1 << 16  # names hashed together
 # Images whose size is asked for: on a network disk, those of 1.28 M files take many minutes.
-_NUM_SIZES = 64
+NUM_SIZES = 1 << 16
+_ASKED = 256  # by a thread, one after the other
+_ASKERS = 16  # sizes asked for at once: over a network, asking is waiting
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,37 @@ class ImageSource(ABC):
         other.labels, other.classes = self.former
         return other
 
-    def sizes(self) -> list[int]:
-        """Return the bytes of at most 64 evenly spaced images, -1 for those without a file.
+    def sizes(self, count: int = NUM_SIZES) -> list[int]:
+        """Return the bytes of at most `count` evenly spaced images, -1 for those without a file.
 
-        They tell sets of the same names apart, such as those whose images are only numbered.
+        They tell sets of the same names apart, such as those whose images are only numbered, and
+        an image that was edited from the one that was encoded.
         """
-        count = min(len(self), _NUM_SIZES)
-        return [self.num_bytes(i * len(self) // count) for i in range(count)]
+        places = self.sized_places(count)
+        parts = [places[first : first + _ASKED] for first in range(0, len(places), _ASKED)]
+        with ThreadPoolExecutor(_ASKERS, thread_name_prefix="sizes") as pool:
+            found = pool.map(lambda part: [self.num_bytes(place) for place in part], parts)
+            return [size for part in found for size in part]
+
+    def sized_places(self, count: int = NUM_SIZES) -> list[int]:
+        """Return the places of the images whose sizes `sizes` returns."""
+        count = min(len(self), count)
+        return [i * len(self) // count for i in range(count)]
+
+    def edited(self, before: list[int], now: list[int]) -> list[int]:
+        """Find images that have other sizes than before.
+
+        Args:
+            before: what `sizes` returned then, perhaps with another count; empty if not known.
+            now: what `sizes` returns.
+
+        Returns:
+            their places.
+        """
+        if before and len(before) != len(now):
+            now = self.sizes(len(before))
+        pairs = zip(self.sized_places(len(before)), before, now, strict=False)
+        return [place for place, then, size in pairs if then != size]
 
 
 class FileSource(ImageSource):
@@ -251,56 +278,3 @@ def too_large_label(text: str) -> ConfigError:
         f"--input {text}: has a class number above {MAX_CLASSES - 1:,}, which seems to be "
         "something else than a label; correct it."
     )
-
-
-def read_list(path: Path) -> FileSource:
-    """Read a list of images: a path per line, or a path, a tab and a class.
-
-    Paths are relative to the list's folder. Where every class is a number, it is the label itself;
-    else the classes are numbered in the order of their names.
-    """
-    place_of: dict[bytes, int] = {}
-    members = array("i")
-    num_plain = 0
-
-    def found() -> Iterator[bytes]:
-        nonlocal num_plain
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                fields = line.rstrip(b"\r\n").split(b"\t")
-                if fields == [b""]:
-                    continue
-                if len(fields) > 2 or b"" in fields:
-                    raise ConfigError(
-                        f"--input {path}: line {number} is no path, or path, tab and class; "
-                        "correct it."
-                    )
-                num_plain += len(fields) == 1
-                name = fields[1] if len(fields) == 2 else b""
-                members.append(place_of.setdefault(name, len(place_of)))
-                yield fields[0]
-
-    try:
-        names = Names(found())
-    except OSError as err:
-        raise ConfigError(
-            f"--input {path}: cannot be read ({err.strerror}); give a list of images."
-        ) from err
-    if not len(names):
-        raise ConfigError(f"--input {path}: names no images; write a path per line.")
-    if 0 < num_plain < len(names):
-        raise ConfigError(
-            f"--input {path}: {num_plain} of {len(names)} lines name no class; name one in every "
-            "line, or in none."
-        )
-    folder = path.parent
-    if num_plain:
-        return FileSource(str(path), folder, names, np.zeros(len(names), np.int32), ())
-    places = np.frombuffer(members, np.int32)
-    if all(name.isdigit() for name in place_of):
-        # Seven digits are too large already; Python refuses to read thousands of them.
-        numbers = np.array([int(name.lstrip(b"0")[:7] or b"0") for name in place_of], np.int32)
-        labels = numbers[places]
-        return FileSource(str(path), folder, names, labels, numbered_classes(str(path), labels))
-    ids = [name.decode("utf-8", "backslashreplace") for name in place_of]
-    return FileSource(str(path), folder, names, *classes_of(ids, places))

@@ -24,7 +24,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.paths import typed_path
 from data_tools.vae import resolve_device
 from data_tools.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
 
@@ -235,7 +237,7 @@ not equal ones.
 {licence}"""
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags and check their values."""
     parser = ArgumentParser(
         description="Train the small image autoencoder whose latents the demo model learns."
@@ -243,12 +245,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--images",
-        type=Path,
+        type=typed_path,
         nargs="+",
         metavar="FOLDER",
         help="training images (default: all emoji of the OpenMoji font)",
     )
-    add("--output", type=Path, required=True, metavar="FOLDER", help="of the diffusers model")
+    add("--output", type=typed_path, required=True, metavar="FOLDER", help="of the diffusers model")
     add("--steps", type=int, default=7000, metavar="N", help="default: %(default)s")
     add(
         "--batch-size",
@@ -280,7 +282,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train and save."""
     args = parse_arguments(argv)
     pictures = folder_pictures(args.images, args.size) if args.images else emoji_pictures(args.size)
@@ -290,5 +292,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main)

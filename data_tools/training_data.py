@@ -269,7 +269,7 @@ def _check_agreement(
         "dtype": lambda m: m.latent.dtype,
         "mirrored images": lambda m: m.latent.flip,
         "VAE's sha256": lambda m: m.vae.sha256[:12],
-        "VAE's scaling and shift": lambda m: (m.vae.scaling_factor, m.vae.shift_factor),
+        "VAE's scaling and shift": lambda m: m.vae.normalisation,
         "has classes": lambda m: m.num_classes > 0,
     }
     for name, get in compared.items():
@@ -304,7 +304,6 @@ def _united(
     content = json.dumps([[m.hash for m in manifests], counts, weights])
     digest = hashlib.sha256(content.encode()).hexdigest()
     whole = Manifest(
-        format_version=first.format_version,
         num_samples=sum(manifest.num_samples for manifest in manifests),
         shards=[shard for manifest in manifests for shard in manifest.shards],
         latent=first.latent,

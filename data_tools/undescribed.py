@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_tools.file_kinds import HEAD_BYTES, kind_of
 from data_tools.images import IMAGE_SUFFIXES
+from data_tools.paths import absence
 from data_tools.sample_names import is_hidden
 
 _MANIFEST_NAME = "dataset.json"
@@ -19,8 +20,10 @@ _ENCODE = "python data_tools/encode_latents.py"
 
 
 def explain(place: Path) -> str:
-    """Say what a file or folder without a dataset.json is and what to do, in one clause each."""
+    """Say what a place without a dataset.json is and what to do, in one clause each."""
     try:
+        if not place.exists():
+            return f"{absence(place)}; make it: {_ENCODE} --output {_typed(place)}"
         return _explain_file(place) if place.is_file() else _explain_folder(place)
     except OSError as err:
         return f"cannot be looked into ({err.strerror}); make it readable"

@@ -1,4 +1,4 @@
-"""The image autoencoder: loading it from wherever it is, pixels to moments, latents to pixels.
+"""The image autoencoder: pixels to moments, latents to pixels, and what a manifest says of it.
 
 Raw pixels are uint8 (N, H, W, 3). Raw latents are the posterior's moments, mean | log-variance on
 the channel axis, unscaled. Final latents are what the model sees (models/latents.py).
@@ -7,30 +7,25 @@ the channel axis, unscaled. Final latents are what the model sees (models/latent
 import copy
 import dataclasses
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
 from data_tools.manifest import VaeReference
-from models.latents import vae_latents
+from data_tools.vae_files import REPOSITORY, load_model
+from models.latents import scale_and_shift, vae_latents
 
 if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples
     from diffusers import AutoencoderKL
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_VAE = REPOSITORY / "data_tools" / "demo_vae"
-DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # the paper's, for images of 256 and 512 pixels
 DECODE_BATCH_SIZE = 16  # bounds the memory of decode_pixels; at 512 pixels about 16 GiB on a GPU
-_LOADING = {"use_safetensors": True, "low_cpu_mem_usage": False}  # True needs accelerate
 _PIXEL_CENTRE = 127.5  # uint8 0..255 to -1..1
 
 
@@ -44,6 +39,8 @@ class Vae:
         sha256: of the weights (names, shapes and fp32 values), whatever file they came from.
         scaling_factor: final = (latent - shift_factor) * scaling_factor.
         shift_factor: 0 where the VAE's configuration has none.
+        latents_mean: (C,), which replaces shift_factor; empty where the configuration has none.
+        latents_std: (C,), by which final latents are divided; likewise.
         latent_channels: C.
         downsample: image side over latent side.
     """
@@ -55,6 +52,30 @@ class Vae:
     shift_factor: float
     latent_channels: int
     downsample: int
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
+
+    @property
+    def reference(self) -> VaeReference:
+        """What a manifest says of it."""
+        return VaeReference(
+            self.source_id,
+            self.sha256,
+            self.scaling_factor,
+            self.shift_factor,
+            list(self.latents_mean),
+            list(self.latents_std),
+        )
+
+    def scale_and_shift(self, device: torch.device | str) -> tuple[float | Tensor, float | Tensor]:
+        """Return what normalises its latents, see models/latents.py."""
+        return scale_and_shift(
+            self.scaling_factor,
+            self.shift_factor,
+            self.latents_mean,
+            self.latents_std,
+            device,
+        )
 
 
 def load_vae(
@@ -73,12 +94,7 @@ def load_vae(
         expected_sha256: of the VAE that encoded the data, from its manifest; another VAE of the
             same shape would decode its latents into wrong pictures without any error.
     """
-    path = _find(source)
-    if path is None:
-        model, source_id = _from_hub(str(source)), str(source)
-    else:
-        model = _from_file(path) if path.is_file() else _from_folder(path)
-        source_id = _source_id(path)
+    model, source_id = load_model(source)
     model = model.float()
     config = model.config
     digest = _weights_sha256(model)
@@ -97,7 +113,29 @@ def load_vae(
         float(config.get("shift_factor") or 0.0),
         int(config.latent_channels),
         2 ** (len(config.block_out_channels) - 1),
+        *_statistics(source, config),
     )
+
+
+def _statistics(
+    source: str | Path, config: Mapping[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return latents_mean and latents_std of a VAE's configuration, both empty or both (C,)."""
+    mean, std = (config.get(name) or () for name in ("latents_mean", "latents_std"))
+    if not mean and not std:
+        return (), ()
+    if len(mean) != config["latent_channels"] or len(std) != len(mean) or min(std) <= 0:
+        raise ConfigError(
+            f"--vae {source}: latents_mean {list(mean)} and latents_std {list(std)} of its "
+            f"config.json are not {config['latent_channels']} numbers each, the latter positive; "
+            "give both or neither."
+        )
+    if config.get("shift_factor"):
+        raise ConfigError(
+            f"--vae {source}: its config.json has a shift_factor ({config['shift_factor']}) and "
+            "latents_mean, which both shift the latents; leave one of them out."
+        )
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def with_dtype(vae: Vae, dtype: torch.dtype) -> Vae:
@@ -119,107 +157,24 @@ def load_decoder(
         device: where it goes.
     """
     if named is not None:
-        return load_vae(named, device=device)
-    return load_vae(reference.id, device=device, expected_sha256=reference.sha256)
-
-
-def _find(source: str | Path) -> Path | None:
-    """Locate a folder or file; None if `source` can only be a hub id."""
-    given = Path(source).expanduser()
-    for path in (given, REPOSITORY / given):
-        if path.exists():
-            return path.resolve()
-    text = str(source)
-    is_hub_id = text.count("/") == 1 and not text.startswith((".", "~", "/"))
-    if is_hub_id and given.suffix != ".safetensors":
-        return None
-    raise ConfigError(
-        f"--vae {source}: does not exist; give a diffusers folder, a .safetensors file, or a hub "
-        f"id such as {DEFAULT_VAE}."
+        vae = load_vae(named, device=device)
+    else:
+        vae = load_vae(reference.id, device=device, expected_sha256=reference.sha256)
+    # What the model learned decides, and not what this VAE's configuration says.
+    scaling_factor, shift_factor, mean, std = reference.normalisation
+    vae.model.register_to_config(
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor or None,
+        latents_mean=mean or None,
+        latents_std=std or None,
     )
-
-
-def _source_id(path: Path) -> str:
-    if path.is_relative_to(REPOSITORY):
-        return path.relative_to(REPOSITORY).as_posix()
-    return str(path)
-
-
-def _from_folder(folder: Path) -> "AutoencoderKL":
-    from diffusers import AutoencoderKL
-
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"  # a whole Stable Diffusion pipeline
-    _check_config(folder / "config.json")
-    try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True, **_LOADING)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as err:
-        raise ConfigError(
-            f"--vae {folder}: diffusers cannot load its weights ({_first_line(err)}); "
-            "fetch the folder again."
-        ) from err
-
-
-def _from_file(path: Path) -> "AutoencoderKL":
-    """Load one file, with the configuration beside it: a weight file states no scaling factor."""
-    from diffusers import AutoencoderKL
-
-    config = path.parent / "config.json"
-    if not config.is_file():
-        raise ConfigError(
-            f"--vae {path}: no config.json beside it, and weights tell no scaling factor; "
-            "put the VAE's config.json of the diffusers format into the same folder."
-        )
-    _check_config(config)
-    try:
-        model = AutoencoderKL.from_config(AutoencoderKL.load_config(path.parent))
-        weights = load_file(path)
-        if weights.keys() == model.state_dict().keys():
-            model.load_state_dict(weights)
-            return model
-        # The names of the original Stable Diffusion code; diffusers knows the translation.
-        return AutoencoderKL.from_single_file(
-            str(path), config=str(path.parent), local_files_only=True
-        )
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as err:
-        raise ConfigError(
-            f"--vae {path}: these are not the weights that {config} describes "
-            f"({_first_line(err)}); give the two files of one VAE."
-        ) from err
-
-
-def _from_hub(hub_id: str) -> "AutoencoderKL":
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.from_pretrained(hub_id, **_LOADING)
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as err:
-        raise ConfigError(
-            f"--vae {hub_id}: neither in the Hugging Face cache nor reachable "
-            f"({type(err).__name__}); on a machine with a network run 'hf download {hub_id} "
-            "--local-dir FOLDER', copy FOLDER here and pass --vae FOLDER."
-        ) from err
-
-
-def _check_config(path: Path) -> None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise ConfigError(
-            f"--vae {path.parent}: no config.json; give a folder that diffusers saved."
-        ) from err
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise ConfigError(f"--vae {path}: is not JSON ({err}); fetch the folder again.") from err
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    if name != "AutoencoderKL":
-        raise ConfigError(
-            f"--vae {path}: describes {name or 'no model'}, not an AutoencoderKL; "
-            "give the VAE's own folder."
-        )
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")
+    return dataclasses.replace(
+        vae,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        latents_mean=tuple(mean),
+        latents_std=tuple(std),
+    )
 
 
 def _weights_sha256(model: "AutoencoderKL") -> str:
@@ -266,7 +221,7 @@ def decode_pixels(vae: Vae, final_latents: Tensor) -> np.ndarray:
     parameter = next(vae.model.parameters())
     pictures = []
     for part in final_latents.split(DECODE_BATCH_SIZE):
-        latents = vae_latents(part.float(), vae.scaling_factor, vae.shift_factor)
+        latents = vae_latents(part.float(), *vae.scale_and_shift(part.device))
         decoded = vae.model.decode(latents.to(parameter)).sample.float()
         pixels = ((decoded + 1) * _PIXEL_CENTRE).round().clamp(0, 255).to(torch.uint8)
         pictures.append(pixels.permute(0, 2, 3, 1).cpu().numpy())

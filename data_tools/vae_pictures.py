@@ -64,7 +64,7 @@ def folder_pictures(folders: list[Path], size: int) -> TrainingPictures:
             try:
                 pixels.append(load_pixels(source.path(index), size))
             except BadImageError as err:
-                raise ConfigError(f"--images {err}; repair or remove the file.") from err
+                raise ConfigError(f"--images {err}; repair the file or move it away.") from err
             families.append(source.name(index))
     pictures = _split(np.stack(pixels), families, ", ".join(map(str, folders)))
     if not len(pictures.train) or not len(pictures.held_out):

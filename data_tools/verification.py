@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.findings import Finding, Verification
+from data_tools.formats import NewerFormatError
 from data_tools.full_check import run_full
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.quick_check import run_quick
@@ -41,6 +42,8 @@ def verify(
         DatasetManifest.load(folder)  # says what is wrong with the folder
     try:
         manifest = result.manifest = DatasetManifest.load(folder, check_shards=False)
+    except NewerFormatError:  # whatever there is to say, it is not damaged
+        raise
     except ConfigError as err:
         what = (
             str(err).removeprefix(f"--data {folder}: ").removeprefix(f"{folder / MANIFEST_NAME}: ")

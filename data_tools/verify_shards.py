@@ -18,8 +18,10 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.entry_point import enter
+from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.findings import SHARD_PARTS, Verification
+from data_tools.paths import typed_path, typed_text
 from data_tools.verification import default_workers, verify
 from data_tools.verification_report import readable_bytes, report, sentence
 
@@ -97,25 +99,36 @@ def write_preview_picture(result: Verification, args: argparse.Namespace) -> Non
     print(f"{args.preview}: {number} samples", flush=True)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags and check their values."""
     parser = ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         epilog="The exit code is 0 if the data set is intact and 2 if not.",
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="FOLDER", help="the data set")
+    add("--data", type=typed_path, required=True, metavar="FOLDER", help="the data set")
     add("--quick", action="store_true", help="sizes, first and last samples only: seconds")
-    add("--report", type=Path, metavar="FILE", help="write the report there too, with all findings")
-    add("--preview", type=Path, metavar="FILE", help="write a PNG of some decoded samples")
+    add(
+        "--report",
+        type=typed_path,
+        metavar="FILE",
+        help="write the report there too, with all findings",
+    )
+    add("--preview", type=typed_path, metavar="FILE", help="write a PNG of some decoded samples")
     add("--repair", action="store_true", help="make what is broken again, and only that")
     add(
         "--input",
         nargs="+",
+        type=typed_text,
         metavar="IMAGES",
         help="for --repair: what the data set was encoded from",
     )
-    add("--vae", metavar="VAE", help="where the data set's VAE is, if not where dataset.json says")
+    add(
+        "--vae",
+        type=typed_text,
+        metavar="VAE",
+        help="where the data set's VAE is, if not where dataset.json says",
+    )
     add("--device", metavar="DEVICE", help="of the VAE: cpu, cuda or cuda:N (default: a GPU)")
     add(
         "--accept-new-bytes",
@@ -140,7 +153,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Verify, repair if asked to, and report."""
     args = parse_arguments(argv)
     started, done = time.monotonic(), []
@@ -152,7 +165,9 @@ def main(argv: list[str]) -> None:
     print(report(result, seconds, done), end="", flush=True)
     if args.report:
         try:
-            args.report.write_text(report(result, seconds, done, max_findings=None))
+            args.report.write_text(
+                report(result, seconds, done, max_findings=None), "utf-8", "backslashreplace"
+            )
         except OSError as err:
             raise ConfigError(
                 f"--report {args.report}: cannot be written ({err.strerror}); name another file."
@@ -164,5 +179,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_config_error():
-        main(sys.argv[1:])
+    enter(main)

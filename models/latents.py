@@ -7,6 +7,8 @@ made elsewhere may hold one draw for good: frozen latents.
 N batch, C latent channels, H W latent size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,16 +17,50 @@ LOG_VARIANCE_MIN = -30.0
 LOG_VARIANCE_MAX = 20.0
 
 
+def scale_and_shift(
+    scaling_factor: float,
+    shift_factor: float,
+    latents_mean: Sequence[float],
+    latents_std: Sequence[float],
+    device: torch.device | str = "cpu",
+) -> tuple[float | Tensor, float | Tensor]:
+    """Return what normalises a VAE's latents: final = (latent - shift) * scale.
+
+    As the pipelines of diffusers do it: with statistics (latent - mean) * scaling_factor / std,
+    without them (latent - shift_factor) * scaling_factor.
+
+    Args:
+        scaling_factor: of the VAE's configuration.
+        shift_factor: of the VAE's configuration; 0 where it has none.
+        latents_mean: of the VAE's configuration, (C,); empty where it has none.
+        latents_std: likewise.
+        device: of the latents.
+
+    Returns:
+        Scale and shift: numbers, or (C, 1, 1) float32 on the device.
+    """
+    if not len(latents_mean):
+        return scaling_factor, shift_factor
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+        for values in (latents_mean, latents_std)
+    )
+    return scaling_factor / std, mean
+
+
 def final_latents(
-    raw: Tensor, noise: Tensor, scaling_factor: float, shift_factor: float = 0.0
+    raw: Tensor,
+    noise: Tensor,
+    scaling_factor: float | Tensor,
+    shift_factor: float | Tensor = 0.0,
 ) -> Tensor:
     """Draw from the VAE posterior and normalise.
 
     Args:
         raw: (N, 2C, H, W) mean | log-variance, any float dtype.
         noise: (N, C, H, W) standard normal numbers.
-        scaling_factor: of the VAE (0.18215 for Stable Diffusion's).
-        shift_factor: of the VAE; 0 where its config has none.
+        scaling_factor: of the VAE (0.18215 for Stable Diffusion's), or by channel (C, 1, 1).
+        shift_factor: of the VAE, or by channel; 0 where its config has none.
 
     Returns:
         (N, C, H, W) float32.
@@ -34,11 +70,15 @@ def final_latents(
     return (mean + std * noise.to(torch.float32) - shift_factor) * scaling_factor
 
 
-def frozen_latents(raw: Tensor, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
+def frozen_latents(
+    raw: Tensor, scaling_factor: float | Tensor, shift_factor: float | Tensor = 0.0
+) -> Tensor:
     """Normalise stored draws of the VAE posterior, (N, C, H, W) of any float dtype, to float32."""
     return (raw.to(torch.float32) - shift_factor) * scaling_factor
 
 
-def vae_latents(final: Tensor, scaling_factor: float, shift_factor: float = 0.0) -> Tensor:
+def vae_latents(
+    final: Tensor, scaling_factor: float | Tensor, shift_factor: float | Tensor = 0.0
+) -> Tensor:
     """Undo the scaling of `final_latents`: what the VAE decodes, (N, C, H, W)."""
     return final / scaling_factor + shift_factor

@@ -1,10 +1,16 @@
-"""Configurations for tests: small.yaml, with some leaves replaced."""
+"""Configurations for tests: small.yaml, with some leaves replaced; precision that is stated."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from training.config import options
+from training.precision import PRECISION_BLOCKS
 from training.preset import load_preset
+
+# For --deepspeed: the default, ds_configs/zero2.json, in fp32 on every machine.
+FP32 = Path(__file__).with_name("fp32.json")
+SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
 def small(**values):
@@ -20,3 +26,14 @@ def changed(config, **values):
             config = replace(config, **{leaf.section: part})
     assert not values, values
     return config
+
+
+def stated(folder, name, is_reduced):
+    """Write a copy of ds_configs/NAME.json whose "auto" precision is on or off; return its path."""
+    values = json.loads((SHIPPED / f"{name}.json").read_text())
+    for block in PRECISION_BLOCKS:
+        if block in values:
+            values[block]["enabled"] = is_reduced
+    path = folder / f"{name}-{'bf16' if is_reduced else 'fp32'}.json"
+    path.write_text(json.dumps(values))
+    return path

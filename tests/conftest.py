@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from tests.launch import REPOSITORY, TIMEOUT_SEC, environment, run
+from training.precision import BF16_VARIABLE
 
+# No test depends on what this machine multiplies: "auto" means fp32 where a test says nothing else.
+# `make test-precision` runs those marked so with each answer.
+os.environ.setdefault(BF16_VARIABLE, "0")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when a test imports it
 
@@ -31,8 +35,9 @@ def session_folders(tmp_path_factory):
 def train_forked(tmp_path_factory):
     """A function that trains without the start of a launcher and returns what the ranks say.
 
-    Its arguments are those of training/main.py, the number of ranks, the exit code to expect, and
-    the largest file that the ranks may write.
+    Its arguments are those of training/main.py, the number of ranks, the exit code to expect, the
+    largest file that the ranks may write, where what they say goes instead, and environment
+    variables of theirs.
     """
     server = subprocess.Popen(
         [sys.executable, "tests/forked_jobs.py"],
@@ -44,17 +49,17 @@ def train_forked(tmp_path_factory):
         start_new_session=True,
     )
 
-    def train(*argv, num_ranks=2, expect=0, file_kib=None):
-        output = tmp_path_factory.mktemp("said") / "output"
+    def train(*argv, num_ranks=2, expect=0, file_kib=None, said_to=None, **env):
+        output = said_to or tmp_path_factory.mktemp("said") / "output"
         job = {"num_ranks": num_ranks, "argv": [str(part) for part in argv]}
-        job |= {"output": str(output), "file_kib": file_kib}
+        job |= {"output": str(output), "file_kib": file_kib, "env": env}
         timer = threading.Timer(TIMEOUT_SEC, os.killpg, (server.pid, signal.SIGKILL))
         timer.start()
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         answer = server.stdout.readline()
         timer.cancel()
-        said = output.read_text() if output.exists() else ""
+        said = output.read_text() if said_to is None and output.exists() else ""
         assert answer == f"{expect}\n", f"exit {answer or 'after a timeout'}:\n{said}"
         return said
 

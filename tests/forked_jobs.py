@@ -1,8 +1,9 @@
 """Run training commands one after another, each on ranks forked from this process.
 
 A launcher's start costs twenty seconds of a core, most of it imports; here they are paid once.
-Reads a line of JSON for every command, {"argv", "num_ranks", "output", "file_kib"}: what to say to
-training/main.py, the file that takes what the ranks say, and the largest file that they may write.
+Reads a line of JSON for every command, {"argv", "num_ranks", "output", "file_kib", "env"}: what
+to say to training/main.py, the file that takes what the ranks say, the largest file that they may
+write, and environment variables.
 Answers with the exit code, as a launcher has it.
 """
 
@@ -22,6 +23,7 @@ import torch
 
 import training.assemble
 import training.loop  # noqa: F401
+from data_tools.entry_point import enter
 from training import engine, main
 
 
@@ -31,28 +33,27 @@ def prepare_to_fork():
     engine.import_muon_uncompiled()
 
 
-def run_rank(rank, num_ranks, port, argv, output, file_kib):
+def run_rank(rank, num_ranks, port, argv, output, file_kib, env):
+    os.environ |= env
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if output is not None:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
     if file_kib is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_kib * 1024,) * 2)
-    main.main(argv)
+    enter(lambda: main.main(argv))  # as the script does
 
 
-def fork_ranks(num_ranks, argv, output=None, file_kib=None):
+def fork_ranks(num_ranks, argv, output=None, file_kib=None, env=None):
     """Start a training command; returns its processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=run_rank, args=(rank, num_ranks, port, argv, output, file_kib))
-        for rank in range(num_ranks)
-    ]
+    shared = (num_ranks, port, argv, output, file_kib, env or {})
+    ranks = [context.Process(target=run_rank, args=(rank, *shared)) for rank in range(num_ranks)]
     for rank in ranks:
         rank.start()
     return ranks

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Install what the tests marked `cluster` need, if it is missing: Slurm, munge, OpenMPI, sshd,
-# pdsh, Chromium.
+# Install what the tests marked `cluster` need, if it is missing: Slurm, munge, OpenMPI, MPICH (whose
+# mpirun.mpich stands beside OpenMPI's mpirun), sshd, pdsh, Chromium.
 set -euo pipefail
 
 declare -A package=(
   [slurmctld]=slurmctld [slurmd]=slurmd [sbatch]=slurm-client [munged]=munge [mpirun]=openmpi-bin
+  [mpirun.mpich]=mpich
   [sshd]=openssh-server [ssh]=openssh-client [pdsh]=pdsh [ip]=iproute2 [nsenter]=util-linux
   [mount]=mount [hostname]=hostname [pkill]=procps [chromium]=chromium
 )

@@ -59,6 +59,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 SlurmdParameters=config_overrides
+LaunchParameters=use_interactive_step
 SlurmdTimeout={node_timeout}
 MessageTimeout=25
 SchedulerParameters=sched_interval=2
@@ -123,12 +124,13 @@ class LocalSlurm:
             machine.starter.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def run(self, *command, machine="login", check=True, env=None, cwd=None):
+    def run(self, *command, machine="login", check=True, env=None, cwd=None, stdin=None):
         """Run a command on a machine to its end; return its standard output."""
         result = subprocess.run(
             self.inside(machine, *command),
             env=self.environment(env),
             cwd=cwd,
+            stdin=stdin,
             capture_output=True,
             text=True,
             check=False,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.files import replace_file, write_json
+from data_tools.files import replace_file
 from data_tools.manifest import (
-    FORMAT_VERSION,
+    DATASET,
     MANIFEST_NAME,
     ChannelStatistics,
     ClassEntry,
@@ -70,7 +70,6 @@ def make_dataset(
         shards.append(Shard(path.name, size, len(data), digest, layout.stride, "", first_key, []))
         first += size
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
         num_samples=first,
         shards=shards,
         latent=LatentFormat(
@@ -88,7 +87,7 @@ def make_dataset(
         ],
         versions={},
     )
-    write_json(folder / MANIFEST_NAME, manifest)
+    DATASET.write(folder / MANIFEST_NAME, manifest)
     return DatasetManifest.load(folder)
 
 
@@ -100,7 +99,7 @@ def seal(folder: Path) -> None:
         data = (folder / shard.name).read_bytes()
         digest = hashlib.sha256(data).hexdigest()
         shards.append(replace(shard, bytes=len(data), sha256=digest))
-    write_json(folder / MANIFEST_NAME, replace(manifest, shards=shards))
+    DATASET.write(folder / MANIFEST_NAME, replace(manifest, shards=shards))
 
 
 def data_of(manifest: DatasetManifest) -> TrainingData:

@@ -11,8 +11,9 @@ from data_tools import encode_latents
 from data_tools.errors import ConfigError, exit_on_config_error
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.vae import DEMO_VAE
+from tests.configs import FP32
 from tests.launch import REPOSITORY, deepspeed, run
-from training import main, processes, sample
+from training import evaluate, export, main, processes, report, sample
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
@@ -28,7 +29,7 @@ from training.monitor import read_metrics
 from training.preset import load_preset
 from training.processes import Ranks
 from training.run_directory import CONFIG_FILE
-from training.run_history import read_notes
+from training.run_history import CHECKPOINTS_FILE, read_notes
 from training.run_lock import hold_run_directory
 
 STEPS = 4
@@ -36,7 +37,7 @@ STEPS = 4
 SMALLER_THAN_OPTIMIZER_KIB = 12 * 1024
 TRAINING = [
     *("--global-batch-size", 8, "--max-steps", STEPS, "--log-every", 1, "--save-every", 2),
-    *("--sample-every", 0),
+    *("--sample-every", 0, "--deepspeed", FP32),
 ]
 
 
@@ -297,14 +298,11 @@ class TestResuming:
     def test_in_another_precision(self, train, run_dir, tmp_path):
         path = tmp_path / "bf16.json"
         path.write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
-        fp32 = tmp_path / "fp32.json"
-        fp32.write_text('{"zero_optimization": {"stage": 2}}')
 
-        saved = read_manifest(latest_checkpoint(run_dir)).layout.precision
-        stderr = train("--deepspeed", path if saved == "fp32" else fp32, num_ranks=2)
+        stderr = train("--deepspeed", path, num_ranks=2)
 
-        assert f"was saved with precision {saved}, this command has" in stderr
-        assert f"change the precision of the --deepspeed file back to {saved}, or" in stderr
+        assert "was saved with precision fp32, this command has bf16;" in stderr
+        assert "change the precision of the --deepspeed file back to fp32, or" in stderr
 
     def test_on_another_data_set(self, train, run_dir, latents):
         path = latents / MANIFEST_NAME
@@ -325,7 +323,7 @@ class TestResuming:
 
         assert f"--run-dir {run_dir}: its config.yaml is damaged (" in train(num_ranks=2)
 
-    @pytest.mark.parametrize("text", [b"", b"step-0000009\n", b"..\n", b"\xff\xfe", b"/tmp\n"])
+    @pytest.mark.parametrize("text", [b"step-0000009\n", b"..\n", b"\xff\xfe", b"/tmp\n"])
     def test_where_latest_names_no_checkpoint(self, train, run_dir, text):
         pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
         rewrite(pointer, lambda _: text)
@@ -333,7 +331,67 @@ class TestResuming:
         stderr = train(num_ranks=2)
 
         assert f"error: {pointer} names " in stderr
-        assert "write the name of one that exists into it, or delete it to start afresh" in stderr
+        assert "which is no checkpoint there, of which step-0000004 is the newest whole" in stderr
+
+    @pytest.mark.parametrize(
+        ("lose", "state"),
+        [(Path.unlink, "missing"), (lambda path: rewrite(path, lambda _: b""), "empty")],
+    )
+    def test_where_latest_was_lost_beside_checkpoints(
+        self, train, refuse, run_dir, demo_latents, tmp_path, state
+    ):
+        pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
+        rewrite(pointer, lambda _: b"")
+        if state == "missing":
+            pointer.unlink()
+        (run_dir / CHECKPOINT_DIR / "step-0000006").mkdir()  # and nothing in it
+        sentence = (
+            f"{pointer} is {state} beside checkpoints, of which step-0000004 is the newest whole "
+            f"one; to continue from it: echo step-0000004 > {pointer} (to start afresh, choose "
+            "another run directory).\n"
+        )
+
+        for argv in ((), ("--dry-run",), ("--max-steps", 8), ("--init-from", run_dir)):
+            if "--init-from" in argv:
+                argv += ("--run-dir", tmp_path / "other")
+            assert train(*argv, num_ranks=2).endswith(sentence)
+        out = ("--output", tmp_path / "out")
+        held_out = ("--validation-data", demo_latents)
+        for entry_point, argv in [
+            (sample.main, (run_dir, *out)),
+            (export.main, (run_dir, "--format", "safetensors", *out)),
+            (report.main, (run_dir, *out)),
+            (evaluate.main, (run_dir, *held_out, *out)),
+        ]:
+            assert refuse(entry_point, *argv) == f"error: {sentence}"
+
+    def test_where_no_checkpoint_is_whole_and_latest_is_missing(self, train, run_dir):
+        pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
+        pointer.unlink()
+        for manifest in pointer.parent.glob(f"*/{MANIFEST_FILE}"):
+            manifest.unlink()
+
+        stderr = train(num_ranks=2)
+
+        assert f"{pointer} is missing beside checkpoints, and no checkpoint there is" in stderr
+
+    def test_where_all_checkpoints_are_gone(self, train, refuse, run_dir):
+        shutil.rmtree(run_dir / CHECKPOINT_DIR)
+        gone = (
+            f"{run_dir}: its checkpoint of step 4 was saved, and now there is none; copy the "
+            "folder checkpoints back"
+        )
+
+        assert train(num_ranks=2) == f"error: --run-dir {gone}, or choose another.\n"
+        assert refuse(sample.main, run_dir) == f"error: {gone}.\n"
+
+    @pytest.mark.parametrize("left", ["metrics.jsonl", "starts.jsonl"])
+    def test_where_only_the_records_of_a_run_are_left(self, train, run_dir, left):
+        for path in run_dir.iterdir():
+            if path.name != left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+        assert f"--run-dir {run_dir} holds {left} but no config.yaml" in train(num_ranks=2)
 
     @pytest.mark.parametrize("text", [b"", b"[]", b"\xff\xfe", b'{"tag": 1}'])
     def test_with_a_damaged_manifest_and_no_older_checkpoint(self, train, run_dir, text):
@@ -433,6 +491,7 @@ class TestSampling:
     @pytest.mark.parametrize("argv", [(), ("--checkpoint", "step-0000002")])
     def test_a_run_without_a_checkpoint(self, draw, run_dir, argv):
         shutil.rmtree(run_dir / CHECKPOINT_DIR)
+        (run_dir / CHECKPOINTS_FILE).unlink()
 
         assert f"{run_dir} has no checkpoint yet; train first." in draw(run_dir, *argv)
 
@@ -519,6 +578,7 @@ class TestThroughTheLauncher:
 
 
 @pytest.mark.ranks
+@pytest.mark.precision
 class TestWithTwoRanks:
     """The same without the launcher."""
 
@@ -542,6 +602,18 @@ class TestWithTwoRanks:
         assert [r["loss/total"] for r in after] == [r["loss/total"] for r in before]
         notes = [(note.step, note.outcome, note.reason) for note in read_notes(run_dir)]
         assert notes[-2:] == [(2, "damaged", reason), (4, "saved", "")]
+
+    def test_a_job_killed_while_it_published_its_first_checkpoint_is_continued(
+        self, train_forked, demo_latents, run_dir
+    ):
+        folder = run_dir / CHECKPOINT_DIR
+        (folder / LATEST_FILE).unlink()
+        shutil.rmtree(folder / "step-0000004")
+
+        output = train_forked("--data", demo_latents, "--run-dir", run_dir, *TRAINING)
+
+        assert f"resuming {folder / 'step-0000002'} at step 2 of {STEPS}" in output
+        assert latest_checkpoint(run_dir) == folder / "step-0000004"
 
     def test_a_file_that_no_manifest_lists_is_not_unpickled(
         self, train_forked, demo_latents, run_dir, tmp_path

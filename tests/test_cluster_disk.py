@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.configs import FP32
 from tests.launch import TIMEOUT_SEC, deepspeed, finish, run, start
 from tests.synthetic import make_dataset, random_moments
 from training.checkpoint_manifest import latest_checkpoint, read_manifest, verify_file
@@ -30,7 +31,16 @@ def disk(tmp_path):
 def test_a_full_disk_costs_a_checkpoint_and_neither_the_one_before_nor_the_run(disk, tmp_path):
     latents, run_dir, log = tmp_path / "latents", disk / "run", tmp_path / "log"
     make_dataset(latents, [32], shape=SHAPE, moments=random_moments(SHAPE), num_classes=10)
-    flags = ["--preset", "tests/small.yaml", "--data", latents, "--run-dir", run_dir]
+    flags = [
+        "--preset",
+        "tests/small.yaml",
+        "--deepspeed",
+        FP32,
+        "--data",
+        latents,
+        "--run-dir",
+        run_dir,
+    ]
     flags += ["--latent-size", SHAPE[1], "--num-experts", 4, "--global-batch-size", 8]
     flags += ["--max-steps", STEPS, "--log-every", 1, "--save-every", 2, "--sample-every", 0]
     command = shlex.join(map(str, deepspeed(2, "training/main.py", *flags)))

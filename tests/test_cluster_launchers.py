@@ -1,13 +1,15 @@
-"""Every other way to start training, for real: OpenMPI with mpi4py, torchrun, a hostfile over ssh.
+"""Every other way to start training, for real: OpenMPI, MPICH, torchrun, a hostfile over ssh.
 
 Two ranks each, on one machine or on two nodes with networks of their own; the same losses.
 """
 
 import json
+import sys
 
 import pytest
 
-from tests.launch import REPOSITORY, deepspeed, finish, free_port, run, start
+from tests.configs import FP32
+from tests.launch import REPOSITORY, deepspeed, environment, finish, free_port, run, start
 from tests.local_slurm import LocalSlurm
 from tests.synthetic import make_dataset, random_moments
 
@@ -36,7 +38,8 @@ def program(latents, run_dir):
     flags = ["--preset", "tests/small.yaml", "--data", latents, "--run-dir", run_dir]
     flags += ["--latent-size", SHAPE[1], "--num-experts", 4, "--expert-parallel-size", 2]
     flags += ["--global-batch-size", 8, "--max-steps", STEPS, "--log-every", 1]
-    return ["training/main.py", *flags, "--sample-every", 0]
+    # Not by the environment, which ssh leaves behind.
+    return ["training/main.py", *flags, "--sample-every", 0, "--deepspeed", FP32]
 
 
 def losses(run_dir):
@@ -53,12 +56,29 @@ def expected(latents, tmp_path_factory):
     return losses(run_dir)
 
 
-def test_mpirun_finds_its_ranks_with_mpi4py(latents, expected, tmp_path):
+def test_mpirun_of_openmpi(latents, expected, tmp_path):
     command = ["mpirun", "-np", 2, "python", *program(latents, tmp_path / "run")]
 
     output = run(*command, MASTER_PORT=str(free_port()), **AS_ROOT)
 
     assert "2 rank(s), ZeRO 2" in output
+    assert losses(tmp_path / "run") == expected
+
+
+def test_mpirun_of_mpich(latents, expected, tmp_path):
+    command = ["mpirun.mpich", "-n", 2, "python", *program(latents, tmp_path / "run")]
+
+    output = run(*command, MASTER_PORT=str(free_port()))
+
+    assert "2 rank(s), ZeRO 2" in output
+    assert losses(tmp_path / "run") == expected
+
+
+def test_torch_distributed_launch_of_older_guides(latents, expected, tmp_path):
+    command = ["python", "-m", "torch.distributed.launch", "--nproc-per-node=2"]
+
+    run(*command, f"--master-port={free_port()}", *program(latents, tmp_path / "run"))
+
     assert losses(tmp_path / "run") == expected
 
 
@@ -78,7 +98,9 @@ def on_node(cluster, *command, **env):
     return output
 
 
-def test_mpirun_on_two_nodes(cluster, latents, expected, tmp_path):
+def test_mpirun_of_openmpi_on_two_nodes_asks_mpi4py_for_the_address(
+    cluster, latents, expected, tmp_path
+):
     interface = ["--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"]
     command = ["mpirun", "-np", 2, "--host", "node1,node2", *interface, "-x", "PATH"]
     command += ["-x", "OMP_NUM_THREADS", "python", *program(latents, tmp_path / "run")]
@@ -118,3 +140,39 @@ def test_deepspeed_without_ssh_is_started_on_every_node(cluster, latents, expect
 
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert losses(tmp_path / "run") == expected
+
+
+def test_mpirun_of_mpich_on_two_nodes_wants_an_address(cluster, latents, expected, tmp_path):
+    command = ["mpirun.mpich", "-n", 2, "-hosts", "node1,node2"]
+    arguments = ["python", *program(latents, tmp_path / "run")]
+
+    refused = start(*cluster.inside("node1", *command, *arguments), cwd=REPOSITORY)
+    said = finish(refused)
+    on_node(cluster, *command, "-genv", "MASTER_ADDR", "node1", *arguments)
+
+    assert refused.returncode != 0
+    assert (
+        said.count("error: MASTER_ADDR is not set, and mpirun (PMI) has started processes on") == 1
+    )
+    assert losses(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("wanted", ["-n 4", "--gpus=4"])
+def test_a_command_typed_into_the_shell_of_salloc_is_a_single_process(
+    cluster, latents, tmp_path, wanted
+):
+    flags = [*program(latents, tmp_path / "run"), "--expert-parallel-size", 1, "--max-steps", 1]
+    script, typed = tmp_path / "script", tmp_path / "typed"
+    command = " ".join(str(part) for part in [sys.executable, *flags])
+    script.write_text(f"cd {REPOSITORY}\necho it is step $SLURM_STEP_ID\n{command}\n")
+    typed.write_text(f"bash {script}\nexit\n")
+
+    with typed.open() as keyboard:
+        shell = ["script", "-qec", f"salloc {wanted}", "/dev/null"]
+        said = cluster.run(
+            *shell, check=False, stdin=keyboard, env=environment(DS_ACCELERATOR="cpu")
+        )
+
+    assert "it is step 4294967290" in said, said
+    assert "1 rank(s), ZeRO 2" in said, said
+    assert "done: 1 steps" in said

@@ -8,7 +8,7 @@ import torch
 
 from data_tools.errors import ConfigError
 from training.deepspeed_config import load_deepspeed_json, merge_deepspeed, stage_of
-from training.precision import Hardware, detect_hardware, explain_precision, precision_of
+from training.precision import Hardware, explain_precision, precision_of
 from training.preset import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,10 +264,3 @@ def test_bf16_can_be_forced_and_is_then_explained_as_slow(write, demo):
     assert "7 to 100 times slower" in explain_precision(
         path, load_deepspeed_json(path), merged, WITHOUT_BF16
     )
-
-
-def test_this_machine_answers():
-    hardware = detect_hardware()
-
-    assert hardware.name
-    assert isinstance(hardware.has_bf16, bool)

@@ -145,6 +145,18 @@ def test_a_damaged_shard_is_encoded_again(images, encoded, tmp_path, damage):
     assert content(tmp_path) == content(encoded)
 
 
+def test_a_lost_sidecar_is_written_from_its_shard_which_stays(images, encoded, tmp_path):
+    for name, data in content(encoded).items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "00001.json").unlink()
+    before = (tmp_path / "00001.tar").stat().st_ino
+
+    main(flags(images, tmp_path))
+
+    assert content(tmp_path) == content(encoded)
+    assert (tmp_path / "00001.tar").stat().st_ino == before
+
+
 def test_bad_images_are_skipped_counted_and_listed(images, tmp_path, capsys):
     source = tmp_path / "images"
     for path in images.rglob("*.png"):
@@ -171,7 +183,9 @@ def test_bad_images_are_skipped_counted_and_listed(images, tmp_path, capsys):
     data = open_data(str(tmp_path / "set"))
     with LatentStream(data, rank=0, world_size=1, **settings) as stream:
         assert torch.bincount(next(stream).labels).tolist() == [8, 15]
-    with pytest.raises(ConfigError, match=r"^--strict: .*(empty|text|cut)\..*; repair or remove"):
+    with pytest.raises(
+        ConfigError, match=r"^--strict: .*(empty|text|cut)\..*; repair the file or move it away"
+    ):
         main(flags(source, tmp_path / "strict", **{"--strict": True}))
 
 

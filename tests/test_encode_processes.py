@@ -15,7 +15,7 @@ from data_tools.encode_latents import main
 from data_tools.encoding_output import CLAIMS_NAME
 from data_tools.encoding_run import choose_device, choose_threads
 from data_tools.errors import ConfigError
-from data_tools.files import write_json_once
+from data_tools.files import as_json, write_text_once
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from tests.encode_jobs import content, flags, make_pictures
 from tests.launch import BIN, finish, run, start
@@ -135,16 +135,20 @@ def test_the_loser_of_a_race_keeps_what_the_other_wrote(images, encoded, tmp_pat
     assert content(tmp_path) == content(encoded)
 
 
-def test_a_terminated_process_gives_its_claims_back(images, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_process_gives_its_claims_back_and_says_what_next(images, tmp_path, number):
     output = tmp_path / "set"
-    process = start(*SCRIPT, *flags(images, output))
+    process = start("env", "--default-signal", *SCRIPT, *flags(images, output))
     while not list(output.glob("00003.tar.*.tmp")):
         assert process.poll() is None
         time.sleep(0.001)
-    process.terminate()
+    os.killpg(process.pid, number)
+    os.killpg(process.pid, number)  # launchers repeat it
     text = finish(process)
 
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in text
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert process.returncode == 128 + number and "Traceback" not in text
+    assert text.endswith(f"stopped by {name}; the same command goes on\n"), text
     assert not (output / CLAIMS_NAME).exists() and not list(output.glob("*.tmp"))
 
 
@@ -153,7 +157,7 @@ def test_of_several_writers_the_first_one_wins(tmp_path, monkeypatch, has_links)
     if not has_links:
         monkeypatch.setattr(os, "link", lambda *_: os.stat("/dev/null/x"))
     for number in range(3):
-        write_json_once(tmp_path / "a.json", {"number": number})
+        write_text_once(tmp_path / "a.json", as_json({"number": number}))
     assert content(tmp_path) == {"a.json": b'{\n "number": 0\n}\n'}
 
 
@@ -176,9 +180,12 @@ def test_each_process_of_a_machine_has_its_own_gpu_and_its_share_of_the_cores(mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert choose_device(None) == torch.device("cuda:0")
-    monkeypatch.setenv("SLURM_LOCALID", "2")
+    for name, value in (("PROCID", 2), ("STEP_ID", 0), ("STEP_NUM_TASKS", 4), ("LOCALID", 2)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert choose_device(None) == torch.device("cuda:2")
-    monkeypatch.setenv("LOCAL_RANK", "5")  # more processes than GPUs share them
+    for name in ("PROCID", "STEP_ID"):
+        monkeypatch.delenv(f"SLURM_{name}")
+    monkeypatch.setenv("LOCAL_RANK", "5")  # by hand; more processes than GPUs share them
     assert choose_device(None) == torch.device("cuda:1")
     assert choose_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))

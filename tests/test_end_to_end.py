@@ -87,13 +87,30 @@ def test_a_killed_run_continues_with_identical_losses(trained, demo_latents, tmp
     assert losses(run_dir) == losses(trained[0])
 
 
-# A terminal's Ctrl-C and a batch system signal every process of the job, the launcher included.
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_leaves_and_continues(trained, demo_latents, tmp_path, number):
+# A terminal, also one that closes, and a batch system signal every process of the job, the launcher
+# included. SIGHUP kills deepspeed's launcher at once; torchrun's passes it on, even where it was
+# ignored.
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("deepspeed", signal.SIGINT),
+        ("deepspeed", signal.SIGTERM),
+        ("deepspeed", signal.SIGHUP),
+        ("torchrun", signal.SIGHUP),
+    ],
+)
+def test_a_stopped_run_saves_leaves_and_continues(
+    trained, demo_latents, tmp_path, launcher, number
+):
     run_dir = tmp_path / "stopped"
     command = train_command(demo_latents, run_dir, "--save-every", 1000, num_ranks=2)
+    begin = ("env", "--default-signal", *command)
+    if launcher == "torchrun":
+        script = command.index("training/main.py")
+        torchrun = ("torchrun", "--standalone", "--nproc-per-node", 2)
+        begin = ("env", "--ignore-signal=HUP", *torchrun, *command[script:])
 
-    process = start(*command)
+    process = start(*begin)
     metrics = run_dir / "metrics.jsonl"
     wait_for(process, lambda: metrics.exists() and len(losses(run_dir)) >= 2)
     os.killpg(process.pid, number)

@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, safe_open
 
 from data_tools.files import write_json
-from data_tools.manifest import VaeReference
+from data_tools.manifest import DATASET, VaeReference
 from data_tools.order import ORDER_VERSION
 from data_tools.vae import DEMO_VAE, decode_pixels, load_vae
 from models.diffusion import Diffusion
@@ -96,7 +96,7 @@ def make_run(run_dir, config, vae_sha256):
     moments = random_moments(shape)
     data = make_dataset(run_dir / "data", [10], False, 10, shape, moments).described()
     vae = VaeReference("data_tools/demo_vae", vae_sha256, 1.0, 0.0)
-    write_json(run_dir / "dataset.json", dataclasses.replace(data, vae=vae))
+    DATASET.write(run_dir / "dataset.json", dataclasses.replace(data, vae=vae))
     return run_dir
 
 

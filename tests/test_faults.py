@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.configs import FP32
 from tests.faulty_jobs import SLOW_DISK_SEC
 from tests.http_server import HttpServer
 from tests.launch import run
@@ -48,6 +49,7 @@ def job(folder, data, name, num_ranks, *flags, fault="none", rank=0, limit_sec=L
     folder /= name.replace(" ", "-")
     argv = ["--data", data, "--run-dir", f"{folder}-run", "--global-batch-size", 12]
     argv += ["--max-steps", 100_000, "--log-every", 1, "--save-every", 2, "--sample-every", 0]
+    argv += ["--deepspeed", FP32]
     return {
         "name": name,
         "num_ranks": num_ranks,

@@ -18,6 +18,7 @@ from data_tools.loader import LatentStream
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.reader import SampleReader
 from data_tools.training_data import open_data
+from data_tools.verification import verify
 from tests.launch import REPOSITORY, run
 
 VAE = str(REPOSITORY / "data_tools" / "demo_vae")
@@ -340,3 +341,42 @@ def test_training_describes_indexed_tars_in_a_dry_run(tmp_path):
     )
     assert "8 samples, 2 shards, 0.00 GiB, latents 4x16x16 float32, 3 classes" in output
     assert json.loads((tmp_path / "tars" / MANIFEST_NAME).read_text())["num_samples"] == 8
+
+
+def test_the_description_of_a_data_set_of_ours_is_not_replaced(demo_latents):
+    before = (demo_latents / "dataset.json").read_bytes()
+
+    with pytest.raises(ConfigError, match="encode_latents.py made it, and its dataset.json would"):
+        main(
+            ["--input", f"{demo_latents}/00000.tar", "--array", "moments.npy", "--kind", "moments"]
+            + ["--output", str(demo_latents), "--vae", "data_tools/demo_vae"]
+        )
+
+    assert (demo_latents / "dataset.json").read_bytes() == before
+
+
+def test_latents_of_joined_and_unsorted_tars_are_found_by_their_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCH_DIT_CACHE", str(tmp_path / "cache"))
+    write_tars(tmp_path / "sorted")
+    (tmp_path / "tars").mkdir()
+    parts = []
+    for part in range(2):
+        with tarfile.open(tmp_path / "sorted" / f"part-{part}.tar") as tar:
+            members = [(m, tar.extractfile(m).read()) for m in tar]
+        members.sort(key=lambda item: not item[0].name.endswith(".npy"))  # labels at the end
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for member, data in members:
+                tar.addfile(member, io.BytesIO(data))
+        parts.append(buffer.getvalue())
+    (tmp_path / "tars" / "all.tar").write_bytes(b"".join(parts))
+    tar = str(tmp_path / "tars" / "all.tar")
+
+    main(["--input", tar, "--array", "latent.npy", "--kind", "latents", "--vae", VAE])
+
+    labels, arrays = read_all(open_data(str(tmp_path / "tars")))
+    assert labels == [i % 3 for i in range(8)]
+    np.testing.assert_array_equal(arrays, np.stack([latent(i) for i in range(8)]))
+    manifest = DatasetManifest.load(tmp_path / "tars")
+    assert {entry.kind: entry.count for entry in manifest.left_out} == {".json": 8, ".txt": 8}
+    assert not verify(tmp_path / "tars", is_quick=False, num_workers=1).damaged()

@@ -1,8 +1,14 @@
 import math
+from dataclasses import replace
 
+import numpy as np
+import pytest
 import torch
+from diffusers import AutoencoderKL
 
-from models.latents import final_latents, vae_latents
+from data_tools.errors import ConfigError
+from data_tools.vae import decode_pixels, encode_moments, load_decoder, load_vae
+from models.latents import final_latents, frozen_latents, scale_and_shift, vae_latents
 
 
 def raw_latents(num_samples, std, dtype=torch.float16):
@@ -50,3 +56,103 @@ def test_the_mirrored_moments_give_the_mirrored_latents():
     mirrored = final_latents(raw.flip(-1), noise.flip(-1), 0.5)
 
     assert torch.equal(mirrored, final_latents(raw, noise, 0.5).flip(-1))
+
+
+def diffusers_in(latents, config):
+    """What the pipelines of diffusers do with the latents of an image."""
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean = torch.tensor(config.latents_mean).view(1, 4, 1, 1)
+        std = torch.tensor(config.latents_std).view(1, 4, 1, 1)
+        return (latents - mean) * config.scaling_factor / std
+    return (latents - (config.shift_factor or 0)) * config.scaling_factor
+
+
+def diffusers_out(latents, config):
+    """What the pipelines of diffusers do with latents before they decode them."""
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean = torch.tensor(config.latents_mean).view(1, 4, 1, 1)
+        std = torch.tensor(config.latents_std).view(1, 4, 1, 1)
+        return latents * std / config.scaling_factor + mean
+    return latents / config.scaling_factor + (config.shift_factor or 0)
+
+
+STATISTICS = {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2]}
+
+
+def small_vae(folder, **numbers):
+    """Save a fresh VAE with these numbers in its configuration."""
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        **numbers,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"scaling_factor": 0.3},
+        {"scaling_factor": 0.3609, "shift_factor": 0.1159},
+        {"scaling_factor": 0.5, **STATISTICS},
+    ],
+    ids=["scale", "scale and shift", "statistics"],
+)
+def test_latents_are_normalised_as_the_pipelines_of_diffusers_do(tmp_path, numbers):
+    vae = load_vae(small_vae(tmp_path / "vae", **numbers))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    raw = encode_moments(vae, pixels)
+    noise = torch.randn(3, 4, 8, 8)
+    mean, log_variance = raw.float().chunk(2, dim=1)
+    draw = mean + torch.exp(0.5 * log_variance) * noise
+    numbers_of_manifest = scale_and_shift(*vae.reference.normalisation)
+
+    final = final_latents(raw, noise, *numbers_of_manifest)
+    frozen = frozen_latents(draw, *numbers_of_manifest)
+    back = vae_latents(final, *numbers_of_manifest)
+    pictures = decode_pixels(vae, final)
+
+    wanted = diffusers_in(draw, vae.model.config)
+    torch.testing.assert_close(final, wanted)
+    torch.testing.assert_close(frozen, wanted)
+    torch.testing.assert_close(back, draw)
+    with torch.no_grad():
+        decoded = vae.model.decode(diffusers_out(wanted, vae.model.config)).sample
+    decoded = ((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).numpy()
+    assert np.abs(pictures - decoded).max() <= 1
+
+
+def test_a_model_is_decoded_by_the_numbers_of_the_data_that_it_learned_from(tmp_path):
+    folder = small_vae(tmp_path / "vae", scaling_factor=0.5, **STATISTICS)
+    with_them = load_vae(folder).reference
+    # Encoded before these statistics were used.
+    without = replace(with_them, scaling_factor=0.25, latents_mean=[], latents_std=[])
+    for reference in (with_them, without):
+        for named in (None, folder):
+            vae = load_decoder(named, reference)
+            assert vae.reference == reference
+            config = vae.model.config  # which an exported pipeline takes along
+            assert config.scaling_factor == reference.scaling_factor
+            assert list(config.latents_mean or []) == reference.latents_mean
+            assert list(config.latents_std or []) == reference.latents_std
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"latents_mean": [0, 0, 0, 0]}, "are not 4 numbers each, the latter positive; give both"),
+        ({"latents_std": [1, 1, 1, 1]}, "are not 4 numbers each"),
+        ({"latents_mean": [0, 0], "latents_std": [1, 1]}, "are not 4 numbers each"),
+        ({"latents_mean": [0] * 4, "latents_std": [1, 1, 0, 1]}, "are not 4 numbers each"),
+        (STATISTICS | {"shift_factor": 0.1}, "a shift_factor (0.1) and latents_mean, which both"),
+    ],
+)
+def test_statistics_that_have_no_meaning_are_refused(tmp_path, numbers, sentence):
+    small_vae(tmp_path / "vae", **numbers)
+    with pytest.raises(ConfigError) as error:
+        load_vae(tmp_path / "vae")
+    assert str(error.value).startswith(f"--vae {tmp_path}/vae: ") and sentence in str(error.value)

@@ -112,27 +112,33 @@ DAMAGED = (  # lines of what a power cut, a bad disk or another program leaves
     b'{"loss/total": 1.0}',
     b'{"step": 20, "loss/total": \xff}',
     b'{"step": 20, "loss/total": "1.0"}',
+    b'{"format_version": 2, "step": 20, "loss/total": 1.0}',
     b'{"step": null}',
     b"[20]",
     b"",
 )
 
 
-def test_a_start_drops_damaged_lines_with_one_warning(tmp_path, capsys):
+def test_a_start_keeps_lines_that_it_does_not_understand_and_warns_once(tmp_path, capsys):
     monitor = Monitor(tmp_path)
     for step in (10, 20, 30, 40):
         monitor.scalars(step, {"loss/total": float(step)})
     monitor.close()
     path = tmp_path / METRICS_FILE
     first, *others = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + b"".join(line + b"\n" for line in DAMAGED) + b"".join(others))
+    strange = b"".join(line + b"\n" for line in DAMAGED)
+    path.write_bytes(first + strange + b"".join(others))
+    warning = (
+        f"warning: {path}: 8 line(s), damaged or of a newer program, are left out; they stay in "
+        "the file.\n"
+    )
 
     assert [record["step"] for record in read_metrics(tmp_path)] == [10, 20, 30, 40]
-    assert capsys.readouterr().err == f"warning: {path}: 7 damaged line(s) left out.\n"
+    assert capsys.readouterr().err == warning
     Monitor(tmp_path, resume_step=30).close()
 
-    assert capsys.readouterr().err == f"warning: {path}: 7 damaged line(s) removed.\n"
-    assert path.read_bytes() == first + b"".join(others[:2])
+    assert capsys.readouterr().err == warning
+    assert path.read_bytes() == first + strange + b"".join(others[:2])
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
@@ -141,6 +147,16 @@ def test_a_line_that_is_being_written_is_no_damage(tmp_path, capsys):
 
     assert read_metrics(tmp_path) == [{"step": 10}]
     assert capsys.readouterr().err == ""
+
+
+def test_a_last_line_that_lost_only_its_end_is_read_and_gets_it_back(tmp_path):
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(b'{"step": 10}\n{"step": 20}')
+
+    assert read_metrics(tmp_path) == [{"step": 10}, {"step": 20}]
+    Monitor(tmp_path, resume_step=20).close()
+
+    assert path.read_bytes() == b'{"step": 10}\n{"step": 20}\n'
 
 
 def test_tensorboards_plugins_find_the_charts_and_the_hyperparameters(tmp_path):

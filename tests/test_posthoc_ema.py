@@ -214,9 +214,7 @@ def test_what_cannot_be_reconstructed_is_refused(run_dir, refusal):
     )
     path = run_dir / SNAPSHOT_DIR / "std0.050-step-0000203.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    assert f"error: {path} is damaged or no snapshot; delete it, the others" in refusal(
-        *("--std", 0.08)
-    )
+    assert f"error: {path} is damaged or no snapshot; restore it" in refusal(*("--std", 0.08))
     for path in (run_dir / SNAPSHOT_DIR).iterdir():
         path.unlink()
     assert f"error: {run_dir} has no {SNAPSHOT_DIR}; train with --ema-stds" in refusal(

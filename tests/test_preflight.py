@@ -10,12 +10,13 @@ import torch
 
 from data_tools.errors import ConfigError
 from data_tools.manifest import DatasetManifest
+from tests.configs import FP32
 from tests.evaluated_run import STEP, make_run
 from tests.launch import run
 from training import bandwidth, preflight
 from training.bandwidth import Bandwidth
 from training.checkpoint_manifest import tag_of
-from training.command_line import DEFAULT_DEEPSPEED, CommandLine
+from training.command_line import CommandLine
 from training.node_facts import NodeFacts, collect, compare, exit_code_of
 from training.preflight import PreflightError, Stage, agree, check_job, connect, floor_gbps, judge
 from training.processes import Ranks
@@ -156,9 +157,10 @@ def test_a_node_without_the_others_checkpoints_has_another_disk():
     assert found.startswith("node node0: checkpoint none, the other nodes have d; put --run-dir")
 
 
+@pytest.mark.precision
 def test_a_run_with_a_checkpoint_is_checked_as_training_does(tmp_path):
     config = make_run(tmp_path / "run", tmp_path / "data", sample_every=0)
-    command = CommandLine(config, "small", DEFAULT_DEEPSPEED, -1, dry_run=False)
+    command = CommandLine(config, "small", FP32, -1, dry_run=False)
 
     data, checkpoint = check_job(command, Ranks(0, 1, 0))
 
@@ -248,7 +250,7 @@ def test_a_taken_port_is_no_fault_of_the_network(monkeypatch):
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
 
-        with pytest.raises(PreflightError, match=rf"^port {port} of 127.0.0.1 is taken; set SITE_"):
+        with pytest.raises(PreflightError, match=rf"^MASTER_PORT={port}: this port of .* is taken"):
             connect(Ranks(0, 1, 0), TIMEOUT)
 
 

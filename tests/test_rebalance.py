@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.switch_dit import MODEL_SIZES, ModelSize
+from tests.alike import assert_trained_alike
 from tests.launch import run_jobs
 from tests.ranks import run_ranks
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
@@ -180,8 +181,7 @@ def test_no_placement_changes_what_is_computed(runs, name):
     for file in (RAW_FILE, EMA_FILE):
         expected = load_file(latest_checkpoint(runs("reference")) / file)
         got = load_file(latest_checkpoint(runs(name)) / file)
-        for key, value in expected.items():
-            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=2e-5, msg=key)
+        assert_trained_alike(got, expected, file)
 
 
 def saved_placement(run_dir):

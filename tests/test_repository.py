@@ -211,3 +211,22 @@ def test_make_says_what_is_missing_before_it_installs(body, message, tmp_path):
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "venv").exists()
+
+
+LAUNCHER_VARIABLE = re.compile(
+    r"(LOCAL_|GROUP_|CROSS_)?(RANK|WORLD_SIZE|SIZE)|MASTER_(ADDR|PORT)"
+    r"|(SLURMD?|OMPI|PMI|PMIX|MPI|MV2|PALS|JSM|FLUX|TORCHELASTIC)_[A-Z_]+"
+)
+
+
+def test_one_module_reads_launchers_variables():
+    readers = {
+        relative(path)
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and LAUNCHER_VARIABLE.fullmatch(node.value)
+    }
+
+    assert readers == {"data_tools/launcher.py"}

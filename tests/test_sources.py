@@ -67,7 +67,8 @@ def test_sizes_are_of_images_everywhere_in_the_set():
     for count, wanted in ((2, [0, 1]), (3500, [i * 3500 // 64 for i in range(64)])):
         names = Names(b"%d.png" % i for i in range(count))
         numbered = Numbered("set", Path("set"), names, np.zeros(count, np.int32), ())
-        assert numbered.sizes() == wanted
+        assert numbered.sizes(64) == wanted
+        assert numbered.sizes() == list(range(count))
 
 
 @pytest.mark.parametrize("kind", ["folder", "list", "tar"])

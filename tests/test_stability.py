@@ -1,6 +1,5 @@
 """Losses that are not finite or jump: what is left out, what is reported, what ends the run."""
 
-import json
 import math
 import random
 import shutil
@@ -14,7 +13,9 @@ from data_tools.manifest import DatasetManifest
 from data_tools.order import StreamOrder
 from data_tools.records import RecordLayout
 from models.diffusion import LossTerms
-from tests.launch import REPOSITORY, run, run_jobs
+from tests.alike import assert_trained_alike
+from tests.configs import FP32, stated
+from tests.launch import run, run_jobs
 from tests.synthetic import seal
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.monitor import read_metrics
@@ -60,18 +61,14 @@ def runs(tmp_path_factory, demo_latents):
     data = with_nan_at(demo_latents, folder / "data", [2 * BATCH + 7])
 
     def job(name, stage, *flags):
-        file = stage if isinstance(stage, Path) else f"ds_configs/zero{stage}.json"
+        file = stage if isinstance(stage, Path) else stated(folder, f"zero{stage}", False)
         common = ["--deepspeed", file, "--run-dir", folder / name]
         clipping = ["--gradient-clipping", 0]
         return [*common, "--data", data, *COMMON, *clipping, *flags]
 
     def bf16(name, *flags):
         # Four tokens a sample, because a CPU without bf16 instructions is very slow at it.
-        values = json.loads((REPOSITORY / f"ds_configs/{name}.json").read_text())
-        values["bf16"]["enabled"] = True
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(values))
-        return job(f"bf16-{name}", path, "--patch-size", 8, *flags)
+        return job(f"bf16-{name}", stated(folder, name, True), "--patch-size", 8, *flags)
 
     run_jobs(1, [job("reference", 2), bf16("zero2_offload")], folder)
     output = run_jobs(
@@ -92,6 +89,7 @@ def runs(tmp_path_factory, demo_latents):
 
 
 @pytest.mark.ranks
+@pytest.mark.precision
 def test_the_step_is_reported_with_rank_and_timesteps(runs):
     _, output = runs
     lines = [line for line in output.splitlines() if "step 3 left out" in line]
@@ -103,6 +101,7 @@ def test_the_step_is_reported_with_rank_and_timesteps(runs):
 
 
 @pytest.mark.ranks
+@pytest.mark.precision
 @pytest.mark.parametrize("name", ["z0", "z0-ep2", "z1", "z2-ep2", "z3-ep2"])
 def test_every_layout_leaves_the_same_step_out_on_all_ranks(runs, name):
     folder, _ = runs
@@ -115,11 +114,11 @@ def test_every_layout_leaves_the_same_step_out_on_all_ranks(runs, name):
     for file in (EMA_FILE, RAW_FILE):
         expected = load_file(latest_checkpoint(folder / "reference") / file)
         got = load_file(latest_checkpoint(folder / name) / file)
-        for key, value in expected.items():
-            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=2e-5, msg=key)
+        assert_trained_alike(got, expected, file)
 
 
 @pytest.mark.ranks
+@pytest.mark.precision
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3"])
 def test_bf16_leaves_the_step_out_and_trains_on(runs, name):
     folder, _ = runs
@@ -130,12 +129,13 @@ def test_bf16_leaves_the_step_out_and_trains_on(runs, name):
 
 
 @pytest.mark.ranks
+@pytest.mark.precision
 def test_too_many_steps_in_a_row_end_the_run_in_one_sentence(demo_latents, tmp_path):
     data = with_nan_at(demo_latents, tmp_path / "data", [BATCH * step for step in range(STEPS)])
 
     output = run(
         *("python", "training/main.py", "--data", data, "--run-dir", tmp_path / "run", *COMMON),
-        *("--max-skipped-steps", 1),
+        *("--deepspeed", FP32, "--max-skipped-steps", 1),
         expect=2,
     )
 

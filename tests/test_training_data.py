@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.files import write_json
 from data_tools.loader import LatentStream
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest
 from data_tools.training_data import NamedSet, in_thousandths, is_absent, open_data, parse_data
 from tests.synthetic import make_dataset, moments_of
 from training.command_line import parse_command_line
@@ -65,7 +64,7 @@ def test_weights_are_rounded_to_thousandths():
 
 def change(folder, edit):
     manifest = DatasetManifest.load(folder).described()
-    write_json(folder / MANIFEST_NAME, edit(manifest))
+    DATASET.write(folder / MANIFEST_NAME, edit(manifest))
 
 
 def rename_classes(manifest):
@@ -129,7 +128,7 @@ def test_a_mixture_has_exact_shares_and_exact_epochs_of_each_set(folders):
 def test_the_description_of_all_can_be_kept_and_read_again(folders):
     data = open_data(f"{folders}/a=3,{folders}/b=1")
     (folders / "run").mkdir()
-    write_json(folders / "run" / MANIFEST_NAME, data.manifest.described())
+    DATASET.write(folders / "run" / MANIFEST_NAME, data.manifest.described())
     copy = DatasetManifest.load(folders / "run", check_shards=False)
     assert copy.classes == data.manifest.classes and copy.vae == data.manifest.vae
 

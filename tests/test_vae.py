@@ -195,7 +195,7 @@ def no_weights(folder):
         (broken_config, "vae", "config.json: is not JSON ("),
         (other_model, "vae", "describes UNet2DModel, not an AutoencoderKL; give the VAE's own"),
         (cut_weights, "vae", "diffusers cannot load its weights ("),
-        (no_weights, "vae", "diffusers cannot load its weights ("),
+        (no_weights, "vae", f"has no weights ({WEIGHTS}); fetch the folder again."),
         (no_config, f"vae/{WEIGHTS}", "no config.json beside it, and weights tell no scaling fa"),
         (cut_weights, f"vae/{WEIGHTS}", "these are not the weights that "),
         (no_weights, f"vae/{WEIGHTS}", f"{WEIGHTS}: does not exist; give a diffusers folder, "),
@@ -335,5 +335,7 @@ def test_too_few_or_damaged_pictures_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^--images: 1 images give 1 for training and 0 held ou"):
         folder_pictures([tmp_path], 16)
     (tmp_path / "b.png").touch()
-    with pytest.raises(ConfigError, match=r"^--images .*b\.png: .*; repair or remove the file\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^--images .*b\.png: .*; repair the file or move it away\.$"
+    ):
         folder_pictures([tmp_path], 16)

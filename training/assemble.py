@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data_tools.loader import LatentStream
+from models.latents import scale_and_shift
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.communication import CommunicationWatch
@@ -58,8 +59,7 @@ def assemble(
     objective = Objective(
         config,
         ranks.rank,
-        manifest.vae.scaling_factor,
-        manifest.vae.shift_factor,
+        *scale_and_shift(*manifest.vae.normalisation, device),
         device,
         world_size=ranks.world_size,
         is_frozen=manifest.is_frozen,

@@ -158,7 +158,7 @@ class Checkpointer:
             client_state = self._load_other_layout(folder, manifest)
         self.objective.load_state(client_state["objective"])
         fields = TrainState.__dataclass_fields__
-        return TrainState(**{name: client_state[name] for name in fields})
+        return TrainState(**{name: client_state[name] for name in fields if name in client_state})
 
     def _load_other_layout(self, folder: Path, manifest: CheckpointManifest) -> dict[str, Any]:
         stored = StoredPartitions(folder, list(manifest.files))

@@ -15,12 +15,14 @@ layout than the job, training/reshard.py loads instead.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, from_json
+from data_tools.files import FIRST, MalformedError
+from data_tools.formats import Format
 
 CHECKPOINT_DIR = "checkpoints"
 LATEST_FILE = "latest"
@@ -36,8 +38,8 @@ _TAG = re.compile(r"step-\d{7,}")
 class TrainState:
     """What resuming needs beside tensors."""
 
-    step: int = 0  # optimizer steps done
-    samples_consumed: int = 0  # stream position of the next sample
+    step: int = field(default=0, metadata=FIRST)  # optimizer steps done
+    samples_consumed: int = field(default=0, metadata=FIRST)  # stream position of the next sample
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class CheckpointManifest:
     files: dict[str, FileRecord]  # by name
 
 
+# Its number speaks for all files of a checkpoint.
+MANIFEST = Format(newest=1, kind=CheckpointManifest)
+
+
 def record_of(path: Path) -> FileRecord:
     """Describe a finished file."""
     return FileRecord(path.stat().st_size, sha256_of(path))
@@ -92,7 +98,8 @@ class IncompleteCheckpointError(ConfigError):
     def __init__(self, folder: Path, reason: str) -> None:
         pointer = folder.parent / LATEST_FILE
         super().__init__(
-            f"{reason}; delete {folder} and write the name of an older checkpoint into {pointer}."
+            f"{reason}; restore {folder} from a copy, or write the name of an older checkpoint "
+            f"into {pointer}."
         )
         self.folder, self.reason = folder, reason
 
@@ -119,7 +126,7 @@ def checkpoints_up_to(newest: Path) -> list[Path]:
 
 def manifest_text(manifest: CheckpointManifest) -> str:
     """Return the content of `manifest.json`, with a checksum of its own."""
-    content = asdict(manifest)
+    content = json.loads(MANIFEST.dumps(manifest))
     return json.dumps(content | {CHECKSUM_KEY: _checksum_of(content)}, indent=1) + "\n"
 
 
@@ -127,12 +134,13 @@ def _checksum_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _parse_manifest(data: bytes) -> CheckpointManifest:
+def _parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     content = json.loads(data)
+    MANIFEST.check(content, where)  # first: a later version may sum up otherwise
     checksum = content.pop(CHECKSUM_KEY, None) if isinstance(content, dict) else None
     if checksum not in (None, _checksum_of(content)):  # older ones have none
         raise MalformedError("its content does not match the checksum in it")
-    manifest: CheckpointManifest = from_json(CheckpointManifest, content)
+    manifest: CheckpointManifest = MANIFEST.parse(content, where)
     return manifest
 
 
@@ -142,10 +150,14 @@ def read_manifest(folder: Path, has_files: bool = True) -> CheckpointManifest:
     Args:
         folder: of the checkpoint.
         has_files: check the files; a run of hundreds of ranks has thousands.
+
+    Raises:
+        IncompleteCheckpointError: it, or a file, is damaged.
+        NewerFormatError: a later version of this program wrote it.
     """
     path = folder / MANIFEST_FILE
     try:
-        manifest = _parse_manifest(path.read_bytes())
+        manifest = _parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError as err:
         reason = f"{folder}: no {MANIFEST_FILE}, so this is not a complete checkpoint"
         raise IncompleteCheckpointError(folder, reason) from err
@@ -178,24 +190,61 @@ def verify_file(manifest: CheckpointManifest, path: Path) -> None:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the folder that `latest` names, None before the first checkpoint."""
+    """Return the folder that `latest` names, None before the first checkpoint.
+
+    A job that was killed while it published its first checkpoint leaves that one without `latest`.
+    Beside several, nobody but a person knows which of them is the end of the line to go on with:
+    the later ones may be of a line that was left.
+
+    Raises:
+        ConfigError: there are checkpoints, and `latest` names none of them.
+    """
     pointer = run_dir / CHECKPOINT_DIR / LATEST_FILE
-    if not pointer.exists():
-        return None
     name, before, folders = _content(pointer), None, {}
     while name not in folders and name != before:  # a job may publish and prune right now
         folders = {path.name: path for path in pointer.parent.glob("step-*")}
         name, before = _content(pointer), name
+    found = sorted(tag for tag in folders if _TAG.fullmatch(tag))
+    if name not in folders and not name and len(found) < 2:
+        return folders[found[0]] if found else None
     if name not in folders:
-        raise ConfigError(
-            f"{pointer} names {name!r}, which is no checkpoint in {pointer.parent}; write the name "
-            "of one that exists into it, or delete it to start afresh."
-        )
+        raise ConfigError(_say_lost(pointer, name, [folders[tag] for tag in found]))
     return folders[name]
 
 
 def _content(pointer: Path) -> str:
-    return pointer.read_text(encoding="ascii", errors="replace").strip()
+    try:
+        return pointer.read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+    except OSError as err:
+        raise ConfigError(f"{pointer}: {err.strerror}; make it readable.") from err
+
+
+def _say_lost(pointer: Path, name: str, folders: list[Path]) -> str:
+    """Say that `latest` does not name one of some checkpoints, and how to go on."""
+    problem = f"{pointer} is {'empty' if pointer.exists() else 'missing'} beside checkpoints"
+    if name:
+        problem = f"{pointer} names {name!r}, which is no checkpoint there"
+    newest = next((folder.name for folder in reversed(folders) if _is_whole(folder)), None)
+    if newest is None:
+        return (
+            f"{problem}, and no checkpoint there is whole; copy one back and write its name into "
+            "that file, or choose another run directory to start afresh."
+        )
+    return (
+        f"{problem}, of which {newest} is the newest whole one; to continue from it: "
+        f"echo {newest} > {shlex.quote(str(pointer))} (to start afresh, choose another run "
+        "directory)."
+    )
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except IncompleteCheckpointError:
+        return False
+    return True
 
 
 def sha256_of(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What a checkpoint of this rank will hold, copied to host memory while training stands still."""
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,14 +111,27 @@ def load_verified(engine: Any, folder: Path, manifest: CheckpointManifest) -> di
 
     class VerifiedEngine(TorchCheckpointEngine):
         def load(self, path: str, map_location: Any = None) -> Any:
-            if Path(path).name not in manifest.files:  # it was not compared with a checksum
-                raise ResumeError(f"{path} is not a file of its checkpoint's manifest; remove it.")
-            return unpickle(Path(path), map_location)
+            file = folder / Path(path).name
+            if file.name not in manifest.files:  # it was not compared with a checksum
+                raise ResumeError(
+                    f"{file} is not a file of its checkpoint's manifest; move it elsewhere."
+                )
+            return unpickle(file, map_location)
 
-    with _checkpoint_engine(engine, VerifiedEngine()):
-        path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    with _checkpoint_engine(engine, VerifiedEngine()), _plain_name(folder.parent) as parent:
+        path, client_state = engine.load_checkpoint(parent, tag=folder.name)
     assert path is not None, f"DeepSpeed loaded nothing from {folder}"
     return client_state
+
+
+@contextmanager
+def _plain_name(folder: Path) -> Iterator[str]:
+    """Give a folder a name without brackets for a while: DeepSpeed takes paths for patterns."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

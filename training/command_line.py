@@ -1,14 +1,25 @@
 """The command line of training/main.py: a preset, and one flag per configuration key."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.encode_latents import DEMO_LATENTS
 from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.paths import typed_path
 from training.config import SECTIONS, Config, config_from_dict, options
+from training.old_flags import OF_TRAINING, refuse_old_flags
 from training.option import EXPECTED, Option, check_value, did_you_mean
 from training.preset import load_preset
+from training.run_location import (
+    PRESET_FOLDER,
+    REPOSITORY,
+    in_repository,
+    preset_file,
+    run_dir_of,
+)
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DEEPSPEED = Path("ds_configs/zero2.json")
@@ -26,6 +37,7 @@ class CommandLine:
         local_rank: from the deepspeed launcher; -1 without it.
         dry_run: print everything resolved and stop.
         quiet: print warnings and errors only; log.txt has the rest.
+        notes: what should be said of how it was understood.
     """
 
     config: Config
@@ -34,6 +46,7 @@ class CommandLine:
     local_rank: int
     dry_run: bool
     quiet: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def _build_parser() -> ArgumentParser:
@@ -47,16 +60,19 @@ def _build_parser() -> ArgumentParser:
         "--preset",
         default=DEFAULT_PRESET,
         metavar="NAME|FILE",
-        help=f"training/presets/NAME.yaml or a YAML file (default: {DEFAULT_PRESET})",
+        help="training/presets/NAME.yaml, a YAML file or a run, whose own is in it (default: "
+        f"{DEFAULT_PRESET})",
     )
     parser.add_argument(
         "--deepspeed",
-        type=Path,
+        type=typed_path,
         default=DEFAULT_DEEPSPEED,
         metavar="JSON",
         help=f"memory and precision (default: {DEFAULT_DEEPSPEED})",
     )
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help="set by older launchers"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -122,20 +138,57 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         argv: without the program's name; None = sys.argv.
     """
     parser = _build_parser()
+    words = sys.argv[1:] if argv is None else argv
+    refuse_old_flags(words, _known_flags(parser), OF_TRAINING, "training/main.py")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
-        known = [name for action in parser._actions for name in action.option_strings]
+        known = _known_flags(parser)
+        if Path(flag).exists():
+            raise ConfigError(f"{flag}: is no flag; write --preset {flag} to train by this file.")
         raise ConfigError(f"{flag}: unknown flag{did_you_mean(flag, known, '; see --help.')}")
     values = load_preset(given.preset).to_dict()
+    notes = _place_preset(values, given)
     for leaf in options():
+        where = f"{given.preset}: {leaf.section}.{leaf.name}"
+        keys = values[leaf.section]
         if hasattr(given, leaf.name):
-            values[leaf.section][leaf.name] = _value_of_flag(leaf, getattr(given, leaf.name))
+            keys[leaf.name] = _value_of_flag(leaf, getattr(given, leaf.name))
+            where = leaf.flag
+        expand = leaf.field.metadata["expands"]
+        if expand is not None and keys[leaf.name] is not None:
+            keys[leaf.name] = expand(keys[leaf.name], where)
     return CommandLine(
         config=config_from_dict(values, given.preset),
         preset=given.preset,
-        deepspeed=given.deepspeed,
+        deepspeed=in_repository(given.deepspeed),
         local_rank=given.local_rank,
         dry_run=given.dry_run,
         quiet=given.quiet,
+        notes=notes,
+    )
+
+
+def _known_flags(parser: ArgumentParser) -> list[str]:
+    return [name for action in parser._actions for name in action.option_strings]
+
+
+def _place_preset(values: dict[str, dict[str, Any]], given: argparse.Namespace) -> tuple[str, ...]:
+    """Let a preset's folders be where the preset is; return what should be said of that."""
+    path = preset_file(given.preset)
+    if path.parent == PRESET_FOLDER:  # its paths are the repository's
+        data = Path(values["data"]["data"])
+        is_demo = (REPOSITORY / data).resolve() == DEMO_LATENTS.resolve()
+        # In the repository the path stays as written: the run's configuration must not change
+        # once the demo's data have been made.
+        if is_demo and not data.exists() and data.resolve() != DEMO_LATENTS.resolve():
+            values["data"]["data"] = str(DEMO_LATENTS)
+        return ()
+    said = values["run"]["run_dir"]
+    values["run"]["run_dir"] = found = run_dir_of(path, said)
+    if found == said or hasattr(given, "run_dir"):
+        return ()
+    return (
+        f"--preset {given.preset}: says run_dir {said}, and lies in the run directory {found}, "
+        "which is continued; give --run-dir for another.",
     )

@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from data_tools.errors import ConfigError
+from data_tools.formats import Format
+from data_tools.paths import expand
 from models.dealing import DEALINGS
 from models.diffusion import OBJECTIVES
 from models.loss_weights import LOSS_WEIGHTS
@@ -184,11 +186,14 @@ class OptimConfig:
 class RunConfig:
     """The run directory and what is written to it when."""
 
-    run_dir: str = option("folder of the run; starting again continues it", may_change=True)
+    run_dir: str = option(
+        "folder of the run; starting again continues it", may_change=True, expands=expand
+    )
     seed: int = option("seed of everything random", bounds=f">=0 <{2**63}")
     init_from: str | None = option(
         "weights to start from: a run, a .safetensors file, or a DiT, DTR or Switch-DiT checkpoint",
         None,
+        expands=expand,
     )
     max_steps: int = option("steps to train", bounds=">=1", may_change=True)
     expert_parallel_size: int = option(
@@ -238,6 +243,7 @@ class RunConfig:
         "VAE that decodes the grid: folder, file or hub id; null = the one that encoded the data",
         None,
         may_change=True,
+        expands=expand,
     )
 
 
@@ -260,9 +266,10 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return a text that `load_preset` reads back to an equal Config."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml.safe_dump({CONFIG.key: CONFIG.newest} | self.to_dict(), sort_keys=False)
 
 
+CONFIG = Format(newest=1)  # of config.yaml; a preset may leave the number out
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
 
 

@@ -19,6 +19,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import torch
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from models.experts import merging_is_cheaper
 from models.flops import NetworkShape, forward_flops, training_flops
@@ -300,4 +301,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main, prints_result=True)

@@ -9,10 +9,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from data_tools.launcher import is_restarted_by_torchrun
 from training.retry import DEFAULT_LIMIT, LIMIT_VARIABLE
 
 STARTS_FILE = "starts.jsonl"  # in the run directory
-TORCHRUN_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 
 
 def count_vain_starts(run_dir: Path, step: int) -> int:
@@ -53,6 +53,6 @@ def describe_crash_loop(
         f"{run_dir} comes no further: the last {num_restarts} starts went on from step {step} and "
         "left no later checkpoint; look at how they ended"
     )
-    if env.get(TORCHRUN_VARIABLE, "0") == "0":
+    if not is_restarted_by_torchrun(env):
         return f"{text}.", False
     return f"{text}, and start it yourself ({LIMIT_VARIABLE}={allowed} restarts from a step).", True

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from data_tools.paths import expand, expand_data
 from data_tools.shard_store import CHECKS
 from training.option import option
 
@@ -14,17 +15,20 @@ class DataConfig:
         "encoded latents: a folder, http(s), s3 or gs address with a dataset.json; a,b or {a,b} = "
         "a union; a=3,b=1 = a mixture by weight; pipe:COMMAND {} takes the rest",
         may_change=True,
+        expands=expand_data,
     )
     data_shards: str | None = option(
         "where the tars lie, one place for each of --data; null = beside its dataset.json",
         None,
         may_change=True,
+        expands=expand_data,
     )
     data_cache: str | None = option(
         "folder of this node for shards that are fetched; null = $SWITCH_DIT_CACHE, or one in the "
         "system's temporary folder",
         None,
         may_change=True,
+        expands=expand,
     )
     data_cache_gib: float | None = option(
         "largest size of that folder; null = no limit", None, bounds=">0", may_change=True

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from data_tools.errors import ConfigError
+from data_tools.user_text import TextError, read_text
 from training.config import Config
 from training.option import did_you_mean
 from training.precision import PRECISION_BLOCKS, Hardware, detect_hardware
@@ -74,12 +75,12 @@ UNSUPPORTED_ZERO_KEYS = (
 def load_deepspeed_json(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed configuration as strict JSON and refuse what this system cannot honour."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as err:
         raise ConfigError(
             f"--deepspeed {path}: {err.strerror}; give one of ds_configs/*.json."
         ) from err
-    except UnicodeDecodeError as err:
+    except TextError as err:
         raise ConfigError(f"{path} is not UTF-8 text; write plain JSON.") from err
     values = _parse_strictly(text, path)
     _check_keys(values, path)

@@ -20,9 +20,11 @@ from pathlib import Path
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.paths import typed_path, typed_text
 from training.playground import Playground
-from training.processes import discover_ranks, select_accelerator
+from training.processes import enter_job, select_accelerator
 
 REQUIREMENTS = "requirements-demo.txt"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 7860
@@ -36,7 +38,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dir", type=Path, help="a run directory, e.g. runs/demo")
+    parser.add_argument("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
     parser.add_argument(
         "--host",
         default=DEFAULT_HOST,
@@ -51,7 +53,9 @@ def build_parser() -> ArgumentParser:
         metavar="N",
         help="0 = any free one (default: %(default)s)",
     )
-    parser.add_argument("--vae", metavar="FOLDER|FILE|ID", help="default: the run's")
+    parser.add_argument(
+        "--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="default: the run's"
+    )
     return parser
 
 
@@ -135,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_config_error():
         args = build_parser().parse_args(argv)
         check_gradio()
-        device = select_accelerator(discover_ranks())
+        device = select_accelerator(enter_job())
         with listen(args.host, args.port) as listener:
             if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
                 sys.stderr.write(
@@ -146,4 +150,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

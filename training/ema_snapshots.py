@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_tools.errors import ConfigError
+from data_tools.files import MalformedError
+from data_tools.formats import FORMAT_KEY, Format
 from training.checkpoint_manifest import tag_of
 from training.checkpoint_writer import describe_disk_error
 from training.ema import PowerProfile
@@ -19,6 +21,7 @@ from training.weight_files import NonFiniteWeightsError, write_weights
 from training.weights import base_optimizer, consolidated_weights, num_updates
 
 SNAPSHOT_DIR = "ema_snapshots"
+SNAPSHOT = Format(newest=1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class SnapshotWriter:
             if not self.is_main or error is not None:
                 continue
             metadata = {
+                FORMAT_KEY: str(SNAPSHOT.newest),
                 "step": str(step),
                 "num_updates": str(updates),
                 "std": repr(profile.std),
@@ -95,9 +99,11 @@ def _describe(path: Path) -> Snapshot:
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
+        SNAPSHOT.check({FORMAT_KEY: int(about.get(FORMAT_KEY, 1))}, str(path))
         step, updates = int(about["step"]), int(about["num_updates"])
         return Snapshot(path, step, updates, float(about["std"]), float(about["gamma"]))
-    except (OSError, SafetensorError, KeyError, ValueError) as err:
+    except (OSError, SafetensorError, KeyError, ValueError, MalformedError) as err:
         raise ConfigError(
-            f"{path} is damaged or no snapshot; delete it, the others suffice."
+            f"{path} is damaged or no snapshot; restore it from a copy or move it elsewhere, the "
+            "others suffice."
         ) from err

@@ -11,7 +11,6 @@ score lies in a JSON file with everything that is needed to get it again.
 
 import argparse
 import hashlib
-import json
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -23,15 +22,19 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 from tqdm import tqdm
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.files import replace_file, write_json
+from data_tools.files import replace_file
+from data_tools.launcher import is_started_again
+from data_tools.paths import typed_data, typed_path, typed_text
 from training.evaluation.card import (
-    CARD_VERSION,
+    CARD,
     describe_images,
     describe_program,
     describe_reference,
     describe_vae,
     describe_weights,
+    read_card,
     weights_sha256,
 )
 from training.evaluation.drawing import (
@@ -56,12 +59,11 @@ from training.objective import build_diffusion
 from training.pictures import save_png
 from training.processes import (
     Ranks,
-    discover_ranks,
+    enter_job,
     one_sentence,
     select_accelerator,
-    share_cores,
+    start_drawing_group,
 )
-from training.run_lock import is_started_again
 from training.sampling_flags import add_sampling_flags
 from training.weight_files import load_model
 
@@ -74,13 +76,15 @@ def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("run_dir", type=Path, help="a run directory, e.g. runs/demo")
+    add("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
     add("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
     add("--raw", action="store_true", help="raw weights instead of averaged ones")
     add("--ema", metavar="NAME", help="an average by name, e.g. 0.9999 (default: first)")
-    add("--weights", type=Path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
-    add("--vae", metavar="FOLDER|FILE|ID", help="that decodes (default: the run's)")
-    add("--output", type=Path, metavar="FOLDER", help=f"default: RUN/{EVALUATION_DIR}")
+    add("--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
+    add(
+        "--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="that decodes (default: the run's)"
+    )
+    add("--output", type=typed_path, metavar="FOLDER", help=f"default: RUN/{EVALUATION_DIR}")
     add("--force", action="store_true", help="draw and score anew what is there already")
     add = parser.add_argument_group("images").add_argument
     add("--num-images", type=int, metavar="N", help="to draw; published scores are of 50000")
@@ -94,7 +98,7 @@ def build_parser() -> ArgumentParser:
     rules = "; ".join(f"{name}: {rule}" for name, rule in LABEL_RULES.items())
     add("--labels", choices=LABEL_RULES, default="random", help=f"{rules} (default: random)")
     add("--png", action="store_true", help="write each image as a PNG file too")
-    add("--reference", type=Path, metavar="NPZ", help="score the images against this")
+    add("--reference", type=typed_path, metavar="NPZ", help="score the images against this")
     add_sampling_flags(parser, default_steps=None)
     add = parser.add_argument_group("sweeps: every combination, a table and a plot").add_argument
     add("--sweep-cfg-scale", metavar="LIST", help="e.g. 1,1.25,1.5")
@@ -102,7 +106,12 @@ def build_parser() -> ArgumentParser:
     add("--sweep-sampler", metavar="LIST", help="e.g. ddim,ddpm")
     add_network_flags(parser)
     add = parser.add_argument_group("held-out loss").add_argument
-    add("--validation-data", metavar="DATA", help="encoded latents, as --data of main.py")
+    add(
+        "--validation-data",
+        type=typed_data,
+        metavar="DATA",
+        help="encoded latents, as --data of main.py",
+    )
     add(
         "--validation-samples",
         type=int,
@@ -168,9 +177,8 @@ def finish_point(
         against = f"{reference.sha256[:8]}-{reference.network.sha256[:8]}"
         path = point.folder / f"score-{against}.json"
     if path.exists():  # of these very images
-        return json.loads(path.read_text())
+        return read_card(path)
     card = {
-        "card_version": CARD_VERSION,
         "weights": describe_weights(job.config, job.run_dir, job.weights),
         "images": describe_images(point.settings),
         "vae": describe_vae(job.vae, job.manifest.vae),
@@ -181,7 +189,7 @@ def finish_point(
             metrics = score(samples, reference, progress.update)
         card = {"metrics": metrics, **describe_reference(reference), **card}
     with disk_errors(path.parent):
-        write_json(path, card)
+        CARD.write(path, card)
     return card
 
 
@@ -253,10 +261,9 @@ def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.de
     """Keep the held-out loss and tell it; None = tell the one that is there. For rank 0."""
     held_out, diffusion, path = job.held_out, job.config.diffusion, job.loss_path
     if loss is None:
-        loss = json.loads(path.read_text())["validation_loss"]
+        loss = read_card(path)["validation_loss"]
     else:
         card = {
-            "card_version": CARD_VERSION,
             "validation_loss": loss,
             "timesteps": held_out.timesteps,
             "seed": SEED,
@@ -269,7 +276,7 @@ def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.de
         }
         with disk_errors(job.output):
             job.output.mkdir(parents=True, exist_ok=True)
-            write_json(path, card)
+            CARD.write(path, card)
     means = ", ".join(f"{name} {term['mean']:.6f}" for name, term in loss.items())
     print(f"held-out loss: {means} ({path})")
 
@@ -277,15 +284,14 @@ def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.de
 def main(argv: list[str] | None = None) -> None:
     """Measure the run of the command line."""
     with exit_on_config_error():
-        ranks = discover_ranks()
+        ranks = enter_job()
         device = select_accelerator(ranks)
     with one_sentence(ranks):
         args = build_parser().parse_args(argv)
         job = check(args, ranks, device)
-    if ranks.world_size > 1:
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-        share_cores()
     with one_sentence(ranks):
+        if ranks.world_size > 1:
+            start_drawing_group(ranks, PATIENCE)
         if job.points:
             draw_images(args, job, ranks, device)
         loss = None if job.held_out is None else measure_loss(args, job, ranks, device)
@@ -302,4 +308,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main, when_stopped="the same command goes on with the images that are left")

@@ -25,12 +25,13 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from safetensors import SafetensorError
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.files import as_json
+from data_tools.paths import typed_path, typed_text
 from training.checkpoint_writer import describe_disk_error
 from training.export_card import model_card
 from training.export_dit import check_dit, write_dit
-from training.export_job import EXPORT_FILE, EXPORTS_DIR, ExportJob, check_job, check_output
+from training.export_job import EXPORT, EXPORT_FILE, EXPORTS_DIR, ExportJob, check_job, check_output
 from training.export_pipeline import (
     check_merged,
     write_merged_pipeline,
@@ -66,14 +67,14 @@ def build_parser() -> ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run_dir", type=Path, help="a run, e.g. runs/demo, or one of its checkpoints")
+    add("run_dir", type=typed_path, help="a run, e.g. runs/demo, or one of its checkpoints")
     add("--format", choices=FORMATS, default="diffusers", help="default: diffusers")
     add("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
     add("--raw", action="store_true", help="raw weights instead of averaged ones")
     add("--ema", metavar="NAME", help="an average, e.g. 0.9999 or std0.050 (default: first)")
-    add("--weights", type=Path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
-    add("--vae", metavar="FOLDER|FILE|ID", help="default: the run's")
-    add("--output", type=Path, metavar="FOLDER", help=f"default: RUN/{EXPORTS_DIR}/NAME")
+    add("--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
+    add("--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="default: the run's")
+    add("--output", type=typed_path, metavar="FOLDER", help=f"default: RUN/{EXPORTS_DIR}/NAME")
     add("--force", action="store_true", help="replace an export that is there")
     add_sampling_flags(parser)
     return parser
@@ -106,7 +107,7 @@ def export(args: argparse.Namespace, job: ExportJob) -> Path:
         temporary.mkdir(parents=True)
         usage = FORMATS[args.format].write(job, temporary)
         about = {"format": args.format, "weights": asdict(job.origin)}
-        (temporary / EXPORT_FILE).write_text(as_json(about), encoding="utf-8")
+        (temporary / EXPORT_FILE).write_text(EXPORT.dumps(about) + "\n", encoding="utf-8")
         card = model_card(job, args.format, usage)
         (temporary / README_FILE).write_text(card, encoding="utf-8")
         _publish(temporary, job.output, args.force)
@@ -145,4 +146,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

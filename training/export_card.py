@@ -1,16 +1,20 @@
 """The card of an exported model: the numbers that exist about it, and none that don't."""
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data_tools.vae import DEMO_VAE, REPOSITORY
+from data_tools.files import MalformedError
+from data_tools.formats import NewerFormatError
+from data_tools.vae import DEMO_VAE
+from data_tools.vae_files import REPOSITORY
 from models.switch_dit import MODEL_NAMES
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest
+from training.evaluation.card import CARD
 from training.export_job import ExportJob
-from training.monitor import METRICS_FILE
+from training.monitor import METRICS_FILE, read_metrics
 
 EVALUATION_DIR = "evaluation"
 _LOSSES = ("loss/total", "loss/mse", "loss/vlb", "loss/prior")
@@ -107,11 +111,7 @@ def _last_losses(job: ExportJob) -> dict[str, Any]:
     if step is None or not path.is_file():
         return {}
     last: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # a run that is being written to
-            continue
+    for record in read_metrics(job.run_dir):
         if record["step"] <= step and any(name in record for name in _LOSSES):
             last = record
     losses = {f"`{name}`": f"{last[name]:.6g}" for name in _LOSSES if name in last}
@@ -129,7 +129,7 @@ def _scores(job: ExportJob) -> list[str]:
         for key in ("metrics", "validation_loss"):
             if isinstance(card.get(key), dict):
                 title = f"`{path.relative_to(job.run_dir)}`"
-                about = {k: v for k, v in card.items() if k not in (key, "weights", "card_version")}
+                about = {k: v for k, v in card.items() if k not in (key, "weights")}
                 facts = _flat(card[key]) | _flat(about)
                 found.append(f"{title}\n\n{_table(facts)}")
     return found
@@ -137,8 +137,11 @@ def _scores(job: ExportJob) -> list[str]:
 
 def _read_card(path: Path) -> dict[str, Any]:
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not one of ours
+        card = CARD.loads(path.read_bytes(), str(path))
+    except NewerFormatError as err:
+        sys.stderr.write(f"warning: {err} Its scores are left out.\n")
+        return {}
+    except (OSError, ValueError, MalformedError):  # not one of ours
         return {}
     return card if isinstance(card, dict) else {}
 

@@ -81,6 +81,7 @@ def _obstacles(job: ExportJob) -> list[str]:
         ),
         "DiTPipeline ignores the VAE's shift factor, which is "
         f"{job.vae.shift_factor:g}": job.vae.shift_factor != 0,
+        "DiTPipeline ignores the VAE's latents_mean and latents_std": bool(job.vae.latents_mean),
         f"its scheduler is DDIM, not --sampler {settings.method}": (
             diffusion.objective != "flow" and settings.method != "ddim"
         ),

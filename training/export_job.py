@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
+from data_tools.formats import Format
 from data_tools.manifest import DatasetManifest
 from data_tools.vae import Vae, load_decoder
 from models.switch_dit import SwitchDiT
@@ -31,6 +32,7 @@ from training.weight_files import find_weights
 
 EXPORTS_DIR = "exports"
 EXPORT_FILE = "export.json"  # in every export; what has none is never replaced
+EXPORT = Format(newest=1)  # of this file, and of config.json beside plain weights
 
 
 @dataclass(frozen=True)

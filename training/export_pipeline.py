@@ -11,14 +11,14 @@ import torch
 
 from data_tools.errors import ConfigError
 from data_tools.files import as_json
-from data_tools.vae import REPOSITORY
+from data_tools.vae_files import REPOSITORY
 from models.merged import merge_experts
 from models.sampler import visited_timesteps
 from training.engine import model_arguments
 from training.export_bundle import bundle, file_name
 from training.export_code.merged_transformer import MergedDiTTransformer2DModel
 from training.export_code.transformer import SwitchDiTTransformer2DModel
-from training.export_job import ExportJob, plain
+from training.export_job import EXPORT, ExportJob, plain
 from training.objective import build_diffusion
 from training.weight_files import write_weights
 
@@ -52,7 +52,7 @@ def write_safetensors(job: ExportJob, folder: Path) -> str:
     }
     metadata = {"format": "pt", "origin": json.dumps(vars(job.origin))}
     write_weights(folder / MODEL_FILE, job.load_weights(), metadata)
-    (folder / CONFIG_FILE).write_text(as_json(described), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(EXPORT.dumps(described) + "\n", encoding="utf-8")
     return f"""\
 `{MODEL_FILE}` holds float32 tensors under the names of this program's `models/switch_dit.py`, the
 experts of a block stacked. `{CONFIG_FILE}` holds the arguments of that class, the diffusion
@@ -187,6 +187,10 @@ def describe_latents(job: ExportJob) -> dict[str, Any]:
         "shape": job.config.model.latent_shape,
         "scaling_factor": vae.scaling_factor,
         "shift_factor": vae.shift_factor,
-        "rule": "final = (latent - shift_factor) * scaling_factor",
+        "latents_mean": vae.latents_mean,
+        "latents_std": vae.latents_std,
+        "rule": "final = (latent - latents_mean) * scaling_factor / latents_std"
+        if vae.latents_mean
+        else "final = (latent - shift_factor) * scaling_factor",
         "vae": {"id": vae.id, "sha256": vae.sha256},
     }

@@ -19,7 +19,12 @@ from training.processes import Ranks
 from training.resume_points import check_resumable, newest_point
 from training.run_directory import check_free_space, check_run_directory
 from training.validation import check_data, validate
-from training.warm_start import WarmStart, check_initial_weights, check_is_elsewhere
+from training.warm_start import (
+    WarmStart,
+    check_initial_weights,
+    check_is_elsewhere,
+    with_own_origin,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Job:
     layout: Layout
     warm_start: WarmStart | None  # of a run that begins with another model's weights
     vae: Vae | None  # on rank 0, if grids of samples are wanted
+    notes: tuple[str, ...] = ()  # what should be said of the command
 
     @property
     def manifest(self) -> DatasetManifest:
@@ -51,6 +57,8 @@ class Job:
 class Prepared(NamedTuple):
     """What is known of a checked command before its data is looked at."""
 
+    config: Config  # with the source of its first weights, if it goes on
+    notes: tuple[str, ...]  # what should be said of the command
     deepspeed_config: dict[str, Any]
     warm_start: WarmStart | None
 
@@ -61,14 +69,15 @@ def check_without_data(command: CommandLine, ranks: Ranks) -> Prepared:
     Raises:
         ConfigError: for the first mistake found.
     """
-    config = command.config
+    config, note = with_own_origin(command.config)
     run_dir = Path(config.run.run_dir)
     deepspeed_config = merge_deepspeed(command.deepspeed, config, ranks.world_size)
     validate(config, command.deepspeed, ranks.world_size)
     check_is_elsewhere(config)
     check_run_directory(run_dir, config)
     check_free_space(run_dir, checkpoint_bytes(config), snapshot_bytes(config))
-    return Prepared(deepspeed_config, check_initial_weights(config))
+    notes = (*command.notes, note) if note else command.notes
+    return Prepared(config, notes, deepspeed_config, check_initial_weights(config))
 
 
 def check(command: CommandLine, ranks: Ranks) -> Job:
@@ -79,8 +88,7 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     Raises:
         ConfigError: for the first mistake found.
     """
-    config = command.config
-    deepspeed_config, warm_start = check_without_data(command, ranks)
+    config, notes, deepspeed_config, warm_start = check_without_data(command, ranks)
     warn = _warn if ranks.is_main else lambda text: None
     data = open_data(config.data.data, config.data.data_shards, on_failure=warn)
     manifest = data.manifest
@@ -98,7 +106,7 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)
-    job = Job(*(config, deepspeed_config, data, cache, layout, warm_start, vae))
+    job = Job(*(config, deepspeed_config, data, cache, layout, warm_start, vae, notes))
     if (point := newest_point(Path(config.run.run_dir))) is not None:
         job.check_resumable(point.manifest)
     return job

@@ -14,9 +14,9 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from training.exit_codes import end_early_on_sigterm
+    from training.exit_codes import end_early_on_signals
 
-    end_early_on_sigterm()
+    end_early_on_signals()
 
 # The report on a lost rank must not drown in what every rank's libraries say of their connections.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -24,7 +24,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
+from data_tools.entry_point import enter
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
+from data_tools.launcher import is_started_again
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
@@ -46,7 +48,7 @@ from training.provenance import count_hosts, read_starts, record_start
 from training.resume_points import ResumePoint, choose_together
 from training.run_directory import CONFIG_FILE, create_run_directory, load_config
 from training.run_history import DAMAGED, CheckpointNote
-from training.run_lock import WAIT_SEC, hold_run_directory, is_started_again
+from training.run_lock import WAIT_SEC, hold_run_directory
 from training.run_log import log_to
 from training.validation import check_compiler
 from training.watchdog import Watchdog, limit_all_groups
@@ -90,7 +92,7 @@ def dry_run(command: CommandLine, ranks: Ranks) -> str:
         merged, manifest, warm_start = job.deepspeed_config, job.manifest, job.warm_start
         found = job.data.describe()
     else:
-        merged, warm_start = check_without_data(command, ranks)
+        _, _, merged, warm_start = check_without_data(command, ranks)
     text = describe(config, merged, ranks.world_size, manifest, found)
     return text if warm_start is None else f"{text}\n\n# initial weights\n{warm_start.report()}"
 
@@ -158,7 +160,7 @@ def train_job(
         ):
             limit_all_groups()
             if point is not None:
-                if damaged and ranks.is_main:
+                if ranks.is_main:  # the name may be missing, or that of a damaged one
                     with contextlib.suppress(OSError):  # else the next start finds out again
                         name_latest(point.folder, staging)
                 for reason in damaged:
@@ -245,7 +247,7 @@ def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Check the command line, then train (or only describe, with --dry-run)."""
     with exit_on_config_error():
-        ranks = processes.discover_ranks()
+        ranks = processes.enter_job()
         device = processes.select_accelerator(ranks)
         processes.collective_timeout()
     with processes.one_sentence(ranks):
@@ -256,13 +258,17 @@ def main(argv: list[str] | None = None) -> None:
         else:
             prepare_demo_if_missing(command, ranks)
             job = check(command, ranks)
+            if ranks.is_main:
+                for note in job.notes:
+                    sys.stderr.write(f"warning: {note}\n")
             text = explain_precision(
                 command.deepspeed, load_deepspeed_json(command.deepspeed), job.deepspeed_config
             )
     if ranks.is_main and (command.dry_run or not command.quiet):
         print(text, flush=True)
     if not command.dry_run:
-        processes.start_process_group(ranks, device)
+        with processes.one_sentence(ranks):
+            processes.start_process_group(ranks, device)
         exit_code = 0
         with Watchdog(ranks, device) as watchdog:
             try:
@@ -281,4 +287,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

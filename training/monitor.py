@@ -12,10 +12,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from data_tools.files import append_whole, replace_file
+from data_tools.errors import ConfigError
+from data_tools.files import MalformedError, append_whole, is_json, replace_file
+from data_tools.formats import Format
 from training.expert_load import by_block
+from training.run_directory import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
+METRICS = Format(newest=1)  # a line of the first format says no number
 TENSORBOARD_DIR = "tensorboard"
 HPARAMS_METRICS = ("loss/total", "loss/mse", "speed/samples_per_sec")
 MAX_EVENTS_BYTES = 64 << 20  # of one of TensorBoard's files; then the next one is begun
@@ -28,7 +31,7 @@ class Monitor:
     Args:
         run_dir: None on ranks that write nothing; every method is then a no-op.
         resume_step: steps already done; records of later steps, left by a run that died after its
-            last checkpoint, are dropped from both places.
+            last checkpoint, are dropped from both places. Lines that are not understood stay.
     """
 
     def __init__(self, run_dir: Path | None, resume_step: int = 0) -> None:
@@ -133,22 +136,21 @@ def _newest_size(folder: Path) -> int:
 
 
 def _drop_later_records(path: Path, resume_step: int) -> None:
-    """Keep the records up to `resume_step`; what cannot be read goes too."""
+    """Keep the records up to `resume_step`, and what is not understood."""
     if not path.exists():
         return
-    kept, num_damaged = [], 0
+    kept, num_strange = [], 0
     for line, record in _lines(path):
-        if record is None:
-            num_damaged += 1
-        elif record["step"] <= resume_step:
+        num_strange += record is None
+        if record is None or record["step"] <= resume_step:
             kept.append(line)
-    if sum(map(len, kept)) < path.stat().st_size:  # late in a long run it has hundreds of MB
+    if sum(map(len, kept)) != path.stat().st_size:  # late in a long run it has hundreds of MB
         replace_file(path, lambda file: file.writelines(kept))
-    _warn_of_damage(path, num_damaged, "removed")
+    _warn_of_strangers(path, num_strange)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Read the records of a run, one dict per logging interval; says how many are damaged.
+    """Read the records of a run, one dict per logging interval; says what it leaves out.
 
     Raises:
         OSError: the file cannot be read.
@@ -156,35 +158,41 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     path = run_dir / METRICS_FILE
     records = [record for _, record in _lines(path)]
     found = [record for record in records if record is not None]
-    _warn_of_damage(path, len(records) - len(found), "left out")
+    _warn_of_strangers(path, len(records) - len(found))
     return found
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, float] | None]]:
-    """Yield the lines and their records, None for a damaged one.
+    """Yield the lines and their records, None for one that is not understood.
 
-    A last line without its end is none: it was cut off, or is being written.
+    A last line without its end is none if it was cut off, or is being written.
     """
     with path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
                 yield line, _record(line)
+            elif is_json(line):
+                yield line + b"\n", _record(line)
 
 
 def _record(line: bytes) -> dict[str, float] | None:
     """Return what a line says, if it is a step's numbers by name.
 
-    It may be something else after a power cut, which leaves holes of zeros on some file systems.
+    It may be something else after a power cut, which leaves holes of zeros on some file systems,
+    or of a newer program.
     """
     try:
-        record = json.loads(line.decode("ascii"))
-    except ValueError:
+        record = METRICS.loads(line.decode("ascii"), METRICS_FILE)
+    except (ValueError, MalformedError, ConfigError):
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
     return record if all(type(value) in (int, float) for value in record.values()) else None
 
 
-def _warn_of_damage(path: Path, count: int, fate: str) -> None:
+def _warn_of_strangers(path: Path, count: int) -> None:
     if count:
-        sys.stderr.write(f"warning: {path}: {count} damaged line(s) {fate}.\n")
+        sys.stderr.write(
+            f"warning: {path}: {count} line(s), damaged or of a newer program, are left out; they "
+            "stay in the file.\n"
+        )

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.launcher import own_node, slurm_gpus
 from training.processes import Ranks, select_accelerator
 from training.provenance import (
     commit,
     hardware,
     installed_packages,
-    own_node,
     python_version,
     source_hash,
 )
@@ -54,15 +53,6 @@ class NodeFacts:
         return cls(**json.loads(text))
 
 
-def allocated_nodes() -> list[str]:
-    """Return the nodes that Slurm gave the job; none without Slurm."""
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    if nodes is None or shutil.which("scontrol") is None:
-        return []
-    command = ["scontrol", "show", "hostnames", nodes]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-
-
 def collect(ranks: Ranks, check: Callable[[], tuple[str, str]]) -> NodeFacts:
     """Look at this node.
 
@@ -95,11 +85,8 @@ def collect(ranks: Ranks, check: Callable[[], tuple[str, str]]) -> NodeFacts:
 
 
 def _check_gpus() -> None:
-    given = os.environ.get("SLURM_GPUS_PER_TASK") or os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not given.isdecimal():
-        return
-    seen = torch.cuda.device_count()
-    if seen < int(given):
+    given, seen = slurm_gpus(), torch.cuda.device_count()
+    if os.environ.get("DS_ACCELERATOR") != "cpu" and seen < given:
         raise ConfigError(
             f"torch sees {seen} GPU(s) and Slurm gave {given}; look at nvidia-smi and at the "
             "driver there, or set DS_ACCELERATOR=cpu."

@@ -76,7 +76,7 @@ class Objective:
     Args:
         config: the run's configuration.
         rank: of this process among all ranks.
-        scaling_factor: of the VAE that made the data.
+        scaling_factor: of the VAE that made the data, see models/latents.py.
         shift_factor: of the VAE that made the data.
         device: where batches go.
         world_size: number of ranks.
@@ -85,8 +85,8 @@ class Objective:
 
     config: Config
     rank: int
-    scaling_factor: float
-    shift_factor: float
+    scaling_factor: float | Tensor
+    shift_factor: float | Tensor
     device: torch.device
     world_size: int = 1
     is_frozen: bool = False

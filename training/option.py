@@ -5,7 +5,7 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ def option(
     choices: tuple[str, ...] = (),
     bounds: str = "",
     may_change: bool = False,
+    expands: Callable[[str, str], str] | None = None,
 ) -> Any:
     """Declare one key.
 
@@ -31,8 +32,10 @@ def option(
         choices: the allowed texts, where there are few.
         bounds: comparisons that the value must satisfy, such as ">=0 <1".
         may_change: a run directory may be continued with another value.
+        expands: of paths: replaces ~ and variables in a value, given where it stands.
     """
     metadata = {"help": help_text, "choices": choices, "bounds": bounds, "may_change": may_change}
+    metadata["expands"] = expands
     return field(default=default, metadata=metadata)
 
 

@@ -14,6 +14,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import yaml
 
+from data_tools.entry_point import enter
 from training.config import SECTIONS, options
 from training.option import Option
 
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main, prints_result=True)

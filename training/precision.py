@@ -1,10 +1,13 @@
 """Precision: what the hardware multiplies, what a DeepSpeed configuration uses, and why."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from data_tools.errors import ConfigError
 
 PRECISION_NAMES = {
     "fp32": "fp32",
@@ -12,6 +15,7 @@ PRECISION_NAMES = {
     "autocast": "fp32 weights with products in bf16",
 }
 PRECISION_BLOCKS = ("bf16", "torch_autocast")
+BF16_VARIABLE = "SWITCH_DIT_BF16"
 
 
 class Hardware(NamedTuple):
@@ -24,13 +28,25 @@ class Hardware(NamedTuple):
 def detect_hardware() -> Hardware:
     """Ask torch whether this machine's accelerator, or else its CPU, multiplies bf16 natively.
 
+    $SWITCH_DIT_BF16 answers instead: 1 = it does, 0 = it does not; unset or empty = ask torch.
     A CPU without bf16 instructions emulates them: measured 1 to 20 GFLOP/s, by the layout of the
     product, against 140 in fp32 (benchmarks/train_step.py --peak-only).
+
+    Raises:
+        ConfigError: the variable has another value.
     """
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
+    has_cuda = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if has_cuda else "this CPU"
+    if stated := os.environ.get(BF16_VARIABLE):
+        if stated not in ("0", "1"):
+            raise ConfigError(
+                f"{BF16_VARIABLE}={stated}: must be 1 (the hardware multiplies bf16), 0 (it does "
+                "not) or unset (torch is asked)."
+            )
+        return Hardware(f"{name}, by {BF16_VARIABLE}={stated},", stated == "1")
+    if has_cuda:
         return Hardware(name, torch.cuda.is_bf16_supported(including_emulation=False))
-    return Hardware("this CPU", torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return Hardware(name, torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def precision_of(merged: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ that and half a minute.
 """
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -23,28 +24,35 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from training.exit_codes import end_early_on_sigterm
+    from training.exit_codes import end_early_on_signals
 
-    end_early_on_sigterm()
+    end_early_on_signals()
 
 import torch
 
+from data_tools.entry_point import enter
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
+from data_tools.launcher import (
+    allocated_nodes,
+    has_agent_store,
+    own_node,
+    written_meeting_point,
+)
 from training import processes
 from training.bandwidth import Bandwidth, measure
 from training.command_line import CommandLine, parse_command_line
+from training.exit_codes import end_on_signals_with
 from training.job import check, check_without_data
 from training.main import is_demo_missing
 from training.node_facts import (
     NodeFacts,
-    allocated_nodes,
     collect,
     compare,
     exit_code_of,
     summary,
 )
 from training.processes import Ranks
-from training.provenance import own_node
+from training.rendezvous import port_problem
 from training.resume_points import newest_point
 
 FLOOR_VARIABLE = "MIN_NODE_GBPS"
@@ -108,7 +116,7 @@ def check_job(command: CommandLine, ranks: Ranks) -> tuple[str, str]:
 def no_answer() -> str:
     """Say that rank 0 hangs; torch waits without end for a store whose process is stopped."""
     return (
-        f"node {os.environ['MASTER_ADDR']} (rank 0) gave {own_node()} no answer: it hangs, for "
+        f"node {written_meeting_point()[0]} (rank 0) gave {own_node()} no answer: it hangs, for "
         "example in its storage, or the network to it broke; look at it, or leave it out with "
         "sbatch --exclude."
     )
@@ -120,16 +128,15 @@ def connect(ranks: Ranks, timeout: timedelta) -> torch.distributed.TCPStore:
     Raises:
         PreflightError: it does not answer in time, or cannot have the port.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = written_meeting_point()
+    is_server = ranks.is_main and not has_agent_store()
     try:
         return torch.distributed.TCPStore(
-            host, port, ranks.world_size, ranks.is_main, timeout, wait_for_workers=False
+            host, port, ranks.world_size, is_server, timeout, wait_for_workers=False
         )
     except RuntimeError as err:
         if ranks.is_main and "EADDRINUSE" in str(err):
-            raise PreflightError(
-                f"port {port} of {host} is taken; set SITE_PORT in slurm/site.sh."
-            ) from err
+            raise PreflightError(str(port_problem(port, errno.EADDRINUSE))) from err
         raise PreflightError(
             f"node {own_node()} cannot reach {host} port {port}; look at the network between them, "
             "or state its interface in slurm/site.sh (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."
@@ -287,7 +294,7 @@ def report(
         if len(problems) > MAX_SENTENCES:
             sys.stderr.write(f"error: and {len(problems) - MAX_SENTENCES} nodes more.\n")
     else:
-        processes.end_on_sigterm_with(exit_code)
+        end_on_signals_with(exit_code)
         with contextlib.suppress(RuntimeError):  # rank 0 no longer waits
             store.add("read", 1)
         processes.wait_to_be_ended(exit_code)
@@ -301,9 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     started = time.monotonic()
     with exit_on_config_error():
-        ranks = processes.discover_ranks()
-        if "MASTER_ADDR" not in os.environ:
-            raise ConfigError("MASTER_ADDR is not set; the address of the first node is needed.")
+        ranks = processes.enter_job()
         timeout, floor = processes.collective_timeout(), floor_gbps()
     stage = Stage(ranks, timeout)
     with processes.one_sentence(ranks):
@@ -331,4 +336,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -1,20 +1,23 @@
 """Presets: YAML files that hold a configuration."""
 
 import re
-from pathlib import Path
+import sys
+from functools import cache
 from typing import Any
 
 import yaml
 
 from data_tools.errors import ConfigError
-from training.config import Config, config_from_dict
+from data_tools.files import MalformedError
+from data_tools.user_text import TextError, read_text
+from training.config import CONFIG, Config, config_from_dict
 from training.option import did_you_mean
-
-PRESET_FOLDER = Path(__file__).parent / "presets"
-
+from training.run_location import PRESET_FOLDER, preset_file
 
 # A key that had another name in an older version, with what its value has become.
 _RENAMED = {("optim", "ema_decay"): ("ema_decays", lambda decay: [decay])}
+# A key that older versions had, with what became of it: a sentence, without its end.
+_REMOVED: dict[tuple[str, str], str] = {}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -38,24 +41,28 @@ _StrictLoader.add_implicit_resolver(
 
 
 def load_preset(name_or_path: str) -> Config:
-    """Read a preset by name (demo, s, b, l, xl) or any YAML file of the same form."""
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        names = [p.stem for p in sorted(PRESET_FOLDER.glob("*.yaml"))]
-        if name_or_path not in names:
-            raise ConfigError(
-                f"--preset: unknown preset '{name_or_path}'{did_you_mean(name_or_path, names)}"
-            )
-        path = PRESET_FOLDER / f"{name_or_path}.yaml"
+    """Read a preset by name (demo, s, b, l, xl), a YAML file of the same form, or a run's own."""
+    path = preset_file(name_or_path)
+    names = [p.stem for p in sorted(PRESET_FOLDER.glob("*.yaml"))]
+    if path.parent == PRESET_FOLDER and path.stem not in names:
+        raise ConfigError(
+            f"--preset: unknown preset '{name_or_path}'{did_you_mean(name_or_path, names)}"
+        )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        values = yaml.load(read_text(path), Loader=_StrictLoader)
     except OSError as err:
         raise ConfigError(f"--preset {name_or_path}: {err.strerror}; give a YAML file.") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
+    except (yaml.YAMLError, TextError) as err:
         reason = " ".join(str(err).split())
         raise ConfigError(f"--preset {name_or_path} is not valid YAML: {reason}.") from err
+    try:
+        values = CONFIG.parse(values, f"--preset {name_or_path}")
+    except MalformedError as err:
+        raise ConfigError(f"--preset {name_or_path}: {err}; give a whole number.") from err
+    source = name_or_path if path.parent != PRESET_FOLDER else path.name
     _rename(values)
-    return config_from_dict(values, name_or_path if path.parent != PRESET_FOLDER else path.name)
+    _leave_out_removed(values, source)
+    return config_from_dict(values, source)
 
 
 def _rename(values: Any) -> None:
@@ -64,3 +71,16 @@ def _rename(values: Any) -> None:
         keys = values.get(section) if isinstance(values, dict) else None
         if isinstance(keys, dict) and old in keys and new not in keys:
             keys[new] = convert(keys.pop(old))
+
+
+def _leave_out_removed(values: Any, source: str) -> None:
+    """Drop keys that this version has no more, and say so."""
+    for (section, key), why in _REMOVED.items():
+        keys = values.get(section) if isinstance(values, dict) else None
+        if isinstance(keys, dict) and key in keys:
+            _say_once(f"{source}: {section}.{key} ({keys.pop(key)}) is left out: {why}")
+
+
+@cache
+def _say_once(text: str) -> None:
+    sys.stderr.write(f"warning: {text}.\n")

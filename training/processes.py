@@ -1,31 +1,31 @@
 """Processes: a rank's place in the job, the process group, stopping together.
 
-Every launcher (deepspeed, torchrun, srun, mpirun, none) is mapped to the variables that
-`deepspeed.init_distributed` reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+data_tools/launcher.py reads that place from the launcher's variables, training/rendezvous.py knows
+where the ranks meet.
 """
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
 
+from data_tools import launcher
+from data_tools.entry_point import minded_signals
 from data_tools.errors import ConfigError
+from training import rendezvous
+from training.exit_codes import end_on_signals_with, ignore_signals
 
 TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
 DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
-DEFAULT_MASTER_PORT = 29500
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RANK_FAILED = 1000  # as a stop signal: a rank cannot go on; above every signal number
 FOLLOWER_WAIT_SEC = 30.0  # longer than a launcher needs to notice that rank 0 has left
 
@@ -43,6 +43,7 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int
+    local_size: int | None = field(default=None, compare=False)  # of this node; None = unknown
 
     @property
     def is_main(self) -> bool:
@@ -50,57 +51,38 @@ class Ranks:
         return self.rank == 0
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _first_slurm_host(node_list: str) -> str:
-    try:
-        listing = subprocess.run(
-            ["scontrol", "show", "hostnames", node_list], check=True, capture_output=True, text=True
-        )
-    except FileNotFoundError as err:
-        raise ConfigError(
-            f"SLURM_JOB_NODELIST={node_list} but scontrol is not on PATH; set MASTER_ADDR to the "
-            "first node's name (slurm/common.sh does)."
-        ) from err
-    return listing.stdout.split()[0]
-
-
 def discover_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
-    """Read the launcher's variables, complete them in `env`, and return this process's place.
+    """Read this process's place from its launcher, and write it into `env` as DeepSpeed reads it.
 
-    Order: RANK/WORLD_SIZE (deepspeed, torchrun), OMPI_COMM_WORLD_* (mpirun), SLURM_* (srun; only
-    in a job step of more than this process), else a single process. Under mpirun without
-    MASTER_ADDR the address is left to mpi4py inside `deepspeed.init_distributed`.
+    Raises:
+        ConfigError: the variables are wrong, the launcher is unknown, or the ranks cannot meet
+            where they should.
     """
-    if "RANK" in env and "WORLD_SIZE" in env:
-        env.setdefault("LOCAL_RANK", env["RANK"])
-    elif "OMPI_COMM_WORLD_RANK" in env:
-        ranks = Ranks(
-            int(env["OMPI_COMM_WORLD_RANK"]),
-            int(env["OMPI_COMM_WORLD_SIZE"]),
-            int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
-        )
-        env["LOCAL_RANK"] = str(ranks.local_rank)
-        env.setdefault("LOCAL_SIZE", env["OMPI_COMM_WORLD_LOCAL_SIZE"])
-        if "MASTER_ADDR" not in env:
-            return ranks
-        env["RANK"], env["WORLD_SIZE"] = str(ranks.rank), str(ranks.world_size)
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        env.setdefault("LOCAL_SIZE", env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
-        if "MASTER_ADDR" not in env:
-            env["MASTER_ADDR"] = _first_slurm_host(env["SLURM_JOB_NODELIST"])
-    else:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
-        env.setdefault("MASTER_PORT", str(_free_port()))
-    env.setdefault("MASTER_ADDR", "127.0.0.1")
-    env.setdefault("MASTER_PORT", str(DEFAULT_MASTER_PORT))
-    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+    place = launcher.read_place(env)
+    _prepare_to_meet(place, env)
+    return _ranks_of(place)
+
+
+def enter_job() -> Ranks:
+    """Do what `discover_ranks` does, for an entry point: what all ranks find is said once.
+
+    Raises:
+        ConfigError: this process's place is unknown.
+    """
+    place = launcher.read_place()
+    with one_sentence(_ranks_of(place)):
+        _prepare_to_meet(place, os.environ)
+    return _ranks_of(place)
+
+
+def _ranks_of(place: launcher.Place) -> Ranks:
+    return Ranks(place.rank, place.world_size, place.local_rank, place.local_size)
+
+
+def _prepare_to_meet(place: launcher.Place, env: MutableMapping[str, str]) -> None:
+    host, port = rendezvous.meeting_point(place, env)
+    rendezvous.check_meeting_point(place, host, port, env)
+    launcher.write_place(place, host, port, env)
 
 
 def collective_timeout(env: MutableMapping[str, str] = os.environ) -> timedelta:
@@ -134,13 +116,8 @@ def wait_to_be_ended(exit_code: int) -> None:
 
     srun and others report the highest code of all ranks, and a signal's is above every other.
     """
-    end_on_sigterm_with(exit_code)
+    end_on_signals_with(exit_code)
     time.sleep(FOLLOWER_WAIT_SEC)
-
-
-def end_on_sigterm_with(exit_code: int) -> None:
-    """Let the next SIGTERM end this process with an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
 
 
 def agreed_message(error: Exception | str | None) -> str | None:
@@ -190,32 +167,46 @@ def select_accelerator(ranks: Ranks, env: MutableMapping[str, str] = os.environ)
     if not torch.cuda.is_available() or env.get("DS_ACCELERATOR") == "cpu":
         env.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    num_gpus = torch.cuda.device_count()
-    if num_gpus == 1 and "SLURM_GPUS_PER_TASK" in env:
-        # Each process sees its own GPU only, as number 0; DeepSpeed takes LOCAL_RANK for a number.
-        env["LOCAL_RANK"] = "0"
-        return torch.device("cuda", 0)
-    if ranks.local_rank >= num_gpus:
-        raise ConfigError(
-            f"local rank {ranks.local_rank} finds {num_gpus} GPU(s) on its node; start at most one "
-            "process per GPU, or set DS_ACCELERATOR=cpu."
-        )
-    return torch.device("cuda", ranks.local_rank)
+    index = device_index(ranks.local_rank, torch.cuda.device_count(), env)
+    if index != ranks.local_rank:
+        launcher.use_first_device(env)
+    return torch.device("cuda", index)
 
 
-def share_cores(env: MutableMapping[str, str] = os.environ) -> None:
+def device_index(local_rank: int, num_gpus: int, env: Mapping[str, str]) -> int:
+    """Return the number of a process's GPU among those that it sees.
+
+    Raises:
+        ConfigError: this node has fewer GPUs than processes.
+    """
+    if local_rank < num_gpus:
+        return local_rank
+    if num_gpus == 1 and launcher.has_one_device_of_its_own(env):
+        return 0
+    raise ConfigError(
+        f"local rank {local_rank} finds {num_gpus} GPU(s) on node {launcher.own_node()}; start at "
+        "most one process per GPU, show each process its own one (CUDA_VISIBLE_DEVICES), or set "
+        "DS_ACCELERATOR=cpu."
+    )
+
+
+def share_cores(ranks: Ranks, env: Mapping[str, str] = os.environ) -> None:
     """Give each process of a CPU node its share of the cores, unless OMP_NUM_THREADS says.
 
     torch alone would let every one of N processes use all cores.
     """
     if "OMP_NUM_THREADS" in env:
         return
-    per_node = env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or env.get("WORLD_SIZE", "1")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(per_node)))
+    per_node = ranks.local_size or ranks.world_size
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // per_node))
 
 
 def start_process_group(ranks: Ranks, device: torch.device) -> None:
-    """Create the process group (NCCL on CUDA, gloo on CPU). All ranks must call this."""
+    """Create the process group (NCCL on CUDA, gloo on CPU). All ranks must call this.
+
+    Raises:
+        ConfigError: the ranks did not meet.
+    """
     import deepspeed
     from deepspeed.utils import logger
 
@@ -224,27 +215,50 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        share_cores()
+        share_cores(ranks)
         # DeepSpeed would compile a shared-memory kernel (half a minute, needs a C++ compiler) and
         # leave 69 MB per rank in /dev/shm after each run; only inference_all_reduce uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=collective_timeout(),
-        distributed_port=int(os.environ.get("MASTER_PORT", DEFAULT_MASTER_PORT)),
-        verbose=False,
-    )
+    timeout = collective_timeout()
+    with rendezvous.explained(ranks.rank, ranks.world_size, timeout.total_seconds()):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timeout,
+            verbose=False,
+        )
     got = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     assert got == (ranks.rank, ranks.world_size), f"process group is {got}, launcher said {ranks}"
 
 
+def start_drawing_group(ranks: Ranks, patience: timedelta | None = None) -> None:
+    """Create a gloo group for ranks that draw images and seldom talk. All ranks must call this.
+
+    Args:
+        ranks: this process's place.
+        patience: how long a rank waits for the others after they have met; None = as until then.
+
+    Raises:
+        ConfigError: the ranks did not meet.
+    """
+    timeout = collective_timeout()
+    with rendezvous.explained(ranks.rank, ranks.world_size, timeout.total_seconds()):
+        torch.distributed.init_process_group(
+            "gloo",
+            store=rendezvous.open_store(ranks.rank, ranks.world_size, timeout),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=patience or timeout,
+        )
+    share_cores(ranks)
+
+
 def meet_to_leave() -> None:
-    """Wait for all ranks, deaf to SIGTERM from now on. All ranks must call this.
+    """Wait for all ranks, deaf to launchers' signals from now on. All ranks must call this.
 
     The first rank that leaves with an error makes the launcher end the others, whose own exit code
     must not become a signal's.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_signals()
     torch.distributed.barrier()
 
 
@@ -255,7 +269,10 @@ def stop_process_group() -> None:
 
 
 class StopSignal:
-    """SIGINT or SIGTERM on any rank becomes one decision of all ranks at a step boundary.
+    """A signal to stop on any rank becomes one decision of all ranks at a step boundary.
+
+    SIGINT and SIGTERM always do; SIGHUP, SIGUSR1 and SIGUSR2 unless they are ignored already, as
+    nohup has it.
 
     What is posted before a step is read before the next one, when the device has long computed it:
     reading what was posted just now would wait for everything queued before.
@@ -267,7 +284,8 @@ class StopSignal:
         self._on_host = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None
         self._received = 0
-        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        numbers = {signal.SIGINT, signal.SIGTERM, *minded_signals()}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # A launcher often repeats the signal while the checkpoint is being written.

@@ -9,13 +9,12 @@ secrets.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import distributions
@@ -23,7 +22,9 @@ from pathlib import Path
 
 import torch
 
-from data_tools.files import append_line, read_lines, replace_file
+from data_tools.files import replace_file
+from data_tools.formats import Format
+from data_tools.launcher import batch_job, own_node
 from training.crash_loops import STARTS_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -81,9 +82,7 @@ class Start:
     config_changes: list[str]
 
 
-def own_node() -> str:
-    """Return the name by which a user knows this node."""
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+START = Format(newest=1, kind=Start)
 
 
 def count_hosts() -> dict[str, int]:
@@ -176,7 +175,7 @@ def record_start(
         layout=layout,
         hosts=hosts,
         hardware=hardware(),
-        batch_job=os.environ.get("SLURM_JOB_ID", ""),
+        batch_job=batch_job(),
         commit=own_commit,
         sources=sources,
         changes=_keep(folder, "changes-{}.patch", changes) if changes else "",
@@ -185,7 +184,7 @@ def record_start(
         data_hash=data_hash,
         config_changes=config_changes,
     )
-    append_line(run_dir / STARTS_FILE, json.dumps(asdict(start)))
+    START.append(run_dir / STARTS_FILE, start)
     return start
 
 
@@ -200,4 +199,4 @@ def _keep(folder: Path, name: str, content: bytes) -> str:
 
 def read_starts(run_dir: Path) -> list[Start]:
     """Return the starts of a run, oldest first; none if it was never started."""
-    return read_lines(run_dir / STARTS_FILE, Start)
+    return START.read_journal(run_dir / STARTS_FILE)

@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.paths import typed_path
 from training.checkpoint_writer import describe_disk_error
 from training.config import option_named
 from training.ema import PowerProfile
@@ -48,13 +50,16 @@ class Reconstruction(NamedTuple):
 def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run_dir", type=Path, help="a run directory, e.g. runs/demo")
+    parser.add_argument("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
     parser.add_argument("--std", type=float, required=True, metavar="X", help="relative width")
     parser.add_argument(
         "--step", type=int, metavar="N", help="of a stored snapshot (default: the newest)"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: RUN/posthoc/stdX-step-N.safetensors"
+        "--output",
+        type=typed_path,
+        metavar="FILE",
+        help="default: RUN/posthoc/stdX-step-N.safetensors",
     )
     return parser
 
@@ -112,12 +117,15 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         values = load_file(path)
     except (OSError, SafetensorError) as err:
-        raise ConfigError(f"{path} is damaged ({err}); delete it, the others suffice.") from err
+        raise ConfigError(
+            f"{path} is damaged ({err}); restore it from a copy or move it elsewhere, the others "
+            "suffice."
+        ) from err
     for name, value in values.items():
         if not value.isfinite().all():
             raise ConfigError(
-                f"{path} is damaged: {name} holds values that are not finite; delete it, the "
-                "others suffice."
+                f"{path} is damaged: {name} holds values that are not finite; restore it from a "
+                "copy or move it elsewhere, the others suffice."
             )
     return values
 
@@ -163,4 +171,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -18,10 +18,12 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.images import BadImageError, decode_image
 from data_tools.inputs import open_source
 from data_tools.order import permutation
+from data_tools.paths import typed_path, typed_text
 from data_tools.sources import ImageSource
 from data_tools.vae import resolve_device
 from training.evaluation.drawing import disk_errors
@@ -42,13 +44,14 @@ def build_parser() -> ArgumentParser:
     add(
         "--input",
         nargs="+",
+        type=typed_text,
         required=True,
         metavar="IMAGES",
         help="as of data_tools/encode_latents.py: folder of images or of tars, tars "
         "('a/{000..146}.tar'), list, or folder that save_to_disk of Hugging Face datasets wrote",
     )
     add("--size", type=int, default=DEFAULT_SIZE, metavar="PIXELS", help="(default: 256)")
-    add("--output", type=Path, required=True, metavar="NPZ")
+    add("--output", type=typed_path, required=True, metavar="NPZ")
     add(
         "--keep",
         type=int,
@@ -72,8 +75,8 @@ def _batches(
             return decode_image(source.read(index), size)
         except (BadImageError, OSError) as err:
             raise ConfigError(
-                f"--input {source.text}: {source.name(index)} cannot be read ({err}); mend or "
-                "remove it, every image counts."
+                f"--input {source.text}: {source.name(index)} cannot be read ({err}); mend it "
+                "or move it elsewhere, every image counts."
             ) from err
 
     with ThreadPoolExecutor(NUM_READERS) as readers:
@@ -125,4 +128,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

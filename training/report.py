@@ -18,8 +18,10 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import jinja2
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import replace_file
+from data_tools.paths import typed_path
 from training import report_figures
 from training.report_figures import FigureOf
 from training.report_runs import RunData, load_runs
@@ -34,10 +36,10 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="e.g. runs/demo")
+    parser.add_argument("runs", type=typed_path, nargs="+", metavar="RUN", help="e.g. runs/demo")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=typed_path,
         metavar="FOLDER",
         help=f"for {PAGE_FILE} and pictures (default: RUN/{DEFAULT_FOLDER}; needed for several)",
     )
@@ -141,4 +143,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

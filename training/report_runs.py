@@ -143,7 +143,7 @@ def load_runs(folders: list[Path]) -> list[RunData]:
             runs.append(_load(folder, shown, slug))
         except OSError as err:
             raise ConfigError(
-                f"{folder}: {err.filename} cannot be read ({err.strerror}); mend or remove it."
+                f"{folder}: {err.filename} cannot be read ({err.strerror}); make it readable."
             ) from err
     return runs
 

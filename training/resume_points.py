@@ -9,7 +9,6 @@ import torch
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 from data_tools.order import ORDER_VERSION
 from training.checkpoint_manifest import (
-    LATEST_FILE,
     CheckpointManifest,
     IncompleteCheckpointError,
     Layout,
@@ -113,7 +112,7 @@ def choose_together(
     if reasons:
         raise ResumeError(
             f"{reasons[0]}, and no older checkpoint in {run_dir} is whole; restore the file from a "
-            f"copy, or delete {LATEST_FILE} beside it to start afresh."
+            "copy, or choose another --run-dir to start afresh."
         )
     return None, []
 

@@ -8,10 +8,9 @@ It runs between a crash and the next try, so it does without torch, whose import
 """
 
 import argparse
-import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
@@ -19,11 +18,17 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import yaml
 
+from data_tools.entry_point import enter
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
-from data_tools.files import MalformedError, from_json, write_json
+from data_tools.files import FIRST, MalformedError
+from data_tools.formats import Format
+from data_tools.launcher import batch_job
+from data_tools.paths import expand
+from data_tools.user_text import read_text
+from training import run_location as location
 from training.exit_codes import SAVED_EXIT_CODE
+from training.run_location import preset_file
 
-PRESETS = Path(__file__).parent / "presets"
 RESTARTS_FILE = "restarts.json"  # in the run directory
 LIMIT_VARIABLE = "MAX_RESTARTS"
 DEFAULT_LIMIT = 3
@@ -34,9 +39,12 @@ NO_EXIT_CODE = 1
 class Restarts:
     """How often a job was started again from where it is."""
 
-    job: str = ""  # of the batch system; a new one counts afresh
-    checkpoint: str = ""
-    count: int = 0
+    job: str = field(default="", metadata=FIRST)  # of the batch system; a new one counts afresh
+    checkpoint: str = field(default="", metadata=FIRST)
+    count: int = field(default=0, metadata=FIRST)
+
+
+RESTARTS = Format(newest=1, kind=Restarts)
 
 
 def decide(
@@ -72,7 +80,7 @@ def decide(
 def read_restarts(path: Path) -> Restarts:
     """Read the last count; a missing or damaged file is none."""
     try:
-        return from_json(Restarts, json.loads(path.read_text(encoding="utf-8")))
+        return RESTARTS.loads(path.read_bytes(), str(path))
     except (OSError, ValueError, MalformedError):
         return Restarts()
 
@@ -84,10 +92,10 @@ def run_dir_of(flags: list[str]) -> Path:
     parser.add_argument("--preset", default="demo")
     given, _ = parser.parse_known_args(flags)
     if given.run_dir is not None:
-        return Path(given.run_dir)
-    is_file = given.preset.endswith((".yaml", ".yml"))
-    path = Path(given.preset) if is_file else PRESETS / f"{given.preset}.yaml"
-    return Path(yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["run_dir"])
+        return Path(expand(given.run_dir, "--run-dir"))
+    path = preset_file(given.preset)
+    said = yaml.safe_load(read_text(path))["run"]["run_dir"]
+    return Path(expand(location.run_dir_of(path, said), given.preset))
 
 
 def newest_checkpoint(run_dir: Path) -> str:
@@ -112,14 +120,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(NO_EXIT_CODE)
     run_dir = run_dir_of(flags)
     path = run_dir / RESTARTS_FILE
-    job, checkpoint = os.environ.get("SLURM_JOB_ID", ""), newest_checkpoint(run_dir)
-    restarts, why = decide(exit_code, job, checkpoint, read_restarts(path), int(limit))
+    job, checkpoint = batch_job(), newest_checkpoint(run_dir)
+    before = read_restarts(path)
+    restarts, why = decide(exit_code, job, checkpoint, before, int(limit))
     print(f"{run_dir}: {why}.", flush=True)
     if restarts is None:
         sys.exit(NO_EXIT_CODE)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, restarts)
+    RESTARTS.write(path, restarts)
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

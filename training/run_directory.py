@@ -16,35 +16,68 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.files import as_json, replace_file
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest
-from training.checkpoint_manifest import CHECKPOINT_DIR
+from data_tools.files import replace_file
+from data_tools.formats import Format, NewerFormatError
+from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest
+from data_tools.paths import absence, broken_link
+from training.checkpoint_manifest import CHECKPOINT_DIR, latest_checkpoint
 from training.config import Config, differences
+from training.crash_loops import STARTS_FILE
 from training.preset import load_preset
+from training.run_history import last_saved_step
+from training.run_location import CONFIG_FILE, DEEPSPEED_FILE
 
-CONFIG_FILE = "config.yaml"
-DEEPSPEED_FILE = "deepspeed.json"
 INIT_FILE = "init.json"
+METRICS_FILE = "metrics.jsonl"
 SAMPLES_DIR = "samples"
+INIT = Format(newest=1)
 
 
 def check_run_directory(run_dir: Path, config: Config) -> None:
     """Refuse a directory that holds another run or cannot be written; change nothing."""
     existing = _existing_folder(run_dir)
+    for folder in (run_dir, run_dir / CHECKPOINT_DIR):
+        if broken_link(folder):
+            raise ConfigError(
+                f"--run-dir {run_dir}: {absence(folder, run_dir)}; restore what it stood for, or "
+                "choose another."
+            )
     if (run_dir / CONFIG_FILE).exists():
         changed = differences(load_config(run_dir), config)
         if changed:
             raise ConfigError(
                 f"--run-dir {run_dir} was started with another configuration: "
-                f"{', '.join(changed)}; use a new --run-dir, or repeat the old values."
+                f"{', '.join(changed)}; repeat the old values, or use a new --run-dir, with "
+                f"--init-from {run_dir} if it shall begin with this run's weights."
             )
+        _check_checkpoints_are_there(run_dir)
     elif any(run_dir.glob(f"{CHECKPOINT_DIR}/step-*")):
         raise ConfigError(
             f"--run-dir {run_dir} holds checkpoints but no {CONFIG_FILE}, so what made them is "
             "unknown; restore the file or choose another --run-dir."
         )
+    elif kept := [name for name in (METRICS_FILE, STARTS_FILE) if (run_dir / name).exists()]:
+        raise ConfigError(
+            f"--run-dir {run_dir} holds {kept[0]} but no {CONFIG_FILE}, so it is of a run that is "
+            "not known; restore the file or choose another --run-dir."
+        )
     if not os.access(existing, os.W_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
         raise ConfigError(f"--run-dir {run_dir}: {existing} is not writable; choose another.")
+
+
+def _check_checkpoints_are_there(run_dir: Path) -> None:
+    """Refuse to begin anew, which cuts the metrics back, where a run had got somewhere."""
+    step = None if latest_checkpoint(run_dir) is not None else last_saved_step(run_dir)
+    if step is not None:
+        raise ConfigError(f"--run-dir {run_dir}: {checkpoints_are_gone(step)}, or choose another.")
+
+
+def checkpoints_are_gone(step: int) -> str:
+    """Say that a run has saved checkpoints, the last one at a step, and has none."""
+    return (
+        f"its checkpoint of step {step} was saved, and now there is none; copy the folder "
+        f"{CHECKPOINT_DIR} back"
+    )
 
 
 def check_free_space(run_dir: Path, checkpoint_bytes: int, snapshot_bytes: int) -> None:
@@ -93,10 +126,10 @@ def create_run_directory(
     files = {
         CONFIG_FILE: config.to_yaml(),
         DEEPSPEED_FILE: json.dumps(deepspeed_config, indent=2) + "\n",
-        MANIFEST_NAME: as_json(manifest.described()),
+        MANIFEST_NAME: DATASET.dumps(manifest.described()) + "\n",
     }
     if initial_weights is not None:
-        files[INIT_FILE] = json.dumps(initial_weights, indent=1) + "\n"
+        files[INIT_FILE] = INIT.dumps(initial_weights) + "\n"
     run_dir.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         replace_file(run_dir / name, lambda file, text=text: file.write(text.encode()))
@@ -111,6 +144,8 @@ def load_config(run_dir: Path) -> Config:
         )
     try:
         return load_preset(str(path))
+    except NewerFormatError as err:
+        raise NewerFormatError(str(err).removeprefix("--preset ")) from err
     except ConfigError as err:
         reason = str(err).removeprefix("--preset ").rstrip(".")
         raise ConfigError(
@@ -123,6 +158,8 @@ def load_manifest(run_dir: Path) -> DatasetManifest:
     """Read a run's copy of the description of its data."""
     try:
         return DatasetManifest.load(run_dir, check_shards=False)
+    except NewerFormatError:
+        raise
     except ConfigError as err:
         raise ConfigError(
             f"{run_dir / MANIFEST_NAME} is missing or damaged; copy {MANIFEST_NAME} of the data "

@@ -3,15 +3,15 @@
 checkpoints.jsonl    a line per checkpoint: saved, failed, or found damaged at a start
 """
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.files import append_line, read_lines
+from data_tools.files import FIRST
+from data_tools.formats import Format
 from training.provenance import Start
 
 CHECKPOINTS_FILE = "checkpoints.jsonl"
@@ -40,7 +40,10 @@ class CheckpointNote:
 
     step: int
     outcome: str
-    reason: str = ""
+    reason: str = field(default="", metadata=FIRST)
+
+
+NOTE = Format(newest=1, kind=CheckpointNote)
 
 
 def append_note(run_dir: Path, note: CheckpointNote) -> None:
@@ -49,12 +52,18 @@ def append_note(run_dir: Path, note: CheckpointNote) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    append_line(run_dir / CHECKPOINTS_FILE, json.dumps(asdict(note)))
+    NOTE.append(run_dir / CHECKPOINTS_FILE, note)
 
 
 def read_notes(run_dir: Path) -> list[CheckpointNote]:
     """Return what became of a run's checkpoints, oldest first."""
-    return read_lines(run_dir / CHECKPOINTS_FILE, CheckpointNote)
+    return NOTE.read_journal(run_dir / CHECKPOINTS_FILE)
+
+
+def last_saved_step(run_dir: Path) -> int | None:
+    """Return the step of the checkpoint that a run saved last; None if it has saved none."""
+    steps = [note.step for note in read_notes(run_dir) if note.outcome == SAVED]
+    return steps[-1] if steps else None
 
 
 def thinned(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:

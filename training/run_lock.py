@@ -25,16 +25,6 @@ from training.checkpoint_manifest import CHECKPOINT_DIR
 LOCK_FILE = "lock"
 STAGING_PREFIX, REMOVED_PREFIX = ".staging-", ".removed-"
 WAIT_SEC = 15.0  # the processes of a job that was just ended need a moment to leave
-RESTARTS_VARIABLE = "SLURM_RESTART_COUNT"
-
-
-def is_started_again() -> bool:
-    """Tell whether Slurm has started this job before.
-
-    Then its own earlier ranks, on a node that is cut off or whose locks have not expired, may still
-    hold the run directory; they leave it by themselves.
-    """
-    return os.environ.get(RESTARTS_VARIABLE, "0") not in ("", "0")
 
 
 class Claim(NamedTuple):

@@ -24,7 +24,12 @@ class _File(RotatingFileHandler):
 
     def __init__(self, path: Path, terminal: TextIO) -> None:
         super().__init__(
-            path, maxBytes=MAX_BYTES, backupCount=NUM_OLDER, encoding="utf-8", delay=True
+            path,
+            maxBytes=MAX_BYTES,
+            backupCount=NUM_OLDER,
+            encoding="utf-8",
+            delay=True,
+            errors="backslashreplace",  # names of files may hold any bytes
         )
         self.setFormatter(Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"))
         self.formatter.converter = time.gmtime

@@ -20,8 +20,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.manifest import DatasetManifest
+from data_tools.paths import typed_path, typed_text
 from data_tools.vae import Vae, decode_pixels, load_decoder
 from training.config import Config
 from training.objective import build_diffusion
@@ -29,10 +31,10 @@ from training.option import did_you_mean
 from training.pictures import save_png
 from training.processes import (
     Ranks,
-    discover_ranks,
+    enter_job,
     one_sentence,
     select_accelerator,
-    share_cores,
+    start_drawing_group,
 )
 from training.run_directory import SAMPLES_DIR, load_config, load_manifest
 from training.sampling import SamplerSettings, image_grid, sample_latents
@@ -72,14 +74,14 @@ class SampleJob:
 def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run_dir", type=Path, help="a run directory, e.g. runs/demo")
+    parser.add_argument("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
     parser.add_argument("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
     parser.add_argument(
         "--ema", metavar="NAME", help="an average by name, e.g. 0.9999 or std0.050 (default: first)"
     )
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="a file of reconstruct_ema.py, or alike"
+        "--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike"
     )
     parser.add_argument(
         "--classes",
@@ -88,8 +90,12 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images per class")
     parser.add_argument("--batch-size", type=int, default=40, metavar="N", help="images at a time")
-    parser.add_argument("--vae", metavar="FOLDER|FILE|ID", help="default: the run's")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/samples/TAG")
+    parser.add_argument(
+        "--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="default: the run's"
+    )
+    parser.add_argument(
+        "--output", type=typed_path, metavar="FOLDER", help="default: RUN/samples/TAG"
+    )
     add_sampling_flags(parser)
     return parser
 
@@ -214,15 +220,14 @@ def _file_name(i: int, plan: ImagePlan) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Draw images from the command line's run."""
     with exit_on_config_error():
-        ranks = discover_ranks()
+        ranks = enter_job()
         device = select_accelerator(ranks)
     with one_sentence(ranks):
         args = build_parser().parse_args(argv)
         job = check(args, device)
-    if ranks.world_size > 1:
-        torch.distributed.init_process_group("gloo")
-        share_cores()
     with one_sentence(ranks):
+        if ranks.world_size > 1:
+            start_drawing_group(ranks)
         grid_path = draw(args, job, ranks, device)
     if ranks.is_main:
         print(f"grid of samples: {grid_path}")
@@ -231,4 +236,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.manifest import DatasetManifest
+from data_tools.paths import typed_text
 from models.guidance import OFFICIAL_CHANNELS, Guidance
 from models.sampler import SAMPLING_METHODS, methods_for
 from training.config import Config, option_named
@@ -61,6 +62,7 @@ def add_sampling_flags(parser: ArgumentParser, default_steps: int | None = DEFAU
     )
     add(
         "--autoguidance",
+        type=typed_text,
         metavar="RUN[:TAG]",
         help="guide by a smaller or less trained run on the same latents, instead of by labels",
     )
@@ -239,6 +241,5 @@ def _class_names(manifest: DatasetManifest) -> dict[int, str]:
     return {entry.index: entry.name for entry in manifest.classes}
 
 
-def _latent_space(manifest: DatasetManifest) -> tuple[str, float, float]:
-    vae = manifest.vae
-    return vae.sha256[:12], vae.scaling_factor, vae.shift_factor
+def _latent_space(manifest: DatasetManifest) -> tuple[object, ...]:
+    return manifest.vae.sha256[:12], *manifest.vae.normalisation

@@ -16,11 +16,12 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
+from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.files import as_json, write_json
+from data_tools.paths import typed_path
 from data_tools.vae import resolve_device
 from training.checkpoint_manifest import sha256_of
-from training.evaluation.card import CARD_VERSION, describe_program, describe_reference
+from training.evaluation.card import CARD, describe_program, describe_reference
 from training.evaluation.drawing import disk_errors
 from training.evaluation.feature_flags import add_network_flags, load_network
 from training.evaluation.image_npz import ImageNpz
@@ -30,10 +31,10 @@ from training.evaluation.scores import Reference, check_count, score
 def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("samples", type=Path, help="npz with arr_0 uint8 (N, H, W, 3)")
-    parser.add_argument("--reference", type=Path, required=True, metavar="NPZ")
+    parser.add_argument("samples", type=typed_path, help="npz with arr_0 uint8 (N, H, W, 3)")
+    parser.add_argument("--reference", type=typed_path, required=True, metavar="NPZ")
     parser.add_argument(
-        "--output", type=Path, metavar="JSON", help="keep the card (default: print it)"
+        "--output", type=typed_path, metavar="JSON", help="keep the card (default: print it)"
     )
     parser.add_argument("--force", action="store_true", help="replace --output")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda:N (default: a GPU if any)")
@@ -57,7 +58,6 @@ def run(args: argparse.Namespace) -> None:
     with tqdm(total=samples.num_images, unit="image", desc="looking") as progress:
         metrics = score(samples, reference, progress.update)
     card = {
-        "card_version": CARD_VERSION,
         "metrics": metrics,
         "images": {
             "file": args.samples.name,
@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> None:
         "program": describe_program(device),
     }
     if args.output is None:
-        print(as_json(card), end="")
+        print(CARD.dumps(card))
         return
     with disk_errors(args.output):
-        write_json(args.output, card)
+        CARD.write(args.output, card)
     print(f"{args.output}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
 
@@ -92,4 +92,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    enter(main, prints_result=True)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
+from data_tools.file_kinds import LFS_REASON, is_lfs_pointer_file
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Entries under which training scripts save weights, the averaged ones first.
@@ -32,6 +33,8 @@ def read_state_dict(path: Path, flag: str) -> tuple[dict[str, Tensor], str | Non
     """
     if not path.exists():
         raise ConfigError(f"{flag}: there is no {path}; give a run, or a file of weights.")
+    if is_lfs_pointer_file(path):
+        raise ConfigError(f"{flag} {LFS_REASON}.")
     if path.suffix == ".safetensors":
         try:
             return load_file(path), None

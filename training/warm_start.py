@@ -7,7 +7,7 @@ What matched by name and shape is loaded, the rest stays freshly initialised, an
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +96,32 @@ def check_is_elsewhere(config: Config) -> None:
             f"--init-from {source} is --run-dir {run_dir} itself; to continue that run leave "
             "--init-from as it was, to start another from it choose a new --run-dir."
         )
+
+
+def with_own_origin(config: Config) -> tuple[Config, str]:
+    """Give a run that goes on the source that it began with, which is not read again.
+
+    That source may be left out, or have moved. Another one is left to be refused.
+
+    Returns:
+        the configuration, and what should be said of a source that has moved.
+    """
+    run_dir, given = Path(config.run.run_dir), config.run.init_from
+    if latest_checkpoint(run_dir) is None or not (run_dir / CONFIG_FILE).exists():
+        return config, ""
+    first = load_config(run_dir).run.init_from
+    if first is None or first == given:
+        return config, ""
+    note, before = "", _split_tag(first)[0]
+    if given is not None:
+        now = _split_tag(given)[0]
+        if before.exists() and before.resolve() != now.resolve():
+            return config, ""
+        note = (
+            f"--init-from {given}: is not read; {run_dir} goes on from its own checkpoint and "
+            f"began with {first}; to begin with other weights use a new --run-dir."
+        )
+    return replace(config, run=replace(config.run, init_from=first)), note
 
 
 def check_initial_weights(config: Config) -> WarmStart | None:

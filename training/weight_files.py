@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
+from data_tools.file_kinds import refuse_lfs_pointer
 from models.switch_dit import SwitchDiT
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
@@ -26,6 +27,8 @@ from training.config import Config
 from training.ema import profiles_of
 from training.engine import build_model
 from training.option import did_you_mean
+from training.run_directory import checkpoints_are_gone
+from training.run_history import last_saved_step
 from training.validation import lacks_compiler
 
 
@@ -137,14 +140,21 @@ def find_checkpoint(run_dir: Path, tag: str | None) -> Path:
     if tag is None:
         folder = latest_checkpoint(run_dir)
         if folder is None:
-            raise ConfigError(f"{run_dir} has no checkpoint yet; train first.")
+            raise ConfigError(_say_no_checkpoint(run_dir))
         return folder
     folders = {path.name: path for path in sorted((run_dir / CHECKPOINT_DIR).glob("step-*"))}
     if not folders:
-        raise ConfigError(f"{run_dir} has no checkpoint yet; train first.")
+        raise ConfigError(_say_no_checkpoint(run_dir))
     if tag not in folders:  # not a path either, such as ".."
         raise ConfigError(f"--checkpoint: no '{tag}'{did_you_mean(tag, folders)}")
     return folders[tag]
+
+
+def _say_no_checkpoint(run_dir: Path) -> str:
+    step = last_saved_step(run_dir)
+    if step is None:
+        return f"{run_dir} has no checkpoint yet; train first."
+    return f"{run_dir}: {checkpoints_are_gone(step)}."
 
 
 def check_weights(path: Path, config: Config) -> None:
@@ -153,6 +163,7 @@ def check_weights(path: Path, config: Config) -> None:
         wanted = {name: list(p.shape) for name, p in build_model(config).named_parameters()}
     if not path.is_file():
         raise ConfigError(f"--weights {path}: there is no such file; give a .safetensors file.")
+    refuse_lfs_pointer("--weights", path)
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

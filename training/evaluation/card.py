@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_tools.errors import ConfigError
+from data_tools.files import MalformedError
+from data_tools.formats import Format
 from data_tools.manifest import VaeReference
 from data_tools.vae import Vae
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest, sha256_of
@@ -17,7 +20,25 @@ from training.evaluation.scores import Reference
 from training.provenance import commit, local_changes
 from training.weight_files import recorded_sha256
 
-CARD_VERSION = 1
+CARD = Format(newest=1, key="card_version")
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Read a card that was written before.
+
+    Raises:
+        ConfigError: it is damaged, or a later version wrote it.
+    """
+    try:
+        card = CARD.loads(path.read_bytes(), str(path))
+        if isinstance(card, dict):
+            return card
+        reason = "no dictionary"
+    except (ValueError, MalformedError) as err:
+        reason = str(err)
+    raise ConfigError(
+        f"{path}: is no card of a score ({reason}); move it elsewhere, and it is made again."
+    )
 
 
 def weights_sha256(path: Path) -> str:

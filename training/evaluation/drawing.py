@@ -13,7 +13,6 @@ with as many threads each.
 N images, C H W latent.
 """
 
-import json
 import math
 import shutil
 import uuid
@@ -28,7 +27,9 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from data_tools.files import replace_file, write_json
+from data_tools.files import MalformedError, replace_file
+from data_tools.formats import Format
+from data_tools.launcher import is_started_again
 from data_tools.vae import Vae, decode_pixels
 from models.diffusion import Diffusion
 from models.randomness import Stream, integers, uniform
@@ -36,7 +37,6 @@ from models.switch_dit import SwitchDiT
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
 from training.pictures import save_png
 from training.processes import Ranks, agreed_message
-from training.run_lock import is_started_again
 from training.sampling import SamplerSettings, sample_latents
 
 SETTINGS_FILE = "settings.json"
@@ -80,6 +80,9 @@ class DrawSettings:
         """Return which images a part holds."""
         start = part * self.batch_size
         return range(start, min(start + self.batch_size, self.num_images))
+
+
+DRAW = Format(newest=1, kind=DrawSettings)
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,12 @@ def check_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> No
     if is_forced:
         return
     try:
-        found = json.loads(text)
-    except ValueError:
-        found = {}
+        found = asdict(DRAW.loads(text, str(path)))
+    except (ValueError, MalformedError) as err:
+        raise ConfigError(
+            f"--output {folder}: its {SETTINGS_FILE} is damaged ({err}); choose another, or draw "
+            "the images again with --force."
+        ) from err
     changed = [
         f"{name} {found.get(name)} (now {value})"
         for name, value in asdict(settings).items()
@@ -155,14 +161,14 @@ def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> 
             for path in (folder / SAMPLES_FILE, folder / CARD_FILE, *folder.glob("score-*.json")):
                 path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS_FILE, settings)
+        DRAW.write(folder / SETTINGS_FILE, settings)
         (folder / PARTS_DIR).mkdir(exist_ok=True)
 
 
 def _holds(folder: Path, settings: DrawSettings) -> bool:
     try:
-        return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")) == asdict(settings)
-    except (FileNotFoundError, ValueError):
+        return DRAW.loads((folder / SETTINGS_FILE).read_bytes(), str(folder)) == settings
+    except (FileNotFoundError, ValueError, MalformedError):
         return False
 
 
@@ -291,11 +297,13 @@ def _read_parts(folder: Path, settings: DrawSettings) -> Iterator[np.ndarray]:
         try:
             pixels = np.load(path)
         except ValueError as err:
-            raise ConfigError(f"{path} is damaged ({err}); delete it, it is drawn again.") from err
+            raise ConfigError(
+                f"{path} is damaged ({err}); move it elsewhere, it is drawn again."
+            ) from err
         if pixels.shape != wanted:
             raise ConfigError(
-                f"{path} is damaged: its shape is {pixels.shape}, not {wanted}; delete it, it is "
-                "drawn again."
+                f"{path} is damaged: its shape is {pixels.shape}, not {wanted}; move it elsewhere, "
+                "it is drawn again."
             )
         yield pixels
 

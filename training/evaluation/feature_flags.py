@@ -1,11 +1,11 @@
 """The flags that say which network images are looked at by, and what they are compared with."""
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.paths import typed_path
 from training.evaluation.networks import FeatureNetwork, ScriptedNetwork, load_inception
 
 
@@ -14,13 +14,13 @@ def add_network_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("features").add_argument
     add(
         "--inception",
-        type=Path,
+        type=typed_path,
         metavar="FILE",
         help="weights of FID's Inception (default: torch's cache, else they are fetched)",
     )
     add(
         "--features",
-        type=Path,
+        type=typed_path,
         metavar="FILE",
         help="any TorchScript network, uint8 (N, 3, H, W) to (N, D), instead: the Fréchet distance "
         "by its features, which is no FID",

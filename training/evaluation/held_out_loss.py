@@ -19,7 +19,7 @@ from data_tools.manifest import DatasetManifest
 from data_tools.reader import SampleReader
 from data_tools.training_data import TrainingData, open_data
 from models.diffusion import Diffusion
-from models.latents import final_latents, frozen_latents
+from models.latents import final_latents, frozen_latents, scale_and_shift
 from models.randomness import Stream, normal
 from models.switch_dit import SwitchDiT
 from training.config import Config
@@ -75,14 +75,11 @@ def open_held_out(
     where, found = f"{FLAG} {text}", data.manifest
     if found.hash == (trained_on or manifest.hash):
         raise ConfigError(f"{where}: is what the run was trained on; give shards held out from it.")
-    ours, theirs = (
-        (m.vae.sha256, m.vae.scaling_factor, m.vae.shift_factor) for m in (manifest, found)
-    )
+    ours, theirs = ((m.vae.sha256, *m.vae.normalisation) for m in (manifest, found))
     if ours != theirs:
         raise ConfigError(
-            f"{where}: was encoded by the VAE {theirs[0][:12]} (scale {theirs[1]:g}, shift "
-            f"{theirs[2]:g}), the run's data by {ours[0][:12]} (scale {ours[1]:g}, shift "
-            f"{ours[2]:g}); encode it with the run's VAE."
+            f"{where}: was encoded by the VAE {theirs[0][:12]} ({_numbers(theirs)}), the run's "
+            f"data by {ours[0][:12]} ({_numbers(ours)}); encode it with the run's VAE."
         )
     steps = config.diffusion.num_timesteps
     if not 1 <= num_timesteps <= steps:
@@ -94,6 +91,12 @@ def open_held_out(
     middles = [int((k + 0.5) * steps / num_timesteps) for k in range(num_timesteps)]
     classes = _classes(where, config, manifest, found)
     return HeldOut(data, classes, min(num_samples, found.num_samples), middles)
+
+
+def _numbers(space: tuple[Any, ...]) -> str:
+    _, scale, shift, mean, std = space
+    statistics = f", mean {mean}, std {std}" if mean else ""
+    return f"scale {scale:g}, shift {shift:g}{statistics}"
 
 
 def _with_data(config: Config, text: str) -> Config:
@@ -176,12 +179,12 @@ def held_out_loss(
 
 def _clean(raw: Tensor, ids: Tensor, data: TrainingData, is_frozen: bool) -> Tensor:
     """Turn stored latents into what the model sees, (N, C, H, W)."""
-    vae = data.manifest.vae
+    scale, shift = scale_and_shift(*data.manifest.vae.normalisation, raw.device)
     if is_frozen:
-        return frozen_latents(raw, vae.scaling_factor, vae.shift_factor)
+        return frozen_latents(raw, scale, shift)
     shape = (len(raw), raw.shape[1] // 2, *raw.shape[2:])
     noise = normal(SEED, Stream.POSTERIOR, ids, shape[1] * shape[2] * shape[3]).view(shape)
-    return final_latents(raw, noise, vae.scaling_factor, vae.shift_factor)
+    return final_latents(raw, noise, scale, shift)
 
 
 @torch.no_grad()

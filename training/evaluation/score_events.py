@@ -8,6 +8,7 @@ the training's own folder: of a folder TensorBoard follows one file at a time.
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,10 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from data_tools.files import MalformedError
+from data_tools.formats import NewerFormatError
 from training.dashboard import evaluation_charts
+from training.evaluation.card import CARD
 from training.evaluation.job import EVALUATION_DIR
 from training.monitor import TENSORBOARD_DIR
 
@@ -75,8 +79,11 @@ def read_scores(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
     found: dict[str, dict[int, dict[str, float]]] = {}
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         try:
-            scores = scores_of(json.loads(path.read_text()), path)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            scores = scores_of(CARD.loads(path.read_bytes(), str(path)), path)
+        except NewerFormatError as err:
+            sys.stderr.write(f"warning: {err} Its scores are left out.\n")
+            continue
+        except (MalformedError, ValueError, KeyError, TypeError, AttributeError):
             continue  # a card of another program, such as score_images
         if scores is not None and scores.values:
             found.setdefault(scores.way, {})[scores.step] = scores.values
@@ -102,7 +109,11 @@ def scores_of(card: dict[str, Any], path: Path) -> Scores | None:
         way = f"loss-{_STEP.sub('', weights)}-{timesteps}-{count}-{data}"
         return Scores(way, step, _by_tag(means))
     drawn = {key: value for key, value in card["images"].items() if key not in OF_WEIGHTS}
-    compared = card["reference"]["sha256"], card["features"]["sha256"], card["weights"]["average"]
+    compared = (
+        card["reference"]["sha256"],
+        card["features"]["sha256"],
+        card["weights"].get("average"),
+    )
     digest = hashlib.sha256(json.dumps([drawn, compared], sort_keys=True).encode()).hexdigest()
     way = f"{_STEP.sub('', path.parent.name)}-{digest[:8]}"
     return Scores(way, step, _by_tag(card["metrics"]))

@@ -181,6 +181,8 @@ class SwitchDiTPipeline(DiffusionPipeline):
             sha256="",
             scaling_factor=float(config.scaling_factor),
             shift_factor=float(config.get("shift_factor") or 0.0),
+            latents_mean=tuple(config.get("latents_mean") or ()),
+            latents_std=tuple(config.get("latents_std") or ()),
             latent_channels=int(config.latent_channels),
             downsample=2 ** (len(config.block_out_channels) - 1),
         )

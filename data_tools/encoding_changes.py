@@ -1,0 +1,77 @@
+"""Images that are not there, or not what they were when an earlier command encoded them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.encoding import SPLIT
+from data_tools.encoding_output import EncodingOutput
+from data_tools.encoding_settings import EncodingSettings
+from data_tools.errors import ConfigError
+from data_tools.order import permutation
+from data_tools.sources import FileSource, ImageSource
+
+_NAMES_SHOWN = 5
+
+
+def check_files_exist(source: ImageSource, sizes: list[int]) -> None:
+    """Refuse a list with mistakes before encoding begins: later, another list is another data set.
+
+    Args:
+        source: of a data set that is not begun.
+        sizes: what its `sizes` returned.
+
+    Raises:
+        ConfigError: files do not exist.
+    """
+    if not isinstance(source, FileSource):
+        return
+    places = zip(source.sized_places(), sizes, strict=True)
+    missing = [source.name(place) for place, size in places if size < 0]
+    if missing:
+        raise ConfigError(
+            f"--input {source.text}: {len(missing)} of {len(sizes)} files do not exist "
+            f"({_shown(missing)}); correct the list or bring the files, and run the same command "
+            "again."
+        )
+
+
+def edited_images(
+    output: Path, begun: EncodingSettings, source: ImageSource, sizes: list[int]
+) -> list[str]:
+    """Name images of finished shards whose files have other sizes than when encoding began.
+
+    Args:
+        output: holds the shards.
+        begun: its settings.
+        source: the same images by their names.
+        sizes: what `source.sizes()` returns.
+    """
+    places = source.edited(begun.sizes, sizes)
+    if not places:
+        return []
+    missing = EncodingOutput(output, begun).missing
+    shard_of = np.empty(begun.num_files, np.int64)
+    order = permutation(begun.num_files, begun.seed, SPLIT)
+    shard_of[order] = np.arange(begun.num_files) // begun.shard_size
+    return [source.name(place) for place in places if int(shard_of[place]) not in missing]
+
+
+def edited_sentence(names: list[str]) -> str:
+    """Say that the latents of these images are of what they were before."""
+    return (
+        f"edited since they were encoded: {len(names)} images, whose files have other sizes now "
+        f"({_shown(names)}); the shards hold the old pictures, for the new ones encode into a new "
+        "--output"
+    )
+
+
+def finished_before(begun: EncodingSettings, source: ImageSource) -> str:
+    """Say that there was nothing to do, and what was compared."""
+    compared = f"the sizes of {len(begun.sizes)} of its {len(source)} images were compared"
+    return f"finished before: nothing was encoded, {compared}"
+
+
+def _shown(names: list[str]) -> str:
+    more = ", ..." if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -1,0 +1,163 @@
+"""How every command begins and ends: output that may fail, signals that stop it, mistakes.
+
+What a command prints is never worth its work. A terminal that is gone, a full disk under the log, a
+reader such as `head` that has left, a closed stream: what cannot be written is lost, and the work
+goes on. A character that the terminal's encoding lacks is written as an escape.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TextIO
+
+from data_tools.errors import ConfigError, exit_on_config_error
+from data_tools.launcher import read_place_on_node
+
+# Of a terminal, of a terminal or connection that closes, of a batch system, which lets people
+# choose (Slurm's --signal).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+REPEAT_SEC = 2.0  # a launcher repeats the signal that its whole process group has received
+SIGNAL_EXIT_CODE = 128  # plus the signal's number, as shells have it
+LOST_RESULT_EXIT_CODE = 1
+GONE = (errno.EPIPE, errno.EIO)  # nobody reads any more, so nobody misses anything
+
+
+class StopRequest(KeyboardInterrupt):
+    """A signal asks this process to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+class _LossyFile(io.FileIO):
+    """A file that loses what cannot be written.
+
+    Attributes:
+        error: why something was lost, the first time.
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.name, self.error = name, None
+
+    def write(self, data: "bytes | memoryview") -> int:
+        """Write all of it, or nothing more after an error."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest:
+                written = super().write(rest)
+                if written is None:  # another program has made the terminal non-blocking
+                    select.select([], [self], [])
+                else:
+                    rest = rest[written:]
+        except OSError as err:
+            self.error = self.error or err
+        return size
+
+
+def enter(
+    main: Callable[[], object],
+    when_stopped: str = "run the same command again",
+    prints_result: bool = False,
+) -> None:
+    """Run a command's main function; every entry point does it by this function.
+
+    Args:
+        main: takes its arguments from the command line.
+        when_stopped: what to do after a signal has ended it.
+        prints_result: its output is all that it makes, so that a lost part is a failure.
+    """
+    output = protect_output()
+    with exit_on_config_error(), _leaving_on_signals(when_stopped):
+        main()
+    sys.stdout.flush()
+    error = None if output is None else output.error
+    if error is not None and error.errno not in GONE:
+        sys.stderr.write(f"warning: a part of the output is lost ({error.strerror}).\n")
+        if prints_result:
+            sys.exit(LOST_RESULT_EXIT_CODE)
+
+
+def protect_output() -> _LossyFile | None:
+    """Let neither standard stream raise from now on; return the first one's file, if any."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened would get what is printed
+            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+    output, sys.stdout = _protected(sys.stdout, "<stdout>")
+    _, sys.stderr = _protected(sys.stderr, "<stderr>")
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+    return output
+
+
+def _protected(stream: TextIO | None, name: str) -> tuple[_LossyFile | None, TextIO]:
+    """Return a stream that writes where another one does, and the file below it."""
+    if stream is None:  # it was closed when the process began
+        file = _LossyFile(os.open(os.devnull, os.O_WRONLY), name)
+        return file, io.TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
+    if not isinstance(stream, io.TextIOWrapper):  # of a notebook: it sees to itself
+        return None, stream
+    is_strict = stream.errors in ("strict", "surrogateescape")
+    errors = "backslashreplace" if is_strict else stream.errors
+    with contextlib.suppress(OSError):
+        # Whoever has taken hold of the old stream must not end by a character either.
+        stream.reconfigure(errors=errors)
+        stream.flush()
+    file = _LossyFile(stream.fileno(), name)
+    return file, io.TextIOWrapper(
+        file if stream.write_through else io.BufferedWriter(file),
+        stream.encoding,
+        errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def is_reporter() -> bool:
+    """Tell whether this process speaks for those that a launcher started with it."""
+    try:
+        return read_place_on_node().rank == 0
+    except ConfigError:  # said where the place decides something
+        return True
+
+
+def minded_signals() -> list[signal.Signals]:
+    """List the signals to stop at; nohup and others have a process ignore some from its start."""
+    ignored = (signal.SIG_IGN, None)
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) not in ignored]
+
+
+@contextmanager
+def _leaving_on_signals(when_stopped: str) -> Iterator[None]:
+    """Turn signals into one line and an exit; what is open is closed on the way."""
+    last_sec = -REPEAT_SEC
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal last_sec
+        is_repeated, last_sec = time.monotonic() - last_sec < REPEAT_SEC, time.monotonic()
+        if not is_repeated:
+            raise StopRequest(number)
+
+    for number in minded_signals():
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt as err:
+        number = err.number if isinstance(err, StopRequest) else signal.SIGINT
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if is_reporter():
+            sys.stderr.write(f"stopped by {name}; {when_stopped}\n")
+        sys.exit(SIGNAL_EXIT_CODE + number)

@@ -1,0 +1,111 @@
+"""Paths as people type them, and what to say of one that is not there.
+
+A shell puts the home folder for ~ and values for $VARIABLES, but not behind --flag=, and nobody
+does in a YAML file. Taken literally they would become folders called "~" and "$SCRATCH".
+"""
+
+import os
+import re
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+from data_tools.errors import ConfigError
+
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
+_HOME = re.compile(r"^~[^/]*")
+# Where a data set's name begins in a union or a mixture, or the whole text.
+_HOME_OF_DATA = re.compile(r"(?:^|(?<=[,{]))~[^/,{}=]*")
+_COMMAND = "pipe:"
+
+
+def expand(text: str, where: str) -> str:
+    """Return a path with ~, ~user and $VARIABLES replaced; one that exists as it is stays.
+
+    Args:
+        text: as typed.
+        where: the flag or key that gave it.
+
+    Raises:
+        ConfigError: a variable that is not set, or a user whom nobody knows.
+    """
+    return _expanded(text, where, _HOME)
+
+
+def expand_data(text: str, where: str) -> str:
+    """Do so for a text that may name several data sets; a pipe's command is the shell's."""
+    return text if text.startswith(_COMMAND) else _expanded(text, where, _HOME_OF_DATA)
+
+
+def _expanded(text: str, where: str, home: re.Pattern[str]) -> str:
+    if "$" in text and os.path.lexists(text):
+        return text
+
+    def value_of(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not os.environ.get(name):
+            raise ConfigError(
+                f"{where} {text}: the variable {name} is not set; set it, or write the path out."
+            )
+        return os.environ[name]
+
+    def home_of(found: re.Match[str]) -> str:
+        folder = os.path.expanduser(found[0])
+        if folder == found[0]:
+            raise ConfigError(
+                f"{where} {text}: no user's home is {found[0]}; write the path out, or "
+                f"./{found[0]} for a folder of that name."
+            )
+        return folder
+
+    expanded = home.sub(home_of, _VARIABLE.sub(value_of, text))
+    if text.startswith("~") and os.path.lexists(text) and not os.path.lexists(expanded):
+        raise ConfigError(
+            f"{where} {text}: means {expanded}, which does not exist, and here lies a folder "
+            f"called {text.split('/')[0]} that an earlier version of this program may have made; "
+            f"write ./{text} for what is in it, or {expanded}."
+        )
+    return expanded
+
+
+def typed_text(text: str) -> str:
+    """Expand a flag's value, as argparse's type; argparse names the flag."""
+    try:
+        return expand(text, "")
+    except ConfigError as err:
+        raise ArgumentTypeError(str(err).strip().rstrip(".")) from err
+
+
+def typed_path(text: str) -> Path:
+    """Expand a flag's value to a Path, as argparse's type."""
+    return Path(typed_text(text))
+
+
+def typed_data(text: str) -> str:
+    """Expand a flag that may name several data sets, as argparse's type."""
+    try:
+        return expand_data(text, "")
+    except ConfigError as err:
+        raise ArgumentTypeError(str(err).strip().rstrip(".")) from err
+
+
+def broken_link(wanted: Path) -> Path | None:
+    """Return the link on the way to a path whose target is not there; None if there is none."""
+    try:
+        links = (part for part in (wanted, *wanted.parents) if part.is_symlink())
+        return next((link for link in links if not link.exists()), None)
+    except OSError:  # a folder on the way that may not be entered
+        return None
+
+
+def absence(wanted: Path, named: Path | None = None) -> str:
+    """Say of a path that is not there how that is: a link to nothing, or nothing at all.
+
+    Args:
+        wanted: the path.
+        named: what the sentence begins with, if that is another one.
+    """
+    link = broken_link(wanted)
+    if link is None:
+        return "does not exist"
+    what = "" if link == (named or wanted) else f"{link} "
+    return f"{what}is a link to {os.readlink(link)}, which does not exist"

@@ -1,0 +1,90 @@
+"""Flags that other trainers, older guides and this project's relatives have, and ours instead."""
+
+from collections.abc import Iterable, Mapping
+
+from data_tools.errors import ConfigError
+
+_RUN = "nothing: the same command continues a run; --run-dir RUN names it"
+_PRECISION = "--deepspeed JSON: precision belongs to ds_configs/"
+_ACCUMULATION = "--micro-batch-size N: accumulation follows from it and --global-batch-size"
+_LATENTS = "--latent-size N: the image's side divided by the VAE's factor (32 for 256 pixels)"
+
+# DiT, fast-DiT, Switch-DiT, DiT-MoE, DeepSpeed's examples, diffusers' and Hugging Face's trainers.
+OF_TRAINING = {
+    "--data-path": "--data: encoded latents, of data_tools/encode_latents.py",
+    "--data_path": "--data: encoded latents, of data_tools/encode_latents.py",
+    "--data-dir": "--data: encoded latents, of data_tools/encode_latents.py",
+    "--feature-path": "--data: encoded latents, of data_tools/encode_latents.py",
+    "--results-dir": "--run-dir",
+    "--results_dir": "--run-dir",
+    "--output-dir": "--run-dir",
+    "--output_dir": "--run-dir",
+    "--model": "--preset s, b, l or xl, or --size with --patch-size",
+    "--image-size": _LATENTS,
+    "--image_size": _LATENTS,
+    "--batch-size": "--global-batch-size: of all ranks together",
+    "--batch_size": "--global-batch-size: of all ranks together",
+    "--train_batch_size": "--global-batch-size: of all ranks together",
+    "--train-batch-size": "--global-batch-size: of all ranks together",
+    "--accum_iter": _ACCUMULATION,
+    "--gradient-accumulation-steps": _ACCUMULATION,
+    "--gradient_accumulation_steps": _ACCUMULATION,
+    "--epochs": "--max-steps: in steps; --dry-run says how many an epoch has",
+    "--num-epochs": "--max-steps: in steps; --dry-run says how many an epoch has",
+    "--max_train_steps": "--max-steps",
+    "--learning-rate": "--lr",
+    "--learning_rate": "--lr",
+    "--global-seed": "--seed",
+    "--ckpt": "--init-from for other weights; to continue a run, repeat its command",
+    "--ckpt-every": "--save-every",
+    "--checkpointing_steps": "--save-every",
+    "--resume": _RUN,
+    "--resume-from": _RUN,
+    "--resume_from_checkpoint": _RUN,
+    "--resume-from-checkpoint": _RUN,
+    "--ema-decay": "--ema-decays",
+    "--deepspeed_config": "--deepspeed JSON",
+    "--deepspeed-config": "--deepspeed JSON",
+    "--config": "--preset NAME or a YAML file",
+    "--mixed-precision": _PRECISION,
+    "--mixed_precision": _PRECISION,
+    "--fp16": _PRECISION,
+    "--bf16": _PRECISION,
+    "--routing-method": "--routing: switch, dtr or dense",
+    "--num-workers": "nothing: tars are read by threads of each rank",
+    "--num_workers": "nothing: tars are read by threads of each rank",
+}
+OF_DRAWING = {
+    "--ckpt": "RUN, the first argument, with --checkpoint TAG, or --weights FILE",
+    "--model": "nothing: the run knows its model",
+    "--image-size": "nothing: the run knows its size",
+    "--num-classes": "nothing: the run knows its classes",
+    "--num-sampling-steps": "--steps",
+    "--num_inference_steps": "--steps",
+    "--guidance-scale": "--cfg-scale",
+    "--num-fid-samples": "--num-images of training/evaluate.py",
+    "--per-proc-batch-size": "--batch-size",
+    "--sample-dir": "--output",
+    "--global-seed": "--seed",
+}
+
+
+def refuse_old_flags(
+    argv: Iterable[str], known: Iterable[str], instead: Mapping[str, str], program: str
+) -> None:
+    """Say what an unknown flag of another program is called here.
+
+    Args:
+        argv: the command line.
+        known: flags of this program.
+        instead: what to write for those of others.
+        program: of the sentence.
+
+    Raises:
+        ConfigError: for the first such flag.
+    """
+    flags = (word.split("=")[0] for word in argv if word.startswith("--"))
+    known = set(known)
+    for flag in flags:
+        if flag in instead and flag not in known:
+            raise ConfigError(f"{flag}: is no flag of {program}; here it is {instead[flag]}.")

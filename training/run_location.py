@@ -1,0 +1,40 @@
+"""Which file a preset is, and which folder a run is in. Imports nothing that takes time."""
+
+from pathlib import Path
+
+from data_tools.paths import expand
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRESET_FOLDER = Path(__file__).parent / "presets"
+CONFIG_FILE, DEEPSPEED_FILE = "config.yaml", "deepspeed.json"  # of a run directory
+
+
+def preset_file(name_or_path: str) -> Path:
+    """Return the file of a preset: of its name, a YAML file, or a run directory's own."""
+    path = Path(expand(name_or_path, "--preset"))
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    if (path / CONFIG_FILE).is_file():
+        return path / CONFIG_FILE
+    return PRESET_FOLDER / f"{name_or_path}.yaml"
+
+
+def run_dir_of(preset: Path, said: str) -> str:
+    """Return the run directory that a preset means.
+
+    A run's own config.yaml means the run that it lies in, wherever that was moved or copied to.
+
+    Args:
+        preset: the file.
+        said: its run_dir.
+    """
+    is_of_run = preset.name == CONFIG_FILE and (preset.parent / DEEPSPEED_FILE).is_file()
+    if not is_of_run or Path(said).resolve() == preset.parent.resolve():
+        return said
+    return str(preset.parent)
+
+
+def in_repository(path: Path) -> Path:
+    """Return a file as named from the working folder, else one of that name in the repository."""
+    own = REPOSITORY / path
+    return own if not path.exists() and own.exists() else path
