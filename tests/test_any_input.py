@@ -87,17 +87,22 @@ stems = st.sampled_from(
 suffixes = st.sampled_from(
     [".png"] * 6 + [".PNG", ".jpg", ".webp", ".jfif", ".cls", ".txt", ".heic", ".json", ".", ""]
 )
+rarely = st.sampled_from([False] * 5 + [True])
 BESIDE = ("link", "link to nothing", "link to a folder", "loop", "pipe", "empty folder")
 
 
 @st.composite
 def files(draw: st.DrawFn, most: int = 7) -> list[tuple[str, bytes]]:
     """Names with their contents; flat, or in folders."""
-    is_flat = draw(st.integers(0, 3)) == 0
+    is_flat = draw(st.booleans())
     names = st.tuples(st.just("") if is_flat else folders, stems, suffixes)
     found = draw(st.lists(st.tuples(names, contents), max_size=most, unique_by=lambda one: one[0]))
     return [
-        (f"{folder}/{stem}{suffix}".removeprefix("/"), CONTENTS[kind])
+        (
+            f"{folder}/{stem}{suffix}".removeprefix("/"),
+            # What a label holds is a number, as a rule.
+            CONTENTS["label" if suffix == ".cls" and kind == "picture" else kind],
+        )
         for (folder, stem, suffix), kind in found
     ]
 
@@ -244,7 +249,7 @@ def archives(draw: st.DrawFn) -> tuple[bytes, list[str]]:
                 info = _member(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-            if named and draw(st.integers(0, 5)) == 0:
+            if named and draw(rarely):
                 link = _member(
                     "a/link.png", draw(st.sampled_from([tarfile.LNKTYPE, tarfile.SYMTYPE]))
                 )
@@ -253,7 +258,7 @@ def archives(draw: st.DrawFn) -> tuple[bytes, list[str]]:
                 names.append(link.name)
         names += [name for name, _ in named]
         content += buffer.getvalue()
-    if draw(st.integers(0, 5)) == 0:
+    if draw(rarely):
         content = content[: draw(st.integers(0, len(content) - 1))]
         names.clear()
     return content, names
@@ -283,16 +288,21 @@ def test_every_member_of_a_tar_is_accounted_for(archive):
 @st.composite
 def lists(draw: st.DrawFn) -> tuple[bytes, int]:
     """A list as an editor may have saved it, and how many images it names."""
-    paths = st.sampled_from(["1.png", "a/2.png", "./1.png", "gone.png", "a", "ü.png", "n.txt"])
-    mends = st.sampled_from(["{}"] * 5 + ['"{}"', " {} ", "a\\..\\{}", "{}\t"])
-    labels = draw(st.sampled_from(["", "", "\t0", "\tcat", "\t 1", "\t1\t2", " 1"]))
-    named = draw(st.lists(st.tuples(paths, mends), max_size=6))
-    lines = [mend.format(path) + labels for path, mend in named]
+    paths = st.sampled_from(
+        ["1.png", "a/2.png", "./1.png", "ü.png", "1.png", "n.txt", "a", "no.png"]
+    )
+    named = draw(st.lists(paths, min_size=1, max_size=6))
+    mend = draw(st.sampled_from(["{}", "{}", '"{}"', " {} ", "a\\..\\{}", "{}\t"]))
+    label = draw(st.sampled_from(["", "", "\t0", "\tcat", "\t 1", "\t1\t2", " 1"]))
+    lines = [mend.format(path) + label for path in named]
+    if draw(rarely):
+        lines[0] = named[0]
     if draw(st.booleans()):
         lines.insert(0, "")
     text = draw(st.sampled_from(["\n", "\r\n"])).join(lines)
     encoding = draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"]))
-    return text.encode(encoding) + draw(st.sampled_from([b"", b"\n", b"\0", b"\xff\n"])), len(named)
+    end = draw(st.sampled_from([b"", b"\n", b"\0", b"\xff\n"])) if draw(rarely) else b""
+    return text.encode(encoding) + end, len(named) + (end == b"\xff\n")
 
 
 @BOUNDED

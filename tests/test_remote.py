@@ -270,7 +270,7 @@ def test_a_killed_process_is_continued_by_the_next(server, tmp_path):
             "is no dataset.json but a message of the server ('token expired'); check the addr",
         ),
         ("no-json", "is not JSON (Expecting value: line 1 column 1 (char 0)); check the address, "),
-        ("other-json", "lacks ['classes', "),
+        ("other-json", "the content lacks ['format_version']; check the address, and that python "),
         ("quota", "the server answered 402 Payment Required (quota used up)"),
         ("404-xml", "there is no dataset.json ({url}/dataset.json), it is written last; check the"),
     ],
