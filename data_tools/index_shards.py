@@ -43,7 +43,7 @@ from data_tools.manifest import (
     SourceList,
 )
 from data_tools.paths import typed_path, typed_text
-from data_tools.place_names import PIPE, expand, is_address
+from data_tools.place_names import PIPE, is_address, places_of
 from data_tools.user_text import TextError, read_text
 from data_tools.vae import Vae, load_vae
 
@@ -93,7 +93,7 @@ def split_input(words: list[str]) -> tuple[Location, list[str]]:
             f"--input {text}: a command or an address with a query cannot be cut into folder and "
             "name; copy the tars, or give a plain address."
         )
-    paths = [path for word in words for path in expand(word, "--input")]
+    paths = [path for word in words for path in places_of(word, "--input")]
     if len(paths) == 1 and Path(paths[0]).is_dir():
         paths = sorted(map(str, Path(paths[0]).glob("*.tar")))
     if not paths:

@@ -10,7 +10,7 @@ from data_tools.huggingface_source import is_saved_dataset, open_saved_dataset
 from data_tools.image_folders import scan_folder
 from data_tools.image_list import read_list
 from data_tools.left_out import Tally
-from data_tools.place_names import expand
+from data_tools.place_names import places_of
 from data_tools.reading import Reading
 from data_tools.records import KEY_DIGITS
 from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of
@@ -37,7 +37,7 @@ def open_source(
         reading: what the flags say about it.
     """
     text, reading = " ".join(words), reading or Reading()
-    places = [place for word in words for place in expand(word, "--input")]
+    places = [place for word in words for place in places_of(word, "--input")]
     path = Path(places[0])
     is_saved, is_list, tars, beside = False, False, [], Tally()
     try:

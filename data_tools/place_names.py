@@ -30,7 +30,7 @@ def exists_as_typed(text: str) -> bool:
     return not is_address(text) and os.path.exists(text)
 
 
-def expand(text: str, flag: str) -> list[str]:
+def places_of(text: str, flag: str) -> list[str]:
     """Expand {a,b}, {000..012} and, on this machine, *, ? and [..], as a shell does.
 
     Args:

@@ -30,7 +30,7 @@ from data_tools.manifest import (
     Manifest,
     SourceList,
 )
-from data_tools.place_names import expand, split_list, split_weight
+from data_tools.place_names import places_of, split_list, split_weight
 from data_tools.remote import MissingFileError, read_small
 from data_tools.server_answers import json_message
 from data_tools.shard_store import ShardStore
@@ -161,7 +161,7 @@ def _parse_entry(entry: str, flag: str) -> tuple[tuple[str, ...], float | None]:
                 f"{flag} {entry}={text}: is not there, and its weight is no number above 0; "
                 "correct the name, write =3, or end a name that holds an equals sign with a slash."
             )
-    return tuple(expand(entry, flag)), weight
+    return tuple(places_of(entry, flag)), weight
 
 
 def in_thousandths(weights: list[float]) -> tuple[int, ...]:

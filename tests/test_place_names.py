@@ -3,7 +3,7 @@
 import pytest
 
 from data_tools.errors import ConfigError
-from data_tools.place_names import expand, split_list, split_weight
+from data_tools.place_names import places_of, split_list, split_weight
 
 
 @pytest.fixture(autouse=True)
@@ -16,13 +16,13 @@ def test_braces_and_wildcards_are_expanded_as_a_shell_does(here):
     for name in ("b2", "b10", "a1", ".hidden"):
         (here / name).mkdir()
 
-    assert expand("x/{a,b}{0..1}", "--data") == ["x/a0", "x/a1", "x/b0", "x/b1"]
-    assert expand("x", "--data") == ["x"]
-    assert expand("pipe:cat {a,b} {} *", "--data") == ["pipe:cat {a,b} {} *"]
-    assert expand("*", "--data") == ["a1", "b10", "b2"]
-    assert expand("{c,b?}", "--data") == ["c", "b2"]
-    assert expand("[a-b]1*", "--data") == ["a1", "b10"]
-    assert expand("http://h/a?x=*", "--data") == ["http://h/a?x=*"]
+    assert places_of("x/{a,b}{0..1}", "--data") == ["x/a0", "x/a1", "x/b0", "x/b1"]
+    assert places_of("x", "--data") == ["x"]
+    assert places_of("pipe:cat {a,b} {} *", "--data") == ["pipe:cat {a,b} {} *"]
+    assert places_of("*", "--data") == ["a1", "b10", "b2"]
+    assert places_of("{c,b?}", "--data") == ["c", "b2"]
+    assert places_of("[a-b]1*", "--data") == ["a1", "b10"]
+    assert places_of("http://h/a?x=*", "--data") == ["http://h/a?x=*"]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_braces_and_wildcards_are_expanded_as_a_shell_does(here):
 )
 def test_names_of_nothing_are_refused(text, sentence):
     with pytest.raises(ConfigError) as caught:
-        expand(text, "--data")
+        places_of(text, "--data")
     assert str(caught.value).startswith(f"--data {text}: {sentence}")
 
 
@@ -51,7 +51,7 @@ def test_what_exists_is_meant_by_its_name(here, name, end):
     (here / name / "deeper,one").mkdir(parents=True)
     text = f"{name}{end}"
 
-    assert expand(text, "--data") == [text]
+    assert places_of(text, "--data") == [text]
     assert split_list(text, "--data") == [text]
     assert split_weight(text) is None
     assert split_list(f"{text},other,pipe:cat {{}},x", "--data") == [
@@ -64,7 +64,7 @@ def test_what_exists_is_meant_by_its_name(here, name, end):
 def test_a_folder_called_like_an_address_does_not_stand_for_it(here):
     (here / "s3:/bucket/{a,b}").mkdir(parents=True)
 
-    assert expand("s3://bucket/{a,b}", "--data") == ["s3://bucket/a", "s3://bucket/b"]
+    assert places_of("s3://bucket/{a,b}", "--data") == ["s3://bucket/a", "s3://bucket/b"]
 
 
 def test_the_longer_existing_name_is_meant(here):
