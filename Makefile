@@ -18,6 +18,18 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+# The kernel takes the path after #! to end at its first blank, or after some bytes. pip writes its
+# own commands accordingly, but not those that a package brings as files, `deepspeed` among them.
+define MEND_COMMANDS
+cd $(VENV)/bin && bin=$$(pwd -P); \
+if [[ $$bin == *[[:blank:]]* ]] || (($${#bin} > 100)); then \
+  for command in $$(grep --files-with-matches --binary-files=without-match --fixed-strings "#!$$bin/python" *); do \
+    rest=$$(tail --lines=+2 "$$command"); \
+    printf '%s\n' '#!/bin/sh' "'''exec' \"$$bin/python\" \"\$$0\" \"\$$@\"" "' '''" "$$rest" >"$$command"; \
+  done; \
+fi
+endef
+
 .PHONY: help demo test test-precision test-cluster test-long lint clean
 .DELETE_ON_ERROR:
 
@@ -68,9 +80,11 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	  { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 2; }; \
 	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@$(MEND_COMMANDS)
 	@touch $@
 
 # Resolved together with the others, so that no version of theirs changes.
 $(DEMO_INSTALLED): $(INSTALLED) requirements-demo.txt
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt -r requirements-demo.txt
+	@$(MEND_COMMANDS)
 	@touch $@

@@ -150,7 +150,7 @@ def measure(size: str, world_size: int, stage: int, num_steps: int) -> list[Row]
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deepspeed.json"
-        path.write_text(json.dumps({"zero_optimization": zero}))
+        path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
         jobs = [StepJob(config, path) for config in configs]
         measured = run_on_ranks(world_size, train_all, jobs, num_steps)
     return [

@@ -306,14 +306,14 @@ def peak_growth(fn: Callable[[], Any], device: torch.device) -> float:
         fn()
         return math.nan
     ctypes.CDLL(None).malloc_trim(0)  # else memory freed before could be used without growing
-    Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    Path("/proc/self/clear_refs").write_text(RESET_PEAK, encoding="utf-8")
     before = _resident_bytes("VmRSS")
     fn()
     return _resident_bytes("VmHWM") - before
 
 
 def _resident_bytes(name: str) -> int:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
 
 

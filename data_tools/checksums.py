@@ -122,6 +122,6 @@ def _mark(state: _State, sha256: str) -> bytes:
 @cache
 def _boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:  # not Linux: a crash of the machine goes unnoticed
         return ""

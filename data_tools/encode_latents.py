@@ -93,7 +93,7 @@ def demo_lock() -> Iterator[None]:
     folder = DEMO_LATENTS.parent
     with disk_errors_as_config_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".demo.lock").open("w")
+        lock = (folder / ".demo.lock").open("wb")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

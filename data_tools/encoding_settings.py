@@ -80,6 +80,7 @@ class EncodingSettings:
         return min(self.shard_size, self.num_files - index * self.shard_size)
 
 
+# As of dataset.json, which its parts are in, too.
 SETTINGS = Format(newest=3, base=2, oldest=2, kind=EncodingSettings)
 
 

@@ -136,9 +136,9 @@ def _peak_bytes(vae: Vae, size: int, count: int, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         tensor_moments(vae, pixels)
         return torch.cuda.max_memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     tensor_moments(vae, pixels)
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
@@ -146,7 +146,7 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     for limit, used in (("memory.max", "memory.current"), _CGROUP_1):
         free = min(free, _cgroup_free(limit, used))
@@ -160,6 +160,8 @@ def _cgroup_free(limit: str, used: str) -> int:
     """Return what a container's or a job's limit leaves; a very large number without one."""
     folder = Path("/sys/fs/cgroup")
     try:
-        return int((folder / limit).read_text()) - int((folder / used).read_text())
+        return int((folder / limit).read_text(encoding="utf-8")) - int(
+            (folder / used).read_text(encoding="utf-8")
+        )
     except (OSError, ValueError):  # there is none, or it is "max"
         return 1 << 62

@@ -77,6 +77,7 @@ def enter(
         when_stopped: what to do after a signal has ended it.
         prints_result: its output is all that it makes, so that a lost part is a failure.
     """
+    _read_names_as_utf8()
     output = protect_output()
     with exit_on_config_error(), _leaving_on_signals(when_stopped):
         main()
@@ -86,6 +87,19 @@ def enter(
         sys.stderr.write(f"warning: a part of the output is lost ({error.strerror}).\n")
         if prints_result:
             sys.exit(LOST_RESULT_EXIT_CODE)
+
+
+def _read_names_as_utf8() -> None:
+    """Start over in Python's UTF-8 mode where the locale has another encoding.
+
+    Libraries take the names of files for UTF-8: TensorBoard would fail, or write elsewhere. What is
+    printed keeps the encoding of the terminal.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or not sys.executable:
+        return
+    encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
+    os.environ.setdefault("PYTHONIOENCODING", f"{encoding}:backslashreplace")
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def protect_output() -> _LossyFile | None:
@@ -160,4 +174,6 @@ def _leaving_on_signals(when_stopped: str) -> Iterator[None]:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if is_reporter():
             sys.stderr.write(f"stopped by {name}; {when_stopped}\n")
-        sys.exit(SIGNAL_EXIT_CODE + number)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(SIGNAL_EXIT_CODE + number)  # connections to other ranks would abort an exit

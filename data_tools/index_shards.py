@@ -27,6 +27,7 @@ from data_tools.files import MalformedError, replace_file
 from data_tools.findings import SETTINGS_NAME
 from data_tools.foreign_arrays import channels_last, doubts
 from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
+from data_tools.input_summary import class_lines
 from data_tools.left_out import LeftOut, Tally, sentence
 from data_tools.locations import Location, parse_location
 from data_tools.manifest import (
@@ -276,11 +277,12 @@ def main(argv: list[str] | None = None) -> None:
         f"{shape} {manifest.latent.dtype}, {manifest.num_classes} classes\n"
     )
     shown = "  ".join(f"{std:.3f}" for std in manifest.scaled_std)
-    sys.stdout.write(f"scaled std {shown}  per channel, what the model sees, 1 is usual\n")
+    lines = [f"scaled std {shown}  per channel, what the model sees, 1 is usual"]
     if doubt := doubts(manifest.scaled_std, manifest.vae.scaling_factor):
-        sys.stdout.write(f"warning: {output}: {doubt}.\n")
-    if manifest.left_out:
-        sys.stdout.write(f"left out: {sentence(manifest.left_out)}\n")
+        lines.append(f"warning: {output}: {doubt}.")
+    lines += class_lines(manifest.classes)
+    lines += [f"left out: {sentence(manifest.left_out)}"] if manifest.left_out else []
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What encoding says about its input before it begins: classes, doubts, what is left out."""
 
 import statistics
+from collections.abc import Sequence
 
 from data_tools.errors import ConfigError
 from data_tools.left_out import sentence
-from data_tools.sources import ImageSource
+from data_tools.manifest import ClassEntry
+from data_tools.sources import ImageClass, ImageSource
 
 _CLASSES_SHOWN = 20
 _FIRST_SHOWN = 3  # of more classes
@@ -14,14 +16,14 @@ _MAX_EMPTY = 0.9  # of the numbers of classes
 def summary(source: ImageSource) -> list[str]:
     """Return lines about the classes that were found and about what was not used."""
     return [
-        *_class_lines(source),
+        *class_lines(source.classes),
         *source.notes,
         *([f"left out: {sentence(source.left_out)}"] if source.left_out else []),
     ]
 
 
-def _class_lines(source: ImageSource) -> list[str]:
-    classes = source.classes
+def class_lines(classes: Sequence[ImageClass | ClassEntry]) -> list[str]:
+    """Return lines about classes: how many images each has, and which have none."""
     if not classes:
         return ["no classes: train with --num-classes 0"]
     counts = [entry.count for entry in classes]

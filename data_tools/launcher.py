@@ -175,14 +175,14 @@ def _of_family(env: Mapping[str, str], family: _Family) -> Place:
     local_size = _first_number(env, family.local_sizes)
     name = next((name for name in (*family.local_ranks, "LOCAL_RANK") if env.get(name)), None)
     if name is None:
-        if size > 1:
+        if rank > 0:  # the first of all is the first of its node
             raise ConfigError(
                 f"{family.local_ranks[0]} is not set beside {family.rank}={rank} and {family.size}="
                 f"{size}, so this process does not know its number on its node, which its GPU goes "
                 "by; set LOCAL_RANK in every process (0 where a node has one), or "
                 f"{_USE}."
             )
-        return Place(family.launcher, rank, size, 0, 1)
+        return Place(family.launcher, rank, size, 0, local_size or (1 if size == 1 else None))
     local_rank = _number(env, name)
     if local_rank >= min(size, local_size or size):
         raise ConfigError(

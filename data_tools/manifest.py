@@ -22,11 +22,8 @@ from data_tools.undescribed import explain
 
 MANIFEST_NAME = "dataset.json"
 HASHED_FORMAT = 2  # part of every hash that checkpoints remember, whatever the file's number
-NOT_READ = (
-    "versions",
-    "source",
-    "left_out",
-)  # by training: parts of a description that its hash leaves out
+# By training: parts of a description that its hash leaves out.
+NOT_READ = ("versions", "source", "left_out")
 _ENCODE = "python data_tools/encode_latents.py"
 _VERIFY = "python data_tools/verify_shards.py"
 
@@ -191,7 +188,7 @@ class DatasetManifest(Manifest):
             where: that was found, for messages.
             folder: that holds it.
         """
-        return cls.of(_parse(where, text, is_local=folder is not None), folder)
+        return cls.of(_parse(where, text, folder), folder)
 
     @classmethod
     def of(cls, manifest: Manifest, folder: Path | None = None) -> "DatasetManifest":
@@ -277,10 +274,10 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=said).encode()).hexdigest()
 
 
-def _parse(path: str, text: bytes, is_local: bool) -> Manifest:
-    advice = f"copy it again, or have it written anew from the shards by {_VERIFY} --repair"
-    if not is_local:
-        advice = f"check the address, and that {_ENCODE} wrote the file"
+def _parse(path: str, text: bytes, folder: Path | None) -> Manifest:
+    advice = f"check the address, and that {_ENCODE} wrote the file"
+    if folder is not None:
+        advice = f"copy it again, or run {_VERIFY} --data {folder}, it says what to do"
     if is_lfs_pointer(text):
         raise ConfigError(f"{path}: {LFS_REASON}.")
     try:
@@ -346,5 +343,5 @@ def _check_shard(path: Path, shard: Shard) -> None:
         refuse_lfs_pointer("--data", path)
         raise ConfigError(
             f"{path}: {found}, {MANIFEST_NAME} says {shard.bytes} bytes; copy the shard again, or "
-            f"have it made again by {_VERIFY} --repair."
+            f"run {_VERIFY} --data {path.parent}, it says what to do."
         )

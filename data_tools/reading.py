@@ -1,8 +1,9 @@
 """How an input is to be read where its names alone do not say it: flags of encode_latents.py."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from data_tools.errors import ConfigError
+from data_tools.files import SINCE
 from data_tools.sample_labels import is_label_text
 
 CLASS_SOURCES = ("folder", "path", "tar", "none")
@@ -21,10 +22,10 @@ class Reading:
         label_column: of a data set by Hugging Face.
     """
 
-    class_from: str = ""
-    image_suffix: str = ""
-    label_suffix: str = ""
-    label_column: str = ""
+    class_from: str = field(default="", metadata={SINCE: 3})
+    image_suffix: str = field(default="", metadata={SINCE: 3})
+    label_suffix: str = field(default="", metadata={SINCE: 3})
+    label_column: str = field(default="", metadata={SINCE: 3})
 
     def __post_init__(self) -> None:
         """Check the texts."""

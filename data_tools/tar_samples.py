@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from data_tools.left_out import Tally
-from data_tools.sample_names import HIDDEN_KIND, is_hidden_path, kind_of, split_name
+from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of, split_name
 from data_tools.tar_members import BadTarError, Member
 
 
@@ -73,7 +73,7 @@ def _check_complete(waiting: dict[str, TarParts], wanted: frozenset[str]) -> Non
 def _look(member: Member) -> tuple[str, str, str]:
     """Return why a member is left out, "" where it is not, and its key and suffix."""
     key, suffix = split_name(member.name)
-    if is_hidden_path(member.name):
+    if is_hidden(member.name.rpartition("/")[2]):
         return HIDDEN_KIND, key, suffix
     return unusable_kind(member) or ("" if suffix else kind_of(member.name)), key, suffix
 

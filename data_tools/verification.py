@@ -61,8 +61,8 @@ def verify(
 
 
 def default_workers() -> int:
-    """Threads that keep this machine's cores or its disk busy."""
-    return min(MAX_WORKERS, os.cpu_count() or 1)
+    """Threads that keep the cores that this process may use, or its disk, busy."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def _list_folder(result: Verification, manifest: DatasetManifest) -> None:

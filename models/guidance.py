@@ -11,6 +11,7 @@ are guided alike.
 N batch, C latent channels, H W latent size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,12 @@ class Guidance:
     num_channels: int | None = None  # latent channels that are guided, from the first; None = all
     # Smallest and largest guided timestep (Kynkaanniemi et al. 2024, arXiv 2404.07724); None = all.
     interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Hold callers to numbers that mean something."""
+        assert 0 <= self.scale < math.inf, f"scale is {self.scale}"
+        assert self.num_channels is None or self.num_channels >= 1, "no channel would be guided"
+        assert self.interval is None or self.interval[0] <= self.interval[1], "lower end first"
 
     def acts_at(self, t: Tensor) -> bool:
         """Tell whether a step at timestep t (1,), or (N,) of one value, is guided."""

@@ -8,6 +8,7 @@ T tokens, D width, E experts.
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,12 @@ from torch import Tensor
 from models.layers import sincos_positions
 
 POSITION_TOLERANCE = 1e-5
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+# Of DistributedDataParallel and DeepSpeed, torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = {
+    *("module", "_orig_mod", "_forward_module"),
+    *("_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+}
+_FIRST_OF_BLOCK = re.compile(r"(?:^|(?<=\.))(?:transformer_blocks|blocks|routers)\.\d+\.")
 _EXPERTS = "mixture.deepspeed_moe.experts"
 _ONE_EXPERT = re.compile(rf"(blocks\.\d+\.{re.escape(_EXPERTS)})\.deepspeed_experts\.(\d+)\.(.+)")
 # Buffers of the official Switch-DiT that follow from its configuration.
@@ -103,12 +109,40 @@ def check_positions(positions: Tensor, grid: tuple[int, int]) -> None:
         raise ValueError(f"pos_embed differs by {largest:.2g} from the fixed sine-cosine table")
 
 
+def models_in(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tell models apart that are saved in one dictionary, by what stands before their blocks.
+
+    Returns:
+        The tensors of each model by its prefix, without it; wrappers' names are in neither. And the
+        names of tensors that are of no model. Without any block, all tensors are of one model.
+    """
+    starts = {name: _FIRST_OF_BLOCK.search(name) for name in tensors}
+    prefixes = {name[: start.start()] for name, start in starts.items() if start}
+    models: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes or {""}}
+    outside = []
+    for name, tensor in tensors.items():
+        fitting = [prefix for prefix in models if name.startswith(prefix)]
+        if fitting:
+            prefix = max(fitting, key=len)
+            models[prefix][_without_wrappers(name.removeprefix(prefix))] = tensor
+        else:
+            outside.append(name)
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for prefix, weights in models.items():  # of two that differ in wrappers the larger one
+        short = _without_wrappers(prefix.removesuffix("."))
+        if len(weights) > len(by_name.get(short, ())):
+            by_name[short] = weights
+    return by_name, outside
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def _unwrapped(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the mapping without the prefix that a wrapper around the model put before all names."""
-    for prefix in _WRAPPERS:
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            return {name.removeprefix(prefix): value for name, value in state_dict.items()}
-    return dict(state_dict)
+    """Copy the tensors of the largest model without what wrappers put before their names."""
+    models, _ = models_in(state_dict)
+    return dict(max(models.values(), key=len, default={}))
 
 
 def _with_stacked_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:

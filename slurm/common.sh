@@ -1,7 +1,7 @@
 # Shared by the job scripts beside it: `train` and `launch`. Sourced, never run.
 # Settings of the site are in site.sh.
 #
-# One task per GPU; training/processes.py reads Slurm's variables, so no MPI is needed.
+# One task per GPU; data_tools/launcher.py reads Slurm's variables, so no MPI is needed.
 # A training job that nears its time limit, or is told to stop by `scancel --signal=TERM`, saves a
 # checkpoint, is queued again and continues. So does one that crashes, a bounded number of times,
 # and one that Slurm itself queues again: preempted (PreemptMode=REQUEUE), or after a node failed.
@@ -145,7 +145,7 @@ run_and_mind_signals() {
   return "$status"
 }
 
-# sbatch --signal=B:USR1@SECONDS tells this shell that the limit is near; the ranks save and leave
+# sbatch --signal=B:USR1@SECONDS (or B:USR2) tells this shell that the limit is near; the ranks save and leave
 # on SIGTERM, which scancel sends to the tasks and not to this shell.
 on_near_limit() {
   is_interrupted=yes nears_limit=yes
@@ -163,7 +163,7 @@ is_step_left() {
 }
 
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
-  trap on_near_limit USR1
+  trap on_near_limit USR1 USR2
   # Slurm ends the job and has sent it to the tasks as well: wait for them to save. Whether the job
   # is queued again is decided by who ended it.
   trap 'is_interrupted=yes is_ended=yes' TERM

@@ -13,6 +13,10 @@ def assert_trained_alike(found, expected, label=""):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         difference = found[name] - value
+        if name.endswith("attn.qkv.bias"):
+            # One value added to all keys changes no attention: that gradient is rounding alone.
+            queries, _, values = difference.chunk(3)
+            difference = (queries**2 + values**2).sqrt()
         root_mean_square = difference.square().mean().sqrt()
         assert root_mean_square <= 5e-4 * LEARNING_RATE, (label, name, root_mean_square)
         assert difference.abs().max() <= 0.05 * LEARNING_RATE, (label, name, difference.abs().max())

@@ -12,6 +12,8 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from packaging.requirements import Requirement
@@ -23,6 +25,8 @@ NEEDED = ("diffusers", "torch", "pillow", "safetensors")
 OPTIONAL = (
     "scipy",  # schedulers of diffusers, for noise levels that no export has
     "dill",  # torch.utils.data, for pickling lambdas
+    "brotli",  # urllib3, for compressed answers
+    "_brotli",
 )
 
 
@@ -46,11 +50,66 @@ def pipeline(job):
         except ValueError as err:
             refusals.append(str(err))
     return {
+        "used": uses_of(pipe, job) if job.get("is_used") else None,
         "latents": latents,
         "by_generator": by_generator,
         "pixels": torch.from_numpy(pictures),
         "refusals": refusals,
     }
+
+
+def uses_of(pipe, job):
+    """What people of diffusers do with a pipeline: a result, or the refusal, by name."""
+    quick = {"num_inference_steps": 2, "output_type": "latent"}
+    saved = f"{job['folder']}-saved"
+    pipe.save_pretrained(saved)
+    again = DiffusionPipeline.from_pretrained(saved, trust_remote_code=True)
+    half = DiffusionPipeline.from_pretrained(saved, trust_remote_code=True, dtype=torch.bfloat16)
+    made = type(pipe)(**pipe.components)
+    for one in (again, half, made):
+        one.set_progress_bar_config(disable=True)
+
+    def with_scheduler(scheduler):
+        return type(pipe)(**pipe.components | {"scheduler": scheduler})
+
+    def swapped(scheduler):
+        made.scheduler = scheduler
+        return made([0], **quick)
+
+    foreign = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    uses = {
+        "list": lambda: pipe([3, 3], **quick).images,
+        "tensor": lambda: pipe(torch.tensor([3, 3]), **quick).images,
+        "array": lambda: pipe(np.array([3, 3]), **quick).images,
+        "numbers of numpy": lambda: pipe([np.int64(3), np.int32(3)], **quick).images,
+        "tensor of none": lambda: pipe(torch.tensor(3), **quick).images,
+        "one": lambda: pipe(3, **quick).images,
+        "saved and loaded": lambda: again(["class 3"] * 2, **quick).images,
+        "made of components": lambda: made(["class 3"] * 2, **quick).images,
+        "made of components and parameters": lambda: type(pipe)(
+            **pipe.components, **pipe.parameters
+        ).labels["class 3"],
+        "half": lambda: half([3, 3], **quick).images,
+        "label ids": lambda: pipe.get_label_ids(["class 3", "class 0"]),
+        "unsigned seed": lambda: (
+            pipe(3, generator=torch.Generator().manual_seed(-1), **quick).images.shape
+        ),
+        "table": lambda: pipe(torch.zeros(2, 2, dtype=torch.int64), **quick),
+        "truths": lambda: pipe(torch.tensor([True]), **quick),
+        "fractions": lambda: pipe(np.array([3.0]), **quick),
+        "bytes": lambda: pipe(b"class 3", **quick),
+        "generators": lambda: pipe(3, generator=[torch.Generator()], **quick),
+        "NaN": lambda: pipe(3, guidance_scale=float("nan"), **quick),
+        "another scheduler": lambda: with_scheduler(foreign),
+        "another scheduler later": lambda: swapped(diffusers.DDIMScheduler()),
+    }
+    found = {}
+    for name, use in uses.items():
+        try:
+            found[name] = use()
+        except ValueError as err:
+            found[name] = str(err)
+    return found
 
 
 def dit(job):

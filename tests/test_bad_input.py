@@ -293,7 +293,11 @@ class TestResuming:
     def test_with_another_configuration(self, train, run_dir):
         stderr = train("--num-experts", 4, num_ranks=2)
 
-        assert "was started with another configuration: num_experts (3 -> 4); use a new" in stderr
+        assert (
+            "was started with another configuration: num_experts (3 -> 4); repeat the old values, "
+            f"or use a new --run-dir, with --init-from {run_dir} if it shall begin with this run's "
+            "weights.\n"
+        ) in stderr
 
     def test_in_another_precision(self, train, run_dir, tmp_path):
         path = tmp_path / "bf16.json"
@@ -425,8 +429,14 @@ class TestSampling:
             (("--steps", 0), "--steps must be at least 1, not 0."),
             (("--steps", 1001), "--steps 1001 exceeds the 1000 timesteps of the model; use fewer."),
             (("--cfg-scale", "nan"), "--cfg-scale must be a number of at least 0, not nan."),
-            (("--classes", "dog"), "--classes: unknown class 'dog'; choose one of: "),
-            (("--classes", "10"), "--classes: unknown class '10'; choose one of: "),
+            (
+                ("--classes", "dog"),
+                "--classes: unknown class 'dog'; give a number of a class, from 0 to 9",
+            ),
+            (
+                ("--classes", "10"),
+                "--classes: unknown class '10'; give a number of a class, from 0 to 9",
+            ),
             (("--checkpoint", "step-4"), "--checkpoint: no 'step-4'; "),
             (
                 ("--checkpoint", ""),

@@ -283,7 +283,7 @@ def test_a_dry_run_describes_and_writes_nothing(images, tmp_path, capsys):
     [
         (["--input", "gone"], "--output is missing: say where the shards of --input shall go."),
         (["--input", "gone", "--output", "o"], "--input gone: does not exist; give a folder"),
-        (["--input", "EMPTY", "--output", "o"], "no image files (.bmp, "),
+        (["--input", "EMPTY", "--output", "o"], "no image files (.avif, "),
         (["--input", "IMAGES", "--output", __file__], "is a file; give a folder."),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1."),
         (["--shard-size", "-1"], "--shard-size -1: must be at least 1."),

@@ -1,7 +1,10 @@
 """Options of encoding: precision, memory, inputs that are lists or tars, names, dry runs."""
 
+import hashlib
 import io
+import json
 import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -19,7 +22,9 @@ from data_tools.encoding_settings import load_settings
 from data_tools.encoding_trial import check_precision, choose_batch_size, precision_error
 from data_tools.errors import ConfigError
 from data_tools.inputs import open_source
+from data_tools.inspect_dataset import page
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.preview import write_preview
 from data_tools.vae import DEMO_VAE, encode_moments, load_vae, with_dtype
 from tests.encode_jobs import content, flags, make_pictures
 
@@ -287,3 +292,44 @@ def test_an_output_inside_a_file_is_one_sentence(images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^--output .*file/set: cannot write .*Not a directory"):
         main(flags(images, tmp_path / "file" / "set"))
+
+
+def test_a_data_set_remembers_the_statistics_of_its_vae(images, encoded, tmp_path, capsys):
+    folder = tmp_path / "vae"
+    shutil.copytree(DEMO_VAE, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    main(flags(images, tmp_path / "set", **{"--vae": folder}))
+
+    found, plain = DatasetManifest.load(tmp_path / "set"), DatasetManifest.load(encoded)
+    assert found.vae == load_vae(folder).reference
+    assert found.vae.latents_std == config["latents_std"]
+    assert found.shards == plain.shards, "the moments are those of the VAE alone"
+    assert found.hash != plain.hash
+    assert "latents_mean and latents_std" in page(found)
+    for name, manifest in (("a.png", found), ("b.png", plain)):
+        write_preview(tmp_path / name, manifest)
+    previews = [np.asarray(Image.open(tmp_path / name), int)[40:] for name in ("a.png", "b.png")]
+    assert np.abs(previews[0] - previews[1]).max() <= 1
+    # Begun by a version that did not use them: it goes on without.
+    for path in encoded.iterdir():
+        shutil.copy(path, tmp_path / "set" / path.name)
+    capsys.readouterr()
+    main(flags(images, tmp_path / "set", **{"--vae": folder}))
+    assert "are not used: this data set was begun without them; a new" in capsys.readouterr().out
+    assert DatasetManifest.load(tmp_path / "set").hash == plain.hash
+
+
+def test_a_description_of_before_there_was_room_for_statistics_is_the_same_data_set(encoded):
+    manifest = DatasetManifest.load(encoded)
+    text = json.loads((encoded / MANIFEST_NAME).read_text())
+    for name in ("latents_mean", "latents_std"):
+        text["vae"].pop(name, None)
+    assert DatasetManifest.parse(json.dumps(text).encode(), "dataset.json").hash == manifest.hash
+    del text["versions"], text["source"], text["vae"]["id"]
+    for entry in text["classes"]:
+        del entry["name"]
+    old = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+    assert old == manifest.hash

@@ -18,6 +18,7 @@ from training.checkpoint_manifest import (
     latest_checkpoint,
     read_manifest,
 )
+from training.exit_codes import SAVED_EXIT_CODE
 from training.monitor import read_metrics
 
 pytestmark = pytest.mark.ranks
@@ -87,30 +88,13 @@ def test_a_killed_run_continues_with_identical_losses(trained, demo_latents, tmp
     assert losses(run_dir) == losses(trained[0])
 
 
-# A terminal, also one that closes, and a batch system signal every process of the job, the launcher
-# included. SIGHUP kills deepspeed's launcher at once; torchrun's passes it on, even where it was
-# ignored.
-@pytest.mark.parametrize(
-    ("launcher", "number"),
-    [
-        ("deepspeed", signal.SIGINT),
-        ("deepspeed", signal.SIGTERM),
-        ("deepspeed", signal.SIGHUP),
-        ("torchrun", signal.SIGHUP),
-    ],
-)
-def test_a_stopped_run_saves_leaves_and_continues(
-    trained, demo_latents, tmp_path, launcher, number
-):
+# A terminal's Ctrl-C and a batch system signal every process of the job, the launcher included.
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_leaves_and_continues(trained, demo_latents, tmp_path, number):
     run_dir = tmp_path / "stopped"
     command = train_command(demo_latents, run_dir, "--save-every", 1000, num_ranks=2)
-    begin = ("env", "--default-signal", *command)
-    if launcher == "torchrun":
-        script = command.index("training/main.py")
-        torchrun = ("torchrun", "--standalone", "--nproc-per-node", 2)
-        begin = ("env", "--ignore-signal=HUP", *torchrun, *command[script:])
 
-    process = start(*begin)
+    process = start("env", "--default-signal", *command)
     metrics = run_dir / "metrics.jsonl"
     wait_for(process, lambda: metrics.exists() and len(losses(run_dir)) >= 2)
     os.killpg(process.pid, number)
@@ -122,6 +106,37 @@ def test_a_stopped_run_saves_leaves_and_continues(
     assert 2 <= state.step < STEPS
     assert state.samples_consumed == 8 * state.step
     assert losses(run_dir) == losses(trained[0])
+
+
+# SIGHUP kills deepspeed's launcher at once; torchrun's passes it on, even where it was ignored.
+@pytest.mark.parametrize(
+    ("launcher", "disposition", "number", "code"),
+    [
+        ("python", "--default-signal", signal.SIGUSR1, SAVED_EXIT_CODE),
+        ("deepspeed", "--default-signal", signal.SIGHUP, -signal.SIGHUP),
+        ("torchrun", "--ignore-signal=HUP", signal.SIGHUP, 1),
+    ],
+)
+def test_a_run_whose_terminal_closes_or_whose_time_is_over_saves(
+    demo_latents, tmp_path, launcher, disposition, number, code
+):
+    run_dir, begin = tmp_path / "run", [launcher]
+    command = train_command(demo_latents, run_dir, "--save-every", 1000, num_ranks=1)
+    script = command.index("training/main.py")
+    if launcher == "deepspeed":
+        begin = command[:script]
+    elif launcher == "torchrun":
+        begin += ["--standalone", "--nproc-per-node", 1]
+
+    process = start("env", disposition, *begin, *command[script:], "--max-steps", 1000)
+    metrics = run_dir / "metrics.jsonl"
+    wait_for(process, lambda: metrics.exists() and len(losses(run_dir)) >= 2)
+    os.killpg(process.pid, number)
+    output = finish(process)
+
+    assert "stopped by a signal after step" in output, output
+    assert process.returncode == code
+    assert read_manifest(latest_checkpoint(run_dir)).state.step == losses(run_dir)[-1][0]
 
 
 def test_running_a_finished_run_again_changes_nothing(trained, demo_latents):

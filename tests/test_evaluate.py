@@ -526,9 +526,9 @@ class TestRefusals:
         assert "--num-images 12: too few, the covariance of 12 features of means.pt" in sentence(
             12, reference, network
         )
-        assert "few.npz: holds no statistics of this network and 12 images, fewer" in sentence(
-            20, tmp_path / "few.npz", network
-        )
+        told = sentence(20, tmp_path / "few.npz", network)
+        assert "few.npz: holds no features_mu and features_sigma, the statistics of means" in told
+        assert "and 12 images, fewer than the 13 that a covariance takes; make one with" in told
         assert "its features_mu and features_sigma have shapes (5,) and (5, 5), fe" in sentence(
             20, tmp_path / "width.npz", network
         )

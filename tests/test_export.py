@@ -11,15 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, safe_open
 
 from data_tools.files import write_json
-from data_tools.manifest import DATASET, VaeReference
+from data_tools.manifest import DATASET, DatasetManifest, VaeReference
 from data_tools.order import ORDER_VERSION
-from data_tools.vae import DEMO_VAE, decode_pixels, load_vae
+from data_tools.vae import DEMO_VAE, decode_pixels, load_decoder, load_vae
 from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.switch_dit import SwitchDiT
@@ -162,6 +163,7 @@ def exports(runs, tmp_path_factory):
         "switch": {
             "kind": "pipeline",
             "folder": make("switch", "switch", "--steps", 4, "--guidance-interval", 0.2, 0.8),
+            "is_used": True,
             "calls": [
                 {"class_labels": names, "seed": 5},
                 {**quick, "sampler": "ddpm", "guidance_scale": 1.0},
@@ -175,6 +177,18 @@ def exports(runs, tmp_path_factory):
                 {"shift": 2.0},
                 {"class_labels": [0], "indices": [0, 1]},
                 {"output_type": "jpeg", "num_inference_steps": 1},
+                {"class_labels": []},
+                {"class_labels": True},
+                {"class_labels": "Class 3"},
+                {"num_inference_steps": 2.0},
+                {"guidance_scale": -1},
+                {"guidance_interval": [0.9, 0.1]},
+                {"guidance_interval": [0, 1000]},
+                {"guidance_interval": 0.5},
+                {"guidance_channels": 99},
+                {"guidance_scale": 1, "guidance_interval": [0, 1]},
+                {"seed": -1},
+                {"indices": [-1]},
             ],
         },
         "raw": {
@@ -266,18 +280,68 @@ def test_raw_weights_other_experts_and_flow_are_drawn_bit_for_bit(exports, runs)
 
 
 def test_a_mistake_in_a_call_is_named(exports):
+    """By the checks of the command line, in the words of the call."""
     refusals = exports["switch"][1]["refusals"]
 
-    assert [text.split(";")[0][:44] for text in refusals] == [
-        "there is no class 'dog'",
-        "there is no class 10",
-        "sampler 'euler' does not fit objective epsil",
-        "num_inference_steps must be from 1 to 1000, ",
-        "shift 2.0 is for rectified flow only",
-        "2 indices were given for 1 labels",
-        "output_type must be pil, np or latent, not '",
+    assert refusals == [
+        "class_labels: unknown class 'dog'; give a number of a class, from 0 to 9, or a name: "
+        "'class 0', 'class 1', 'class 2', 'class 3', 'class 4', 'class 5', 'class 6', 'class 7', "
+        "'class 8', 'class 9'.",
+        "class_labels: 10 is not a number of a class, from 0 to 9.",
+        "sampler euler does not fit objective epsilon; use ddim, ddpm or dpmpp-2m.",
+        "num_inference_steps must be at least 1, not 0.",
+        "shift 2.0 does not fit objective epsilon: only the times of flow are shifted; leave it "
+        "out.",
+        "2 indices were given for 1 labels.",
+        "output_type must be pil, np or latent, not 'jpeg'.",
+        "class_labels is empty; give at least one class.",
+        "class_labels: a class that is not given by its name must be a whole number, not True.",
+        "class_labels: unknown class 'Class 3'; did you mean 'class 3'?",
+        "num_inference_steps must be a whole number, not 2.0.",
+        "guidance_scale must be a number of at least 0, not -1.0.",
+        "guidance_interval 0.9 0.1 is no interval within 0 and 1; give the lower end first.",
+        "guidance_interval 0.0 1000.0 is no interval within 0 and 1; give the lower end first.",
+        "guidance_interval must be two numbers, not 0.5.",
+        "guidance_channels must be from 1 to 4, the latent channels of the model, not 99.",
+        "guidance_interval has no effect without guidance, whose scale is 1; choose another scale "
+        "or leave it out.",
+        "seed must be >=0 and <9223372036854775808, not -1.",
+        "indices must be >=0 and <9223372036854775, not -1.",
     ]
-    assert exports["flow"][1]["refusals"][0].startswith("guidance_scale 2.0 compares predictions")
+    assert exports["flow"][1]["refusals"] == [
+        "guidance_scale 2.0 compares predictions with and without the label, but this model was "
+        "not trained with both; use guidance_scale 1."
+    ]
+
+
+def test_labels_may_be_what_people_of_torch_and_numpy_have(exports):
+    used = exports["switch"][1]["used"]
+
+    for kind in ("tensor", "array", "numbers of numpy", "saved and loaded", "made of components"):
+        assert torch.equal(used[kind], used["list"]), kind
+    assert torch.equal(used["tensor of none"], used["one"])
+    assert used["made of components and parameters"] == 3
+    assert used["label ids"] == [3, 0]
+    assert used["unsigned seed"] == (1, 4, 16, 16)
+    assert (used["half"] - used["list"]).abs().max() < 0.1 * used["list"].abs().max()
+
+
+def test_what_would_be_drawn_wrong_is_refused(exports):
+    used = exports["switch"][1]["used"]
+    number = "class_labels: a class that is not given by its name must be a whole number, not "
+
+    assert used["table"] == "class_labels must have one dimension, not 2."
+    assert used["truths"] == f"{number}True."
+    assert used["fractions"] == f"{number}3.0."
+    assert used["bytes"] == f"{number}b'class 3'."
+    assert used["generators"].startswith("generator must be one torch.Generator for all images, ")
+    assert used["NaN"] == "guidance_scale must be a number of at least 0, not nan."
+    sentence = (
+        "scheduler: a {} has no effect on this pipeline, whose solvers visit trained timesteps "
+        "only; keep the exported one and choose a solver by sampler."
+    )
+    assert used["another scheduler"] == sentence.format("DPMSolverMultistepScheduler")
+    assert used["another scheduler later"] == sentence.format("DDIMScheduler")
 
 
 def test_merged_experts_draw_our_images_bit_for_bit_at_their_steps_only(exports, runs):
@@ -411,6 +475,26 @@ def test_a_pipeline_comes_with_its_autoencoder_and_its_licence(exports, vae):
     assert "CC BY-SA 4.0" in (folder / "vae" / "README.md").read_text()
     theirs = load_vae(folder / "vae")
     assert theirs.sha256 == vae.sha256
+
+
+def test_a_pipeline_decodes_by_the_statistics_of_the_data_that_the_model_learned_from(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    text = json.loads((run / "dataset.json").read_text())
+    text["vae"] |= {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2]}
+    (run / "dataset.json").write_text(json.dumps(text))
+    reference = DatasetManifest.parse(json.dumps(text).encode(), "dataset.json").vae
+
+    export(run, "--format", "diffusers", "--output", tmp_path / "x", "--steps", 2)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline([0, 1], output_type="latent").images
+    pixels = pipeline([0, 1], output_type="np").images
+
+    expected = decode_pixels(load_decoder(None, reference), latents)
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+    assert list(pipeline.vae.config.latents_std) == reference.latents_std
 
 
 def test_the_card_of_a_run_without_numbers_states_none(run, tmp_path):

@@ -1,6 +1,7 @@
 """Which files of an input are images, which class each has, and what is said of the others."""
 
 import json
+import random
 import tarfile
 
 import pytest
@@ -391,3 +392,39 @@ def test_flags_for_another_kind_of_input_are_refused(tmp_path, reading, sentence
         open_source(str(tmp_path), reading=reading)
 
     assert str(error.value).startswith(sentence.format(tmp_path))
+
+
+PARTS = ["a", "b", ".x", "__MACOSX", "1", "10", "c.d", "é"]
+ENDS = ["jpg", "PNG", "seg.png", "2.jpg", "cls", "txt", "HEIC", "npy", "json"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_every_file_is_an_image_a_label_or_counted_or_all_are_refused(tmp_path, kind, seed):
+    draw = random.Random(seed)
+    paths = {
+        f"{draw.choice(PARTS)}/{draw.choice(PARTS)}{draw.randrange(4)}.{draw.choice(ENDS)}"
+        for _ in range(draw.randrange(1, 12))
+    }
+    for path in paths:
+        save(tmp_path / "folder" / path)
+    contents = [(path, b"1" if path.endswith("cls") else b"x") for path in paths]
+    make_tar(tmp_path / "tar" / "a.tar", contents)
+
+    try:
+        found = open_source(str(tmp_path / kind))
+    except ConfigError as err:
+        assert str(err).startswith("--input ") and "\n" not in str(err)
+        return
+
+    counted = left_out(found)
+    if kind == "folder":
+        # Folders are counted, and not what is in them.
+        paths = {path for path in paths if not path.startswith((".x/", "__MACOSX/"))}
+        top = {path.name for path in (tmp_path / "folder").iterdir()} & {".x", "__MACOSX"}
+        counted["hidden or system files"] = counted.get("hidden or system files", 0) - len(top)
+        counted.pop("folders without images, which are no classes", None)
+        assert len(found) + sum(counted.values()) == len(paths)
+        return
+    num_labels = int((found.indexes[0].labels >= 0).sum())
+    assert len(found) + num_labels + sum(counted.values()) == len(paths)

@@ -3,6 +3,8 @@
 The weights themselves are not here: no test runs the real network.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,11 @@ from data_tools.errors import ConfigError
 from tests.reference_inception import BLOCKS, STEM, Graph, torch_name
 from tests.reference_scores import resize
 from training.evaluation import networks
+from training.evaluation.card import describe_reference, say_left_out
+from training.evaluation.image_npz import ImageNpz
 from training.evaluation.inception import Inception, resize_like_tensorflow
+from training.evaluation.networks import POOL, SPATIAL, InceptionNetwork
+from training.evaluation.scores import Reference, look_at, score
 
 NUM_TENSORS = 566  # of the published file of weights
 # (height, width, channels) of the graph's layers for a 299 x 299 image.
@@ -197,3 +203,85 @@ def test_gpus_convolve_exactly_and_with_their_library():
     with networks.full_precision():
         cudnn = torch.backends.cudnn
         assert cudnn.enabled and cudnn.deterministic and not cudnn.allow_tf32
+
+
+class Few(torch.nn.Module):
+    """Looks at images as Inception does, with 8 and 6 features instead of 2048 and 2023."""
+
+    def forward(self, pixels):
+        means = pixels.double().unflatten(1, (2, -1)).flatten(2, 3).mean(dim=2)  # (N, 2, 3)
+        pool = torch.cat((means.flatten(1), means[:, :, 0] ** 2), dim=1).float()
+        return SimpleNamespace(pool=pool, spatial=pool[:, :6])
+
+    def logits(self, pool):
+        return pool
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    path = tmp_path_factory.mktemp("samples") / "samples.npz"
+    np.savez(path, np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8))
+    return ImageNpz(path, "")
+
+
+class TestReferencesOfOtherProjects:
+    """Files of mu and sigma alone, as pytorch-fid and others publish them."""
+
+    @pytest.fixture
+    def few(self):
+        network = InceptionNetwork(Few(), "0" * 64, torch.device("cpu"))
+        network.widths = {POOL: 8, SPATIAL: 6}
+        return network
+
+    @pytest.fixture
+    def network(self, model):
+        return InceptionNetwork(model, "0" * 64, torch.device("cpu"))
+
+    def test_mu_and_sigma_give_fid_and_the_rest_is_said_to_be_left_out(
+        self, few, samples, tmp_path
+    ):
+        seen = look_at(few, samples.batches(2)).gaussians[POOL]
+        shifted = seen.mean.numpy() + np.eye(8)[0] * 3.0
+        np.savez(tmp_path / "r.npz", mu=shifted, sigma=seen.covariance.numpy())
+
+        reference = Reference(tmp_path / "r.npz", few, (16, 16))
+
+        found = score(samples, reference)
+        assert list(found) == ["fid", "inception_score"]
+        assert found["fid"] == pytest.approx(9.0, rel=1e-3)
+        assert say_left_out(reference) == (
+            "left out: sfid (no mu_s and sigma_s in the reference), precision and recall (no "
+            "images (arr_0) in the reference)"
+        )
+        assert describe_reference(reference)["reference"]["left_out"].keys() == {
+            *("sfid", "precision", "recall")
+        }
+
+    @pytest.mark.parametrize(
+        ("arrays", "sentence"),
+        [
+            (
+                {"mu": np.zeros(64), "sigma": np.eye(64)},
+                "its mu and sigma have shapes (64,) and (64, 64), features of inception-2015-12-05 "
+                "2048 numbers; give a file that the same network made.",
+            ),
+            (
+                {"mu": np.full(2048, np.nan), "sigma": np.eye(2048)},
+                "its mu and sigma are no finite numbers; give another file.",
+            ),
+            (
+                {"features_mu": np.zeros(64), "features_sigma": np.eye(64)},
+                "holds no mu and sigma, the statistics of inception-2015-12-05, and 0 images, "
+                "fewer than the 2,049 that a covariance takes; its features_mu and features_sigma "
+                "are of another network; make one with training/reference_statistics.py.",
+            ),
+        ],
+    )
+    def test_statistics_of_another_network_are_refused(self, network, tmp_path, arrays, sentence):
+        path = tmp_path / "r.npz"
+        np.savez(path, **arrays)
+
+        with pytest.raises(ConfigError) as error:
+            Reference(path, network, (16, 16))
+
+        assert str(error.value) == f"--reference {path}: {sentence}"

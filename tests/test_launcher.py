@@ -12,6 +12,7 @@ import torch
 from data_tools.errors import ConfigError, OutageError
 from data_tools.launcher import (
     ALONE,
+    BY_TORCH,
     Place,
     first_of_node_list,
     is_started_again,
@@ -228,6 +229,10 @@ def test_processes_of_one_node_need_no_address():
     assert meeting_point(read_place(env), env) == ("127.0.0.1", 29500)
     by_hand = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     assert meeting_point(read_place(by_hand), by_hand) == ("127.0.0.1", 29500)
+
+
+def test_rank_0_is_the_first_of_its_node_too():
+    assert read_place({"RANK": "0", "WORLD_SIZE": "16"}) == Place(BY_TORCH, 0, 16, 0, None)
 
 
 def test_the_tasks_of_this_node_are_counted_where_nodes_differ():

@@ -5,6 +5,10 @@ import shutil
 
 import pytest
 
+from data_tools import encode_latents, verify_shards
+from data_tools.manifest import DatasetManifest
+from data_tools.vae import DEMO_VAE
+from tests.encode_jobs import flags, make_pictures
 from tests.launch import REPOSITORY
 from training import evaluate, export, report, sample
 from training.checkpoint_manifest import latest_checkpoint
@@ -46,6 +50,19 @@ def train(folder, train_forked):
 def quoted(path):
     """A path in a URL: --data takes commas and braces of a plain text for its own."""
     return "".join(c if c.isalnum() or c in "/-_." else f"%{ord(c):02X}" for c in str(path))
+
+
+def test_images_a_vae_and_their_latents_may_lie_there(tmp_path):
+    folder = tmp_path / NAME
+    images = make_pictures(folder / "images [1]", 9)
+    shutil.copytree(DEMO_VAE, folder / "vae*")
+
+    argv = flags(images, folder / "set {0..2}") + ["--vae", str(folder / "vae*")]
+    encode_latents.main(argv)
+    encode_latents.main(argv)
+    verify_shards.main(["--data", str(folder / "set {0..2}")])
+
+    assert DatasetManifest.load(folder / "set {0..2}").num_samples == 9
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -4,15 +4,18 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from data_tools.entry_point import STOP_SIGNALS
 from tests.encode_jobs import flags, make_pictures
-from tests.launch import REPOSITORY, environment
+from tests.launch import REPOSITORY, environment, finish, start
 from tests.synthetic import make_dataset
 from training.checkpoint_manifest import latest_checkpoint
 from training.monitor import read_metrics
@@ -84,6 +87,22 @@ def test_a_character_that_an_encoding_lacks_is_written_as_an_escape(tmp_path, en
     assert output.splitlines() == [b"line %d %b" % (i, shown) for i in range(3000)]
 
 
+def test_names_of_files_are_read_in_any_locale(tmp_path):
+    """Under ASCII and Latin-1 alike; what is printed is still what the terminal can show."""
+    no_utf8 = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    script = "from data_tools.entry_point import enter; import sys; enter(lambda: print(sys.argv))"
+    command = [sys.executable, "-c", script, "l\u00e4ufe", b"\xff"]
+    said = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment(PYTHONPATH=str(REPOSITORY), **no_utf8),
+        capture_output=True,
+        check=True,
+    )
+
+    assert said.stdout == rb"['-c', 'l\xe4ufe', '\udcff']" + b"\n"
+
+
 def test_a_file_opened_later_does_not_become_the_closed_output(tmp_path):
     script = (
         "import os, subprocess; from data_tools.entry_point import enter\n"
@@ -102,6 +121,44 @@ def test_a_file_opened_later_does_not_become_the_closed_output(tmp_path):
     )
 
     assert (tmp_path / "checkpoint").read_text() == "state"
+
+
+STOPPED = """
+import sys, time
+from data_tools.entry_point import enter
+def main():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.2)
+        print("closed", flush=True)
+enter(main, when_stopped="the same command goes on")
+"""
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_a_command_with_one_line_unless_it_was_ignored(number):
+    """The environment's command sets what nohup and others leave behind."""
+    script = (sys.executable, "-c", STOPPED)
+    process = start("env", "--default-signal", *script, PYTHONPATH=str(REPOSITORY))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    time.sleep(0.05)
+    process.send_signal(number)  # as launchers repeat it
+    said = finish(process)
+
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert said == f"closed\nstopped by {name}; the same command goes on\n"
+    assert process.returncode == 128 + number
+
+    process = start("env", f"--ignore-signal={number}", *script, PYTHONPATH=str(REPOSITORY))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.kill()
+    finish(process)
 
 
 def command(*argv, redirection="", **env):

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -63,7 +64,7 @@ def started_elsewhere(*command):
     result = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT.parent,
-        env=os.environ | {"COLUMNS": "100", "DS_ACCELERATOR": "cpu"},
+        env=os.environ | {"COLUMNS": "100", "DS_ACCELERATOR": "cpu", "PYTHONUTF8": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -90,6 +91,14 @@ def test_entry_points_answer_help(path):
 
     assert text.startswith("usage: ")
     assert "--help" in text
+
+
+@pytest.mark.parametrize("path", ENTRY_POINTS, ids=relative)
+def test_entry_points_begin_by_the_function_that_protects_their_output(path):
+    block = ast.parse(path.read_text()).body[-1]
+
+    assert isinstance(block, ast.If)
+    assert [ast.unparse(statement).split("(main")[0] for statement in block.body] == ["enter"]
 
 
 def test_help_is_that_of_the_plain_command():
@@ -168,6 +177,19 @@ def test_no_tracked_file_holds_a_path_of_one_machine():
     assert found == []
 
 
+@pytest.mark.parametrize("path", CODE, ids=relative)
+def test_text_files_are_utf_8_whatever_the_locale(path):
+    wrong = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            given = node.args[1 if node.func.attr == "write_text" else 0 :]
+            is_named = given or any(keyword.arg == "encoding" for keyword in node.keywords)
+            if node.func.attr in ("read_text", "write_text") and not is_named:
+                wrong.append(node.lineno)
+
+    assert wrong == []
+
+
 def test_shell_scripts_parse_and_those_that_are_run_are_executable():
     scripts = [ROOT / ".ci/run", *ROOT.glob("tests/*.sh"), *ROOT.glob("slurm/*.sh")]
 
@@ -230,3 +252,23 @@ def test_one_module_reads_launchers_variables():
     }
 
     assert readers == {"data_tools/launcher.py"}
+
+
+def test_a_command_that_a_package_brings_as_a_file_works_in_a_path_with_blanks(tmp_path):
+    checkout = tmp_path / "ein Pfad mit Ümläuten"
+    commands = checkout / ".venv/bin"
+    commands.mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", checkout)
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        (checkout / name).touch()
+    python, command = commands / "python", commands / "deepspeed"
+    python.write_text('#!/bin/sh\n[ "$2" = pip ] || exec python3 "$@"\n')
+    command.write_text(f"#!{python.resolve()}\n\nimport sys\n\nprint(sys.argv[1:])\n")
+    for path in (python, command):
+        path.chmod(0o755)
+
+    install = ["make", ".venv/installed.stamp", f"PYTHON={sys.executable}"]
+    subprocess.run(install, cwd=checkout, capture_output=True, check=True)
+    ran = subprocess.run([command, "a b"], capture_output=True, text=True, check=True)
+
+    assert ran.stdout == "['a b']\n"

@@ -77,11 +77,4 @@ def test_weights_and_averages_equal_those_of_a_run_that_never_changed(runs, name
         stage,
     )
     for file in files:
-        expected, got = load_file(theirs / file), load_file(ours / file)
-        for key, value in expected.items():
-            if key.endswith("attn.qkv.bias"):
-                # Adding one value to all keys changes no attention, so its gradient is rounding
-                # alone, which Adam scales up.
-                for each in (value, got[key]):
-                    each[len(value) // 3 : -len(value) // 3] = 0.0
-        assert_trained_alike(got, expected, file)
+        assert_trained_alike(load_file(ours / file), load_file(theirs / file), file)

@@ -1,9 +1,15 @@
 """What --init-from takes, refuses and reports; that training begins there: test_starting_points."""
 
 import argparse
+import collections
+import datetime
 import fractions
+import os
+import pathlib
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,7 +20,12 @@ from training.config import Config
 from training.engine import build_model
 from training.preset import load_preset
 from training.run_directory import CONFIG_FILE
-from training.warm_start import check_is_elsewhere, check_warm_start, initial_values
+from training.warm_start import (
+    check_is_elsewhere,
+    check_warm_start,
+    initial_values,
+    with_own_origin,
+)
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
 
@@ -33,6 +44,16 @@ def random_weights(**model):
     }
 
 
+class Runs:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
 def without_routing(weights):
     return {k: v for k, v in weights.items() if not k.startswith("gate.") and "mixture" not in k}
 
@@ -41,6 +62,81 @@ def load(warm_start, model, rank=0):
     with torch.no_grad():
         for parameter, value in initial_values(warm_start, model, rank):
             parameter.copy_(value)
+
+
+class Settings(dict):
+    """A dictionary of a class of its own, as Lightning and omegaconf have them."""
+
+
+def under(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def in_wrapped_parts(weights):
+    """As FSDP, activation checkpointing and torch.compile name what is inside them."""
+    inner = {
+        re.sub(r"(blocks\.\d+\.)", r"\1_checkpoint_wrapped_module._orig_mod.", name): value
+        for name, value in weights.items()
+    }
+    return under("_fsdp_wrapped_module.", inner)
+
+
+# By what wraps them: what is saved of the weights to load and of other weights, the entry that is
+# chosen, those that are there as well, and tensors that are not used.
+FOREIGN = {
+    "DDP of a compiled model": (
+        lambda good, _: {"model": under("module._orig_mod.", good)}, "model", [], []),
+    "a compiled DDP": (
+        lambda good, _: under("_orig_mod.module.", good), None, [], []),
+    "anything twice": (
+        lambda good, _: under("module.module._orig_mod.module.", good), None, [], []),
+    "wrapped parts": (
+        lambda good, _: {"model": in_wrapped_parts(good)}, "model", [], []),
+    "AveragedModel": (
+        lambda good, bad: {
+            "model": bad, "ema": {"n_averaged": torch.tensor(7), **under("module.", good)}
+        }, "ema", ["model"], ["n_averaged"]),
+    "Lightning": (
+        lambda good, _: {
+            "epoch": 1, "pytorch-lightning_version": "2.4.0", "hyper_parameters": Settings(lr=1),
+            "state_dict": {"loss.weight": torch.ones(1), **under("model.", good)},
+            "callbacks": collections.defaultdict(list, a=[1]),
+        }, "state_dict/model", [], ["loss.weight"]),
+    "Lightning with an average": (
+        lambda good, bad: {"state_dict": under("model.", bad) | under("ema.", good)},
+        "state_dict/ema", ["state_dict/model"], []),
+    "model_state_dict": (
+        lambda good, bad: {
+            "epoch": 3, "model_state_dict": good,
+            "optimizer_state_dict": {"state": {"exp_avg": bad}},
+        }, "model_state_dict", [], []),
+    "DeepSpeed": (
+        lambda good, _: {"module": good, "dtype": "torch.float32"}, "module", [], []),
+    "ema_pytorch": (
+        lambda good, bad: {
+            "ema": {
+                "initted": torch.tensor(True), "step": torch.tensor(9),
+                **under("online_model.", bad), **under("ema_model.", good),
+            }
+        }, "ema/ema_model", ["ema/online_model"], ["initted", "step"]),
+    "timm": (
+        lambda good, bad: {"state_dict": bad, "state_dict_ema": good, "arch": "dit"},
+        "state_dict_ema", ["state_dict"], []),
+    "averages by their decay": (
+        lambda good, bad: {"emas": {"0.999": good, "0.9999": bad}, "rng": torch.zeros(4)},
+        "emas/0.999", ["emas/0.9999"], []),
+    "deep inside": (
+        lambda good, _: {"trainer": {"state": [{"net": good}]}}, "trainer/state/0/net", [], []),
+    "with an encoder of images": (
+        lambda good, _: {
+            "model": under("denoiser.", good) | {"dino.blocks.0.attn.qkv.weight": torch.ones(3, 3)}
+        }, "model/denoiser", [], []),
+    "numbers of numpy and arguments": (
+        lambda good, _: {
+            "ema": good, "step": np.int64(3), "when": datetime.date(2024, 1, 1),
+            "args": argparse.Namespace(folder=pathlib.Path("x"), ratio=fractions.Fraction(1, 2)),
+        }, "ema", [], []),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +203,32 @@ class TestWhatIsLoaded:
             "freshly initialised  gate.weight, gate.bias, "
             "blocks.*.mixture.deepspeed_moe.experts.weight x 6" in report
         )
+
+    @pytest.mark.parametrize("name", FOREIGN)
+    def test_a_checkpoint_of_another_trainer(self, name, weights, tmp_path):
+        """However it is wrapped, the averaged weights if there are some."""
+        make, entry, others, unused = FOREIGN[name]
+        path = tmp_path / "theirs.ckpt"
+        torch.save(make(weights, {key: value + 1 for key, value in weights.items()}), path)
+        config = configured(path)
+        warm_start, model = check_warm_start(config), build_model(config)
+
+        load(warm_start, model)
+
+        assert all(torch.equal(p, weights[key]) for key, p in model.named_parameters())
+        assert (warm_start.entry, warm_start.other_entries) == (entry, others)
+        assert warm_start.freshly_initialised == []
+        assert warm_start.unused == unused
+        for text in (*others, *unused):
+            assert text in warm_start.report()
+
+    def test_quantised_weights_are_not_taken_for_numbers(self, weights, tmp_path):
+        name = "blocks.3.mlp.fc1.weight"
+        save_file(weights | {name: weights[name].to(torch.int8)}, tmp_path / "q.safetensors")
+
+        assert check_warm_start(configured(tmp_path / "q.safetensors")).freshly_initialised == [
+            name
+        ]
 
     def test_a_bare_file_of_torch_in_half_precision_and_in_the_old_format(self, weights, tmp_path):
         half = {name: value.half() for name, value in weights.items()}
@@ -216,20 +338,25 @@ class TestWhatIsRefused:
         path = tmp_path / "page.pt"
         path.write_text("<html>404</html>")
 
-        assert "is damaged or no torch file (it is no pickle); copy or down" in refusal(path)
+        assert (
+            "is damaged or no torch file (it is no pickle of tensors and values); copy"
+            in refusal(path)
+        )
 
-    def test_objects_besides_tensors(self, weights, tmp_path):
-        path = tmp_path / "official.pt"
-        torch.save({"ema": weights, "config": fractions.Fraction(1, 2)}, path)
-
-        old_path = tmp_path / "old.pt"
+    def test_objects_without_tensors(self, tmp_path):
+        path, old_path = tmp_path / "new.pt", tmp_path / "old.pt"
+        torch.save(fractions.Fraction(1, 2), path)
         torch.save(fractions.Fraction(1, 2), old_path, _use_new_zipfile_serialization=False)
 
-        message = refusal(path)
+        for file in (path, old_path):
+            assert "holds fractions.Fraction, but no tensors by name; save a" in refusal(file)
 
-        assert "holds fractions.Fraction besides tensors" in refusal(old_path)
-        assert "holds fractions.Fraction besides tensors and is not opened, because" in message
-        assert f"torch.load('{path}', weights_only=False)['ema'], 'weights.pt')" in message
+    def test_a_file_that_runs_a_program_when_it_is_opened(self, weights, tmp_path):
+        path = tmp_path / "evil.pt"
+        torch.save({"ema": weights, "run": Runs(tmp_path / "ran")}, path)
+
+        assert "asks for posix.system when it is opened, which no file of w" in refusal(path)
+        assert not (tmp_path / "ran").exists()
 
     def test_entries_that_are_no_weights(self, tmp_path):
         torch.save({"optimizer": {}, "step": 3}, tmp_path / "a.pt")
@@ -267,3 +394,52 @@ class TestWhatIsRefused:
             with pytest.raises(ConfigError, match="itself; to continue that run leave --init-from"):
                 check_is_elsewhere(config)
         check_is_elsewhere(configured(tmp_path))
+
+
+class TestAnotherSourceWhenARunGoesOn:
+    """The source of the first weights is not read again, so only its name is looked at."""
+
+    @pytest.fixture
+    def resumed(self, tmp_path):
+        """Say what becomes of a source that is given to a run which began with tmp_path/first."""
+        (tmp_path / "first").touch()
+        folder = tmp_path / "run/checkpoints/step-0000001"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+        (folder.parent / "latest").write_text(folder.name)
+        begun = configured(tmp_path / "first")
+        (tmp_path / "run" / CONFIG_FILE).write_text(begun.to_yaml())
+
+        def call(source):
+            config = configured(source)
+            run = replace(config.run, run_dir=str(tmp_path / "run"))
+            config, note = with_own_origin(replace(config, run=run))
+            return config.run.init_from, note
+
+        return call
+
+    def test_left_out(self, resumed, tmp_path):
+        assert resumed(None) == (str(tmp_path / "first"), "")
+
+    def test_as_before_though_it_is_gone(self, resumed, tmp_path):
+        (tmp_path / "first").unlink()
+
+        assert resumed(tmp_path / "first") == resumed(None) == (str(tmp_path / "first"), "")
+
+    def test_moved(self, resumed, tmp_path):
+        (tmp_path / "first").rename(tmp_path / "moved")
+
+        source, note = resumed(tmp_path / "moved")
+
+        assert source == str(tmp_path / "first")
+        assert note.startswith(f"--init-from {tmp_path}/moved: is not read; {tmp_path}/run goes on")
+
+    def test_another_one_is_left_to_be_refused(self, resumed, tmp_path):
+        (tmp_path / "other").touch()
+
+        assert resumed(tmp_path / "other") == (str(tmp_path / "other"), "")
+
+    def test_before_the_first_checkpoint_it_is_read(self, resumed, tmp_path):
+        (tmp_path / "run/checkpoints/latest").unlink()
+
+        assert resumed(None) == (None, "")

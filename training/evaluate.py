@@ -35,6 +35,7 @@ from training.evaluation.card import (
     describe_vae,
     describe_weights,
     read_card,
+    say_left_out,
     weights_sha256,
 )
 from training.evaluation.drawing import (
@@ -202,6 +203,8 @@ def finish(
     """Make of the parts what was asked for, and say so. Only rank 0 calls this."""
     if job.held_out is not None:
         write_loss(job, loss, device)
+    if job.reference is not None and (told := say_left_out(job.reference)):
+        print(f"--reference {job.reference.path}: {told}")
     cards = [finish_point(args, job, point, device) for point in job.points]
     for point, card in zip(job.points, cards, strict=True):
         found = "".join(f", {name} {value:.4f}" for name, value in card.get("metrics", {}).items())

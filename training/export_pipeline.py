@@ -36,8 +36,8 @@ _LOADING = """\
 `trust_remote_code=True` runs the Python files of the folder, which need diffusers, torch and
 Pillow and nothing else. Image i of a call depends on the seed, i and its class alone, and is the
 one that `training/sample.py` draws. Arguments that are not given are those in
-`scheduler/scheduler_config.json` and `model_index.json`. To move it, copy the folder: what
-diffusers' `save_pretrained` writes lacks the Python files.
+`scheduler/scheduler_config.json` and `model_index.json`. What `pipeline.save_pretrained` writes
+loads in the same way.
 """
 
 
@@ -120,6 +120,8 @@ def _write_folder(job: ExportJob, folder: Path, transformer: Any, module: str, s
         "sampler": settings.method,
         "num_inference_steps": settings.num_steps,
         "shift": settings.shift,
+        "id2label": job.id2label,
+        "guidance": job.default_guidance,
     }
     scheduler = folder / "scheduler"
     scheduler.mkdir()

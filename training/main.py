@@ -247,7 +247,7 @@ def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Check the command line, then train (or only describe, with --dry-run)."""
     with exit_on_config_error():
-        ranks = processes.enter_job()
+        ranks = processes.enter_job("--dry-run" in (sys.argv if argv is None else argv))
         device = processes.select_accelerator(ranks)
         processes.collective_timeout()
     with processes.one_sentence(ranks):

@@ -7,6 +7,7 @@ L blocks, E experts, S timesteps.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -91,8 +92,9 @@ class Playground:
 
     def classes(self) -> list[tuple[str, int]]:
         """Return names and indices of the classes; none for an unconditional run."""
-        count = self.config.model.num_classes
-        return [(self._names.get(i, f"class {i}"), i) for i in range(count)]
+        names = [self._names.get(i, f"class {i}") for i in range(self.config.model.num_classes)]
+        counts = Counter(names)
+        return [(f"{name} ({i})" if counts[name] > 1 else name, i) for i, name in enumerate(names)]
 
     def averages(self) -> list[str]:
         """Return the names of the weights' averages, the default first."""

@@ -63,15 +63,18 @@ def discover_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     return _ranks_of(place)
 
 
-def enter_job() -> Ranks:
+def enter_job(is_dry: bool = False) -> Ranks:
     """Do what `discover_ranks` does, for an entry point: what all ranks find is said once.
+
+    Args:
+        is_dry: nobody will meet, so it need not be possible.
 
     Raises:
         ConfigError: this process's place is unknown.
     """
     place = launcher.read_place()
     with one_sentence(_ranks_of(place)):
-        _prepare_to_meet(place, os.environ)
+        _prepare_to_meet(place, os.environ, is_dry)
     return _ranks_of(place)
 
 
@@ -79,9 +82,12 @@ def _ranks_of(place: launcher.Place) -> Ranks:
     return Ranks(place.rank, place.world_size, place.local_rank, place.local_size)
 
 
-def _prepare_to_meet(place: launcher.Place, env: MutableMapping[str, str]) -> None:
+def _prepare_to_meet(
+    place: launcher.Place, env: MutableMapping[str, str], is_dry: bool = False
+) -> None:
     host, port = rendezvous.meeting_point(place, env)
-    rendezvous.check_meeting_point(place, host, port, env)
+    if not is_dry:
+        rendezvous.check_meeting_point(place, host, port, env)
     launcher.write_place(place, host, port, env)
 
 

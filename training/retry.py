@@ -101,7 +101,7 @@ def run_dir_of(flags: list[str]) -> Path:
 def newest_checkpoint(run_dir: Path) -> str:
     """Return the name of the newest checkpoint; empty if there is none."""
     pointer = run_dir / "checkpoints" / "latest"
-    return pointer.read_text(encoding="ascii").strip() if pointer.exists() else ""
+    return pointer.read_text("ascii", "replace").strip() if pointer.exists() else ""
 
 
 def main(argv: list[str] | None = None) -> None:

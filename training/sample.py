@@ -25,9 +25,9 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.manifest import DatasetManifest
 from data_tools.paths import typed_path, typed_text
 from data_tools.vae import Vae, decode_pixels, load_decoder
+from training.class_choice import ClassChoice
 from training.config import Config
 from training.objective import build_diffusion
-from training.option import did_you_mean
 from training.pictures import save_png
 from training.processes import (
     Ranks,
@@ -38,6 +38,7 @@ from training.processes import (
 )
 from training.run_directory import SAMPLES_DIR, load_config, load_manifest
 from training.sampling import SamplerSettings, image_grid, sample_latents
+from training.sampling_checks import WrongValueError
 from training.sampling_flags import (
     WeakerRun,
     add_sampling_flags,
@@ -86,7 +87,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--classes",
         metavar="LIST",
-        help="class names or indices, comma-separated (default: first 10)",
+        help="classes by name, or by number where no class is called so, comma-separated "
+        "(default: first 10)",
+    )
+    parser.add_argument(
+        "--class-numbers", metavar="LIST", help="classes by number, whatever they are called"
     )
     parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images per class")
     parser.add_argument("--batch-size", type=int, default=40, metavar="N", help="images at a time")
@@ -102,26 +107,29 @@ def build_parser() -> ArgumentParser:
 
 def plan_images(args: argparse.Namespace, config: Config, manifest: DatasetManifest) -> ImagePlan:
     """Decide the class of every image; refuse unknown classes."""
-    if config.model.num_classes == 0:
-        if args.classes is not None:
-            raise ConfigError("--classes: this run is unconditional; drop the flag.")
+    num_classes = config.model.num_classes
+    asked = {"--classes": args.classes, "--class-numbers": args.class_numbers}
+    given = [flag for flag, value in asked.items() if value is not None]
+    if num_classes == 0:
+        if given:
+            raise ConfigError(f"{given[0]}: this run is unconditional; drop the flag.")
         return ImagePlan([0] * args.per_class, ["unconditional"], args.per_class)
+    if len(given) > 1:
+        raise ConfigError("--classes and --class-numbers both choose the classes; give one.")
     names = {entry.index: entry.name for entry in manifest.classes}
-    if args.classes is None:
-        chosen = sorted(names)[:DEFAULT_MAX_CLASSES]
-    else:
-        chosen = [_class_index(text.strip(), names) for text in args.classes.split(",")]
+    flag = given[0] if given else "--classes"
+    choice = ClassChoice(num_classes, names, flag, "--class-numbers {}")
+    try:
+        if args.classes is not None:
+            chosen = choice.find_all(args.classes)
+        elif args.class_numbers is not None:
+            chosen = choice.numbers_in(args.class_numbers)
+        else:
+            chosen = list(range(min(num_classes, DEFAULT_MAX_CLASSES)))
+    except WrongValueError as err:
+        raise ConfigError(str(err)) from err
     labels = [index for index in chosen for _ in range(args.per_class)]
-    return ImagePlan(labels, [names[index] for index in chosen], args.per_class)
-
-
-def _class_index(text: str, names: dict[int, str]) -> int:
-    if text.isdigit() and int(text) in names:
-        return int(text)
-    indices = {name: index for index, name in names.items()}
-    if text not in indices:
-        raise ConfigError(f"--classes: unknown class '{text}'{did_you_mean(text, indices)}")
-    return indices[text]
+    return ImagePlan(labels, [choice.name_of(index) for index in chosen], args.per_class)
 
 
 def check_counts(args: argparse.Namespace) -> None:

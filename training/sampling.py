@@ -62,6 +62,7 @@ def sample_latents(
     Returns:
         (N, C, H, W) float32 on the device of `indices`.
     """
+    assert len(indices) == len(labels) > 0, "every image has an index and a class"
     count = latent_shape[0] * latent_shape[1] * latent_shape[2]
     seed, shape = settings.seed, (len(indices), *latent_shape)
     model_fn = _model_fn(model, group_size)

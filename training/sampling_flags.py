@@ -1,23 +1,37 @@
 """The flags that say how images are drawn, and what they may not say together."""
 
 import argparse
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.manifest import DatasetManifest
 from data_tools.paths import typed_text
-from models.guidance import OFFICIAL_CHANNELS, Guidance
+from models.guidance import OFFICIAL_CHANNELS
 from models.sampler import SAMPLING_METHODS, methods_for
-from training.config import Config, option_named
-from training.option import check_value, either
+from training.config import Config
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings, can_guide_without_classifier
+from training.sampling_checks import (
+    Asked,
+    Process,
+    Spelling,
+    WrongValueError,
+    checked_settings,
+)
 from training.weight_files import find_weights, is_same_file
 
 DEFAULT_SCALE = 2.0
 DEFAULT_STEPS = 50
+FLAGS = Spelling(
+    sampler="--sampler",
+    steps="--steps",
+    seed="--seed",
+    shift="--shift",
+    scale="--cfg-scale",
+    interval="--guidance-interval",
+    channels="--cfg-channels",
+)
 
 
 @dataclass(frozen=True)
@@ -85,99 +99,59 @@ def add_sampling_flags(parser: ArgumentParser, default_steps: int | None = DEFAU
 
 def sampler_settings(args: argparse.Namespace, config: Config) -> SamplerSettings:
     """Check the flags against each other and the run's configuration."""
-    if args.steps < 1:
-        raise ConfigError(f"--steps must be at least 1, not {args.steps}.")
-    if args.steps > config.diffusion.num_timesteps:
-        raise ConfigError(
-            f"--steps {args.steps} exceeds the {config.diffusion.num_timesteps} timesteps of the "
-            "model; use fewer."
-        )
-    methods = methods_for(config.diffusion.objective)
-    method = args.sampler or methods[0]
-    if method not in methods:
-        raise ConfigError(
-            f"--sampler {method} does not fit objective {config.diffusion.objective}; use "
-            f"{either(methods)}."
-        )
-    check_value(option_named("seed"), args.seed, "--seed")
-    return SamplerSettings(
-        method, args.steps, args.seed, guidance=_guidance(args, config), shift=_shift(args, config)
+    diffusion, channels = config.diffusion, config.model.latent_channels
+    is_auto = args.autoguidance is not None
+    can_guide = is_auto or can_guide_without_classifier(config)
+    named = {"all": channels, "three": min(OFFICIAL_CHANNELS, channels), None: None}
+    asked = Asked(
+        sampler=args.sampler,
+        steps=args.steps,
+        seed=args.seed,
+        shift=args.shift,
+        scale=_asked_scale(args),
+        interval=args.guidance_interval,
+        channels=named[args.cfg_channels],
     )
+    default = Asked(
+        sampler=methods_for(diffusion.objective)[0],
+        shift=diffusion.timestep_shift if diffusion.objective == "flow" else 1.0,
+        scale=DEFAULT_SCALE if can_guide else 1.0,
+    )
+    process = Process(
+        diffusion.objective,
+        diffusion.num_timesteps,
+        channels,
+        "" if can_guide else f"this run was trained {_why_not(config)}",
+    )
+    call = replace(FLAGS, scale="--autoguidance-scale") if is_auto else FLAGS
+    try:
+        return checked_settings(asked, default, process, call)
+    except WrongValueError as err:
+        raise ConfigError(str(err)) from err
 
 
-def _shift(args: argparse.Namespace, config: Config) -> float:
-    diffusion = config.diffusion
-    if args.shift is None:
-        return diffusion.timestep_shift if diffusion.objective == "flow" else 1.0
-    if diffusion.objective != "flow":
-        raise ConfigError(
-            f"--shift {args.shift} does not fit objective {diffusion.objective}: only the times of "
-            "flow are shifted; drop the flag."
-        )
-    if not 0 < args.shift < math.inf:
-        raise ConfigError(f"--shift must be a number above 0, not {args.shift}.")
-    return args.shift
-
-
-def _guidance(args: argparse.Namespace, config: Config) -> Guidance:
+def _asked_scale(args: argparse.Namespace) -> float | None:
+    """Return the scale of the one kind of guidance that is asked for."""
     if args.autoguidance is None:
         if args.autoguidance_scale is not None:
             raise ConfigError(
                 f"--autoguidance-scale {args.autoguidance_scale} needs the run to guide by; add "
                 "--autoguidance RUN."
             )
-        scale = _cfg_scale(args, config)
-    else:
-        if args.cfg_scale not in (None, 1.0):
-            raise ConfigError(
-                f"--cfg-scale {args.cfg_scale} and --autoguidance exclude each other; set the "
-                "latter's strength with --autoguidance-scale."
-            )
-        scale = _number("--autoguidance-scale", args.autoguidance_scale, DEFAULT_SCALE)
-    for flag, value in (
-        ("--guidance-interval", args.guidance_interval),
-        ("--cfg-channels", args.cfg_channels),
-    ):
-        if scale == 1.0 and value is not None:
-            raise ConfigError(
-                f"{flag} has no effect without guidance, whose scale is 1; choose another scale "
-                "or drop the flag."
-            )
-    num_channels = OFFICIAL_CHANNELS if args.cfg_channels == "three" else None
-    return Guidance(scale, num_channels, _interval(args, config.diffusion.num_timesteps))
-
-
-def _cfg_scale(args: argparse.Namespace, config: Config) -> float:
-    is_possible = can_guide_without_classifier(config)
-    scale = _number("--cfg-scale", args.cfg_scale, DEFAULT_SCALE if is_possible else 1.0)
-    if scale != 1.0 and not is_possible:
-        dropped = f"with --class-dropout-prob {config.data.class_dropout_prob:g}"
-        reason = dropped if config.model.num_classes else "without classes"
+        return args.cfg_scale
+    if args.cfg_scale not in (None, 1.0):
         raise ConfigError(
-            f"--cfg-scale {scale} compares predictions with and without the label, but this run "
-            f"was trained {reason}; use --cfg-scale 1."
+            f"--cfg-scale {args.cfg_scale} and --autoguidance exclude each other; set the "
+            "latter's strength with --autoguidance-scale."
         )
-    return scale
+    return args.autoguidance_scale
 
 
-def _number(flag: str, value: float | None, default: float) -> float:
-    if value is None:
-        return default
-    if not 0 <= value < math.inf:
-        raise ConfigError(f"{flag} must be a number of at least 0, not {value}.")
-    return value
-
-
-def _interval(args: argparse.Namespace, num_timesteps: int) -> tuple[float, float] | None:
-    if args.guidance_interval is None:
-        return None
-    low, high = args.guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(
-            f"--guidance-interval {low} {high} is no interval within 0 and 1; give the lower end "
-            "first."
-        )
-    return low * num_timesteps, high * num_timesteps
+def _why_not(config: Config) -> str:
+    """Say what kept a run from learning what guidance by labels compares."""
+    if config.model.num_classes == 0:
+        return "without classes"
+    return f"with --class-dropout-prob {config.data.class_dropout_prob:g}"
 
 
 def find_weaker_run(

@@ -21,7 +21,12 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.paths import typed_path
 from data_tools.vae import resolve_device
 from training.checkpoint_manifest import sha256_of
-from training.evaluation.card import CARD, describe_program, describe_reference
+from training.evaluation.card import (
+    CARD,
+    describe_program,
+    describe_reference,
+    say_left_out,
+)
 from training.evaluation.drawing import disk_errors
 from training.evaluation.feature_flags import add_network_flags, load_network
 from training.evaluation.image_npz import ImageNpz
@@ -55,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
     network = load_network(args, samples.image_size, device)
     check_count(samples.num_images, network, f"{args.samples}, number of images")
     reference = Reference(args.reference, network, samples.image_size)
+    if told := say_left_out(reference):
+        print(f"--reference {args.reference}: {told}", file=sys.stderr)
     with tqdm(total=samples.num_images, unit="image", desc="looking") as progress:
         metrics = score(samples, reference, progress.update)
     card = {

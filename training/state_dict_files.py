@@ -1,26 +1,51 @@
 """Read the tensors of a weight file that somebody else may have written, running nothing of it."""
 
-import argparse
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from data_tools.errors import ConfigError
 from data_tools.file_kinds import LFS_REASON, is_lfs_pointer_file
+from training.weight_entries import Entry, entries_of
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# Entries under which training scripts save weights, the averaged ones first.
-WEIGHT_ENTRIES = ("ema", "model", "state_dict")
+MAX_CLASSES = 100  # of objects in a file; a checkpoint has a few
 
 
-def read_state_dict(path: Path, flag: str) -> tuple[dict[str, Tensor], str | None]:
+class StoredObject:
+    """Stands for an object in a torch file, whatever its class: keeps nothing, runs nothing."""
+
+    def __init__(self, *_args: Any, **_values: Any) -> None:
+        """Take what the object would be made of."""
+
+    def __setstate__(self, _state: Any) -> None:
+        """Take what the object held."""
+
+
+class StoredMapping(StoredObject):
+    """Stands for one that is filled like a dictionary, of which its content is kept."""
+
+    def __new__(cls, *_args: Any, **_values: Any) -> "StoredMapping":
+        """Return what torch fills."""
+        return OrderedDict()
+
+
+class StoredList(StoredObject):
+    """Stands for one that is filled like a list, of which its content is kept."""
+
+    def __new__(cls, *_args: Any, **_values: Any) -> "StoredList":
+        """Return what torch fills."""
+        return []
+
+
+def read_state_dict(path: Path, flag: str) -> list[Entry]:
     """Map the tensors of a .safetensors or torch file by name; they are read when they are used.
 
     Args:
@@ -28,8 +53,7 @@ def read_state_dict(path: Path, flag: str) -> tuple[dict[str, Tensor], str | Non
         flag: what the user typed for it, which begins error messages.
 
     Returns:
-        The tensors, and the entry of the file that they were taken from, None if it holds nothing
-        else.
+        The models in it, the one to take first.
     """
     if not path.exists():
         raise ConfigError(f"{flag}: there is no {path}; give a run, or a file of weights.")
@@ -37,7 +61,7 @@ def read_state_dict(path: Path, flag: str) -> tuple[dict[str, Tensor], str | Non
         raise ConfigError(f"{flag} {LFS_REASON}.")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path), None
+            return entries_of(load_file(path))
         except (OSError, SafetensorError) as err:
             raise ConfigError(
                 f"{flag} is damaged or no safetensors file ({err}); copy or download it again."
@@ -47,58 +71,66 @@ def read_state_dict(path: Path, flag: str) -> tuple[dict[str, Tensor], str | Non
             f"{flag} is neither a run, a diffusers folder nor a file named .safetensors or "
             f"{', '.join(PICKLE_SUFFIXES)}; give one of these."
         )
-    return _select_entry(_unpickle(path, flag), flag)
+    content = _unpickle(path, flag)
+    found = entries_of(content)
+    if not found:
+        is_entries = isinstance(content, dict) and content
+        held = f"the entries {', '.join(map(str, content))}" if is_entries else _kind_of(content)
+        raise ConfigError(
+            f"{flag} holds {held}, but no tensors by name; save a model's state_dict()."
+        )
+    return found
 
 
 def _unpickle(path: Path, flag: str) -> Any:
-    try:
-        # DiT's train.py saves its arguments beside the weights; a Namespace runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Files of torch before 1.6 are no zip archives and cannot be mapped.
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except pickle.UnpicklingError as err:
-        if objects := _objects_in(path, str(err)):
-            raise ConfigError(
-                f"{flag} holds {objects} besides tensors and is not opened, because pickled "
-                "objects can run programs; if you trust it, keep only its tensors, where that can "
-                f'be imported: python -c "import torch; torch.save(torch.load({str(path)!r}, '
-                f"weights_only=False)[{WEIGHT_ENTRIES[0]!r}], 'weights.pt')\"."
-            ) from err
-        raise _damaged(flag, "it is no pickle") from err
-    except (OSError, RuntimeError, EOFError, ValueError) as err:
-        raise _damaged(flag, str(err).split("\n")[0].rstrip(".")) from err
+    """Read a torch file with stand-ins for all that is no tensor and no plain value."""
+    stands_for: dict[str, type[StoredObject]] = {}
+    for _ in range(MAX_CLASSES):
+        known = [_stand_in(name, kind) for name, kind in stands_for.items()]
+        try:
+            with torch.serialization.safe_globals(known):
+                # Files of torch before 1.6 are no zip archives and cannot be mapped.
+                is_zip = zipfile.is_zipfile(path)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        except pickle.UnpicklingError as err:
+            name, kind = _missing(str(err))
+            if name is None or stands_for.get(name) is kind:
+                raise _refused(flag, str(err)) from err
+            stands_for[name] = kind
+        except (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError) as err:
+            raise _damaged(flag, str(err).split("\n")[0].rstrip(".")) from err
+    raise _refused(flag, "too many classes")
+
+
+def _missing(reason: str) -> tuple[str | None, type[StoredObject]]:
+    """Tell which class's stand-in is missing, or of the wrong kind, when torch gives a reason."""
+    if unknown := re.search(r"Unsupported global: GLOBAL (\S+) was not", reason):
+        return unknown[1], StoredObject
+    if filled := re.search(r"Can only (SETITEMS?|append|extend) .* but got <class '(.+)'>", reason):
+        return filled[2], StoredMapping if filled[1].startswith("SET") else StoredList
+    return None, StoredObject
+
+
+def _stand_in(name: str, kind: type[StoredObject]) -> tuple[type, str]:
+    """Put a stand-in in place of a class or function, which is never looked up."""
+    module, _, short = name.rpartition(".")
+    full = name if module else f"builtins.{name}"
+    return type(short, (kind,), {"__module__": module or "builtins"}), full
+
+
+def _refused(flag: str, reason: str) -> ConfigError:
+    if blocked := re.search(r"unsupported GLOBAL (\S+) whose module", reason):
+        return ConfigError(
+            f"{flag} asks for {blocked[1]} when it is opened, which no file of weights needs; do "
+            "not use it."
+        )
+    return _damaged(flag, "it is no pickle of tensors and values")
+
+
+def _kind_of(content: Any) -> str:
+    kind = type(content)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _damaged(flag: str, reason: str) -> ConfigError:
     return ConfigError(f"{flag} is damaged or no torch file ({reason}); copy or download it again.")
-
-
-def _objects_in(path: Path, refusal: str) -> str:
-    """Name the Python objects that kept a torch file from being opened; "" if it was not that."""
-    if not zipfile.is_zipfile(path):  # before torch 1.6 a file could not be searched for them
-        first = re.search(r"Unsupported global: GLOBAL (\S+)", refusal)
-        return first[1] if first else ""
-    names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    return ", ".join(sorted(names - {"argparse.Namespace"}))
-
-
-def _select_entry(content: Any, flag: str) -> tuple[dict[str, Tensor], str | None]:
-    if _is_state_dict(content):
-        return content, None
-    entries = content if isinstance(content, dict) else {}
-    for entry in WEIGHT_ENTRIES:
-        if _is_state_dict(entries.get(entry)):
-            return entries[entry], entry
-    held = f"the entries {', '.join(map(str, entries))}" if entries else type(content).__name__
-    raise ConfigError(
-        f"{flag} holds {held}, but no tensors by name, neither alone nor as "
-        f"{', '.join(WEIGHT_ENTRIES)}; save a model's state_dict()."
-    )
-
-
-def _is_state_dict(value: Any) -> bool:
-    if not isinstance(value, dict) or not value:
-        return False
-    return all(isinstance(item, Tensor) for item in value.values())

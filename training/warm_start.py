@@ -5,6 +5,7 @@ elsewhere and everything else new: step 0, a fresh optimizer, averages that begi
 What matched by name and shape is loaded, the rest stays freshly initialised, and both are said.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,7 @@ from training.config import Config
 from training.engine import build_model
 from training.run_directory import CONFIG_FILE, load_config
 from training.state_dict_files import read_state_dict
+from training.weight_entries import Entry
 from training.weight_files import find_weights
 
 DEEPSPEED_FILES = re.compile(r".*mp_rank_\d+_(model|optim)_states\.pt")
@@ -46,6 +48,7 @@ class WarmStart:
     sha256: str
     kind: str  # which model it is of, and which program's names it has
     entry: str | None  # of the file, such as "ema"
+    other_entries: list[str]  # models that the file holds as well
     matched_tensors: int
     matched_parameters: int
     freshly_initialised: list[str]  # names of this model that the source lacks or has otherwise
@@ -60,6 +63,7 @@ class WarmStart:
     def report(self) -> str:
         """Describe in a few lines what was and what was not taken from the source."""
         entry = f", entry {self.entry!r}" if self.entry else ""
+        others = ", ".join(map(repr, self.other_entries[:NAMES_SHOWN]))
         fresh = [
             f"{name} ({self.other_shape[name]})" if name in self.other_shape else name
             for name in self.freshly_initialised
@@ -73,6 +77,8 @@ class WarmStart:
         ]
         if self.unused:
             lines.append(f"  not used             {_listed(self.unused)}")
+        if others:
+            lines.append(f"  also in the file     {others}")
         if self.differing_options:
             lines.append(f"  configured with      {', '.join(self.differing_options)}")
         return "\n".join(lines)
@@ -107,7 +113,8 @@ def with_own_origin(config: Config) -> tuple[Config, str]:
         the configuration, and what should be said of a source that has moved.
     """
     run_dir, given = Path(config.run.run_dir), config.run.init_from
-    if latest_checkpoint(run_dir) is None or not (run_dir / CONFIG_FILE).exists():
+    # os.path, which never raises, of whatever name.
+    if not os.path.exists(run_dir / CONFIG_FILE) or latest_checkpoint(run_dir) is None:
         return config, ""
     first = load_config(run_dir).run.init_from
     if first is None or first == given:
@@ -138,12 +145,16 @@ def check_warm_start(config: Config) -> WarmStart:
     """
     flag = f"--init-from {config.run.init_from}"
     source = _locate(config.run.init_from)
-    imported, entry = _read(source.path, flag)
+    imported, (entry, *others) = _read(source.path, flag)
     with torch.device("meta"):
         model = build_model(config)
     ours = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     theirs = {name: list(value.shape) for name, value in imported.weights.items()}
-    matched = {name for name, shape in ours.items() if theirs.get(name) == shape}
+    matched = {  # quantised weights are whole numbers, which mean nothing without their scales
+        name
+        for name, shape in ours.items()
+        if theirs.get(name) == shape and imported.weights[name].is_floating_point()
+    }
     _check_blocks(ours, theirs, matched, flag)
     _check_values(imported, matched, model, flag)
     return WarmStart(
@@ -151,7 +162,8 @@ def check_warm_start(config: Config) -> WarmStart:
         file=str(source.path),
         sha256=sha256_of(source.path),
         kind=imported.kind,
-        entry=entry,
+        entry=entry.name or None,
+        other_entries=[other.name for other in others],
         matched_tensors=len(matched),
         matched_parameters=sum(imported.weights[name].numel() for name in matched),
         freshly_initialised=[name for name in ours if name not in matched],
@@ -160,7 +172,7 @@ def check_warm_start(config: Config) -> WarmStart:
             for name, shape in ours.items()
             if name in theirs and theirs[name] != shape
         },
-        unused=[name for name in theirs if name not in ours],
+        unused=[*(name for name in theirs if name not in ours), *entry.outside],
         differing_options=_differing_options(source.config, config),
     )
 
@@ -241,10 +253,11 @@ def _averaged_weights(run_dir: Path, tag: str | None, source: str) -> Source:
         raise ConfigError(f"--init-from {source}: {reason}") from err
 
 
-def _read(path: Path, flag: str) -> tuple[ImportedWeights, str | None]:
-    state_dict, entry = read_state_dict(path, flag)
+def _read(path: Path, flag: str) -> tuple[ImportedWeights, list[Entry]]:
+    """Return the weights, and the models in the file, of which they are the first."""
+    entries = read_state_dict(path, flag)
     try:
-        return import_weights(state_dict), entry
+        return import_weights(entries[0].weights), entries
     except ValueError as err:
         raise ConfigError(f"{flag}: {err}; give weights of a DiT, DTR or Switch-DiT.") from err
 
@@ -267,7 +280,7 @@ def _check_values(
     imported: ImportedWeights, matched: Collection[str], model: nn.Module, flag: str
 ) -> None:
     for name in matched:
-        if not imported.weights[name].isfinite().all():
+        if not imported.weights[name].float().isfinite().all():  # float8 cannot be asked
             raise ConfigError(f"{flag}: {name} holds values that are not finite; choose another.")
     if imported.positions is not None:
         height, width = (side // model.patch_size for side in model.input_size)

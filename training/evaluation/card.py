@@ -83,16 +83,26 @@ def describe_vae(vae: Vae, reference: VaeReference) -> dict[str, Any]:
 
 def describe_reference(reference: Reference) -> dict[str, Any]:
     """Say what was compared with, and through which network."""
-    statistics = "stated in the file" if reference.has_statistics else "of its images"
+    statistics = "stated in the file" if reference.stated else "of its images"
     return {
         "reference": {
             "file": reference.path.name,
             "sha256": reference.sha256,
             "statistics": statistics,
             "images_for_precision_and_recall": reference.num_images,
+            "left_out": reference.left_out,
         },
         "features": {"network": reference.network.name, "sha256": reference.network.sha256},
     }
+
+
+def say_left_out(reference: Reference) -> str:
+    """Say in a few words which scores a reference cannot give; "" if it can give all."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reference.left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    listed = [f"{' and '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    return f"left out: {', '.join(listed)}" if listed else ""
 
 
 def describe_program(device: torch.device) -> dict[str, Any]:

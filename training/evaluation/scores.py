@@ -1,7 +1,8 @@
 """What a set of images scores against a reference: FID and its relatives, by ADM's protocol.
 
 The reference is an npz file as ADM publishes them: statistics of the whole set (mu, sigma, mu_s,
-sigma_s) beside some images (arr_0) for precision and recall; or images alone.
+sigma_s) beside some images (arr_0) for precision and recall; or images alone; or mu and sigma
+alone, as pytorch-fid and others write them, which give FID and nothing else.
 """
 
 from collections.abc import Callable, Iterable
@@ -81,8 +82,9 @@ class Reference:
 
     Attributes:
         sha256: of the file.
-        has_statistics: the file states those of this network; else they are its images'.
-        num_images: beside them.
+        stated: the layers whose statistics the file states; those of others are its images', if
+            they are enough.
+        num_images: in the file.
     """
 
     def __init__(self, path: Path, network: FeatureNetwork, image_size: tuple[int, int]) -> None:
@@ -102,51 +104,85 @@ class Reference:
                 f"{self._flag}: holds images of {found[0]}x{found[1]} and the samples are "
                 f"{image_size[0]}x{image_size[1]}; give a reference of that size."
             )
-        self.has_statistics = self._check_statistics()
-        if not self.has_statistics and self.num_images < network.min_images:
-            raise ConfigError(
-                f"{self._flag}: holds no statistics of this network and {self.num_images:,} "
-                f"images, fewer than the {network.min_images:,} that a covariance takes; give one "
-                "of training/reference_statistics.py."
-            )
+        self.stated = self._stated_layers()
+        if POOL not in self.stated and not self._has_enough_images:
+            raise ConfigError(f"{self._flag}: {self._lack()}.")
         self.sha256 = sha256_of(path)
 
-    def _check_statistics(self) -> bool:
-        """Tell whether there are statistics; refuse those of another network."""
-        names = arrays_of(self.network)
-        wanted = {name for pair in names.values() for name in pair}
-        if not wanted <= self._file.names:
-            return False
-        if NETWORK_SHA256 in self._file.names and names is OTHER_ARRAYS:
+    @property
+    def layers(self) -> list[str]:
+        """The layers whose distribution can be compared."""
+        return [x for x in self.network.widths if x in self.stated or self._has_enough_images]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Say why by the name of each score that this reference cannot give."""
+        lacks = {}
+        if SPATIAL in self.network.widths and SPATIAL not in self.layers:
+            lacks["sfid"] = "no mu_s and sigma_s in the reference"
+        if self.num_images <= NEIGHBOURS:
+            held = f"{self.num_images} images" if self.num_images else "no images (arr_0)"
+            lacks |= dict.fromkeys(("precision", "recall"), f"{held} in the reference")
+        return lacks
+
+    @property
+    def _has_enough_images(self) -> bool:
+        return self.num_images >= self.network.min_images
+
+    def _lack(self) -> str:
+        """Say what the file lacks, and what it has instead."""
+        mean, covariance = arrays_of(self.network)[POOL]
+        others = INCEPTION_ARRAYS if arrays_of(self.network) is OTHER_ARRAYS else OTHER_ARRAYS
+        found = [name for pair in others.values() for name in pair if name in self._file.names]
+        instead = f"; its {' and '.join(found)} are of another network" if found else ""
+        return (
+            f"holds no {mean} and {covariance}, the statistics of {self.network.name}, and "
+            f"{self.num_images:,} images, fewer than the {self.network.min_images:,} that a "
+            f"covariance takes{instead}; make one with training/reference_statistics.py"
+        )
+
+    def _stated_layers(self) -> set[str]:
+        """Tell which layers' statistics there are; refuse those of another network."""
+        layers = {
+            layer: names
+            for layer, names in arrays_of(self.network).items()
+            if set(names) <= self._file.names
+        }
+        is_other = layers and arrays_of(self.network) is OTHER_ARRAYS
+        if is_other and NETWORK_SHA256 in self._file.names:
             made_by = str(self._file.array(NETWORK_SHA256))
             if made_by != self.network.sha256:
                 raise ConfigError(
                     f"{self._flag}: its statistics are of the network with sha256 {made_by[:12]}, "
                     f"--features has {self.network.sha256[:12]}; give the same network."
                 )
-        for layer, (mean, covariance) in names.items():
-            width = self.network.widths[layer]
-            shapes = self._file.array(mean).shape, self._file.array(covariance).shape
+        for layer, names in layers.items():
+            width, arrays = self.network.widths[layer], [self._file.array(n) for n in names]
+            shapes = tuple(array.shape for array in arrays)
             if shapes != ((width,), (width, width)):
                 raise ConfigError(
-                    f"{self._flag}: its {mean} and {covariance} have shapes {shapes[0]} and "
-                    f"{shapes[1]}, features of this network {width} numbers; give another file."
+                    f"{self._flag}: its {' and '.join(names)} have shapes {shapes[0]} and "
+                    f"{shapes[1]}, features of {self.network.name} {width} numbers; give a file "
+                    "that the same network made."
                 )
-        return True
+            if not all(array.dtype.kind in "fiu" and np.isfinite(array).all() for array in arrays):
+                raise ConfigError(
+                    f"{self._flag}: its {' and '.join(names)} are no finite numbers; give another "
+                    "file."
+                )
+        return set(layers)
 
     @cached_property
     def looked(self) -> Looked:
         """The statistics by layer, and the features (M, D) of the images; M may be 0."""
-        looked = None
+        looked = Looked({}, torch.zeros(0, 0))
         if self.num_images:
             looked = look_at(self.network, self._file.batches(BATCH_SIZE))
-        if not self.has_statistics:
-            return looked
-        gaussians = {
-            layer: Gaussian(*(self._doubles(name) for name in names))
-            for layer, names in arrays_of(self.network).items()
+        stated = {
+            layer: Gaussian(*(self._doubles(name) for name in arrays_of(self.network)[layer]))
+            for layer in self.stated
         }
-        return Looked(gaussians, torch.zeros(0, 0) if looked is None else looked.pool)
+        return Looked(looked.gaussians | stated, looked.pool)
 
     def _doubles(self, name: str) -> Tensor:
         return torch.from_numpy(self._file.array(name).astype(np.float64))
@@ -170,22 +206,21 @@ def score(
     """Score images against a reference; by another network than Inception nothing is called FID.
 
     Returns:
-        "fid", "sfid" and "inception_score", or "frechet_distance"; "precision" and "recall" where
-        the reference has more than three images.
+        "fid", "sfid" and "inception_score", or "frechet_distance"; "precision" and "recall". Those
+        in `reference.left_out` are not there.
     """
     network = reference.network
     looked = look_at(network, samples.batches(BATCH_SIZE), on_batch=on_batch)
     pool = reference.looked.pool
     distances = {
         layer: frechet_distance(looked.gaussians[layer], reference.looked.gaussians[layer])
-        for layer in network.widths
+        for layer in reference.layers
     }
     if isinstance(network, InceptionNetwork):
-        found = {
-            "fid": distances[POOL],
-            "sfid": distances[SPATIAL],
-            "inception_score": inception_score(network.logits(looked.pool)),
-        }
+        found = {"fid": distances[POOL]}
+        if SPATIAL in distances:
+            found["sfid"] = distances[SPATIAL]
+        found["inception_score"] = inception_score(network.logits(looked.pool))
     else:
         found = {"frechet_distance": distances[POOL]}
     if len(pool) > NEIGHBOURS:

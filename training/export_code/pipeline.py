@@ -3,7 +3,12 @@
 With everything it uses, it is cut out of this repository into one file (training/export_bundle.py).
 """
 
-from collections.abc import Sequence
+import inspect
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +19,22 @@ from torch import Tensor
 
 from data_tools.vae import Vae, decode_pixels
 from models.diffusion import Diffusion
-from models.guidance import Guidance
-from models.sampler import methods_for
+from training.class_choice import ClassChoice
+from training.option import either
 from training.sampling import SamplerSettings, sample_latents
+from training.sampling_checks import (
+    Asked,
+    Process,
+    Spelling,
+    WrongValueError,
+    checked_settings,
+    shown,
+    whole_number,
+)
+
+SCHEDULER = "SwitchDiTScheduler"
+OUTPUT_TYPES = ("pil", "np", "latent")
+CUSTOM_CODE = "diffusers_modules"  # the package that diffusers imports a folder's files into
 
 
 class SwitchDiTPipeline(DiffusionPipeline):
@@ -42,14 +60,25 @@ class SwitchDiTPipeline(DiffusionPipeline):
             guidance: scale, num_channels and interval, unless a call says otherwise.
         """
         super().__init__()
+        _check_scheduler(scheduler)
+        if id2label is None and guidance is None:  # from the `components` of another pipeline
+            id2label, guidance = scheduler.config.id2label, scheduler.config.guidance
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label, guidance=guidance)
-        self.labels = {name: int(number) for number, name in (id2label or {}).items()}
+        names = {int(number): name for number, name in (id2label or {}).items()}
+        self.labels = {name: number for number, name in names.items()}
+        self._classes = ClassChoice(
+            transformer.config.num_classes, names, "class_labels", "the number {}"
+        )
+
+    def get_label_ids(self, label: str | Iterable[str]) -> list[int]:
+        """Return the numbers of classes by their names, as DiTPipeline does."""
+        return [self._classes.find(name) for name in ([label] if isinstance(label, str) else label)]
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int | str] | int | str = 0,
+        class_labels: Sequence[int | str] | Tensor | int | str = 0,
         *,
         seed: int = 0,
         generator: torch.Generator | None = None,
@@ -66,7 +95,9 @@ class SwitchDiTPipeline(DiffusionPipeline):
         """Draw one image for each label.
 
         Args:
-            class_labels: numbers or names of classes; any number for an unconditional model.
+            class_labels: numbers or names of classes, as a list, tensor or array, or one alone;
+                a text is a name, and a number if no class is called so; any number for an
+                unconditional model.
             seed: of the images.
             generator: as other pipelines take it; the seed it began with replaces `seed`, so that
                 a second call with it draws the same images.
@@ -80,23 +111,32 @@ class SwitchDiTPipeline(DiffusionPipeline):
             output_type: "pil", "np" for (N, H, W, 3) uint8, or "latent" for final latents.
             return_dict: return an object with `images` instead of a tuple.
         """
+        _check_scheduler(self.scheduler)
         process, device = self.scheduler.config, self._execution_device
         labels = self._numbers_of(class_labels)
-        if isinstance(generator, list):
-            raise ValueError("give one generator for all images, or seed and indices")
-        numbers = list(range(len(labels)) if indices is None else indices)
-        if len(numbers) != len(labels):
-            raise ValueError(f"{len(numbers)} indices were given for {len(labels)} labels")
-        settings = SamplerSettings(
-            process.sampler if sampler is None else sampler,
-            process.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            seed if generator is None else generator.initial_seed(),
-            guidance=self._guidance(guidance_scale, guidance_channels, guidance_interval),
-            shift=process.shift if shift is None else shift,
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise WrongValueError(
+                f"generator must be one torch.Generator for all images, not {shown(generator)}; "
+                "to choose every image's numbers, give seed and indices."
+            )
+        numbers = _positions(indices, len(labels), process.num_timesteps)
+        settings = self._settings(
+            Asked(
+                sampler=sampler,
+                steps=num_inference_steps,
+                seed=seed,
+                shift=shift,
+                scale=guidance_scale,
+                interval=guidance_interval,
+                channels=guidance_channels,
+            )
         )
-        self._check(settings)
-        if output_type not in ("pil", "np", "latent"):
-            raise ValueError(f"output_type must be pil, np or latent, not {output_type!r}")
+        if generator is not None:
+            settings = replace(settings, seed=generator.initial_seed())
+        if output_type not in OUTPUT_TYPES:
+            raise WrongValueError(
+                f"output_type must be {either(OUTPUT_TYPES)}, not {shown(output_type)}."
+            )
         with self.progress_bar(total=settings.num_steps) as progress:
             latents = sample_latents(
                 self._predict,
@@ -123,52 +163,51 @@ class SwitchDiTPipeline(DiffusionPipeline):
     def _latent_size(self) -> tuple[int, int]:
         return tuple(self.transformer.config.input_size)
 
-    def _numbers_of(self, class_labels: Sequence[int | str] | int | str) -> list[int]:
+    def _numbers_of(self, class_labels: Sequence[int | str] | Tensor | int | str) -> list[int]:
         """Turn names to numbers and check them."""
-        is_one = isinstance(class_labels, int | str)
-        given = [class_labels] if is_one else list(class_labels)
-        num_classes = self.transformer.config.num_classes
-        if num_classes == 0:
+        given = _listed(class_labels, "class_labels")
+        if not given:
+            raise WrongValueError("class_labels is empty; give at least one class.")
+        if self.transformer.config.num_classes == 0:
             return [0] * len(given)
-        found = [self.labels.get(label, label) for label in given]
-        for label in found:
-            if not (isinstance(label, int) and 0 <= label < num_classes):
-                known = f"a number below {num_classes}, or one of {', '.join(self.labels)}"
-                raise ValueError(f"there is no class {label!r}; give {known}")
-        return found
+        return [self._classes.find(label) for label in given]
 
-    def _guidance(
-        self, scale: float | None, channels: int | None, interval: tuple[float, float] | None
-    ) -> Guidance:
-        exported = self.config.guidance or {}
-        scale = exported.get("scale", 1.0) if scale is None else scale
-        channels = exported.get("num_channels") if channels is None else channels
-        interval = exported.get("interval") if interval is None else interval
-        if scale != 1.0 and not exported.get("is_possible", True):
-            raise ValueError(
-                f"guidance_scale {scale} compares predictions with and without the label, but this "
-                "model was not trained with both; use 1"
-            )
-        if interval is not None:
-            S = self.scheduler.config.num_timesteps
-            interval = (interval[0] * S, interval[1] * S)
-        return Guidance(float(scale), channels, interval)
+    def _settings(self, asked: Asked) -> SamplerSettings:
+        """Check what a call asks for."""
+        process, exported = self.scheduler.config, self.config.guidance or {}
+        default = Asked(
+            sampler=process.sampler,
+            steps=process.num_inference_steps,
+            shift=process.shift,
+            scale=exported.get("scale", 1.0),
+            interval=exported.get("interval"),
+            channels=exported.get("num_channels"),
+        )
+        can_guide = exported.get("is_possible", True)
+        about = Process(
+            process.objective,
+            process.num_timesteps,
+            self.transformer.config.in_channels,
+            "" if can_guide else "this model was not trained with both",
+        )
+        return checked_settings(asked, default, about, Spelling())
 
-    def _check(self, settings: SamplerSettings) -> None:
-        process = self.scheduler.config
-        methods = methods_for(process.objective)
-        if settings.method not in methods:
-            raise ValueError(
-                f"sampler {settings.method!r} does not fit objective {process.objective}; use one "
-                f"of {', '.join(methods)}"
-            )
-        if not 1 <= settings.num_steps <= process.num_timesteps:
-            raise ValueError(
-                f"num_inference_steps must be from 1 to {process.num_timesteps}, not "
-                f"{settings.num_steps}"
-            )
-        if settings.shift != 1.0 and process.objective != "flow":
-            raise ValueError(f"shift {settings.shift} is for rectified flow only")
+    def save_config(self, save_directory: str | Path, **options: Any) -> None:
+        """Write model_index.json, and the Python files that it names, so that it loads again."""
+        super().save_config(save_directory, **options)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+        parts = {"": self, "transformer": self.transformer, "scheduler": self.scheduler}
+        for name, part in parts.items():
+            kind = type(part)
+            if not kind.__module__.startswith(CUSTOM_CODE):
+                continue
+            source = Path(inspect.getfile(kind))
+            (folder / name).mkdir(exist_ok=True)
+            shutil.copyfile(source, folder / name / source.name)
+            index[name or "_class_name"] = [source.stem, kind.__name__]
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / self.config_name).write_text(text, encoding="utf-8")
 
     def _decoded(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -188,3 +227,39 @@ class SwitchDiTPipeline(DiffusionPipeline):
         )
         pixels = decode_pixels(vae, latents)
         return pixels if output_type == "np" else [Image.fromarray(picture) for picture in pixels]
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler of diffusers, which would have no effect."""
+    kind = type(scheduler)
+    if SCHEDULER not in (base.__name__ for base in kind.__mro__):
+        raise WrongValueError(
+            f"scheduler: a {kind.__name__} has no effect on this pipeline, whose solvers visit "
+            "trained timesteps only; keep the exported one and choose a solver by sampler."
+        )
+
+
+def _listed(values: Any, name: str) -> list[Any]:
+    """Return numbers or names as a list: of one alone, or of a list, tensor or array of them."""
+    num_dimensions = getattr(values, "ndim", None)
+    if isinstance(values, str) or num_dimensions == 0:
+        return [values]
+    if num_dimensions is not None:
+        if num_dimensions != 1:
+            raise WrongValueError(f"{name} must have one dimension, not {num_dimensions}.")
+        return values.tolist()
+    is_list = isinstance(values, Iterable) and not isinstance(values, bytes | dict)
+    return list(values) if is_list else [values]
+
+
+def _positions(indices: Any, count: int, num_timesteps: int) -> list[int]:
+    """Return the numbers of the images in the seed's stream."""
+    if indices is None:
+        return list(range(count))
+    found = [whole_number(index, "indices") for index in _listed(indices, "indices")]
+    if len(found) != count:
+        raise WrongValueError(f"{len(found)} indices were given for {count} labels.")
+    limit = 2**63 // num_timesteps  # a step of an image has a number below 2^63
+    if wrong := [index for index in found if not 0 <= index < limit]:
+        raise WrongValueError(f"indices must be >=0 and <{limit}, not {wrong[0]}.")
+    return found

@@ -1,5 +1,7 @@
 """The diffusion process of an exported model, as a configuration that diffusers loads and saves."""
 
+from typing import Any
+
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 
@@ -22,5 +24,11 @@ class SwitchDiTScheduler(SchedulerMixin, ConfigMixin):
         sampler: str,
         num_inference_steps: int,
         shift: float,
+        id2label: dict[str, str] | None = None,
+        guidance: dict[str, Any] | None = None,
     ) -> None:
-        """Keep the numbers; all are in `config`."""
+        """Keep the arguments; all are in `config`.
+
+        The last two are the pipeline's. It finds them here when it is made of the `components` of
+        another, which have no place for them.
+        """
