@@ -89,7 +89,7 @@ class NaiveLoop:
 def ours(args: argparse.Namespace, device: torch.device, folder: Path, output: Path) -> float:
     """Encode into shards, as the command does; return the VAE's share of the time."""
     run = EncodingRun(
-        str(folder),
+        [str(folder)],
         output,
         str(args.vae),
         size=args.size,

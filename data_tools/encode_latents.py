@@ -43,8 +43,13 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     if args.input is None:
         with disk_errors_as_config_errors(DEMO_IMAGES):
             make_demo_images(DEMO_IMAGES, DEMO_SIZE, DEMO_PER_CLASS)
+    elif any(args.output.resolve() == Path(word).resolve() for word in args.input):
+        # Its shards would be taken for the input from then on.
+        raise ConfigError(
+            f"--output {args.output}: is where the images lie; choose another folder."
+        )
     run = EncodingRun(
-        str(args.input or DEMO_IMAGES),
+        args.input or [str(DEMO_IMAGES)],
         args.output,
         args.vae,
         size=args.size,
@@ -122,12 +127,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--input",
+        nargs="+",
         type=typed_text,
         metavar="IMAGES",
         help="folder with a sub-folder per class, flat folder, folder of tars, tars "
-        "('a/{000..146}.tar'), list (.txt, .tsv: path, or path and class with a tab between), or "
-        "folder that save_to_disk of Hugging Face datasets wrote; default: the demo set, drawn "
-        "first",
+        "('a/{000..146}.tar' or 'a/*.tar'), list (.txt, .tsv: path, or path and class with a tab "
+        "between), or folder that save_to_disk of Hugging Face datasets wrote; default: the demo "
+        "set, drawn first",
     )
     add("--output", type=typed_path, metavar="FOLDER", help="of the shards (demo: datasets/demo)")
     add(

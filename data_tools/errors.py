@@ -17,6 +17,18 @@ class ConfigError(Exception):
 
     exit_code = CONFIG_ERROR_EXIT_CODE
 
+    def __init__(self, message: str) -> None:
+        """Keep the message on one line: names of files may hold line ends and bytes of no text."""
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Write what cannot be shown, or would end the line, with escapes."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
 
 class OutageError(ConfigError):
     """Nobody's mistake, though said like one: a server failed for longer than we wait for it.

@@ -22,6 +22,7 @@ from training.run_location import (
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DEEPSPEED = Path("ds_configs/zero2.json")
+_PLACES = ("data", "data_shards")  # a shell makes several words of a wildcard
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,18 @@ def _add_flag(group: Any, leaf: Option) -> None:
     if leaf.kind is bool:
         group.add_argument(leaf.flag, action=argparse.BooleanOptionalAction, **common)
     else:
+        if leaf.name in _PLACES:
+            common["nargs"] = "+"
         metavar = "|".join(meta["choices"]) or {int: "N", float: "X", str: "TEXT"}[leaf.kind]
         metavar += ",..." if leaf.is_list else ""
         group.add_argument(leaf.flag, metavar=metavar, **common)
 
 
-def _value_of_flag(leaf: Option, text: str | bool) -> Any:
+def _value_of_flag(leaf: Option, text: str | bool | list[str]) -> Any:
     """Turn a flag's text into the leaf's type; "none" is null, or the empty list."""
     value: Any = text
+    if isinstance(text, list):
+        value = text = ",".join(text)
     if isinstance(text, str):
         is_none = text.lower() in ("null", "none")
         if leaf.is_list:
