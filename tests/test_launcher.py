@@ -25,8 +25,8 @@ from tests.launch import REPOSITORY, environment, free_port
 from training.processes import Ranks, device_index, discover_ranks, start_drawing_group
 from training.rendezvous import explained, meeting_point
 
-# As torchrun, MPICH and OpenMPI set them, recorded, and as the documents of the others say; 3 is on the second
-# of two nodes.
+# Those of torchrun, MPICH and OpenMPI are recorded, the others are as their documents say; 3 is on
+# the second of two nodes.
 LAUNCHERS = {
     "torchrun": {
         **{"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
