@@ -1,6 +1,6 @@
 """Train the small image autoencoder whose latents the demo model learns.
 
-    python data_tools/train_vae.py --output data_tools/demo_vae      # an hour on one CPU core
+    python data_tools/train_vae.py --output vae      # an hour on one CPU core
 
 Without --images it draws the emoji of the OpenMoji font. The result is an ordinary diffusers
 AutoencoderKL folder (fp16) with a README.md card. Latents are scaled by 1 / their standard
@@ -278,6 +278,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise ConfigError(f"--lr {args.lr}: must be positive.")
     if args.output.exists() and not args.output.is_dir():
         raise ConfigError(f"--output {args.output}: is a file; give a folder.")
+    if (args.output / "config.json").exists():  # latents that it encoded need this very one
+        raise ConfigError(f"--output {args.output}: holds a model already; give another folder.")
     args.device = resolve_device(args.device)
     return args
 

@@ -316,6 +316,7 @@ def test_the_tool_trains_on_a_folder_reproducibly(demo_images, tmp_path):
         (["--lr", "-1"], "--lr -1.0: must be positive."),
         (["--device", "abacus"], "--device abacus: no such device; "),
         (["--output", __file__], f"--output {__file__}: is a file; give a folder."),
+        (["--output", str(DEMO_VAE)], f"--output {DEMO_VAE}: holds a model already; give another"),
     ],
 )
 def test_wrong_flags_of_train_vae_are_named(argv, sentence):
