@@ -136,9 +136,16 @@ def dit(job):
 
 
 def program(job):
-    """The program's predictions."""
+    """The program's predictions, and what it says of numbers that it was not trained at."""
     denoiser, inputs = torch.export.load(job["folder"] + "/denoiser.pt2").module(), tensors_of(job)
-    return [denoiser(inputs["x"], torch.tensor([t]), inputs["y"]) for t in job["timesteps"]]
+    predictions = [denoiser(inputs["x"], torch.tensor([t]), inputs["y"]) for t in job["timesteps"]]
+    refusals = []
+    for t, y in ((1000, 0), (-1, 0), (5, 11)):
+        try:
+            denoiser(inputs["x"], torch.tensor([t]), torch.full_like(inputs["y"], y))
+        except RuntimeError as err:
+            refusals.append(str(err))
+    return predictions, refusals
 
 
 def brought(names):

@@ -386,8 +386,14 @@ def drawn_by_their_scheduler(model, folder, vae, timesteps):
 
 def test_a_program_of_torch_export_predicts_the_same(exports, runs):
     model = network(runs["switch"])
+    predictions, refusals = exports["program"][1]
 
-    for t, theirs in zip((0, 500, 999), exports["program"][1], strict=True):
+    assert refusals == [
+        "t must be from 0 to 999",
+        "t must be from 0 to 999",
+        "y must be from 0 to 10",
+    ]
+    for t, theirs in zip((0, 500, 999), predictions, strict=True):
         with torch.no_grad():
             ours = model(INPUTS["x"], torch.tensor([t]), torch.tensor(LABELS)).prediction
         torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
