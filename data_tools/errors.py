@@ -2,20 +2,35 @@
 
 import argparse
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 CONFIG_ERROR_EXIT_CODE = 2
+MAX_MESSAGE = 2000  # characters
 
 
 class ConfigError(Exception):
     """A mistake the user can correct: what is wrong, the values, what to do, in one sentence.
 
-    The message begins with the flag or the file at fault.
+    The message begins with the flag or the file at fault. What cannot be seen in it, such as a line
+    break in a file's name, is written as an escape, so that it stays one line.
     """
 
     exit_code = CONFIG_ERROR_EXIT_CODE
+
+    def __init__(self, message: str) -> None:
+        seen = "".join(map(_visible, message))
+        if len(seen) > MAX_MESSAGE:  # somebody gave a long value
+            seen = f"{seen[: MAX_MESSAGE // 2]} [...] {seen[-MAX_MESSAGE // 4 :]}"
+        super().__init__(seen)
+
+
+def _visible(character: str) -> str:
+    """Return a character, or how Python writes it if it controls a terminal."""
+    controls = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp")
+    return repr(character)[1:-1] if controls else character
 
 
 class OutageError(ConfigError):
