@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 from data_tools.errors import ConfigError
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -79,7 +77,9 @@ def shown(value: Any) -> str:
 
     A few lines of YAML hold lists of lists that take more than a machine's memory to write out.
     """
-    return " ".join(_SHORT.repr(value).split())
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return " ".join(short.repr(value).split())
 
 
 def either(words: Iterable[str]) -> str:
