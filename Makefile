@@ -1,6 +1,7 @@
 # make demo    demo images -> latents -> training -> samples, on any machine (about 15 minutes on two cores)
 # make test    lint and tests
 # make test-precision   the tests that have to be right with and without bf16 instructions, with both
+# make test-odd   some tests on an odd machine: blanks and umlauts in paths, umask 077, one core, no network ...
 # make test-cluster   the tests that start a real Slurm, OpenMPI, sshd or browser (root, Debian; about 20 minutes)
 # make test-long   the test of 20,000 steps (about 20 minutes on one core)
 # make lint    lint only
@@ -13,6 +14,7 @@ VENV := .venv
 INSTALLED := $(VENV)/installed.stamp
 DEMO_INSTALLED := $(VENV)/installed-demo.stamp
 RUN := runs/demo
+ODD_TESTS := tests/test_precision.py tests/test_cache.py tests/test_exit_codes.py tests/test_claims.py
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -30,7 +32,7 @@ if [[ $$bin == *[[:blank:]]* ]] || (($${#bin} > 100)); then \
 fi
 endef
 
-.PHONY: help demo test test-precision test-cluster test-long lint clean
+.PHONY: help demo test test-precision test-odd test-cluster test-long lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,6 +57,10 @@ test-precision: $(INSTALLED)
 	SWITCH_DIT_BF16=1 pytest -m precision
 	SWITCH_DIT_BF16= ONEDNN_MAX_CPU_ISA=AVX2 CUDA_VISIBLE_DEVICES= pytest -m precision
 
+# Some of everything: encoding by many processes, training, the cache of the node, servers, commands.
+test-odd: $(INSTALLED)
+	tests/odd_machine.sh $(ODD_TESTS)
+
 test-cluster: $(DEMO_INSTALLED)
 	tests/install_cluster.sh
 	pytest -m cluster -rP
@@ -74,11 +80,11 @@ clean:
 # working python and pip is made anew.
 $(INSTALLED): requirements.txt requirements-dev.txt
 	@PATH="$${PATH#*:}"; \
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is missing or older than Python 3.11; try: make PYTHON=/path/to/python3.11" >&2; exit 2; }; \
-	$(PYTHON) -c 'import ensurepip, venv' || \
+	"$(PYTHON)" -c 'import ensurepip, venv' || \
 	  { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 2; }; \
-	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@$(MEND_COMMANDS)
 	@touch $@

@@ -28,6 +28,7 @@ from data_tools.encoding_run import EncodingRun
 from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser
 from data_tools.images import square_crop
+from data_tools.reading import Reading
 from data_tools.vae import DEMO_VAE, Vae, load_vae, resolve_device
 
 MIN_SIDE, MAX_SIDE = 256, 512
@@ -88,7 +89,7 @@ class NaiveLoop:
 def ours(args: argparse.Namespace, device: torch.device, folder: Path, output: Path) -> float:
     """Encode into shards, as the command does; return the VAE's share of the time."""
     run = EncodingRun(
-        str(folder),
+        [str(folder)],
         output,
         str(args.vae),
         size=args.size,
@@ -103,6 +104,8 @@ def ours(args: argparse.Namespace, device: torch.device, folder: Path, output: P
         is_strict=True,
         is_quiet=True,
         keeps_indexes=False,
+        reading=Reading(),
+        allows_empty_classes=False,
     )
     run.encode()
     return run.busy_share

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from data_tools.checksums import RememberedChecksums
 from data_tools.errors import ConfigError
 from data_tools.locks import StoppedError, lock, lock_file, try_lock, try_lock_file
+from data_tools.paths import expand
 
 _FLAG = "--data-cache"
 _GIB = 1 << 30
@@ -42,7 +43,7 @@ class _Entry(NamedTuple):
 def default_cache_folder() -> Path:
     """Return $SWITCH_DIT_CACHE, or a folder of this user in the node's temporary folder."""
     if folder := os.environ.get("SWITCH_DIT_CACHE"):
-        return Path(folder)
+        return Path(expand(folder, "SWITCH_DIT_CACHE"))
     return Path(tempfile.gettempdir()) / f"switch-dit-cache-{os.getuid()}"
 
 

@@ -43,8 +43,13 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     if args.input is None:
         with disk_errors_as_config_errors(DEMO_IMAGES):
             make_demo_images(DEMO_IMAGES, DEMO_SIZE, DEMO_PER_CLASS)
+    elif any(args.output.resolve() == Path(word).resolve() for word in args.input):
+        # Its shards would be taken for the input from then on.
+        raise ConfigError(
+            f"--output {args.output}: is where the images lie; choose another folder."
+        )
     run = EncodingRun(
-        str(args.input or DEMO_IMAGES),
+        args.input or [str(DEMO_IMAGES)],
         args.output,
         args.vae,
         size=args.size,
@@ -59,7 +64,7 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         is_strict=args.strict,
         is_quiet=is_quiet or not is_reporter(),
         keeps_indexes=not args.dry_run,
-        reading=Reading(args.class_from, args.image_suffix, args.label_suffix, args.label_column),
+        reading=args.reading,
         allows_empty_classes=args.allow_empty_classes,
     )
     run.describe()
@@ -122,12 +127,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--input",
+        nargs="+",
         type=typed_text,
         metavar="IMAGES",
         help="folder with a sub-folder per class, flat folder, folder of tars, tars "
-        "('a/{000..146}.tar'), list (.txt, .tsv: path, or path and class with a tab between), or "
-        "folder that save_to_disk of Hugging Face datasets wrote; default: the demo set, drawn "
-        "first",
+        "('a/{000..146}.tar' or 'a/*.tar'), list (.txt, .tsv: path, or path and class with a tab "
+        "between), or folder that save_to_disk of Hugging Face datasets wrote; default: the demo "
+        "set, drawn first",
     )
     add("--output", type=typed_path, metavar="FOLDER", help="of the shards (demo: datasets/demo)")
     add(
@@ -201,6 +207,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
+    args.reading = Reading(args.class_from, args.image_suffix, args.label_suffix, args.label_column)
     is_demo = args.input is None
     if args.output is None and not is_demo:
         raise ConfigError("--output is missing: say where the shards of --input shall go.")

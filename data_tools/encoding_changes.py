@@ -15,7 +15,7 @@ _NAMES_SHOWN = 5
 
 
 def check_files_exist(source: ImageSource, sizes: list[int]) -> None:
-    """Refuse a list with mistakes before encoding begins: later, another list is another data set.
+    """Refuse names without files before encoding begins: later, others are another data set.
 
     Args:
         source: of a data set that is not begun.
@@ -31,7 +31,7 @@ def check_files_exist(source: ImageSource, sizes: list[int]) -> None:
     if missing:
         raise ConfigError(
             f"--input {source.text}: {len(missing)} of {len(sizes)} files do not exist "
-            f"({_shown(missing)}); correct the list or bring the files, and run the same command "
+            f"({_shown(missing)}); bring them or leave their names out, and run the same command "
             "again."
         )
 
@@ -60,7 +60,7 @@ def edited_images(
 def edited_sentence(names: list[str]) -> str:
     """Say that the latents of these images are of what they were before."""
     return (
-        f"edited since they were encoded: {len(names)} images, whose files have other sizes now "
+        f"images edited since they were encoded, by the sizes of their files: {len(names)} "
         f"({_shown(names)}); the shards hold the old pictures, for the new ones encode into a new "
         "--output"
     )

@@ -13,7 +13,8 @@ from pathlib import Path
 from data_tools.claims import Claims
 from data_tools.encoding_settings import EncodingSettings
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, parse_json
+from data_tools.files import MalformedError
+from data_tools.formats import FORMAT_KEY
 from data_tools.manifest import (
     DATASET,
     MANIFEST_NAME,
@@ -150,16 +151,16 @@ class EncodingOutput:
 def _says_the_same(path: Path, manifest: Manifest) -> bool:
     """Compare but for the versions of tools, which are those that did the work.
 
-    What lies beside the images may change later, too.
+    What lies beside the images may change later, too, and the number of the format with it.
     """
     DATASET.refuse_newer(path)
     try:
-        found = parse_json(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return False
     wanted = json.loads(DATASET.dumps(manifest))
     is_whole = isinstance(found, dict) and "versions" in found
-    then = {"versions": {}, "left_out": []}
+    then = {"versions": {}, "left_out": [], FORMAT_KEY: 0}
     return is_whole and found | then == wanted | then
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -70,7 +70,7 @@ class EncodingRun:
 
     def __init__(
         self,
-        input_text: str,
+        inputs: Sequence[str],
         output: Path,
         vae: str,
         *,
@@ -92,7 +92,7 @@ class EncodingRun:
         """Check everything that can be checked before a shard is written.
 
         Args:
-            input_text: as typed.
+            inputs: as typed, the words of --input.
             output: of the shards.
             vae: as typed.
             size: side of the images.
@@ -115,7 +115,7 @@ class EncodingRun:
         keeps_indexes &= not (output / MANIFEST_NAME).exists()
         with disk_errors_as_config_errors(output):
             cache = output / INDEXES_NAME if keeps_indexes else None
-            self.source = as_begun(output, open_source(input_text, cache, reading))
+            self.source = as_begun(output, open_source(*inputs, cache=cache, reading=reading))
         classes = self.source.classes
         self.class_names = read_class_names(class_names, classes) if class_names else {}
         self.exact = load_vae(vae, device=device)
@@ -293,12 +293,14 @@ def _claimed(folder: EncodingOutput, claims: Claims) -> Iterator[int]:
         yield index
 
 
-def reopen(output: Path, input_text: str, vae: str | None, device: str | None) -> ShardEncoder:
+def reopen(
+    output: Path, inputs: Sequence[str], vae: str | None, device: str | None
+) -> ShardEncoder:
     """Return the encoder of a data set that was begun, for writing single shards again.
 
     Args:
         output: holds encoding.json.
-        input_text: the images, as --input.
+        inputs: the images, the words of --input.
         vae: where its VAE is now; None: where it was.
         device: as --device.
     """
@@ -308,11 +310,11 @@ def reopen(output: Path, input_text: str, vae: str | None, device: str | None) -
             f"{output}: has no encoding.json, so how its shards were made is unknown; copy them "
             "again from where they came."
         )
-    source = as_begun(output, open_source(input_text, reading=settings.reading))
+    source = as_begun(output, open_source(*inputs, reading=settings.reading))
     if source.fingerprint() != settings.source:
         raise ConfigError(
-            f"--input {input_text}: its {len(source)} images are not the {settings.num_files} that "
-            f"{output} was made of; give those."
+            f"--input {source.text}: its {len(source)} images are not the {settings.num_files} "
+            f"that {output} was made of; give those."
         )
     where = choose_device(device)
     found = load_vae(vae or settings.vae.id, device=where, expected_sha256=settings.vae.sha256)

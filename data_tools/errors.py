@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 CONFIG_ERROR_EXIT_CODE = 2
 MAX_MESSAGE = 2000  # characters
@@ -14,23 +13,25 @@ MAX_MESSAGE = 2000  # characters
 class ConfigError(Exception):
     """A mistake the user can correct: what is wrong, the values, what to do, in one sentence.
 
-    The message begins with the flag or the file at fault. What cannot be seen in it, such as a line
-    break in a file's name, is written as an escape, so that it stays one line.
+    The message begins with the flag or the file at fault.
     """
 
     exit_code = CONFIG_ERROR_EXIT_CODE
 
     def __init__(self, message: str) -> None:
-        seen = "".join(map(_visible, message))
+        """Keep the message on one line: names of files may hold line ends and bytes of no text."""
+        seen = one_line(message)
         if len(seen) > MAX_MESSAGE:  # somebody gave a long value
             seen = f"{seen[: MAX_MESSAGE // 2]} [...] {seen[-MAX_MESSAGE // 4 :]}"
         super().__init__(seen)
 
 
-def _visible(character: str) -> str:
-    """Return a character, or how Python writes it if it controls a terminal."""
-    controls = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp")
-    return repr(character)[1:-1] if controls else character
+def one_line(text: str) -> str:
+    """Write what cannot be shown, or would end the line, with escapes."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 class OutageError(ConfigError):
@@ -43,7 +44,25 @@ class OutageError(ConfigError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a wrong command line as a ConfigError: one sentence, without the usage."""
+    """Reports a wrong command line as a ConfigError: one sentence, without the usage.
+
+    Attributes:
+        instead: flags that people know from other programs, and what to write for them here.
+    """
+
+    instead: Mapping[str, str] = {}
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Refuse other programs' flags by name; then parse."""
+        for word in sys.argv[1:] if args is None else args:
+            flag = str(word).split("=")[0]
+            if flag in self.instead and flag not in self._option_string_actions:
+                raise ConfigError(
+                    f"{flag}: is no flag of {self.prog}; here it is {self.instead[flag]}."
+                )
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing; begin with the flag."""

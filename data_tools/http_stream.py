@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from data_tools.server_answers import HEAD_BYTES, error_message
 from data_tools.transports import (
     CHUNK_BYTES,
     NoSuchPartError,
@@ -19,6 +20,9 @@ from data_tools.transports import (
 )
 
 _AS_TYPED = "%!$&'()*+,;=:@/?~"  # in a URL; all but these, letters and digits is escaped
+# Other values, such as "aws-chunked", "utf-8" or none, are what stores keep of an upload; whatever
+# they mean, sizes and checksums are compared.
+_COMPRESSIONS = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}
 _RETRIED_REFUSALS = (408, 425, 429)  # request timeout, too early, too many requests
 
 
@@ -41,14 +45,14 @@ class HttpStream:
 
     def __init__(self, url: str, start: int, validator: str, patience: Patience) -> None:
         """Send the request and read the answer's headers."""
-        self._stall_sec = patience.stall_sec
+        self._stall_sec, self._url = patience.stall_sec, url
         try:
             self._response = _opener(patience).open(
                 _request(url, start, validator), timeout=patience.connect_sec
             )
         except urllib.error.HTTPError as err:
-            err.close()
-            raise _refusal(err) from err
+            with err:
+                raise _refusal(err) from err
         except urllib.error.URLError as err:  # before the request was sent
             if isinstance(err.reason, ssl.SSLCertVerificationError):
                 cause = err.reason.verify_message
@@ -77,8 +81,10 @@ class HttpStream:
 
     def _check_headers(self, start: int, validator: str) -> None:
         headers = self._response.headers
-        if headers.get("Content-Encoding", "identity") != "identity":
-            raise RefusalError("the server sends it compressed")
+        encodings = ",".join(headers.get_all("Content-Encoding", [])).lower().split(",")
+        if found := _COMPRESSIONS.intersection(map(str.strip, encodings)):
+            raise RefusalError(f"the server sends it compressed ({found.pop()})")
+        self.origin = _origin(self._response, self._url)
         self.validator = _validator(headers)
         self.start, self.length = _range_of(headers, self._response.status)
         if self.start == 0:
@@ -177,9 +183,22 @@ def _range_of(headers: email.message.Message, status: int) -> tuple[int, int | N
     return start, int(total) if total.isdecimal() else None
 
 
+def _origin(response: http.client.HTTPResponse, url: str) -> str:
+    """Say what type of content comes, and from where if that is another host or path."""
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
+    asked, found = urlsplit(url), urlsplit(response.url)
+    asked_host = asked.netloc.rpartition("@")[2]
+    is_same = (asked_host, quote(asked.path, _AS_TYPED)) == (found.netloc, found.path)
+    place = "" if is_same else f"from {found.scheme}://{found.netloc}{found.path}"
+    return ", ".join(filter(None, (kind, place)))
+
+
 def _refusal(err: urllib.error.HTTPError) -> TransferError:
     reason = "".join(filter(str.isprintable, " ".join(str(err.reason).split())))
-    cause = f"the server answered {err.code} {reason}"
+    said = ""
+    with suppress(OSError, http.client.HTTPException):
+        said = error_message(err.read(HEAD_BYTES))
+    cause = f"the server answered {err.code} {reason}{said and f' ({said})'}"
     if err.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         return NoSuchPartError(cause)
     is_final = 300 <= err.code < 500 and err.code not in _RETRIED_REFUSALS

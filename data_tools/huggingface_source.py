@@ -6,7 +6,7 @@ The package maps the Arrow files into memory: an image is read where it lies, no
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -139,10 +139,11 @@ def open_saved_dataset(folder: Path, reading: Reading | None = None) -> HuggingF
             "cast_column(NAME, datasets.Image()) and save the data set again."
         )
     labels = reading.label_column or _label_column(folder, found, ClassLabel)
-    if labels and labels not in found.features:
+    others = [name for name in found.column_names if name != images]
+    if labels and labels not in others:
         raise ConfigError(
-            f"--label-column {labels}: is no column of --input {folder}; give one of "
-            f"{', '.join(found.column_names)}."
+            f"--label-column {labels}: is no column of labels of --input {folder}, which has "
+            f"{', '.join(others) or 'none'}; give one of them."
         )
     table = found.with_format("arrow", columns=[images, *([labels] if labels else [])])[:]
     classes = Classes(np.zeros(len(found), np.int32))
@@ -151,24 +152,24 @@ def open_saved_dataset(folder: Path, reading: Reading | None = None) -> HuggingF
         names = kind.names if isinstance(kind, ClassLabel) else None
         classes = _column_classes(folder, table[labels], labels, names, bool(reading.label_column))
     if not classes.classes:
-        others = {n: f for n, f in found.features.items() if n not in (images, labels)}
-        classes.notes.extend(_unused(found, others))
+        classes.notes.extend(_unused(found, [name for name in others if name != labels]))
     return HuggingFaceSource(str(folder), table[images], classes)
 
 
-def _unused(found: "datasets.Dataset", others: dict[str, Any]) -> list[str]:
-    """Name the columns that may be meant as classes."""
+def _unused(found: "datasets.Dataset", names: list[str]) -> list[str]:
+    """Name the columns that may be meant as classes: text or numbers that occur again."""
     import pyarrow as pa
     import pyarrow.compute
 
     parts = []
     first = found.select(range(min(len(found), _LOOKED_AT))).with_format("arrow")
-    for name, feature in others.items():
-        kind = getattr(feature, "dtype", "")
-        if not (kind in ("string", "large_string", "bool") or "int" in str(kind)):
+    for name in names:
+        column = first.with_format("arrow", columns=[name])[:][name]
+        if not (_is_value(column.type) or pa.types.is_integer(column.type)):
             continue
-        count = pa.compute.count_distinct(first.with_format("arrow", columns=[name])[:][name])
-        parts.append(f"{name} ({kind}, {count.as_py()} values)")
+        count = pa.compute.count_distinct(column).as_py()
+        if count < len(column):
+            parts.append(f"{name} ({column.type}, {count} values)")
     if not parts:
         return []
     return [
@@ -197,13 +198,10 @@ def _column_classes(
     is_chosen: bool,
 ) -> Classes:
     """Make classes of a column: named numbers, numbers, or where it was chosen other values."""
-    import pyarrow as pa
-
     if not all(isinstance(text, str) for text in class_names or ()):
         err = ValueError(f"column {name} has class names that are no text")
         raise _unreadable_error(folder, err)
-    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    if is_text or pa.types.is_boolean(column.type):
+    if _is_value(column.type):
         if not is_chosen:
             raise ConfigError(
                 f"--input {folder}: column {name} holds {column.type} and no class numbers; add "
@@ -222,6 +220,13 @@ def _column_classes(
         )
     counts = np.bincount(numbers, minlength=len(class_names)).tolist()
     return Classes(numbers, tuple(map(ImageClass, range(len(class_names)), class_names, counts)))
+
+
+def _is_value(kind: "pa.DataType") -> bool:
+    """Tell columns of which each value can be a class."""
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
 
 
 def _value_classes(folder: Path, column: "pa.ChunkedArray", name: str) -> Classes:

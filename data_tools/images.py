@@ -19,7 +19,7 @@ from data_tools.image_metadata import without_metadata
 # these names that is no image is reported as skipped.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".avif"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"}
 )
 # What a file is decoded as, whatever its name; never formats for which Pillow starts programs.
 Image.init()  # here, and not by several threads at once

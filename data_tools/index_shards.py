@@ -25,10 +25,11 @@ from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.files import MalformedError, replace_file
 from data_tools.findings import SETTINGS_NAME
+from data_tools.foreign_arrays import channels_last, doubts
 from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
 from data_tools.input_summary import class_lines
 from data_tools.left_out import LeftOut, Tally, sentence
-from data_tools.locations import Location, expand_braces, parse_location
+from data_tools.locations import Location, parse_location
 from data_tools.manifest import (
     DATASET,
     MANIFEST_NAME,
@@ -43,6 +44,7 @@ from data_tools.manifest import (
     SourceList,
 )
 from data_tools.paths import typed_path, typed_text
+from data_tools.place_names import PIPE, is_address, places_of
 from data_tools.user_text import TextError, read_text
 from data_tools.vae import Vae, load_vae
 
@@ -53,7 +55,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", type=typed_text, required=True, metavar="TARS", help="braces name several"
+        "--input",
+        type=typed_text,
+        required=True,
+        nargs="+",
+        metavar="TARS",
+        help="their folder, or several with braces or * or by name",
     )
     parser.add_argument(
         "--output", type=typed_path, help="folder of dataset.json; default: the tars'"
@@ -79,14 +86,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def split_input(text: str) -> tuple[Location, list[str]]:
+def split_input(words: list[str]) -> tuple[Location, list[str]]:
     """Return where the tars lie, which must be one place, and what they are called."""
-    if "?" in text or text.startswith("pipe:"):
+    text = " ".join(words)
+    if any(word.startswith(PIPE) or (is_address(word) and "?" in word) for word in words):
         raise ConfigError(
             f"--input {text}: a command or an address with a query cannot be cut into folder and "
             "name; copy the tars, or give a plain address."
         )
-    paths = expand_braces(text, "--input")
+    paths = [path for word in words for path in places_of(word, "--input")]
+    if len(paths) == 1 and Path(paths[0]).is_dir():
+        paths = sorted(map(str, Path(paths[0]).glob("*.tar")))
+    if not paths:
+        raise ConfigError(f"--input {text}: is a folder without NAME.tar; give one with tars.")
     folders = {path.rpartition("/")[0] if "/" in path else "." for path in paths}
     names = [path.rpartition("/")[2] for path in paths]
     if len(folders) > 1 or len(set(names)) < len(names):
@@ -127,6 +139,24 @@ def _known(notes: Path) -> ScannedShard | None:
         return None
 
 
+def check_latents(name: str, shard: ScannedShard, vae: Vae) -> None:
+    """Refuse, after the first tar already, what is not of this VAE or no log-variance."""
+    shape, kind = shard.shape, shard.wanted.kind
+    channels = shape[0] // (2 if kind == "moments" else 1)
+    if channels != vae.latent_channels:
+        raise ConfigError(
+            f"--vae {vae.source_id}: has {vae.latent_channels} latent channels, {name} {channels} "
+            f"in its {kind} of shape {tuple(shape)}; give the VAE that made them, or see --kind"
+            f"{channels_last(shape)}."
+        )
+    if shard.log_variance_min >= 0:
+        raise ConfigError(
+            f"--kind moments: the second half of every array in {name} is positive, so it seems to "
+            "hold standard deviations and no log-variances; write 2 * log(std) in their place, or "
+            "the first half alone with --kind latents."
+        )
+
+
 def describe(
     names: list[str], found: list[ScannedShard], vae: Vae, size: int | None, class_names: list[str]
 ) -> Manifest:
@@ -138,12 +168,6 @@ def describe(
                 f"--input {name}: holds arrays {shard.dtype} {shard.shape}, {names[0]} holds "
                 f"{first.dtype} {first.shape}; index them apart."
             )
-    channels = first.shape[0] // (2 if wanted.kind == "moments" else 1)
-    if channels != vae.latent_channels:
-        raise ConfigError(
-            f"--vae {vae.source_id}: has {vae.latent_channels} latent channels, the tars "
-            f"{channels}; give the VAE that made them, or see --kind."
-        )
     counts: Counter[int] = Counter()
     for shard in found:
         counts.update({int(label): count for label, count in shard.label_counts.items()})
@@ -236,10 +260,10 @@ def main(argv: list[str] | None = None) -> None:
     wanted = Wanted(args.array, args.flip, label, args.kind)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        found = [
-            scan_shard(location, name, wanted, output)
-            for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty())
-        ]
+        found = []
+        for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty()):
+            found.append(scan_shard(location, name, wanted, output))
+            check_latents(name, found[-1], vae)
         DATASET.write(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
     except OSError as err:
         raise ConfigError(
@@ -252,7 +276,11 @@ def main(argv: list[str] | None = None) -> None:
         f"{output}: {manifest.num_samples} samples in {len(names)} tars, {manifest.latent.kind} "
         f"{shape} {manifest.latent.dtype}, {manifest.num_classes} classes\n"
     )
-    lines = class_lines(manifest.classes)
+    shown = "  ".join(f"{std:.3f}" for std in manifest.scaled_std)
+    lines = [f"scaled std {shown}  per channel, what the model sees, 1 is usual"]
+    if doubt := doubts(manifest.scaled_std, manifest.vae.scaling_factor):
+        lines.append(f"warning: {output}: {doubt}.")
+    lines += class_lines(manifest.classes)
     lines += [f"left out: {sentence(manifest.left_out)}"] if manifest.left_out else []
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 

@@ -17,18 +17,18 @@ import numpy as np
 
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE
+from data_tools.foreign_arrays import channels_last, not_npy, unusable
 from data_tools.formats import Format
-from data_tools.left_out import LeftOut, Tally
+from data_tools.left_out import LeftOut, Tally, sentence
 from data_tools.locations import Location
 from data_tools.manifest import Members
 from data_tools.records import NPY_HEADER_ERRORS
 from data_tools.remote import read_small
 from data_tools.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
 from data_tools.tar_members import BadTarError, content_of, walk
-from data_tools.tar_samples import TarParts, grouped
+from data_tools.tar_samples import IncompleteSampleError, TarParts, grouped
 from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
-DTYPES = ("float16", "float32")
 _MAX_HEADER_BYTES = 4096  # of an npy file; numpy's own have 128
 _MAX_REMOTE_BYTES = 1 << 33  # of one tar, which is held in memory while it is scanned
 _CHUNK_BYTES = 1 << 20
@@ -60,6 +60,8 @@ class ScannedShard:
     channel_sum: list[float]  # (C,) of unscaled posterior draws
     channel_square_sum: list[float]
     left_out: list[LeftOut] = field(default_factory=list, metadata={SINCE: 2})
+    # Least of all moments; else, or where it is unknown, -1.
+    log_variance_min: float = field(default=-1.0, metadata={SINCE: 2})
 
 
 NOTES = Format(newest=2, kind=ScannedShard)
@@ -96,15 +98,20 @@ def _scan(file: BinaryIO, wanted: Wanted) -> tuple[ScannedShard, bytes]:
     rows: list[tuple[int, int, int]] = []
     counts, first_key = {}, ""
     suffixes = Members(wanted.array, wanted.flip, wanted.label).suffixes
-    for sample in grouped(walk(hashing), suffixes, left_out):
-        offset, flip_offset = _read_arrays(hashing, sample, wanted, sums)
-        label = _label(hashing, sample, wanted.label)
-        first_key = first_key or sample.key
-        rows.append((offset, flip_offset, label))
-        counts[str(label)] = counts.get(str(label), 0) + 1
+    try:
+        for sample in grouped(walk(hashing), suffixes, left_out):
+            offset, flip_offset = _read_arrays(hashing, sample, wanted, sums)
+            label = _label(hashing, sample, wanted.label)
+            first_key = first_key or sample.key
+            rows.append((offset, flip_offset, label))
+            counts[str(label)] = counts.get(str(label), 0) + 1
+    except IncompleteSampleError as err:
+        there = f"; the tar has {sentence(left_out.entries())}" if left_out else ""
+        raise _RefusedError(f"{err}{there}") from err
     hashing.drain()
     if not rows:
-        raise _RefusedError("holds no samples; see --array")
+        there = f" (it has {sentence(left_out.entries())})" if left_out else ""
+        raise _RefusedError(f"holds no samples{there}; see --array")
     rows.sort()  # labels that stand elsewhere complete samples late
     index = io.BytesIO()
     np.save(index, np.array(rows, np.dtype("<i8")))
@@ -121,6 +128,7 @@ def _scan(file: BinaryIO, wanted: Wanted) -> tuple[ScannedShard, bytes]:
         channel_sum=sums.total.tolist(),
         channel_square_sum=sums.squares.tolist(),
         left_out=left_out.entries(),
+        log_variance_min=sums.log_variance_min,
     )
     return found, index.getvalue()
 
@@ -133,8 +141,8 @@ def _read_arrays(
     for place, suffix in enumerate((wanted.array, wanted.flip)):
         if suffix:
             member = sample.by_suffix[suffix]
-            array = _array(content_of(file, member), f"{sample.key}.{suffix}")
-            sums.add(array, suffix == wanted.array)
+            name = f"{sample.key}.{suffix}"
+            sums.add(_array(content_of(file, member), name), name, suffix == wanted.array)
             offsets[place] = member.offset_data
     return offsets[0], offsets[1]
 
@@ -158,6 +166,8 @@ def _label(file: "_HashingReader", sample: TarParts, label: str) -> int:
 def _array(content: bytes, name: str) -> np.ndarray:
     """Return the array of an .npy file, which must be as numpy.save writes it."""
     file = io.BytesIO(content)
+    if not content.startswith(np.lib.format.MAGIC_PREFIX):
+        raise _RefusedError(f"{name} {not_npy(content)}")
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("an npy version that numpy.save does not write for numbers")
@@ -166,11 +176,8 @@ def _array(content: bytes, name: str) -> np.ndarray:
         )
     except NPY_HEADER_ERRORS as err:
         raise _RefusedError(f"{name} is no .npy file of numbers ({err}); write it anew") from err
-    if is_fortran or len(shape) != 3 or dtype.newbyteorder("=").name not in DTYPES:
-        raise _RefusedError(
-            f"{name} holds {dtype} {shape}; (channels, height, width) of float16 or float32 in C "
-            "order can be read"
-        )
+    if problem := unusable(shape, dtype, is_fortran):
+        raise _RefusedError(f"{name} {problem}")
     expected = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         expected, {"descr": dtype.str, "fortran_order": False, "shape": shape}
@@ -191,8 +198,9 @@ class _Sums:
     def __init__(self, kind: str) -> None:
         self.kind, self.shape, self.dtype = kind, (), ""
         self.total = self.squares = np.zeros(0)
+        self.log_variance_min = np.inf if kind == "moments" else -1.0
 
-    def add(self, array: np.ndarray, is_counted: bool) -> None:
+    def add(self, array: np.ndarray, name: str, is_counted: bool) -> None:
         """Check an array (C, H, W) or (2C, H, W); mirrored ones are not counted."""
         if not self.shape:
             self.shape, self.dtype = array.shape, array.dtype.name
@@ -200,6 +208,7 @@ class _Sums:
                 raise _RefusedError(
                     f"arrays have {array.shape[0]} channels, but mean | log-variance are an even "
                     "number; use --kind latents for draws of the posterior"
+                    f"{channels_last(array.shape)}"
                 )
         if (array.shape, array.dtype.name) != (self.shape, self.dtype):
             raise _RefusedError(
@@ -208,13 +217,14 @@ class _Sums:
             )
         if not np.isfinite(array).all():
             raise _RefusedError(
-                "holds an array with a value that is no number; write the tar without that sample"
+                f"{name} holds a value that is no number; write the tar without that sample"
             )
         if not is_counted:
             return
         values, variance = array.astype(np.float64), 0.0
         if self.kind == "moments":
             values, log_variance = np.split(values, 2)
+            self.log_variance_min = min(self.log_variance_min, float(log_variance.min()))
             variance = np.exp(log_variance.clip(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX))
         if not len(self.total):
             self.total = self.squares = np.zeros(len(values))

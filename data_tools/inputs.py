@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from braceexpand import braceexpand
-
 from data_tools.errors import ConfigError
 from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.files import parse_json
@@ -12,6 +10,7 @@ from data_tools.huggingface_source import is_saved_dataset, open_saved_dataset
 from data_tools.image_folders import scan_folder
 from data_tools.image_list import read_list
 from data_tools.left_out import Tally
+from data_tools.place_names import places_of
 from data_tools.reading import Reading
 from data_tools.records import KEY_DIGITS
 from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of
@@ -28,26 +27,27 @@ _PACKED_TARS = tuple(
 
 
 def open_source(
-    text: str, cache: Path | None = None, reading: Reading | None = None
+    *words: str, cache: Path | None = None, reading: Reading | None = None
 ) -> ImageSource:
     """Open the input: a folder of images or tars, a list, tars with braces, a saved data set.
 
     Args:
-        text: as typed.
+        words: as typed; braces and wildcards are expanded, several names are those of tars.
         cache: folder that keeps the indexes of tars; None = scan and keep nothing.
         reading: what the flags say about it.
     """
-    path, reading = Path(text), reading or Reading()
+    text, reading = " ".join(words), reading or Reading()
+    places = [place for word in words for place in places_of(word, "--input")]
+    path = Path(places[0])
     is_saved, is_list, tars, beside = False, False, [], Tally()
     try:
-        # os.path, which never raises: with braces, the text may be too long for a path.
-        if path.suffix.lower() == ".tar" and not os.path.isdir(path):
-            tars = _expanded(text)
+        if len(places) > 1 or (path.suffix.lower() == ".tar" and not path.is_dir()):
+            tars = _tars(places, text)
         elif not (is_saved := is_saved_dataset(path)):
             tars, beside = _tars_in(path) if path.is_dir() else ([], beside)
             is_list = path.is_file() and path.suffix in _LIST_SUFFIXES
             if not path.is_dir():
-                _refuse_packed(text)
+                _refuse_packed(places[0])
     except OSError as err:
         raise ConfigError(
             f"--input {text}: cannot be read ({err.strerror}); give a path that can be."
@@ -126,13 +126,14 @@ def _scan_images(folder: Path, reading: Reading) -> ImageSource:
         raise
 
 
-def _expanded(text: str) -> list[Path]:
-    try:
-        paths = [Path(text)] if os.path.exists(text) else list(map(Path, braceexpand(text)))
-    except ValueError as err:
+def _tars(places: list[str], text: str) -> list[Path]:
+    other = next((place for place in places if not place.lower().endswith(".tar")), None)
+    if other is not None:
         raise ConfigError(
-            f"--input {text}: its braces are wrong ({err}); write {{000..146}}."
-        ) from err
+            f"--input {text}: names {len(places)} files and folders, such as {other}, and only "
+            "tars can be several; give the one folder that holds them, or a list of images."
+        )
+    paths = [Path(place) for place in places]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ConfigError(

@@ -77,11 +77,6 @@ def page(manifest: DatasetManifest) -> str:
     latent, vae, per_shard = manifest.latent, manifest.vae, facts["samples_per_shard"]
     size = manifest.image.size
     shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
-    stds = vae.latents_std or [1.0] * len(manifest.statistics.std)
-    scaled = [
-        value * vae.scaling_factor / std
-        for value, std in zip(manifest.statistics.std, stds, strict=True)
-    ]
     mirrored = "with" if latent.flip else "without"
     steps = facts["steps_per_epoch"][str(BATCH_SIZE)]
     shift = f", shift {vae.shift_factor:g}" if vae.shift_factor else ""
@@ -108,7 +103,7 @@ def page(manifest: DatasetManifest) -> str:
         ("encoded in", latent.precision),
         ("mean", f"{_numbers(manifest.statistics.mean)}  per channel, unscaled"),
         ("std", f"{_numbers(manifest.statistics.std)}  per channel, unscaled"),
-        ("scaled std", f"{_numbers(scaled)}  what the model sees, 1 is usual"),
+        ("scaled std", f"{_numbers(manifest.scaled_std)}  what the model sees, 1 is usual"),
         ("skipped", _skipped(facts["skipped"], manifest.source.num_files)),
         ("left out", sentence(manifest.left_out) or "nothing that was noted"),
         ("made with", ", ".join(f"{k} {v}" for k, v in sorted(manifest.versions.items())) or "?"),

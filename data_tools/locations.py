@@ -7,19 +7,15 @@ names that are looked up in it come from such files, so only plain file names ar
 import re
 import shlex
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from braceexpand import UnbalancedBracesError, braceexpand
-
 from data_tools.errors import ConfigError
+from data_tools.place_names import PIPE
 
-PIPE = "pipe:"
+_STORES = ("s3://", "gs://")
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})")
-_MAX_EXPANSIONS = 10_000  # a slip of the pen such as {0..999999999} must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,8 @@ class Location:
         _check_name(name)
         if self.text.startswith(PIPE):
             return self.text.replace("{}", shlex.quote(name))
+        if self.text.startswith(_STORES):  # in a key, ?, # and % are letters like others
+            return f"{self.text.rstrip('/')}/{name}"
         parts = urlsplit(self.text)
         path = f"{parts.path.rstrip('/')}/{quote(name)}"
         return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
@@ -55,7 +53,7 @@ class Location:
         if self.folder is not None:
             return str(self.folder / name)
         url = self.url(name)
-        if url.startswith(PIPE):
+        if url.startswith((PIPE, *_STORES)):
             return url
         parts = urlsplit(url)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -98,6 +96,11 @@ def parse_location(text: str, flag: str) -> Location:
                 f"{flag} {text}: is no URL that can be read; use a folder, file:, {known} with a "
                 "host or bucket, or pipe:COMMAND."
             )
+        if scheme in ("http", "https") and "#" in text:
+            raise ConfigError(
+                f"{flag} {text}: a server is never sent what follows the #; write %23 where it is "
+                "part of a name, or leave it out."
+            )
         return Location(text, None)
     if not text:
         raise ConfigError(f"{flag}: is empty; name a folder or a URL.")
@@ -113,24 +116,6 @@ def _local(text: str, path: str, flag: str) -> Location:
             f"{flag} {text}: {err.strerror}; name a folder that can be read."
         ) from err
     return Location(text, folder)
-
-
-def expand_braces(text: str, flag: str) -> list[str]:
-    """Expand {a,b} and {000..012} as a shell does; a pipe's command is left alone."""
-    if text.startswith(PIPE):
-        return [text]
-    # braceexpand holds every range as a list, so a long one must not reach it.
-    ranges = [abs(int(first) - int(last)) for first, last in _RANGE.findall(text)]
-    try:
-        is_long = max(ranges, default=0) >= _MAX_EXPANSIONS
-        expanded = [] if is_long else list(islice(braceexpand(text), _MAX_EXPANSIONS + 1))
-    except UnbalancedBracesError as err:
-        raise ConfigError(f"{flag} {text}: its braces do not pair; write {{a,b}}.") from err
-    if is_long or len(expanded) > _MAX_EXPANSIONS:
-        raise ConfigError(
-            f"{flag} {text}: stands for more than {_MAX_EXPANSIONS} data sets; name fewer."
-        )
-    return expanded
 
 
 def _check_name(name: str) -> None:

@@ -16,9 +16,9 @@ from data_tools.file_kinds import LFS_REASON, is_lfs_pointer, refuse_lfs_pointer
 from data_tools.files import SINCE, MalformedError
 from data_tools.formats import FORMAT_KEY, Format, said
 from data_tools.left_out import LeftOut
-from data_tools.paths import absence
 from data_tools.records import IndexedLayout, RecordLayout
 from data_tools.sample_labels import split_label
+from data_tools.undescribed import explain
 
 MANIFEST_NAME = "dataset.json"
 HASHED_FORMAT = 2  # part of every hash that checkpoints remember, whatever the file's number
@@ -168,15 +168,12 @@ class DatasetManifest(Manifest):
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
-        if not folder.is_dir():
-            state = "is not a folder" if folder.exists() else absence(folder)
-            raise ConfigError(f"--data {folder}: {state}; make it: {_ENCODE} --output {folder}.")
         if not path.is_file():
-            raise ConfigError(
-                f"--data {folder}: no {MANIFEST_NAME}, encoding did not finish; "
-                f"run {_ENCODE} --output {folder} with the same flags again (it resumes)."
-            )
-        manifest = cls.parse(path.read_bytes(), str(path), folder)
+            raise ConfigError(f"--data {folder}: {explain(folder)}.")
+        try:
+            manifest = cls.parse(path.read_bytes(), str(path), folder)
+        except OSError as err:
+            raise ConfigError(f"{path}: {err.strerror}; make it readable.") from err
         if check_shards:
             for shard in manifest.shards:
                 _check_shard(folder / shard.name, shard)
@@ -207,6 +204,13 @@ class DatasetManifest(Manifest):
     def is_frozen(self) -> bool:
         """Whether the stored arrays are latents, drawn once, and not the posterior's moments."""
         return self.latent.kind == "latents"
+
+    @property
+    def scaled_std(self) -> list[float]:
+        """Standard deviation per channel (C,) as a model sees it."""
+        own = self.vae.latents_std or [1.0] * len(self.statistics.std)
+        pairs = zip(self.statistics.std, own, strict=True)
+        return [std * self.vae.scaling_factor / own_std for std, own_std in pairs]
 
     @property
     def latent_channels(self) -> int:
@@ -271,9 +275,9 @@ def content_hash(manifest: Manifest) -> str:
 
 
 def _parse(path: str, text: bytes, folder: Path | None) -> Manifest:
-    advice = "copy it again"
+    advice = f"check the address, and that {_ENCODE} wrote the file"
     if folder is not None:
-        advice += f", or run {_VERIFY} --data {folder}, it says what to do"
+        advice = f"copy it again, or run {_VERIFY} --data {folder}, it says what to do"
     if is_lfs_pointer(text):
         raise ConfigError(f"{path}: {LFS_REASON}.")
     try:

@@ -28,10 +28,15 @@ def expand(text: str, where: str) -> str:
         where: the flag or key that gave it.
 
     Raises:
-        ConfigError: a variable that is not set, or a user whom nobody knows.
+        ConfigError: a variable that is not set, a user whom nobody knows, or a link to nothing.
     """
     _check_possible(text, where)
-    return _expanded(text, where, _HOME)
+    path = _expanded(text, where, _HOME)
+    if broken_link(Path(path)):
+        raise ConfigError(
+            f"{where} {text}: {absence(Path(path))}; restore what it stood for, or name another."
+        )
+    return path
 
 
 def _check_possible(text: str, where: str) -> None:

@@ -34,6 +34,11 @@ class Reading:
                 f"--label-suffix {self.label_suffix}: is no suffix; write what stands after KEY "
                 "and a dot, such as output.cls, or json:FIELD."
             )
+        if self.label_suffix and self.class_from:
+            raise ConfigError(
+                f"--label-suffix {self.label_suffix}: names the classes, and so does --class-from "
+                f"{self.class_from}; leave one of them out."
+            )
 
     def refuse_others(self, text: str, kind: str, *known: str) -> None:
         """Refuse flags that say nothing about this kind of input.

@@ -1,14 +1,11 @@
 """Fetching files from a location: repeated on failure, resumed where possible, always checked."""
 
-import importlib.util
 import os
 import random
-import shutil
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
@@ -17,27 +14,17 @@ from urllib.parse import urlsplit
 from data_tools.checksums import descriptor_sha256
 from data_tools.errors import ConfigError, OutageError
 from data_tools.http_stream import open_http
-from data_tools.locations import PIPE, Location
+from data_tools.locations import Location
 from data_tools.locks import StoppedError
+from data_tools.object_stores import open_object
+from data_tools.place_names import PIPE
+from data_tools.server_answers import instead_of_file
 from data_tools.transports import Patience, ProcessStream, RefusalError, Stream, TransferError
 
 _MAX_BACKOFF_SEC = 30.0
 _MIN_BYTES_PER_SEC = 1024  # a server that trickles is stalled, too
 _JITTER = random.SystemRandom()  # leaves the seeded generators alone
 _Result = TypeVar("_Result")
-# The Python package that reads a store, and the programs that print a URL of it.
-_STORES = {
-    "s3": ("s3fs", [["aws", "s3", "cp", "--only-show-errors", "{}", "-"]]),
-    "gs": ("gcsfs", [["gcloud", "storage", "cat", "{}"], ["gsutil", "-q", "cat", "{}"]]),
-}
-# Prints a file from byte argv[2] on. A process of its own, because a file system of fsspec may
-# stall or raise anything.
-_FSSPEC_PROGRAM = """
-import shutil, sys, fsspec
-with fsspec.open(sys.argv[1], "rb") as file:
-    file.seek(int(sys.argv[2]))
-    shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
-"""
 
 
 class MissingFileError(ConfigError):
@@ -52,9 +39,21 @@ class _WrongContentError(TransferError):
 
 
 def read_small(
-    location: Location, name: str, limit_bytes: int, *, patience: Patience | None = None
+    location: Location,
+    name: str,
+    limit_bytes: int,
+    *,
+    patience: Patience | None = None,
+    on_failure: Callable[[str], object] = lambda text: None,
 ) -> bytes:
     """Return the content of a small file.
+
+    Args:
+        location: where it lies.
+        name: of the file there.
+        limit_bytes: most that it may have.
+        patience: with the other side; default from the environment.
+        on_failure: called with a sentence before each pause.
 
     Raises:
         MissingFileError: there is none.
@@ -69,9 +68,7 @@ def read_small(
     def attempt() -> bytes:
         parts, count = [], 0
         with closing(_open_stream(location.url(name), 0, "", patience)) as stream:
-            watch = _StallWatch(patience.stall_sec)
-            while chunk := stream.read():
-                watch.count(len(chunk))
+            for chunk in _chunks(stream, name, _StallWatch(patience.stall_sec)):
                 parts.append(chunk)
                 count += len(chunk)
                 if count > limit_bytes:
@@ -80,7 +77,7 @@ def read_small(
                 raise TransferError(f"the connection ended at byte {count} of {stream.length}")
         return b"".join(parts)
 
-    return _persist(attempt, what, patience, threading.Event())
+    return _persist(attempt, what, patience, threading.Event(), on_failure)
 
 
 def fetch(
@@ -123,11 +120,13 @@ def fetch(
             with closing(_open_stream(url, start, validator, patience)) as stream:
                 start, validator = stream.start, stream.validator
                 os.ftruncate(file, start)
+                chunks = _chunks(stream, name, _StallWatch(patience.stall_sec))
                 if stream.length not in (None, num_bytes):
                     os.ftruncate(file, 0)
+                    next(chunks, b"")  # which may tell what came instead
                     found = f"it has {stream.length} bytes there"
                     raise RefusalError(f"{found}, dataset.json says {num_bytes}")
-                _copy(stream, file, num_bytes, _StallWatch(patience.stall_sec), cancel)
+                _copy(chunks, start, file, num_bytes, cancel)
         if os.fstat(file).st_size != num_bytes or descriptor_sha256(file) != sha256:
             os.ftruncate(file, 0)
             if start:  # two versions may have met
@@ -150,32 +149,28 @@ def _open_stream(url: str, start: int, validator: str, patience: Patience) -> St
     """
     if url.startswith(PIPE):
         return ProcessStream(["/bin/sh", "-c", url.removeprefix(PIPE)], 0, patience)
-    scheme = urlsplit(url).scheme
-    if scheme in ("http", "https"):
+    if urlsplit(url).scheme in ("http", "https"):
         return open_http(url, start, validator, patience)
-    package, commands = _STORES[scheme]
-    if importlib.util.find_spec(package):
-        program = [sys.executable, "-c", _FSSPEC_PROGRAM, url, str(start)]
-        return ProcessStream(program, start, patience)
-    for command in commands:
-        if shutil.which(command[0]):
-            filled = [url if word == "{}" else word for word in command]
-            return ProcessStream(filled, 0, patience)
-    names = " or ".join(command[0] for command in commands)
-    raise ConfigError(
-        f"{url}: needs {names} on PATH or the Python package {package}; install one of them, or "
-        "name the data by https: or pipe:."
-    )
+    return open_object(url, start, patience)
+
+
+def _chunks(stream: Stream, name: str, watch: "_StallWatch") -> Iterator[bytes]:
+    """Yield what comes, unless it is a page or a message in the file's place."""
+    is_beginning = stream.start == 0
+    while chunk := stream.read():
+        watch.count(len(chunk))
+        if is_beginning and (wrong := instead_of_file(chunk, name, stream.origin)):
+            raise _WrongContentError(wrong)
+        is_beginning = False
+        yield chunk
 
 
 def _copy(
-    stream: Stream, file: int, num_bytes: int, watch: "_StallWatch", cancel: threading.Event
+    chunks: Iterator[bytes], position: int, file: int, num_bytes: int, cancel: threading.Event
 ) -> None:
-    position = stream.start
-    while chunk := stream.read():
+    for chunk in chunks:
         if cancel.is_set():
             raise StoppedError
-        watch.count(len(chunk))
         if position + len(chunk) > num_bytes:
             os.ftruncate(file, 0)
             raise RefusalError(f"it has more than the {num_bytes} bytes of dataset.json")
@@ -205,7 +200,11 @@ class _StallWatch:
 
 
 def _persist(
-    attempt: Callable[[], _Result], what: str, patience: Patience, cancel: threading.Event
+    attempt: Callable[[], _Result],
+    what: str,
+    patience: Patience,
+    cancel: threading.Event,
+    on_failure: Callable[[str], object] = lambda text: None,
 ) -> _Result:
     """Call attempt() until it succeeds; pause longer after each failure, and never in step.
 
@@ -221,13 +220,20 @@ def _persist(
             times[type(err)] += 1
             if times.total() >= patience.attempts or times[type(err)] >= err.max_times:
                 lasting = MissingFileError if err.is_missing else ConfigError
+                tried = "1 attempt" if times.total() == 1 else f"{times.total()} attempts"
                 raise (lasting if err.is_lasting else OutageError)(
-                    f"{what}: could not be fetched in {times.total()} attempts, the last time "
-                    f"because {err}; see to it that it can be read, then start again."
+                    f"{what}: could not be fetched in {tried}, the last time because {err}; see to "
+                    "it that it can be read, then start again."
                 ) from err
             pause = patience.backoff_sec * 2 ** min(times.total() - 1, 16)
             pause = min(pause, _MAX_BACKOFF_SEC) * _JITTER.uniform(0.5, 1.5)
-            if cancel.wait(max(pause, min(err.retry_after_sec, _MAX_BACKOFF_SEC))):
+            pause = max(pause, min(err.retry_after_sec, _MAX_BACKOFF_SEC))
+            most = min(patience.attempts, err.max_times)
+            on_failure(
+                f"{what}: attempt {times.total()} of {most} failed ({err}); the next in "
+                f"{pause:.1f} s"
+            )
+            if cancel.wait(pause):
                 raise StoppedError from err
 
 

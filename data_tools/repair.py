@@ -35,7 +35,7 @@ class RepairSource:
         accepts_new_bytes: put a shard in place although its bytes are not the former ones.
     """
 
-    input: str | None
+    input: list[str] | None
     vae: str | None
     device: str | None
     accepts_new_bytes: bool

@@ -218,13 +218,16 @@ class FileSource(ImageSource):
         path = os.path.join(self.folder, self.names[index])
         # A list may name anything: a pipe must not stop the thread that opens it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise BadImageError("is no file")
             if status.st_size > MAX_IMAGE_BYTES:
                 raise BadImageError(f"has {status.st_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
-            return file.read()
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
 
     def num_bytes(self, index: int) -> int:
         """Ask the file system; -1 for a file that is not there or not readable."""

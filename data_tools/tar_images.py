@@ -91,7 +91,8 @@ class _Scan:
         self.path, self.reading = path, reading
         self.is_cut_first = bool(reading.image_suffix or reading.label_suffix)
         suffix, self.label_field = split_label(reading.label_suffix or LABEL_SUFFIX)
-        self.label_suffix = suffix.lower()
+        # Where something else names the classes, a label is one more file that is left out.
+        self.label_suffix = None if reading.class_from else suffix.lower()
         self.names: list[bytes] = []
         self.sizes, self.offsets, self.labels = array("q"), array("q"), array("i")
         self.left_out = Tally()

@@ -8,6 +8,10 @@ from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of, split_name
 from data_tools.tar_members import BadTarError, Member
 
 
+class IncompleteSampleError(BadTarError):
+    """A sample lacks a member."""
+
+
 @dataclass
 class TarParts:
     """The members of one sample that are wanted, by suffix."""
@@ -61,7 +65,7 @@ def _check_complete(waiting: dict[str, TarParts], wanted: frozenset[str]) -> Non
     for parts in waiting.values():
         suffix = min(wanted - parts.by_suffix.keys())
         more = f" ({len(waiting)} such samples)" if len(waiting) > 1 else ""
-        raise BadTarError(
+        raise IncompleteSampleError(
             f"sample {parts.key[:80]!r} has no .{suffix}{more}; see --array, --flip and --label"
         )
 

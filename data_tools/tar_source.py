@@ -210,10 +210,7 @@ def _classes(
             )
         return Classes(*classes_of(ids, members))
     if reading.class_from:
-        classes = _folder_classes(text, indexes, reading)
-        if num_labelled:
-            classes.notes.append(f"the {num_labelled} labels in the tars are not used")
-        return classes
+        return _folder_classes(text, indexes, reading)
     if num_labelled == len(labels):
         return Classes(labels, numbered_classes(text, labels))
     if num_labelled:

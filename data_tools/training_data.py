@@ -3,23 +3,25 @@
     datasets/a                    one data set
     datasets/{a,b}  or  a,b       one union: each sample once per epoch of all together
     a=3,http://host/b=1           a mixture: three quarters of a, each in epochs of its own
+    datasets/*                    one union of all that match
     pipe:ssh host cat b/{}        the rest of the text is the command
+
+A folder that exists is meant by its name, whatever commas, braces or equals signs are in it.
 
 Classes of several data sets are united by their ids, in the order in which they appear first.
 """
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_tools.cache import ShardCache
 from data_tools.errors import ConfigError
-from data_tools.locations import PIPE, Location, expand_braces, parse_location
+from data_tools.locations import Location, parse_location
 from data_tools.manifest import (
     MANIFEST_NAME,
     ChannelStatistics,
@@ -28,7 +30,9 @@ from data_tools.manifest import (
     Manifest,
     SourceList,
 )
+from data_tools.place_names import places_of, split_list, split_weight
 from data_tools.remote import MissingFileError, read_small
+from data_tools.server_answers import json_message
 from data_tools.shard_store import ShardStore
 from data_tools.stream_plan import BLOCK, StreamPlan
 
@@ -138,43 +142,26 @@ class TrainingData:
 
 def parse_data(text: str, flag: str = _FLAG) -> list[NamedSet]:
     """Understand the text of --data."""
-    entries = [_parse_entry(entry, flag) for entry in _split(text, flag)]
+    entries = [_parse_entry(entry, flag) for entry in split_list(text, flag)]
     if all(weight is None for _, weight in entries):
         return [NamedSet(tuple(place for places, _ in entries for place in places), 1.0)]
     return [NamedSet(places, 1.0 if weight is None else weight) for places, weight in entries]
 
 
-def _split(text: str, flag: str) -> list[str]:
-    """Split at the commas that are in no braces; a pipe's command takes the rest of the text."""
-    entries, depth, start = [], 0, 0
-    for i, letter in enumerate(text):
-        if text.startswith(PIPE, start):
-            break
-        depth += (letter == "{") - (letter == "}")
-        if letter == "," and depth == 0:
-            entries.append(text[start:i])
-            start = i + 1
-    entries.append(text[start:])
-    if not all(entries):
-        raise ConfigError(f"{flag} {text}: names nothing beside a comma; remove the comma.")
-    return entries
-
-
 def _parse_entry(entry: str, flag: str) -> tuple[tuple[str, ...], float | None]:
-    weight, found = None, re.fullmatch(r"(.+)=([^=/]*)", entry)
-    # In a command, or after the ? of a URL, an equals sign is something else.
-    if found is not None and not entry.startswith(PIPE) and "?" not in entry:
-        entry = found[1]
+    weight, found = None, split_weight(entry)
+    if found is not None:
+        entry, text = found
         try:
-            weight = float(found[2])
+            weight = float(text)
         except ValueError:
             weight = 0.0
         if not 0 < weight < float("inf"):
             raise ConfigError(
-                f"{flag} {entry}={found[2]}: its weight is no number above 0; write =3, or end a "
-                "folder's name that holds an equals sign with a slash."
+                f"{flag} {entry}={text}: is not there, and its weight is no number above 0; "
+                "correct the name, write =3, or end a name that holds an equals sign with a slash."
             )
-    return tuple(expand_braces(entry, flag)), weight
+    return tuple(places_of(entry, flag)), weight
 
 
 def in_thousandths(weights: list[float]) -> tuple[int, ...]:
@@ -199,13 +186,18 @@ def is_absent(text: str) -> bool:
     return any(folder is not None and not folder.exists() for folder in folders)
 
 
-def open_data(text: str, data_shards: str | None = None) -> TrainingData:
+def open_data(
+    text: str,
+    data_shards: str | None = None,
+    on_failure: Callable[[str], object] = lambda text: None,
+) -> TrainingData:
     """Read the descriptions of all that --data names and unite them.
 
     Args:
         text: of --data.
         data_shards: of --data-shards: where the tars lie, as many places; None = beside each
             dataset.json.
+        on_failure: called with a sentence whenever a server failed and is waited for.
 
     Raises:
         ConfigError: nothing there, something damaged, or parts that do not agree.
@@ -224,8 +216,14 @@ def open_data(text: str, data_shards: str | None = None) -> TrainingData:
     found = []
     for place, tars in zip(named, elsewhere, strict=True):
         location = parse_location(place, _FLAG)
+        if len(named) > 1 and location.folder is not None and not location.folder.exists():
+            raise ConfigError(
+                f"{_FLAG} {text}: its part {place} does not exist; correct it (a comma, = or brace "
+                "belongs to a folder's name where that whole name exists)."
+            )
         shard_location = location if tars is None else parse_location(tars, "--data-shards")
-        found.append((_load(location, shard_location), location, shard_location))
+        manifest = _load(location, shard_location, on_failure)
+        found.append((manifest, location, shard_location))
     manifests = [manifest for manifest, *_ in found]
     for manifest, location, _ in found[1:]:
         _check_agreement(manifests[0], manifest, named[0], location.text)
@@ -240,17 +238,24 @@ def open_data(text: str, data_shards: str | None = None) -> TrainingData:
     return TrainingData(_united(manifests, classes, counts, weights), tuple(parts), counts, weights)
 
 
-def _load(location: Location, shard_location: Location) -> DatasetManifest:
+def _load(
+    location: Location, shard_location: Location, on_failure: Callable[[str], object]
+) -> DatasetManifest:
     if location.folder is not None:
         return DatasetManifest.load(location.folder, check_shards=shard_location is location)
     where = location.describe(MANIFEST_NAME)
     try:
-        text = read_small(location, MANIFEST_NAME, _MAX_MANIFEST_BYTES)
+        text = read_small(location, MANIFEST_NAME, _MAX_MANIFEST_BYTES, on_failure=on_failure)
     except MissingFileError as err:
         raise ConfigError(
             f"{_FLAG} {location.text}: there is no {MANIFEST_NAME} ({where}), it is written last; "
             "check the address, or wait until the data set is complete."
         ) from err
+    if said := json_message(text):
+        raise ConfigError(
+            f"{where}: is no {MANIFEST_NAME} but a message of the server ({said!r}); check the "
+            "address, and whether it asks for a login."
+        )
     return DatasetManifest.parse(text, where)
 
 

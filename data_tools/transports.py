@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Protocol, Self
 
@@ -33,6 +34,13 @@ class RefusalError(TransferError):
 
     max_times = 3
     is_lasting = True
+
+
+class AbsentError(RefusalError):
+    """A store that is never behind says that there is no such file."""
+
+    max_times = 1
+    is_missing = True
 
 
 class NoSuchPartError(TransferError):
@@ -72,11 +80,13 @@ class Stream(Protocol):
         start: what was asked for, or 0 if the other side can only begin at the beginning.
         length: of the whole file, where it is known.
         validator: ETag or date, by which a server recognises the same version of the file.
+        origin: the type of content that the server announces, and whereto it redirected; or "".
     """
 
     start: int
     length: int | None
     validator: str
+    origin: str
 
     def read(self) -> bytes:
         """Return the next bytes, none at the end; raises TransferError."""
@@ -92,10 +102,24 @@ class ProcessStream:
 
     length = None
     validator = ""
+    origin = ""
 
-    def __init__(self, command: list[str], start: int, patience: Patience) -> None:
-        """Start the command; it prints the file from `start` on."""
-        self.start, self._stall_sec = start, patience.stall_sec
+    def __init__(
+        self,
+        command: list[str],
+        start: int,
+        patience: Patience,
+        failure: Callable[[str], type[TransferError]] = lambda said: TransferError,
+    ) -> None:
+        """Start the command; it prints the file from `start` on.
+
+        Args:
+            command: a program and its arguments.
+            start: first byte that it prints.
+            patience: with the command.
+            failure: what kind of failure it is when the command ends with this last line.
+        """
+        self.start, self._stall_sec, self._failure = start, patience.stall_sec, failure
         # A file and no pipe: what the command leaves running may keep a pipe open for ever.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- close() closes it
         # A session of its own, so that ending it reaches what a shell has started.
@@ -137,5 +161,6 @@ class ProcessStream:
         if code:
             self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = self._errors.read().decode(errors="replace").strip().splitlines()
-            said = f": {lines[-1]}" if lines else ""
-            raise TransferError(f"the command ended with exit code {code}{said}")
+            said = lines[-1] if lines else ""
+            cause = f"the command ended with exit code {code}{said and f': {said}'}"
+            raise self._failure(said)(cause)

@@ -118,6 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repair", action="store_true", help="make what is broken again, and only that")
     add(
         "--input",
+        nargs="+",
         type=typed_text,
         metavar="IMAGES",
         help="for --repair: what the data set was encoded from",

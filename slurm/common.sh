@@ -145,8 +145,8 @@ run_and_mind_signals() {
   return "$status"
 }
 
-# sbatch --signal=B:USR1@SECONDS (or B:USR2) tells this shell that the limit is near; the ranks save and leave
-# on SIGTERM, which scancel sends to the tasks and not to this shell.
+# sbatch --signal=B:USR1@SECONDS, or USR2, tells this shell that the limit is near; the ranks save
+# and leave on SIGTERM, which scancel sends to the tasks and not to this shell.
 on_near_limit() {
   is_interrupted=yes nears_limit=yes
   echo "job $(job_number) is near its time limit: the ranks save and leave"

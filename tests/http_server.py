@@ -12,6 +12,16 @@ from urllib.parse import unquote, urlsplit
 
 FAULTS = {
     "404": "is not there",
+    "404-xml": "is not there, as an object store says it",
+    "denied": "is refused, as an object store says it",
+    "quota": "is refused, as a web service says it",
+    "login": "sends a login page with the status of a success",
+    "login-chunked": "the same without a length",
+    "login-elsewhere": "redirects to a login page",
+    "json": "sends a message with the status of a success",
+    "other-json": "sends other JSON",
+    "no-json": "sends something else",
+    "lfs": "sends a Git LFS pointer",
     "500": "fails",
     "503-later": "asks to come back at once (Retry-After: 0)",
     "silent": "accepts the request and says nothing",
@@ -29,6 +39,24 @@ FAULTS = {
     "compressed": "says that the body is compressed",
     "to-file": "redirects to a file of its choice",
     "moved": "redirects to the same file under another path",
+}
+
+_PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body>Please.</body></html>\n"
+_XML = b'<?xml version="1.0"?>\n<Error><Code>%b</Code><Message>%b</Message></Error>'
+# status, type and body of what comes in a file's place
+_ANSWERS = {
+    "404-xml": (404, "application/xml", _XML % (b"NoSuchKey", b"The key does not exist.")),
+    "denied": (
+        *(403, "application/xml"),
+        _XML % (b"AccessDenied", b"Access Denied to\n reader@example.org."),
+    ),
+    "quota": (402, "application/json", b'{"error": {"code": 7, "message": "quota used up"}}'),
+    "login": (200, "text/html; charset=utf-8", _PAGE),
+    "login-chunked": (200, "text/html", _PAGE),
+    "json": (200, "application/json", b'{"message": "token expired"}'),
+    "other-json": (200, "application/json", b'{"shards": 3}'),
+    "no-json": (200, "text/plain", b"moved"),
+    "lfs": (200, "text/plain", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
 }
 
 
@@ -49,12 +77,14 @@ class HttpServer:
         url: of the folder; https if an SSLContext is given.
         requests: all of them, in order.
         etags: of files, where not "1".
+        headers: that every file is sent with.
     """
 
     def __init__(self, folder: Path, context: ssl.SSLContext | None = None) -> None:
         self.folder, self.requests = folder, []
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.etags: dict[str, str] = {}
+        self.headers: dict[str, str] = {}
         self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"owner": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -99,13 +129,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.owner.requests.append(Request(name, *headers, parts.query))
         faults = self.owner.faults[name]
         fault = faults.pop(0) if faults else ""
-        path = self.owner.folder / name
+        path = self.owner.folder / (name if name != "login" else "a.tar")
         self.close_connection = True
         if fault in ("404", "500") or not path.is_file():
             self.send_error(int(fault or 404))
         elif fault == "503-later":
             self.send_response(503)
             self._end_headers({"Retry-After": "0", "Content-Length": "0"})
+        elif fault in _ANSWERS:
+            status, kind, body = _ANSWERS[fault]
+            self.send_response(status)
+            length = {} if fault == "login-chunked" else {"Content-Length": str(len(body))}
+            self._end_headers({"Content-Type": kind} | length)
+            self.wfile.write(body)
+        elif fault == "login-elsewhere":
+            self.owner.spoil("login", "login")
+            self.send_response(302)
+            self._end_headers({"Location": "/login?back=secret", "Content-Length": "0"})
         elif fault in ("to-file", "moved"):
             self.send_response(302)
             target = path.as_uri() if fault == "to-file" else f"/elsewhere/{name}"
@@ -123,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             content += b"x"
         elif fault == "other-length":
             content = content[: len(content) // 2]
-        headers, start = {"ETag": etag}, 0
+        headers, start = {"ETag": etag} | self.owner.headers, 0
         wanted, if_range = self.headers.get("Range"), self.headers.get("If-Range")
         is_same = fault == "unasked-etag" or if_range in (None, etag)
         if wanted and fault != "no-range" and is_same:

@@ -25,8 +25,7 @@ NEEDED = ("diffusers", "torch", "pillow", "safetensors")
 OPTIONAL = (
     "scipy",  # schedulers of diffusers, for noise levels that no export has
     "dill",  # torch.utils.data, for pickling lambdas
-    "brotli",  # urllib3, for compressed answers
-    "_brotli",
+    *("brotli", "_brotli"),  # diffusers' HTTP library, for compressed answers
 )
 
 

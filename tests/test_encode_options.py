@@ -202,15 +202,15 @@ def test_one_shard_is_encoded_again_to_the_same_bytes(images, encoded, tmp_path)
     (tmp_path / "00001.tar").write_bytes(b"damaged")
     (tmp_path / "00001.json").unlink()
     seen = []
-    encoder = reopen(tmp_path, str(images), "data_tools/demo_vae", "cpu")
+    encoder = reopen(tmp_path, [str(images)], "data_tools/demo_vae", "cpu")
     sidecar = encoder.encode(1, seen.append)
     assert content(tmp_path) == content(encoded)
     assert sidecar.shard == DatasetManifest.load(encoded).shards[1]
     assert sum(seen) == 8
     with pytest.raises(ConfigError, match=r"^--input .*: its 8 images are not the 23 that"):
-        reopen(tmp_path, str(images / "blue_cars"), None, "cpu")
+        reopen(tmp_path, [str(images / "blue_cars")], None, "cpu")
     with pytest.raises(ConfigError, match=r"has no encoding\.json, so how its shards were made"):
-        reopen(tmp_path / "gone", str(images), None, "cpu")
+        reopen(tmp_path / "gone", [str(images)], None, "cpu")
 
 
 def test_what_is_wrong_with_a_skipped_image_is_said(images, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Which files of an input are images, which class each has, and what is said of the others."""
 
+import hashlib
 import json
 import random
 import tarfile
@@ -195,6 +196,28 @@ def test_labels_may_be_a_field_of_a_json_file(tmp_path):
     assert "no sample of --input" in sentence_of(path, label_suffix="cls")
     with pytest.raises(ConfigError, match="^--label-suffix json:: is no suffix"):
         Reading(label_suffix="json:")
+    with pytest.raises(ConfigError, match="^--label-suffix cls: names the classes, and so does"):
+        Reading(label_suffix="cls", class_from="folder")
+
+
+def test_labels_are_left_out_where_folders_are_asked_for(tmp_path):
+    members = [(f"{name}/0.{s}", b"a cat") for name in ("b", "a") for s in ("cls", "jpg")]
+
+    found = open_source(
+        str(make_tar(tmp_path / "a.tar", members)), reading=Reading(class_from="folder")
+    )
+
+    assert described(found) == [(0, "a", 1), (1, "b", 1)]
+    assert left_out(found) == {".cls": 2}
+
+
+def test_a_tar_as_webdataset_writes_it_keeps_its_fingerprint(tmp_path):
+    members = [(f"{i:04d}.{s}", b"%d" % (i % 3)) for i in range(9) for s in ("cls", "jpg", "txt")]
+    lines = b"".join(b"a.tar/%04d.jpg\t%d\n" % (i, i % 3) for i in range(9))
+
+    found = open_source(str(make_tar(tmp_path / "a.tar", members)))
+
+    assert found.fingerprint() == hashlib.sha256(lines).hexdigest()
 
 
 def test_links_and_sparse_members_are_counted(tmp_path):

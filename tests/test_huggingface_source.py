@@ -16,6 +16,7 @@ from data_tools.errors import ConfigError
 from data_tools.huggingface_source import HuggingFaceSource
 from data_tools.images import BadImageError
 from data_tools.inputs import open_source
+from data_tools.reading import Reading
 from tests.encode_jobs import content, flags, make_pictures
 from tests.launch import REPOSITORY
 
@@ -85,6 +86,58 @@ def test_classes_may_be_numbers_or_none(tmp_path, labels, wanted):
 def test_class_numbers_may_have_any_whole_type(tmp_path, kind):
     folder = save(tmp_path / "set", rows(3, label=[2, 0, 2]), label=datasets.Value(kind))
     assert open_source(str(folder)).labels.tolist() == [2, 0, 2]
+
+
+def test_any_column_of_values_may_be_chosen_as_classes(tmp_path):
+    words = ["owl", "cat", "owl", "dog"]
+    folder = save(
+        tmp_path / "set",
+        rows(4, category=words, flag=[True, False, True, True], number=[2, 0, 2, 1], text=words),
+    )
+    columns = {
+        "category": ([2, 0, 2, 1], ["cat", "dog", "owl"]),
+        "flag": ([1, 0, 1, 1], ["false", "true"]),
+        "number": ([2, 0, 2, 1], ["0", "1", "2"]),
+    }
+
+    plain = open_source(str(folder))
+
+    assert plain.classes == () and plain.notes == [
+        "columns that are not used: category (string, 3 values), flag (bool, 2 values), number "
+        "(int64, 3 values), text (string, 3 values); add --label-column NAME if one holds classes"
+    ]
+    for name, (labels, ids) in columns.items():
+        found = open_source(str(folder), reading=Reading(label_column=name))
+        assert (found.labels.tolist(), [entry.id for entry in found.classes]) == (labels, ids)
+        assert found.notes == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "sentence"),
+    [
+        ({"label": ["a", "b"]}, "", "column label holds string and no class numbers; add --label-"),
+        ({"a": ["x", ""]}, "a", "--label-column a: has an empty value, which can be no classes; "),
+        ({"a": ["x", None]}, "a", "1 of 2 images (row 1, ...) have no class in column a; give ev"),
+        ({"a": [0.5, 1.0]}, "a", "column a holds double and no class numbers; cast it to datasets"),
+        ({"a": [1, 2]}, "b", "--label-column b: is no column of labels of --input {}, which has a"),
+        ({"a": [1, 2]}, "image", "--label-column image: is no column of labels of --input {}, whi"),
+    ],
+)
+def test_columns_that_are_no_classes_are_refused_in_one_sentence(tmp_path, columns, name, sentence):
+    folder = save(tmp_path / "set", rows(2, **columns))
+    with pytest.raises(ConfigError) as error:
+        open_source(str(folder), reading=Reading(label_column=name))
+    assert sentence.format(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_of_two_columns_with_names_of_classes_one_has_to_be_chosen(tmp_path):
+    coarse = datasets.ClassLabel(names=["fish", "bird"])
+    columns = rows(2, fine=[0, 2], coarse=[0, 1])
+    folder = save(tmp_path / "set", columns, fine=ANIMALS, coarse=coarse)
+    with pytest.raises(ConfigError, match=r"\(fine, coarse\); choose one, --label-column fine\."):
+        open_source(str(folder))
+    found = open_source(str(folder), reading=Reading(label_column="coarse"))
+    assert [entry.id for entry in found.classes] == ["fish", "bird"]
 
 
 def test_pictures_beside_the_data_set_are_taken_into_it(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 import webdataset as wds
 
 from data_tools.errors import ConfigError
+from data_tools.foreign_arrays import doubts
 from data_tools.index_shards import main
+from data_tools.inspect_dataset import page
 from data_tools.loader import LatentStream
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.reader import SampleReader
@@ -19,6 +22,7 @@ from data_tools.verification import verify
 from tests.launch import REPOSITORY, run
 
 VAE = str(REPOSITORY / "data_tools" / "demo_vae")
+WITH = ("--array", "latent.npy", "--vae", VAE)
 SHAPE = (4, 6, 5)
 
 
@@ -139,6 +143,72 @@ class Bomb:
         return (exec, ("raise SystemExit('a pickle was loaded')",))
 
 
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda i: latent(i)[None], "holds float32 (1, 4, 6, 5), a batch of one; write array[0]"),
+        (lambda i: np.stack([latent(i)] * 2), "holds float32 (2, 4, 6, 5), a batch; write each"),
+        (lambda i: latent(i).reshape(4, 30).T.copy(), "holds float32 (30, 4), as of tokens; resh"),
+        (lambda i: latent(i, np.float64), "holds float64 (4, 6, 5); float16 and float32 can be r"),
+        (lambda i: latent(i).astype("i1"), "holds int8 (4, 6, 5); float16 and float32 can be read"),
+        (lambda i: latent(i, np.float16).view("V2"), "2 bytes without a type, as bfloat16 is st"),
+        (lambda i: latent(i).transpose(1, 2, 0).copy(), "has 4 latent channels, part-0.tar 6 in "),
+        (lambda i: latent(i).transpose(1, 2, 0).copy(), "if these are the channels, write transpo"),
+    ],
+)
+def test_arrays_as_other_programs_store_them_are_refused_with_what_to_write(
+    tmp_path, make, sentence
+):
+    with wds.TarWriter(str(tmp_path / "part-0.tar")) as writer:
+        writer.write({"__key__": "a", "latent.npy": npy(make(0)), "cls": 0})
+    with pytest.raises(ConfigError) as error:
+        main([*WITH, "--input", str(tmp_path / "part-0.tar"), "--kind", "latents"])
+    assert sentence in str(error.value)
+    assert not (tmp_path / MANIFEST_NAME).exists()
+
+
+def test_standard_deviations_in_the_place_of_log_variances_are_refused(tmp_path):
+    std = np.random.default_rng(0).uniform(0.01, 0.3, SHAPE).astype(np.float32)
+    for name, second in (("std", std), ("log", 2 * np.log(std))):
+        (tmp_path / name).mkdir()
+        with wds.TarWriter(str(tmp_path / name / "0.tar")) as writer:
+            array = np.concatenate([latent(0), second])
+            writer.write({"__key__": "a", "latent.npy": array, "cls": 0})
+    with pytest.raises(ConfigError) as error:
+        main([*WITH, "--input", str(tmp_path / "std")])
+    assert str(error.value) == (
+        "--kind moments: the second half of every array in 0.tar is positive, so it seems to hold "
+        "standard deviations and no log-variances; write 2 * log(std) in their place, or the first "
+        "half alone with --kind latents."
+    )
+    main([*WITH, "--input", str(tmp_path / "log")])
+
+
+@pytest.mark.parametrize(("factor", "is_doubted"), [(1.0, False), (0.2, True), (40.0, True)])
+def test_the_size_of_latents_is_shown_and_doubted(tmp_path, capsys, factor, is_doubted):
+    with wds.TarWriter(str(tmp_path / "0.tar")) as writer:
+        for i in range(9):
+            writer.write({"__key__": f"{i}", "latent.npy": latent(i) * np.float32(factor)})
+    main([*WITH, "--input", str(tmp_path), "--kind", "latents", "--label", "none"])
+
+    said = capsys.readouterr().out
+    std = DatasetManifest.load(tmp_path).scaled_std
+    assert "scaled std " + "  ".join(f"{value:.3f}" for value in std) in said
+    doubt = "per channel where 1 is usual; see that --vae is the one that made them, and that they"
+    assert ("warning: " in said) == (doubt in said) == is_doubted
+    assert f"{std[0]:7.4f}" in page(DatasetManifest.load(tmp_path))
+
+
+def test_latents_that_are_scaled_already_are_told_from_those_of_another_vae():
+    assert doubts([0.9, 1.1], 0.18215) == ""
+    assert doubts([0.16, 0.2], 0.18215) == (
+        "a model would see a standard deviation of 0.16 to 0.2 per channel where 1 is usual; they "
+        "seem to be multiplied by the scaling factor (0.18215) already: divide them by it and "
+        "index again"
+    )
+    assert doubts([0.16, 1.0], 0.18215).endswith("and that they are not scaled")
+
+
 def last_member_only(folder):
     path = folder / "part-1.tar"
     with tarfile.open(path) as tar:
@@ -165,17 +235,34 @@ def damaged_header(content):
         ({"latent.npy": latent(0, shape=(4, 6, 6))}, [], "must have one shape and dtype"),
         ({"latent.npy": npy(np.array([Bomb()]), allow_pickle=True)}, [], "holds object"),
         ({"latent.npy": npy(latent(0).astype(">f4"))}, [], "not written by numpy.save of"),
-        ({"latent.npy": npy(np.asfortranarray(latent(0)))}, [], "in C order can be read"),
+        (
+            {"latent.npy": npy(np.asfortranarray(latent(0)))},
+            [],
+            "in Fortran order; write numpy.asc",
+        ),
         ({"latent.npy": npy(latent(0))[:-4]}, [], "shorter or longer than its shape"),
         ({"latent.npy": damaged_header(npy(latent(0)))}, [], "is no .npy file of numbers"),
-        ({"latent.npy": b"PK12"}, [], "is no .npy file of numbers"),
-        ({"latent.npy": np.full(SHAPE, np.nan, np.float32)}, [], "a value that is no number"),
+        ({"latent.npy": b"PK\x03\x04"}, [], "is no .npy file but a ZIP archive, as .npz and .pt"),
+        ({"latent.npy": pickle.dumps(Bomb())}, [], "is no .npy file but a pickle, which is never"),
+        ({"latent.npy": b"<html>"}, [], "dir.x/img5.latent.npy is no .npy file but HTML; write ea"),
+        (
+            {"latent.npy": np.full(SHAPE, np.nan, np.float32)},
+            [],
+            "img5.latent.npy holds a value that is",
+        ),
+        (
+            {"latent.npy": np.full(SHAPE, np.inf, np.float32)},
+            [],
+            "img5.latent.npy holds a value tha",
+        ),
         ({"cls": b"tench"}, [], "sample dir.x/img5 has b'tench' as its cls"),
         ({"cls": -1}, [], "has the label -1; labels count from 0"),
         ({}, ["--label", "json:class"], "as its json:class, which gives no whole number"),
         ({}, ["--flip", "flip.npy"], "has no .flip.npy"),
         ({}, ["--label", "id"], "has no .id"),
         ({}, ["--array", "moments.npy"], "has no .moments.npy (5 such samples); see --array"),
+        ({}, ["--array", "moments.npy"], "; the tar has .json 5 (dir.x/img0.json, "),
+        ({}, ["--array", "x.npy", "--label", "none"], "holds no samples (it has .cls 5 (dir.x/img"),
     ],
 )
 def test_tars_that_cannot_be_read_are_refused_in_one_sentence(tmp_path, extra, flags, sentence):

@@ -4,11 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
 from data_tools.errors import ConfigError
 from data_tools.vae import decode_pixels, encode_moments, load_decoder, load_vae
 from models.latents import final_latents, frozen_latents, scale_and_shift, vae_latents
+from tests.small_vae import save_small_vae
 
 
 def raw_latents(num_samples, std, dtype=torch.float16):
@@ -79,20 +79,6 @@ def diffusers_out(latents, config):
 STATISTICS = {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2]}
 
 
-def small_vae(folder, **numbers):
-    """Save a fresh VAE with these numbers in its configuration."""
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        layers_per_block=1,
-        **numbers,
-    ).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     "numbers",
     [
@@ -103,7 +89,7 @@ def small_vae(folder, **numbers):
     ids=["scale", "scale and shift", "statistics"],
 )
 def test_latents_are_normalised_as_the_pipelines_of_diffusers_do(tmp_path, numbers):
-    vae = load_vae(small_vae(tmp_path / "vae", **numbers))
+    vae = load_vae(save_small_vae(tmp_path / "vae", **numbers))
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     raw = encode_moments(vae, pixels)
     noise = torch.randn(3, 4, 8, 8)
@@ -127,7 +113,7 @@ def test_latents_are_normalised_as_the_pipelines_of_diffusers_do(tmp_path, numbe
 
 
 def test_a_model_is_decoded_by_the_numbers_of_the_data_that_it_learned_from(tmp_path):
-    folder = small_vae(tmp_path / "vae", scaling_factor=0.5, **STATISTICS)
+    folder = save_small_vae(tmp_path / "vae", scaling_factor=0.5, **STATISTICS)
     with_them = load_vae(folder).reference
     # Encoded before these statistics were used.
     without = replace(with_them, scaling_factor=0.25, latents_mean=[], latents_std=[])
@@ -152,7 +138,7 @@ def test_a_model_is_decoded_by_the_numbers_of_the_data_that_it_learned_from(tmp_
     ],
 )
 def test_statistics_that_have_no_meaning_are_refused(tmp_path, numbers, sentence):
-    small_vae(tmp_path / "vae", **numbers)
+    save_small_vae(tmp_path / "vae", **numbers)
     with pytest.raises(ConfigError) as error:
         load_vae(tmp_path / "vae")
     assert str(error.value).startswith(f"--vae {tmp_path}/vae: ") and sentence in str(error.value)

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from data_tools.launcher import (
     said_port,
 )
 from tests.launch import REPOSITORY, environment, free_port
-from training.processes import Ranks, device_index, discover_ranks
+from training.processes import Ranks, device_index, discover_ranks, start_drawing_group
 from training.rendezvous import explained, meeting_point
 
-# As the launchers themselves set them, recorded; 3 is on the second of two nodes.
+# Those of torchrun, MPICH and OpenMPI are recorded, the others are as their documents say; 3 is on
+# the second of two nodes.
 LAUNCHERS = {
     "torchrun": {
         **{"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
@@ -285,7 +287,7 @@ def test_ranks_that_never_come_are_one_sentence(rank, monkeypatch):
     store = {"host_name": "127.0.0.1", "port": port, "world_size": 3, "is_master": rank == 0}
 
     with pytest.raises(OutageError) as error, explained(rank, 3, 1):
-        torch.distributed.TCPStore(**store, timeout=torch.distributed.timedelta(seconds=1))
+        torch.distributed.TCPStore(**store, timeout=timedelta(seconds=1))
 
     sentence = str(error.value)
     said = {
@@ -297,8 +299,18 @@ def test_ranks_that_never_come_are_one_sentence(rank, monkeypatch):
     assert error.value.exit_code == 1
 
 
+def test_sampling_and_evaluation_say_how_many_ranks_came(monkeypatch):
+    port = free_port()
+    values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "COLLECTIVE_TIMEOUT_SEC": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+    with pytest.raises(OutageError, match=rf"^1 of 3 ranks came to 127.0.0.1:{port} .* within 1 s"):
+        start_drawing_group(Ranks(0, 3, 0), timedelta(days=1))
+
+
 @pytest.mark.ranks
-def test_training_and_sampling_say_which_ranks_did_not_come(demo_latents, tmp_path):
+def test_training_says_how_many_ranks_came(demo_latents, tmp_path):
     waits = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "COLLECTIVE_TIMEOUT_SEC": "1"}
     port = free_port()
 

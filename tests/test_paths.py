@@ -125,6 +125,9 @@ def test_a_link_whose_target_was_purged_is_called_that(tmp_path):
     assert absence(run) == said
     assert absence(run / "below") == f"{run} {said}"
     assert absence(tmp_path / "nothing") == "does not exist"
+    for text in (run, run / "below"):
+        with pytest.raises(ConfigError, match=r"gone, which does not exist; restore what it stood"):
+            expand(str(text), "--output")
     for run_dir, what in ((run, said), (whole, f"{whole}/{CHECKPOINT_DIR} {said}")):
         with pytest.raises(ConfigError) as error:
             check_run_directory(run_dir, small())
@@ -204,6 +207,12 @@ def test_flags_of_other_trainers_name_ours(flag):
 
     assert str(error.value).startswith(f"{flag}: is no flag of training/main.py; ")
     assert OLD_FLAGS[flag] in str(error.value)
+
+
+def test_drawing_knows_the_flags_of_dits_scripts():
+    for command in (sample, evaluate):
+        with pytest.raises(ConfigError, match=r"^--ckpt: is no flag of .*; here it is RUN, the"):
+            command.build_parser().parse_args(["--ckpt", "DiT-XL-2.pt", "--image-size", "256"])
 
 
 def test_local_rank_is_understood_in_both_spellings():

@@ -210,6 +210,13 @@ def test_make_demo_runs_the_three_commands_that_a_user_types():
     ]
 
 
+def fresh_checkout(folder):
+    """What make needs to install nothing."""
+    shutil.copy(ROOT / "Makefile", folder)
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        (folder / name).touch()
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -218,13 +225,13 @@ def test_make_demo_runs_the_three_commands_that_a_user_types():
     ],
 )
 def test_make_says_what_is_missing_before_it_installs(body, message, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/bash\n{body}\n")
-    python.chmod(0o755)
+    fresh_checkout(tmp_path)
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{body}\n")
+    (tmp_path / "python").chmod(0o755)
 
     result = subprocess.run(
-        ["make", "lint", f"PYTHON={python}", f"VENV={tmp_path}/venv"],
-        cwd=ROOT,
+        ["make", "lint", "PYTHON=./python"],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
@@ -232,7 +239,7 @@ def test_make_says_what_is_missing_before_it_installs(body, message, tmp_path):
 
     assert result.returncode == 2
     assert message in result.stderr
-    assert not (tmp_path / "venv").exists()
+    assert not (tmp_path / ".venv").exists()
 
 
 LAUNCHER_VARIABLE = re.compile(
@@ -258,16 +265,15 @@ def test_a_command_that_a_package_brings_as_a_file_works_in_a_path_with_blanks(t
     checkout = tmp_path / "ein Pfad mit Ümläuten"
     commands = checkout / ".venv/bin"
     commands.mkdir(parents=True)
-    shutil.copy(ROOT / "Makefile", checkout)
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        (checkout / name).touch()
+    fresh_checkout(checkout)
     python, command = commands / "python", commands / "deepspeed"
     python.write_text('#!/bin/sh\n[ "$2" = pip ] || exec python3 "$@"\n')
     command.write_text(f"#!{python.resolve()}\n\nimport sys\n\nprint(sys.argv[1:])\n")
     for path in (python, command):
         path.chmod(0o755)
 
-    install = ["make", ".venv/installed.stamp", f"PYTHON={sys.executable}"]
+    (checkout / "python3").symlink_to(sys.executable)
+    install = ["make", ".venv/installed.stamp", f"PYTHON={checkout}/python3"]
     subprocess.run(install, cwd=checkout, capture_output=True, check=True)
     ran = subprocess.run([command, "a b"], capture_output=True, text=True, check=True)
 

@@ -174,7 +174,10 @@ def name_a_class_twice(folder):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda f: (f / MANIFEST_NAME).unlink(), "no dataset.json, encoding did not finish; run "),
+        (
+            lambda f: (f / MANIFEST_NAME).unlink(),
+            "has shards (00000.tar) but no dataset.json; copy ",
+        ),
         (lambda f: (f / MANIFEST_NAME).write_text("{"), "dataset.json: is not JSON"),
         (lambda f: (f / MANIFEST_NAME).write_text("[" * 100_000), "dataset.json: is not JSON"),
         (name_a_class_twice, "dataset.json: two classes have the same id"),
@@ -207,8 +210,11 @@ def test_a_missing_folder_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="--data .*nowhere: does not exist; make it: "):
         DatasetManifest.load(tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="--data .*file: is not a folder; make it: "):
+    with pytest.raises(ConfigError, match="--data .*file: is not a folder; name one with a "):
         DatasetManifest.load(tmp_path / "file")
+    (tmp_path / "link").symlink_to("purged")
+    with pytest.raises(ConfigError, match="link: is a link to purged, which does not exist; make"):
+        DatasetManifest.load(tmp_path / "link")
 
 
 def overwrite(path, offset, data):

@@ -162,15 +162,16 @@ def test_a_list_may_name_files_anywhere_but_only_files(tmp_path):
     save(tmp_path / "there" / "1.png", 9)
     (tmp_path / "lists").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
-    lines = [tmp_path / "there" / "1.png", "../there/1.png", "/dev/zero", "../pipe.png", "gone.png"]
+    lines = [tmp_path / "there" / "1.png", "../there/1.png", "/dev/zero", "../pipe.png", "../there"]
+    lines.append("gone.png")
     (tmp_path / "lists" / "l.txt").write_text("".join(f"{line}\n" for line in lines))
     found = open_source(str(tmp_path / "lists" / "l.txt"))
     assert found.read(0) == found.read(1) == picture(9)
-    for index in (2, 3):
+    for index in (2, 3, 4):
         with pytest.raises(BadImageError, match="is no file"):
             found.read(index)
     with pytest.raises(FileNotFoundError):
-        found.read(4)
+        found.read(5)
 
 
 def test_a_file_of_a_senseless_size_is_not_read(tmp_path):
@@ -219,6 +220,28 @@ def test_tars_are_read_as_webdataset_reads_them(tmp_path):
     assert len(open_source(str(tmp_path / "001.tar"))) == 5
 
 
+def test_several_tars_are_named_by_wildcards_by_words_or_by_their_folder(tmp_path):
+    folder = tmp_path / "photos, {2024} [v1]"
+    for k in range(3):
+        make_tar(folder / f"train_{k}a{k}.tar", labelled(2 * k, 2))
+    wanted = open_source(str(folder)).fingerprint()
+
+    assert len(open_source(str(folder))) == 6
+    assert open_source(*map(str, sorted(folder.iterdir()))).fingerprint() == wanted
+    assert open_source(str(folder / "train_1a1.tar")).raw_name(0).startswith(b"train_1a1.tar/")
+    folder = folder.rename(tmp_path / "plain")
+    for text in ("*.tar", "train_?a?.tar", "train_{0..2}a[0-2].tar"):
+        assert open_source(f"{folder}/{text}").fingerprint() == wanted
+    with pytest.raises(ConfigError, match="nothing is called so, and nothing matches"):
+        open_source(f"{folder}/x*.tar")
+    with pytest.raises(
+        ConfigError, match="names 2 files and folders, such as .*, and only tars ca"
+    ):
+        open_source(str(folder / "train_1a1.tar"), str(tmp_path))
+    with pytest.raises(ConfigError, match="^--input: is empty; name a file"):
+        open_source("")
+
+
 def test_tars_without_labels_have_their_folders_as_classes_or_none(tmp_path):
     flat = make_tar(tmp_path / "flat.tar", [("./b.PNG", picture()), ("a.webp", picture())])
     found = open_source(str(flat))
@@ -251,15 +274,15 @@ def test_indexes_of_tars_are_kept_until_the_tar_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "data_tools.tar_source.scan_tar", lambda path, how: scanned.append(path) or original(path)
     )
-    first = open_source(str(path), cache)
-    second = open_source(str(path), cache)
+    first = open_source(str(path), cache=cache)
+    second = open_source(str(path), cache=cache)
     assert len(scanned) == 1 and first.fingerprint() == second.fingerprint()
     assert second.read(2) == picture(2)
     (stored,) = cache.iterdir()
     stored.write_bytes(stored.read_bytes()[:100])
-    assert len(open_source(str(path), cache)) == 4 and len(scanned) == 2
+    assert len(open_source(str(path), cache=cache)) == 4 and len(scanned) == 2
     make_tar(path, labelled(0, 6))
-    assert len(open_source(str(path), cache)) == 6 and len(scanned) == 3
+    assert len(open_source(str(path), cache=cache)) == 6 and len(scanned) == 3
 
 
 def cut(path, end):
@@ -330,7 +353,7 @@ def test_a_tar_that_shrinks_meanwhile_is_named(tmp_path):
 
 
 def test_wrong_braces_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"its braces are wrong .*; write \{000\.\.146\}"):
+    with pytest.raises(ConfigError, match=r"its braces are wrong .*; write .* or \{000\.\.146\}"):
         open_source(str(tmp_path / "{0..3.tar"))
 
 

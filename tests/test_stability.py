@@ -15,7 +15,7 @@ from data_tools.records import RecordLayout
 from models.diffusion import LossTerms
 from tests.alike import assert_trained_alike
 from tests.configs import FP32, stated
-from tests.launch import run, run_jobs
+from tests.launch import run
 from tests.synthetic import seal
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.monitor import read_metrics
@@ -55,7 +55,7 @@ def with_nan_at(latents, folder, positions):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, demo_latents):
+def runs(tmp_path_factory, demo_latents, train_forked):
     """Five steps on every ZeRO stage; one sample of the third step, on the last rank, is NaN."""
     folder = tmp_path_factory.mktemp("stability")
     data = with_nan_at(demo_latents, folder / "data", [2 * BATCH + 7])
@@ -70,22 +70,19 @@ def runs(tmp_path_factory, demo_latents):
         # Four tokens a sample, because a CPU without bf16 instructions is very slow at it.
         return job(f"bf16-{name}", stated(folder, name, True), "--patch-size", 8, *flags)
 
-    run_jobs(1, [job("reference", 2), bf16("zero2_offload")], folder)
-    output = run_jobs(
-        2,
-        [
-            job("z0", 0),
-            job("z0-ep2", 0, "--expert-parallel-size", 2),
-            job("z1", 1),
-            job("z2-ep2", 2, "--expert-parallel-size", 2, "--micro-batch-size", 2),
-            bf16("zero1"),
-            bf16("zero2", "--micro-batch-size", 2),
-            job("z3-ep2", 3, "--expert-parallel-size", 2),
-            bf16("zero3"),
-        ],
-        folder,
-    )
-    return folder, output
+    for alone in (job("reference", 2), bf16("zero2_offload")):
+        train_forked(*alone, num_ranks=1)
+    jobs = [
+        job("z0", 0),
+        job("z0-ep2", 0, "--expert-parallel-size", 2),
+        job("z1", 1),
+        job("z2-ep2", 2, "--expert-parallel-size", 2, "--micro-batch-size", 2),
+        bf16("zero1"),
+        bf16("zero2", "--micro-batch-size", 2),
+        job("z3-ep2", 3, "--expert-parallel-size", 2),
+        bf16("zero3"),
+    ]
+    return folder, "".join(train_forked(*each, num_ranks=2) for each in jobs)
 
 
 @pytest.mark.ranks

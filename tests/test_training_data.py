@@ -13,6 +13,7 @@ from data_tools.loader import LatentStream
 from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest
 from data_tools.training_data import NamedSet, in_thousandths, is_absent, open_data, parse_data
 from tests.synthetic import make_dataset, moments_of
+from training.command_line import parse_command_line
 
 
 @pytest.mark.parametrize(
@@ -204,3 +205,37 @@ def test_another_kind_of_array_is_refused(folders):
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="latent.kind is 'pixels', not moments or latents"):
         open_data(f"{folders}/a")
+
+
+@pytest.mark.parametrize("name", ["lr=0.1,bs=2", "photos, 2024", "split=train", "{a,b}", "[v1]"])
+def test_a_folder_is_meant_by_its_name_whatever_letters_are_in_it(tmp_path, name):
+    made = make_dataset(tmp_path / name, [3])
+    other = make_dataset(tmp_path / "other", [2])
+
+    assert open_data(f"{tmp_path}/{name}").manifest.hash == made.hash
+    mixed = open_data(f"{tmp_path}/{name}=3,{tmp_path}/other")
+    assert [part.manifest.hash for part in mixed.parts] == [made.hash, other.hash]
+    assert mixed.weights == (750, 250)
+    assert not is_absent(f"{tmp_path}/{name}")
+
+
+def test_a_part_of_a_list_that_is_not_there_is_named_with_what_the_letters_mean(tmp_path):
+    make_dataset(tmp_path / "a", [3])
+
+    with pytest.raises(ConfigError) as caught:
+        open_data(f"{tmp_path}/a,{tmp_path}/lr=0.1,bs=2")
+
+    assert f"its part {tmp_path}/lr does not exist; correct it (a comma, = or brace" in str(
+        caught.value
+    )
+
+
+def test_the_words_that_a_shell_makes_of_a_wildcard_are_one_union(tmp_path):
+    for name in ("a, b", "c"):
+        make_dataset(tmp_path / name, [3])
+
+    argv = ["--data", f"{tmp_path}/a, b", f"{tmp_path}/c", "--max-steps", "1"]
+    text = parse_command_line(argv).config.data.data
+
+    assert [part.location.text for part in open_data(text).parts] == argv[1:3]
+    assert open_data(f"{tmp_path}/*").manifest.hash == open_data(text).manifest.hash

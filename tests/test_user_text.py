@@ -110,7 +110,7 @@ def test_a_table_given_as_a_list_is_told_what_a_list_is(tmp_path, suffix):
 def test_the_same_command_goes_on_when_its_list_was_mended(tmp_path, pictures):
     path, output = tmp_path / "list.tsv", tmp_path / "set"
     path.write_text(listed(pictures).replace(pictures[3], "gone.png"))
-    with pytest.raises(ConfigError, match=r"1 of 6 files do not exist \(gone\.png\); correct the"):
+    with pytest.raises(ConfigError, match=r"1 of 6 files do not exist \(gone\.png\); bring them"):
         main(flags(path, output))
     assert not output.exists()
     path.write_bytes(WAYS["utf-16"](listed(pictures)))
@@ -176,8 +176,8 @@ def test_an_image_that_was_edited_after_encoding_is_named(tmp_path, capsys):
     main(flags(images, output))
     text = capsys.readouterr().out
     assert (
-        "edited since they were encoded: 1 images, whose files have other sizes now "
-        "(red_cars/04.png); the shards hold the old pictures" in text
+        "images edited since they were encoded, by the sizes of their files: 1 (red_cars/04.png); "
+        "the shards hold the old pictures" in text
     )
     settings = json.loads((output / "encoding.json").read_text())
     settings["sizes"] = [(images / name).stat().st_size for name in sized(images, 5)]

@@ -26,6 +26,7 @@ from data_tools.vae import DEMO_VAE, decode_pixels, encode_moments, load_vae, re
 from data_tools.vae_pictures import emoji_pictures, folder_pictures, is_held_out
 from models.latents import final_latents
 from tests.launch import run
+from tests.small_vae import save_small_vae
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -127,16 +128,9 @@ def test_a_whole_pipeline_folder_works_and_shift_factors_are_read(vae, tmp_path)
 
 def test_names_of_the_original_stable_diffusion_code_are_translated(tmp_path):
     """A single file as Stability publishes it, for the smallest network of that shape."""
-    torch.manual_seed(0)
-    model = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        layers_per_block=1,
-        scaling_factor=0.3,
+    model = AutoencoderKL.from_pretrained(
+        save_small_vae(tmp_path / "diffusers", scaling_factor=0.3), low_cpu_mem_usage=False
     )
-    model.save_pretrained(tmp_path / "diffusers")
     original = {to_original(name, 2): x for name, x in model.state_dict().items()}
     for name in [name for name in original if ".attn_1." in name and is_matrix(name)]:
         original[name] = original[name][:, :, None, None]  # 1x1 convolutions there

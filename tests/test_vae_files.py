@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from data_tools.errors import ConfigError
 from data_tools.vae import load_vae
 from tests.launch import run
+from tests.small_vae import save_small_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -15,17 +16,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a small VAE whose weights fp16 holds exactly."""
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    model = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
-    model.half().float().save_pretrained(folder)
-    return folder
+    return save_small_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture

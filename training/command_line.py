@@ -1,7 +1,6 @@
 """The command line of training/main.py: a preset, and one flag per configuration key."""
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from data_tools.encode_latents import DEMO_LATENTS
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.paths import typed_path
 from training.config import SECTIONS, Config, config_from_dict, options
-from training.old_flags import OF_TRAINING, refuse_old_flags
+from training.old_flags import OF_TRAINING
 from training.option import EXPECTED, Option, check_value, did_you_mean
 from training.preset import load_preset
 from training.run_location import (
@@ -23,6 +22,7 @@ from training.run_location import (
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DEEPSPEED = Path("ds_configs/zero2.json")
+_PLACES = ("data", "data_shards")  # a shell makes several words of a wildcard
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,18 @@ def _add_flag(group: Any, leaf: Option) -> None:
     if leaf.kind is bool:
         group.add_argument(leaf.flag, action=argparse.BooleanOptionalAction, **common)
     else:
+        if leaf.name in _PLACES:
+            common["nargs"] = "+"
         metavar = "|".join(meta["choices"]) or {int: "N", float: "X", str: "TEXT"}[leaf.kind]
         metavar += ",..." if leaf.is_list else ""
         group.add_argument(leaf.flag, metavar=metavar, **common)
 
 
-def _value_of_flag(leaf: Option, text: str | bool) -> Any:
+def _value_of_flag(leaf: Option, text: str | bool | list[str]) -> Any:
     """Turn a flag's text into the leaf's type; "none" is null, or the empty list."""
     value: Any = text
+    if isinstance(text, list):
+        value = text = ",".join(text)
     if isinstance(text, str):
         is_none = text.lower() in ("null", "none")
         if leaf.is_list:
@@ -133,12 +137,11 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         argv: without the program's name; None = sys.argv.
     """
     parser = _build_parser()
-    words = sys.argv[1:] if argv is None else argv
-    refuse_old_flags(words, _known_flags(parser), OF_TRAINING, "training/main.py")
+    parser.instead = OF_TRAINING
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
-        known = _known_flags(parser)
+        known = [name for action in parser._actions for name in action.option_strings]
         if Path(flag).exists():
             raise ConfigError(f"{flag}: is no flag; write --preset {flag} to train by this file.")
         raise ConfigError(f"{flag}: unknown flag{did_you_mean(flag, known, '; see --help.')}")
@@ -162,10 +165,6 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         quiet=given.quiet,
         notes=notes,
     )
-
-
-def _known_flags(parser: ArgumentParser) -> list[str]:
-    return [name for action in parser._actions for name in action.option_strings]
 
 
 def _place_preset(values: dict[str, dict[str, Any]], given: argparse.Namespace) -> tuple[str, ...]:

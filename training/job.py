@@ -1,5 +1,6 @@
 """A checked command: what a run needs, found out before any process group exists."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,8 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         ConfigError: for the first mistake found.
     """
     config, notes, deepspeed_config, warm_start = check_without_data(command, ranks)
-    data = open_data(config.data.data, config.data.data_shards)
+    warn = _warn if ranks.is_main else lambda text: None
+    data = open_data(config.data.data, config.data.data_shards, on_failure=warn)
     manifest = data.manifest
     check_data(config, manifest)
     data.check_streams(config.data.data_streams)
@@ -108,3 +110,7 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     if (point := newest_point(Path(config.run.run_dir))) is not None:
         job.check_resumable(point.manifest)
     return job
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")

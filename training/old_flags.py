@@ -1,9 +1,5 @@
 """Flags that other trainers, older guides and this project's relatives have, and ours instead."""
 
-from collections.abc import Iterable, Mapping
-
-from data_tools.errors import ConfigError
-
 _RUN = "nothing: the same command continues a run; --run-dir RUN names it"
 _PRECISION = "--deepspeed JSON: precision belongs to ds_configs/"
 _ACCUMULATION = "--micro-batch-size N: accumulation follows from it and --global-batch-size"
@@ -67,24 +63,3 @@ OF_DRAWING = {
     "--sample-dir": "--output",
     "--global-seed": "--seed",
 }
-
-
-def refuse_old_flags(
-    argv: Iterable[str], known: Iterable[str], instead: Mapping[str, str], program: str
-) -> None:
-    """Say what an unknown flag of another program is called here.
-
-    Args:
-        argv: the command line.
-        known: flags of this program.
-        instead: what to write for those of others.
-        program: of the sentence.
-
-    Raises:
-        ConfigError: for the first such flag.
-    """
-    flags = (word.split("=")[0] for word in argv if word.startswith("--"))
-    known = set(known)
-    for flag in flags:
-        if flag in instead and flag not in known:
-            raise ConfigError(f"{flag}: is no flag of {program}; here it is {instead[flag]}.")

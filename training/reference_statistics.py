@@ -43,6 +43,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add(
         "--input",
+        nargs="+",
         type=typed_text,
         required=True,
         metavar="IMAGES",
@@ -95,10 +96,10 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--output {args.output}: exists; choose another or add --force.")
     if args.output.suffix != ".npz" or not args.output.absolute().parent.is_dir():
         raise ConfigError(f"--output {args.output}: name an .npz file in a folder that exists.")
-    source = open_source(args.input)
+    source = open_source(*args.input)
     device = resolve_device(args.device)
     network = load_network(args, (args.size, args.size), device)
-    check_count(len(source), network, f"--input {args.input}, number of images")
+    check_count(len(source), network, f"--input {source.text}, number of images")
     chosen = np.sort(permutation(len(source), KEEP_SEED)[: args.keep]).tolist()
     kept: dict[int, np.ndarray | None] = dict.fromkeys(chosen)
     with tqdm(total=len(source), unit="image", desc="looking") as progress:

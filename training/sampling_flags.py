@@ -10,6 +10,7 @@ from data_tools.paths import typed_text
 from models.guidance import OFFICIAL_CHANNELS
 from models.sampler import SAMPLING_METHODS, methods_for
 from training.config import Config
+from training.old_flags import OF_DRAWING
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings, can_guide_without_classifier
 from training.sampling_checks import (
@@ -49,6 +50,7 @@ def add_sampling_flags(parser: ArgumentParser, default_steps: int | None = DEFAU
         parser: of the command.
         default_steps: of --steps; None = the command fills in DEFAULT_STEPS itself.
     """
+    parser.instead = OF_DRAWING
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=SAMPLING_METHODS, help="default: ddim, or euler for objective flow")
     add(

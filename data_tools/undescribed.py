@@ -1,0 +1,128 @@
+"""What a place that should be a data set is, where it has no dataset.json, and what to do."""
+
+import os
+import shlex
+import tarfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from data_tools.file_kinds import HEAD_BYTES, kind_of
+from data_tools.images import IMAGE_SUFFIXES
+from data_tools.paths import absence
+from data_tools.sample_names import is_hidden
+
+_MANIFEST_NAME = "dataset.json"
+_MAX_LOOKED_AT = 2000  # files and folders; a set of images may have millions
+_MAX_MEMBERS = 20  # of a tar
+_LIST_SUFFIXES = (".txt", ".tsv", ".csv")
+_ENCODE = "python data_tools/encode_latents.py"
+
+
+def explain(place: Path) -> str:
+    """Say what a place without a dataset.json is and what to do, in one clause each."""
+    try:
+        if not place.exists():
+            return f"{absence(place)}; make it: {_ENCODE} --output {_typed(place)}"
+        return _explain_file(place) if place.is_file() else _explain_folder(place)
+    except OSError as err:
+        return f"cannot be looked into ({err.strerror}); make it readable"
+
+
+def _explain_file(path: Path) -> str:
+    if path.name == _MANIFEST_NAME:
+        return f"is the description itself; name its folder, {path.parent}"
+    if path.suffix == ".tar":
+        return _explain_tars([path], path)
+    if path.suffix.lower() in _LIST_SUFFIXES:
+        return f"is a file and no data set; if it lists images, {_encode_advice(path)}"
+    return "is not a folder; name one with a dataset.json"
+
+
+def _explain_folder(folder: Path) -> str:
+    if (folder / "encoding.json").exists():
+        return (
+            f"no {_MANIFEST_NAME}, encoding did not finish; run {_ENCODE} --output "
+            f"{_typed(folder)} with the same flags again (it resumes)"
+        )
+    names = sorted(islice(os.listdir(folder), _MAX_LOOKED_AT))
+    within = [name for name in names if (folder / name / _MANIFEST_NAME).is_file()]
+    if within:
+        several = "" if len(within) == 1 else f", all of them as {_typed(folder)}/*"
+        return (
+            f"no {_MANIFEST_NAME} in it but in {_some(within)}; name {folder / within[0]}{several}"
+        )
+    if tars := [folder / name for name in names if name.endswith(".tar")]:
+        return _explain_tars(tars, folder)
+    if {"dataset_dict.json", "state.json"} & set(names) or _first(folder, (".parquet", ".arrow")):
+        return f"holds a table of images, not latents; {_encode_advice(folder)}"
+    if image := _first(folder, IMAGE_SUFFIXES):
+        return f"holds images ({image}, ...), not latents; {_encode_advice(folder)}"
+    if array := _first(folder, (".npy", ".npz", ".pt", ".safetensors")):
+        return (
+            f"holds {array} and no {_MANIFEST_NAME}; put latents as .npy files into tars and index "
+            "these (python data_tools/index_shards.py --help)"
+        )
+    if not names:
+        return f"is empty; {_encode_advice(None, folder)}"
+    return f"holds no {_MANIFEST_NAME}, only {_some(names)}; name a folder that was encoded"
+
+
+def _explain_tars(tars: list[Path], place: Path) -> str:
+    try:
+        with tarfile.open(tars[0]) as tar:
+            members = [member.name for member in islice(tar, _MAX_MEMBERS)]
+    except (tarfile.TarError, EOFError):
+        with tars[0].open("rb") as file:
+            kind = kind_of(file.read(HEAD_BYTES))
+        return (
+            f"no {_MANIFEST_NAME}, and {tars[0].name} is no tar{kind and f' but {kind}' or ''}; "
+            "name a folder that was encoded"
+        )
+    suffixes = sorted({Path(name).suffix.lower() for name in members} - {""})
+    if image := next((name for name in members if Path(name).suffix.lower() in IMAGE_SUFFIXES), ""):
+        return f"holds tars of images ({image}, ...), not latents; {_encode_advice(place)}"
+    if any(name.endswith(".moments.npy") for name in members):
+        return (
+            f"has shards ({tars[0].name}) but no {_MANIFEST_NAME}; copy it from where the shards "
+            "came from"
+        )
+    if ".npy" in suffixes:
+        return (
+            f"holds tars of latents that are not indexed ({_some(members)}); index them: python "
+            f"data_tools/index_shards.py --input {_typed(place)} --array ... --vae ..."
+        )
+    return f"holds tars of {_some(suffixes) or 'nothing'}, neither latents nor images; name another"
+
+
+def _encode_advice(images: Path | None, output: Path | None = None) -> str:
+    """Say how to encode; never into the folder of the images."""
+    if output is None:
+        output = images.with_name(f"{images.resolve().name.partition('.')[0]}-latents")
+    shown = "IMAGES" if images is None else _typed(images)
+    return f"encode first: {_ENCODE} --input {shown} --output {_typed(output)}"
+
+
+def _typed(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _first(folder: Path, suffixes: frozenset[str] | tuple[str, ...]) -> str:
+    """Return the first file with one of the suffixes, of those that are looked at; or ""."""
+    files = islice(_files(folder), _MAX_LOOKED_AT)
+    return next((name for name in files if Path(name).suffix.lower() in suffixes), "")
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Go through a tree's files without hidden ones; folders of classes are often links."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))[:_MAX_LOOKED_AT]
+        if Path(place) != folder and len(Path(place).relative_to(folder).parts) > 3:
+            folders.clear()  # a loop of links, or a tree of another kind
+        for name in sorted(files):
+            if not is_hidden(name):
+                yield os.path.relpath(os.path.join(place, name), folder)
