@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.files import MalformedError, from_json
+from data_tools.files import MalformedError, from_json, parse_json
 
 LEASE_SEC = 60.0
 RENEW_SEC = 10.0
@@ -206,7 +206,7 @@ class Claims:
         except FileNotFoundError:
             return None
         try:
-            return modified, from_json(Owner, json.loads(content))
+            return modified, from_json(Owner, parse_json(content))
         except (ValueError, MalformedError):
             return modified, None
 

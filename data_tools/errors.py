@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 CONFIG_ERROR_EXIT_CODE = 2
+MAX_MESSAGE = 2000  # characters
 
 
 class ConfigError(Exception):
@@ -19,7 +20,10 @@ class ConfigError(Exception):
 
     def __init__(self, message: str) -> None:
         """Keep the message on one line: names of files may hold line ends and bytes of no text."""
-        super().__init__(one_line(message))
+        seen = one_line(message)
+        if len(seen) > MAX_MESSAGE:  # somebody gave a long value
+            seen = f"{seen[: MAX_MESSAGE // 2]} [...] {seen[-MAX_MESSAGE // 4 :]}"
+        super().__init__(seen)
 
 
 def one_line(text: str) -> str:

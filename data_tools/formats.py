@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.files import SINCE, MalformedError, append_line, from_json, write_text
+from data_tools.files import SINCE, MalformedError, append_line, from_json, parse_json, write_text
 
 FORMAT_KEY = "format_version"
 
@@ -96,7 +96,7 @@ class Format:
             NewerFormatError, ConfigError, MalformedError: as parse.
             ValueError: it is no JSON.
         """
-        return self.parse(json.loads(text), where)
+        return self.parse(parse_json(text), where)
 
     def dumps(self, content: Any, indent: int | None = 1) -> str:  # noqa: ANN401
         """Return the text of a file, without the end of its last line."""
@@ -136,7 +136,7 @@ class Format:
             NewerFormatError: it did.
         """
         with suppress(OSError, ValueError, MalformedError):
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             if isinstance(content, dict) and content.get(self.key, 1) > self.newest:
                 self.check(content, str(path))
 

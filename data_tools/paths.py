@@ -16,6 +16,8 @@ _HOME = re.compile(r"^~[^/]*")
 # Where a data set's name begins in a union or a mixture, or the whole text.
 _HOME_OF_DATA = re.compile(r"(?:^|(?<=[,{]))~[^/,{}=]*")
 _COMMAND = "pipe:"
+MAX_NAME_BYTES = 255  # of file systems, and what Linux takes as a path, with room for our names
+MAX_PATH_BYTES = 4096 - 512
 
 
 def expand(text: str, where: str) -> str:
@@ -28,12 +30,29 @@ def expand(text: str, where: str) -> str:
     Raises:
         ConfigError: a variable that is not set, a user whom nobody knows, or a link to nothing.
     """
+    _check_possible(text, where)
     path = _expanded(text, where, _HOME)
     if broken_link(Path(path)):
         raise ConfigError(
             f"{where} {text}: {absence(Path(path))}; restore what it stood for, or name another."
         )
     return path
+
+
+def _check_possible(text: str, where: str) -> None:
+    """Refuse what no system takes as a path; asking whether it exists would fail."""
+    try:
+        coded = os.fsencode(text)
+    except UnicodeEncodeError:
+        coded = b"\0"
+    longest = max(map(len, coded.split(b"/")))
+    if b"\0" in coded:
+        raise ConfigError(f"{where} {text[:60]!r}: holds characters that no path has; correct it.")
+    if longest > MAX_NAME_BYTES or len(coded) > MAX_PATH_BYTES:
+        raise ConfigError(
+            f"{where} {text[:60]}...: is too long for a path ({len(coded)} bytes, its longest name "
+            f"{longest}); shorten it."
+        )
 
 
 def expand_data(text: str, where: str) -> str:

@@ -89,7 +89,7 @@ def test_two_classes_of_one_name_are_told_apart_by_number():
         ("100", "--classes: unknown class '100'; give a number of a class, from 0 to 99"),
         ("-1", "--classes: unknown class '-1'; give"),
         ("\u00b2", "--classes: unknown class '\u00b2'; give"),  # str.isdigit takes it for one
-        ("9" * 5000, "--classes: unknown class '99999999999999999999999999999999999999999999999"),
+        ("9" * 5000, "--classes: unknown class '9999999999999999999999999999"),
         ("\udcff", "--classes: unknown class '\\udcff'; give"),  # a byte that is no UTF-8
     ],
 )

@@ -9,8 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from training.option import did_you_mean
-from training.sampling_checks import WrongValueError, shown, whole_number
+from training.option import did_you_mean, shown
+from training.sampling_checks import WrongValueError, whole_number
 
 NAMES_SHOWN = 10
 LONGEST_NAME = 200  # of a name that is compared with others

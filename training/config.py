@@ -26,7 +26,7 @@ from models.schedule import NOISE_SCHEDULES
 from models.switch_dit import MODEL_NAMES, MODEL_SIZES
 from models.timestep_sampling import DENSITIES
 from training.data_config import DataConfig
-from training.option import Option, check_value, did_you_mean, option
+from training.option import Option, check_value, did_you_mean, option, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +305,7 @@ def config_from_dict(values: Any, source: str) -> Config:
                 f"{source}: unknown section '{section}'{did_you_mean(str(section), SECTIONS)}"
             )
         if not isinstance(keys, Mapping):
-            raise ConfigError(f"{source}: section '{section}' must hold keys, not {keys!r}.")
+            raise ConfigError(f"{source}: section '{section}' must hold keys, not {shown(keys)}.")
         for key in keys:
             if (section, key) not in known:
                 hint = _hint_for_key(section, str(key), known)

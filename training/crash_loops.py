@@ -4,11 +4,11 @@ Under Slurm, retry.py decides before a job is queued again. Other launchers ask 
 with --max-restarts starts the ranks again by itself, as does a person's own loop around a command.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from data_tools.files import parse_json
 from data_tools.launcher import is_restarted_by_torchrun
 from training.retry import DEFAULT_LIMIT, LIMIT_VARIABLE
 
@@ -26,7 +26,7 @@ def count_vain_starts(run_dir: Path, step: int) -> int:
     count = 0
     for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
         try:
-            start = json.loads(line)
+            start = parse_json(line)
         except ValueError:
             break
         if not isinstance(start, dict) or start.get("step") != step:

@@ -17,7 +17,7 @@ import pydantic
 from data_tools.errors import ConfigError
 from data_tools.user_text import TextError, read_text
 from training.config import Config
-from training.option import did_you_mean
+from training.option import did_you_mean, shown
 from training.precision import PRECISION_BLOCKS, Hardware, detect_hardware
 
 MAX_STAGE = 3
@@ -114,6 +114,8 @@ def _parse_strictly(text: str, path: Path) -> dict[str, Any]:
         if text[err.pos : err.pos + 1] in ("/", "#"):
             reason = "JSON has no comments"
         raise ConfigError(f"{path}, line {line}: {reason}; the file must be strict JSON.") from err
+    except (ValueError, RecursionError) as err:  # a number of thousands of digits, or brackets
+        raise ConfigError(f"{path}: {err}; write a plain JSON object.") from err
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold one JSON object, not {type(values).__name__}.")
     return values
@@ -128,11 +130,11 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
             raise ConfigError(f"{path}: unknown key '{key}'{hint}")
         blocks = ("bf16", "fp16", "torch_autocast", "zero_optimization", "data_types", "checkpoint")
         if key in blocks and not isinstance(value, dict):
-            raise ConfigError(f"{path}: '{key}' must be an object, not {value!r}.")
+            raise ConfigError(f"{path}: '{key}' must be an object, not {shown(value)}.")
         if key in NUMBER_KEYS and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{path}: '{key}' must be a number, not {value!r}.")
+            raise ConfigError(f"{path}: '{key}' must be a number, not {shown(value)}.")
         if key in SWITCH_KEYS and not isinstance(value, bool):
-            raise ConfigError(f"{path}: '{key}' must be true or false, not {value!r}.")
+            raise ConfigError(f"{path}: '{key}' must be true or false, not {shown(value)}.")
     checkpoint = values.get("checkpoint", {})
     for key in ("writer", "load_universal", "parallel_write", "use_node_local_storage"):
         if checkpoint.get(key):
@@ -146,7 +148,9 @@ def _check_zero(values: dict[str, Any], path: Path) -> None:
     zero = values.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= MAX_STAGE:
-        raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}.")
+        raise ConfigError(
+            f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {shown(stage)}."
+        )
     if zero.get("elastic_checkpoint"):
         raise ConfigError(
             f"{path}: remove zero_optimization.elastic_checkpoint; such a checkpoint cannot be "
@@ -207,7 +211,7 @@ def _check_against_deepspeed(values: dict[str, Any], path: Path) -> None:
         except pydantic.ValidationError as err:
             first = err.errors()[0]
             where = ".".join(str(part) for part in (block, *first["loc"]))
-            raise ConfigError(f"{path}: {where}={first['input']!r}: {first['msg']}.") from err
+            raise ConfigError(f"{path}: {where}={shown(first['input'])}: {first['msg']}.") from err
 
 
 def _check_precision(values: dict[str, Any], path: Path) -> None:

@@ -5,6 +5,7 @@ import difflib
 import math
 import operator
 import re
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, field
 from typing import Any, NamedTuple
@@ -71,6 +72,16 @@ def did_you_mean(wrong: str, known: Iterable[str], otherwise: str | None = None)
     return f"; choose one of: {', '.join(known)}." if otherwise is None else otherwise
 
 
+def shown(value: Any) -> str:
+    """Show a value of any size in one short line.
+
+    A few lines of YAML hold lists of lists that take more than a machine's memory to write out.
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return " ".join(short.repr(value).split())
+
+
 def either(words: Iterable[str]) -> str:
     """Write "a", "a or b", "a, b or c"."""
     *first, last = words
@@ -91,7 +102,7 @@ def check_value(leaf: Option, value: Any, where: str) -> Any:
         values = value if isinstance(value, list | tuple) else [value]
         checked = tuple(_check_one(leaf, one, where) for one in values)
         if len(set(checked)) < len(checked):
-            raise ConfigError(f"{where} names a value twice: {list(values)}.")
+            raise ConfigError(f"{where} names a value twice: {shown(list(values))}.")
         return checked
     return _check_one(leaf, value, where)
 
@@ -101,7 +112,7 @@ def _check_one(leaf: Option, value: Any, where: str) -> Any:
         value = float(value)
     if type(value) is not leaf.kind:
         null = " or null" if leaf.is_nullable else ""
-        raise ConfigError(f"{where} must be {EXPECTED[leaf.kind]}{null}, not {value!r}.")
+        raise ConfigError(f"{where} must be {EXPECTED[leaf.kind]}{null}, not {shown(value)}.")
     if value == "":
         raise ConfigError(f"{where} is empty; give a text.")
     choices = leaf.field.metadata["choices"]

@@ -9,7 +9,7 @@ import yaml
 
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
-from data_tools.user_text import TextError, read_text
+from data_tools.user_text import read_text
 from training.config import CONFIG, Config, config_from_dict
 from training.option import did_you_mean
 from training.run_location import PRESET_FOLDER, preset_file
@@ -52,8 +52,8 @@ def load_preset(name_or_path: str) -> Config:
         values = yaml.load(read_text(path), Loader=_StrictLoader)
     except OSError as err:
         raise ConfigError(f"--preset {name_or_path}: {err.strerror}; give a YAML file.") from err
-    except (yaml.YAMLError, TextError) as err:
-        reason = " ".join(str(err).split())
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as err:
+        reason = " ".join(str(err).split()).rstrip(".")
         raise ConfigError(f"--preset {name_or_path} is not valid YAML: {reason}.") from err
     try:
         values = CONFIG.parse(values, f"--preset {name_or_path}")

@@ -7,7 +7,6 @@ anything else is a crash. No more than MAX_RESTARTS times in a row without a new
 It runs between a crash and the next try, so it does without torch, whose import takes seconds.
 """
 
-import argparse
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,12 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import yaml
 
 from data_tools.entry_point import enter
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
+from data_tools.errors import (
+    CONFIG_ERROR_EXIT_CODE,
+    ArgumentParser,
+    ConfigError,
+    exit_on_config_error,
+)
 from data_tools.files import FIRST, MalformedError
 from data_tools.formats import Format
 from data_tools.launcher import batch_job
@@ -87,15 +91,21 @@ def read_restarts(path: Path) -> Restarts:
 
 def run_dir_of(flags: list[str]) -> Path:
     """Return the run directory of flags that training/main.py has accepted."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--run-dir")
     parser.add_argument("--preset", default="demo")
     given, _ = parser.parse_known_args(flags)
     if given.run_dir is not None:
         return Path(expand(given.run_dir, "--run-dir"))
     path = preset_file(given.preset)
-    said = yaml.safe_load(read_text(path))["run"]["run_dir"]
-    return Path(expand(location.run_dir_of(path, said), given.preset))
+    try:
+        said = yaml.safe_load(read_text(path))["run"]["run_dir"]
+        return Path(expand(location.run_dir_of(path, said), given.preset))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as err:
+        raise ConfigError(
+            f"--preset {given.preset}: no run_dir can be read from it; give the flags that "
+            "training/main.py was given."
+        ) from err
 
 
 def newest_checkpoint(run_dir: Path) -> str:
@@ -112,23 +122,38 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0 if argv else CONFIG_ERROR_EXIT_CODE)
     with exit_on_config_error():
         limit = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
-        if not argv[0].isdecimal() or not limit.isdecimal():
+        if not (_is_number(argv[0]) and _is_number(limit)):
             raise ConfigError(f"EXIT_CODE {argv[0]} and {LIMIT_VARIABLE}={limit}: use numbers.")
-    exit_code, flags = int(argv[0]), argv[1:]
-    if exit_code in (0, CONFIG_ERROR_EXIT_CODE):  # then the flags need not be right
-        print(decide(exit_code, "", "", Restarts(), int(limit))[1], flush=True)
-        sys.exit(NO_EXIT_CODE)
-    with exit_on_config_error():
-        run_dir = run_dir_of(flags)
-    path = run_dir / RESTARTS_FILE
-    job, checkpoint = batch_job(), newest_checkpoint(run_dir)
-    before = read_restarts(path)
-    restarts, why = decide(exit_code, job, checkpoint, before, int(limit))
+        exit_code = int(argv[0])
+        if exit_code in (0, CONFIG_ERROR_EXIT_CODE):  # then the flags need not be right
+            print(decide(exit_code, "", "", Restarts(), int(limit))[1], flush=True)
+            sys.exit(NO_EXIT_CODE)
+        run_dir = run_dir_of(argv[1:])
+        try:
+            restarts, why = _decide_for(run_dir, exit_code, int(limit))
+        except OSError as err:
+            raise ConfigError(
+                f"--run-dir {run_dir}: cannot be read or written ({err.strerror}); the job is not "
+                "started again."
+            ) from err
     print(f"{run_dir}: {why}.", flush=True)
     if restarts is None:
         sys.exit(NO_EXIT_CODE)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    RESTARTS.write(path, restarts)
+
+
+def _decide_for(run_dir: Path, exit_code: int, limit: int) -> tuple[Restarts | None, str]:
+    """Decide by what the run has kept, and keep the new count there."""
+    path = run_dir / RESTARTS_FILE
+    job, checkpoint = batch_job(), newest_checkpoint(run_dir)
+    restarts, why = decide(exit_code, job, checkpoint, read_restarts(path), limit)
+    if restarts is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        RESTARTS.write(path, restarts)
+    return restarts, why
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 if __name__ == "__main__":

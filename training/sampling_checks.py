@@ -11,7 +11,7 @@ from typing import Any
 
 from models.guidance import Guidance
 from models.sampler import methods_for
-from training.option import either
+from training.option import either, shown
 from training.sampling import SamplerSettings
 
 SEED_LIMIT = 2**63
@@ -124,12 +124,6 @@ def number(value: Any, name: str) -> float:
         return float(plain)
     except (TypeError, OverflowError):
         raise WrongValueError(f"{name} must be a number, not {shown(value)}.") from None
-
-
-def shown(value: Any) -> str:
-    """Show a value that may be long in one short line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:60]}... ({type(value).__name__})"
 
 
 def _unpacked(value: Any) -> Any:
