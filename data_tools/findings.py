@@ -1,11 +1,10 @@
 """What a verification looks at and finds; the small files beside the shards."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.files import MalformedError, from_json
+from data_tools.files import MalformedError, from_json, parse_json
 from data_tools.formats import said
 from data_tools.manifest import DatasetManifest, Shard
 from data_tools.shard_check import ShardContent
@@ -87,7 +86,7 @@ def read_sidecar(
     """
     path = (folder / shard.name).with_suffix(".json")
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         SIDECAR.check(content, str(path))
         if with_totals:
             from_json(ShardTotals, content["totals"])

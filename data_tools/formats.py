@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.files import SINCE, MalformedError, append_line, from_json, write_text
+from data_tools.files import (
+    SINCE,
+    MalformedError,
+    append_line,
+    from_json,
+    parse_json,
+    write_text,
+)
 
 FORMAT_KEY = "format_version"
 
@@ -96,7 +103,7 @@ class Format:
             NewerFormatError, ConfigError, MalformedError: as parse.
             ValueError: it is no JSON.
         """
-        return self.parse(json.loads(text), where)
+        return self.parse(parse_json(text), where)
 
     def dumps(self, content: Any, indent: int | None = 1) -> str:  # noqa: ANN401
         """Return the text of a file, without the end of its last line."""
@@ -135,10 +142,12 @@ class Format:
         Raises:
             NewerFormatError: it did.
         """
-        with suppress(OSError, ValueError, MalformedError):
-            content = json.loads(path.read_bytes())
-            if isinstance(content, dict) and content.get(self.key, 1) > self.newest:
-                self.check(content, str(path))
+        try:
+            self.check(parse_json(path.read_bytes()), str(path))
+        except NewerFormatError:
+            raise
+        except (OSError, ValueError, MalformedError, ConfigError):
+            pass  # none, or one that its reader refuses
 
     def _number(self, content: Any) -> int:  # noqa: ANN401
         return max([self.base, *(since or self.newest for since in _added_in(content))])

@@ -3,7 +3,6 @@
 The package maps the Arrow files into memory: an image is read where it lies, nothing is copied.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import numpy as np
 from data_tools.class_folders import Classes
 from data_tools.errors import ConfigError
 from data_tools.file_kinds import refuse_lfs_pointer
+from data_tools.files import parse_json
 from data_tools.images import BadImageError
 from data_tools.reading import Reading
 from data_tools.sources import (
@@ -253,7 +253,7 @@ def _has_files(folder: Path) -> bool:
         ValueError: one is not, so the package would map a file from elsewhere.
         Others of _UNREADABLE: state.json is none of a data set.
     """
-    state = json.loads((folder / _STATE_NAME).read_bytes())
+    state = parse_json((folder / _STATE_NAME).read_bytes())
     names = [entry["filename"] for entry in state["_data_files"]]
     for name in names:
         if not _is_plain(name) or not (folder / name).is_file():
@@ -264,7 +264,7 @@ def _has_files(folder: Path) -> bool:
 
 def _splits_error(folder: Path) -> ConfigError:
     try:
-        splits = json.loads((folder / _SPLITS_NAME).read_bytes())["splits"]
+        splits = parse_json((folder / _SPLITS_NAME).read_bytes())["splits"]
         if not isinstance(splits, list) or not splits or not all(map(_is_plain, splits)):
             raise ValueError(f"{_SPLITS_NAME} has no list of splits")
     except _UNREADABLE as err:

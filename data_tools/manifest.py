@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.file_kinds import LFS_REASON, is_lfs_pointer, refuse_lfs_pointer
-from data_tools.files import SINCE, MalformedError
+from data_tools.files import SINCE, MalformedError, parse_json
 from data_tools.formats import FORMAT_KEY, Format, said
 from data_tools.left_out import LeftOut
 from data_tools.records import IndexedLayout, RecordLayout
@@ -281,8 +281,8 @@ def _parse(path: str, text: bytes, folder: Path | None) -> Manifest:
     if is_lfs_pointer(text):
         raise ConfigError(f"{path}: {LFS_REASON}.")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as err:
+        content = parse_json(text)
+    except ValueError as err:
         raise ConfigError(f"{path}: is not JSON ({err}); {advice}.") from err
     try:
         manifest = DATASET.parse(content, path)
@@ -302,6 +302,11 @@ def _check_consistent(manifest: Manifest) -> None:
         raise MalformedError(f"latent.dtype is {latent.dtype!r}, not float16 or float32")
     if len(shape) != 3 or min(shape) < 1 or (latent.kind == "moments" and shape[0] % 2):
         raise MalformedError(f"latent.shape {shape} is not (2 x channels, height, width)")
+    channels = shape[0] // 2 if latent.kind == "moments" else shape[0]
+    if manifest.vae.latents_mean and len(manifest.vae.latents_mean) != channels:
+        raise MalformedError(f"vae.latents_mean has not {channels} numbers, one for each channel")
+    if min(manifest.vae.latents_std, default=1.0) <= 0:
+        raise MalformedError("vae.latents_std has a number that is not positive")
     in_shards = sum(shard.num_samples for shard in manifest.shards)
     if in_shards != manifest.num_samples or in_shards < 1:
         raise MalformedError(
