@@ -30,6 +30,16 @@ def one_line(text: str) -> str:
     )
 
 
+def some(names: Sequence[str], most: int) -> str:
+    """Name the first of several things: "a, b, ..."."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def first_line(err: Exception) -> str:
+    """Return what an error of a library says, as a part of a sentence."""
+    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")
+
+
 class OutageError(ConfigError):
     """Nobody's mistake, though said like one: a server failed for longer than we wait for it.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_tools.class_folders import Classes
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, first_line
 from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.files import parse_json
 from data_tools.images import BadImageError
@@ -283,7 +283,7 @@ def _is_plain(name: object) -> bool:
 def _unreadable_error(folder: Path, err: Exception) -> ConfigError:
     return ConfigError(
         f"--input {folder}: cannot be read as a data set of Hugging Face datasets "
-        f"({_first_line(err)}); copy or save it again."
+        f"({first_line(err)}); copy or save it again."
     )
 
 
@@ -325,7 +325,3 @@ def _unlabelled_error(folder: Path, name: str, is_labelled: np.ndarray) -> Confi
         f"{int(is_labelled.argmin())}, ...) have no class in column {name}; give every image one, "
         "or none."
     )
-
-
-def _first_line(err: Exception) -> str:
-    return str(err).strip().partition("\n")[0] or type(err).__name__
