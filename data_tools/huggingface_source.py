@@ -131,7 +131,9 @@ def open_saved_dataset(folder: Path, reading: Reading | None = None) -> HuggingF
         raise _unreadable_error(folder, err) from err
     if not len(found):
         raise ConfigError(f"--input {folder}: has no rows; give a data set with images.")
-    images = _only_column(folder, found, Image)
+    images = _only_column(
+        folder, found, Image, "save it again without all but one (remove_columns)"
+    )
     if images is None:
         columns = ", ".join(found.column_names)
         raise ConfigError(
@@ -180,14 +182,9 @@ def _unused(found: "datasets.Dataset", names: list[str]) -> list[str]:
 
 def _label_column(folder: Path, found: "datasets.Dataset", kind: type) -> str | None:
     """Return the only ClassLabel column, or one that is called as class numbers are."""
-    columns = [name for name, feature in found.features.items() if isinstance(feature, kind)]
-    if len(columns) > 1:
-        raise ConfigError(
-            f"--input {folder}: has {len(columns)} columns of type {kind.__name__} "
-            f"({', '.join(columns)}); choose one, --label-column {columns[0]}."
-        )
     named = (name for name in _NUMBER_COLUMNS if name in found.features)
-    return columns[0] if columns else next(named, None)
+    column = _only_column(folder, found, kind, "choose one, --label-column {}")
+    return next(named, None) if column is None else column
 
 
 def _column_classes(
@@ -287,12 +284,12 @@ def _unreadable_error(folder: Path, err: Exception) -> ConfigError:
     )
 
 
-def _only_column(folder: Path, found: "datasets.Dataset", kind: type) -> str | None:
+def _only_column(folder: Path, found: "datasets.Dataset", kind: type, advice: str) -> str | None:
     columns = [name for name, feature in found.features.items() if isinstance(feature, kind)]
     if len(columns) > 1:
         raise ConfigError(
             f"--input {folder}: has {len(columns)} columns of type {kind.__name__} "
-            f"({', '.join(columns)}); save it again without all but one (remove_columns)."
+            f"({', '.join(columns)}); {advice.format(columns[0])}."
         )
     return columns[0] if columns else None
 

@@ -302,7 +302,9 @@ def _check_consistent(manifest: Manifest) -> None:
     channels = shape[0] // 2 if latent.kind == "moments" else shape[0]
     mean, std = manifest.vae.latents_mean, manifest.vae.latents_std
     if len(mean) != len(std) or len(std) not in (0, channels) or min(std, default=1.0) <= 0:
-        raise MalformedError(f"vae.latents_mean and latents_std are no {channels} numbers, std above 0")
+        raise MalformedError(
+            f"the VAE's latents_mean and latents_std are no {channels} numbers each"
+        )
     in_shards = sum(shard.num_samples for shard in manifest.shards)
     if in_shards != manifest.num_samples or in_shards < 1:
         raise MalformedError(
