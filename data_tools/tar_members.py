@@ -12,7 +12,7 @@ from data_tools.file_kinds import kind_of
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK_BYTES = 1 << 20
-_SHOWN_NAME = 80  # characters of a member's name in a message
+SHOWN_NAME = 80  # characters of a member's name in a message
 # What makes a tar, or files, of another kind of archive.
 _UNPACK = {
     "gzip": "gunzip",
@@ -70,7 +70,7 @@ class Member(tarfile.TarInfo):
     @property
     def shown(self) -> str:
         """Its name, short enough for a message."""
-        return self.name[:_SHOWN_NAME]
+        return self.name[:SHOWN_NAME]
 
 
 class _BadHeaderError(Exception):
