@@ -76,15 +76,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def exit_on_config_error(is_reporter: bool = True) -> Iterator[None]:
-    """Turn a ConfigError into one line on stderr and its exit code.
-
-    Args:
-        is_reporter: False on ranks that stay silent, so that N processes print one sentence.
-    """
+def exit_on_config_error() -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and its exit code."""
     try:
         yield
     except ConfigError as err:
-        if is_reporter:
-            sys.stderr.write(f"error: {err}\n")
+        sys.stderr.write(f"error: {err}\n")
         sys.exit(err.exit_code)

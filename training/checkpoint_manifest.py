@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.files import FIRST, MalformedError
+from data_tools.files import FIRST, MalformedError, parse_json
 from data_tools.formats import Format
 
 CHECKPOINT_DIR = "checkpoints"
@@ -135,7 +135,7 @@ def _checksum_of(content: dict[str, Any]) -> str:
 
 
 def _parse_manifest(data: bytes, where: str) -> CheckpointManifest:
-    content = json.loads(data)
+    content = parse_json(data)
     MANIFEST.check(content, where)  # first: a later version may sum up otherwise
     checksum = content.pop(CHECKSUM_KEY, None) if isinstance(content, dict) else None
     if checksum not in (None, _checksum_of(content)):  # older ones have none
