@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, some
 from data_tools.reading import Reading
 from data_tools.sources import ImageClass, classes_of
 
@@ -128,8 +128,7 @@ def number_difference(classes: tuple[ImageClass, ...]) -> str:
 def _named(ids: list[str]) -> str:
     if len(ids) == 1:
         return f"all images lie in the folder {ids[0]}, which is the only class"
-    more = ", ..." if len(ids) > _SHOWN else ""
-    return f"the classes are {', '.join(ids[:_SHOWN])}{more}"
+    return f"the classes are {some(ids, _SHOWN)}"
 
 
 def _without_common_folders(ids: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from data_tools.encoding_changes import edited_sentence
 from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.entry_point import enter, is_reporter
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, some
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.paths import typed_path, typed_text
@@ -82,9 +82,8 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
             "begun without them; a new --output uses them"
         )
     if skipped:
-        shown = ", ".join(skipped[:SKIPPED_SHOWN])
-        more = ", ..." if len(skipped) > SKIPPED_SHOWN else ""
-        run.say(f"skipped {len(skipped)} files that are no readable images: {shown}{more}")
+        shown = some(skipped, SKIPPED_SHOWN)
+        run.say(f"skipped {len(skipped)} files that are no readable images: {shown}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 from data_tools.encoding import SPLIT
 from data_tools.encoding_output import EncodingOutput
 from data_tools.encoding_settings import EncodingSettings
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, some
 from data_tools.order import permutation
 from data_tools.sources import FileSource, ImageSource
 
@@ -31,8 +31,8 @@ def check_files_exist(source: ImageSource, sizes: list[int]) -> None:
     if missing:
         raise ConfigError(
             f"--input {source.text}: {len(missing)} of {len(sizes)} files do not exist "
-            f"({_shown(missing)}); bring them or leave their names out, and run the same command "
-            "again."
+            f"({some(missing, _NAMES_SHOWN)}); bring them or leave their names out, and run the "
+            "same command again."
         )
 
 
@@ -61,8 +61,8 @@ def edited_sentence(names: list[str]) -> str:
     """Say that the latents of these images are of what they were before."""
     return (
         f"images edited since they were encoded, by the sizes of their files: {len(names)} "
-        f"({_shown(names)}); the shards hold the old pictures, for the new ones encode into a new "
-        "--output"
+        f"({some(names, _NAMES_SHOWN)}); the shards hold the old pictures, for the new ones encode "
+        "into a new --output"
     )
 
 
@@ -70,8 +70,3 @@ def finished_before(begun: EncodingSettings, source: ImageSource) -> str:
     """Say that there was nothing to do, and what was compared."""
     compared = f"the sizes of {len(begun.sizes)} of its {len(source)} images were compared"
     return f"finished before: nothing was encoded, {compared}"
-
-
-def _shown(names: list[str]) -> str:
-    more = ", ..." if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

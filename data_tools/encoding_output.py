@@ -13,7 +13,7 @@ from pathlib import Path
 from data_tools.claims import Claims
 from data_tools.encoding_settings import EncodingSettings
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError
+from data_tools.files import MalformedError, parse_json
 from data_tools.formats import FORMAT_KEY
 from data_tools.manifest import (
     DATASET,
@@ -155,7 +155,7 @@ def _says_the_same(path: Path, manifest: Manifest) -> bool:
     """
     DATASET.refuse_newer(path)
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return False
     wanted = json.loads(DATASET.dumps(manifest))

@@ -225,6 +225,7 @@ class EncodingRun:
                 folder = EncodingOutput(self.output, self.begun)
                 if not folder.missing and (self.output / MANIFEST_NAME).exists():
                     self.say(finished_before(self.begun, self.source))
+                    self._drop_indexes()  # of this process, where another one has just finished
                     return folder.write_manifest(self.source, self.class_names)
             self.output.mkdir(parents=True, exist_ok=True)
             with Claims(self.output / CLAIMS_NAME) as claims:
@@ -243,9 +244,12 @@ class EncodingRun:
                     self._encode_missing(folder, claims)
                 manifest = folder.write_manifest(self.source, self.class_names)
                 folder.remove_leftovers(claims)
-                shutil.rmtree(self.output / INDEXES_NAME, ignore_errors=True)
+                self._drop_indexes()
                 claims.sweep()
             return manifest
+
+    def _drop_indexes(self) -> None:
+        shutil.rmtree(self.output / INDEXES_NAME, ignore_errors=True)
 
     def _encode_missing(self, folder: EncodingOutput, claims: Claims) -> None:
         encoder = self.encoder(folder.settings)

@@ -27,9 +27,9 @@ from data_tools.manifest import (
 from data_tools.reading import Reading
 from data_tools.records import RecordLayout
 from data_tools.sources import ImageSource
+from data_tools.undescribed import SETTINGS_NAME
 from data_tools.vae import Vae
 
-SETTINGS_NAME = "encoding.json"
 CROP = "adm-center"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STATISTICS = ("vae.latents_mean", "vae.latents_std")

@@ -34,6 +34,16 @@ def one_line(text: str) -> str:
     )
 
 
+def some(names: Sequence[str], most: int) -> str:
+    """Name the first of several things: "a, b, ..."."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def first_line(err: Exception) -> str:
+    """Return what an error of a library says, as a part of a sentence."""
+    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")
+
+
 class OutageError(ConfigError):
     """Nobody's mistake, though said like one: a server failed for longer than we wait for it.
 
@@ -70,15 +80,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def exit_on_config_error(is_reporter: bool = True) -> Iterator[None]:
-    """Turn a ConfigError into one line on stderr and its exit code.
-
-    Args:
-        is_reporter: False on ranks that stay silent, so that N processes print one sentence.
-    """
+def exit_on_config_error() -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and its exit code."""
     try:
         yield
     except ConfigError as err:
-        if is_reporter:
-            sys.stderr.write(f"error: {err}\n")
+        sys.stderr.write(f"error: {err}\n")
         sys.exit(err.exit_code)

@@ -47,6 +47,8 @@ _SIGNATURES = (
     (b"gimp xcf", "a GIMP file"),
     (b"PK\x03\x04", "a ZIP archive"),
     (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\x04\x22\x4d\x18", "lz4"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\xfd7zXZ", "xz"),
     (b"7z\xbc\xaf", "a 7z archive"),

@@ -81,11 +81,6 @@ def as_json(content: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a dataclass or dictionary as JSON, whole or not at all."""
-    write_text(path, as_json(content))
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text whole or not at all.
 
@@ -113,11 +108,23 @@ def write_text_once(path: Path, text: str) -> None:
         own.unlink(missing_ok=True)
 
 
+def parse_json(text: bytes | str) -> Any:  # noqa: ANN401
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is none, or is nested deeper than Python follows.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as err:
+        raise ValueError("it is nested too deep") from err
+
+
 def is_json(text: bytes) -> bool:
     """Tell whether a text is a whole JSON value."""
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(text)
+    except ValueError:
         return False
     return True
 

@@ -9,8 +9,8 @@ from data_tools.formats import said
 from data_tools.manifest import DatasetManifest, Shard
 from data_tools.shard_check import ShardContent
 from data_tools.sidecar import SIDECAR, ShardTotals
+from data_tools.undescribed import SETTINGS_NAME
 
-SETTINGS_NAME = "encoding.json"  # as in encoding_settings.py, which loads the VAE's library
 SHARD_PARTS = ("shard", "index")
 
 

@@ -135,10 +135,12 @@ class Format:
         Raises:
             NewerFormatError: it did.
         """
-        with suppress(OSError, ValueError, MalformedError):
-            content = parse_json(path.read_bytes())
-            if isinstance(content, dict) and content.get(self.key, 1) > self.newest:
-                self.check(content, str(path))
+        try:
+            self.check(parse_json(path.read_bytes()), str(path))
+        except NewerFormatError:
+            raise
+        except (OSError, ValueError, MalformedError, ConfigError):
+            pass  # none, or one that its reader refuses
 
     def _number(self, content: Any) -> int:  # noqa: ANN401
         return max([self.base, *(since or self.newest for since in _added_in(content))])

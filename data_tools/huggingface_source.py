@@ -3,7 +3,6 @@
 The package maps the Arrow files into memory: an image is read where it lies, nothing is copied.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_tools.class_folders import Classes
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, first_line
 from data_tools.file_kinds import refuse_lfs_pointer
+from data_tools.files import parse_json
 from data_tools.images import BadImageError
 from data_tools.reading import Reading
 from data_tools.sources import (
@@ -131,7 +131,9 @@ def open_saved_dataset(folder: Path, reading: Reading | None = None) -> HuggingF
         raise _unreadable_error(folder, err) from err
     if not len(found):
         raise ConfigError(f"--input {folder}: has no rows; give a data set with images.")
-    images = _only_column(folder, found, Image)
+    images = _only_column(
+        folder, found, Image, "save it again without all but one (remove_columns)"
+    )
     if images is None:
         columns = ", ".join(found.column_names)
         raise ConfigError(
@@ -180,14 +182,9 @@ def _unused(found: "datasets.Dataset", names: list[str]) -> list[str]:
 
 def _label_column(folder: Path, found: "datasets.Dataset", kind: type) -> str | None:
     """Return the only ClassLabel column, or one that is called as class numbers are."""
-    columns = [name for name, feature in found.features.items() if isinstance(feature, kind)]
-    if len(columns) > 1:
-        raise ConfigError(
-            f"--input {folder}: has {len(columns)} columns of type {kind.__name__} "
-            f"({', '.join(columns)}); choose one, --label-column {columns[0]}."
-        )
     named = (name for name in _NUMBER_COLUMNS if name in found.features)
-    return columns[0] if columns else next(named, None)
+    column = _only_column(folder, found, kind, "choose one, --label-column {}")
+    return next(named, None) if column is None else column
 
 
 def _column_classes(
@@ -253,7 +250,7 @@ def _has_files(folder: Path) -> bool:
         ValueError: one is not, so the package would map a file from elsewhere.
         Others of _UNREADABLE: state.json is none of a data set.
     """
-    state = json.loads((folder / _STATE_NAME).read_bytes())
+    state = parse_json((folder / _STATE_NAME).read_bytes())
     names = [entry["filename"] for entry in state["_data_files"]]
     for name in names:
         if not _is_plain(name) or not (folder / name).is_file():
@@ -264,7 +261,7 @@ def _has_files(folder: Path) -> bool:
 
 def _splits_error(folder: Path) -> ConfigError:
     try:
-        splits = json.loads((folder / _SPLITS_NAME).read_bytes())["splits"]
+        splits = parse_json((folder / _SPLITS_NAME).read_bytes())["splits"]
         if not isinstance(splits, list) or not splits or not all(map(_is_plain, splits)):
             raise ValueError(f"{_SPLITS_NAME} has no list of splits")
     except _UNREADABLE as err:
@@ -283,16 +280,16 @@ def _is_plain(name: object) -> bool:
 def _unreadable_error(folder: Path, err: Exception) -> ConfigError:
     return ConfigError(
         f"--input {folder}: cannot be read as a data set of Hugging Face datasets "
-        f"({_first_line(err)}); copy or save it again."
+        f"({first_line(err)}); copy or save it again."
     )
 
 
-def _only_column(folder: Path, found: "datasets.Dataset", kind: type) -> str | None:
+def _only_column(folder: Path, found: "datasets.Dataset", kind: type, advice: str) -> str | None:
     columns = [name for name, feature in found.features.items() if isinstance(feature, kind)]
     if len(columns) > 1:
         raise ConfigError(
             f"--input {folder}: has {len(columns)} columns of type {kind.__name__} "
-            f"({', '.join(columns)}); save it again without all but one (remove_columns)."
+            f"({', '.join(columns)}); {advice.format(columns[0])}."
         )
     return columns[0] if columns else None
 
@@ -325,7 +322,3 @@ def _unlabelled_error(folder: Path, name: str, is_labelled: np.ndarray) -> Confi
         f"{int(is_labelled.argmin())}, ...) have no class in column {name}; give every image one, "
         "or none."
     )
-
-
-def _first_line(err: Exception) -> str:
-    return str(err).strip().partition("\n")[0] or type(err).__name__

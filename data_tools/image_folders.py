@@ -1,6 +1,5 @@
 """Folders of image files: one sub-folder per class, flat, or with labels in a dataset.json."""
 
-import json
 import os
 from array import array
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import numpy as np
 
 from data_tools.class_folders import Classes, ClassFolders
 from data_tools.errors import ConfigError
+from data_tools.files import parse_json
 from data_tools.images import IMAGE_SUFFIXES
 from data_tools.left_out import Tally, sentence
 from data_tools.paths import absence
@@ -19,6 +19,7 @@ from data_tools.sample_names import (
     HIDDEN_KIND,
     companion_key,
     is_hidden,
+    is_image,
     kind_of,
     split_last,
     split_name,
@@ -46,11 +47,12 @@ class _Found:
 
     def look_for_companions(self, names: list[str], prefix: str) -> None:
         """Count names such as 1.seg.png beside 1.jpg, of one folder."""
-        keys = [split_last(name)[0] for name in names if not name.endswith("/")]
-        plain: set[str] | None = None
-        for key in keys:
+        plain: set[str] | None = None  # keys of all, which few folders need
+        for name in names:
+            key = "" if name.endswith("/") else split_last(name)[0]
             if "." in key and (short := companion_key(key)) is not None:
-                plain = set(keys) if plain is None else plain
+                if plain is None:
+                    plain = {split_last(other)[0] for other in names if not other.endswith("/")}
                 if short in plain:
                     self.companions.add(split_name(key)[1], prefix + key)
 
@@ -81,7 +83,7 @@ def _walk(
             elif entry.is_dir():  # class folders are often links
                 # "/" ends a folder's name, so that sorting the parts sorts the paths.
                 listed.append(entry.name + "/")
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            elif is_image(split_last(entry.name)[1]):
                 listed.append(entry.name)
             else:
                 others.append((entry.name, kind_of(entry.name)))
@@ -168,12 +170,12 @@ def _folder_classes(found: ClassFolders, root: Path, flag: str, num_images: int)
 def _stored_classes(where: str, content: bytes, names: Names, left_out: Tally) -> Classes | None:
     """Read the labels of a dataset.json; None where it is none of images with labels."""
     try:
-        pairs = json.loads(content)["labels"]
+        pairs = parse_json(content)["labels"]
         if pairs is None:
             note = f"{LABELS_NAME} says that the images have no classes"
             return Classes(np.zeros(len(names), np.int32), notes=[note])
         label_of = {os.fsencode(name): label for name, label in pairs}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     advice = "correct it, or pass --class-from folder or none to leave it unread."
     if not all(type(label) is int and label >= 0 for label in label_of.values()):

@@ -1,9 +1,9 @@
 """Tars of latents that others wrote: what is in them and where, found in one pass.
 
-A sample's members share a key, see tar_samples.py. What a run needs
-to read any of them at once is the offset of its arrays and its label, which go into an index beside
-dataset.json. Arrays must all be of one shape and dtype and stored as numpy.save stores them; their
-headers are parsed without ever loading a pickle.
+A sample's members share a key, see tar_samples.py. What a run needs to read any of them at once is
+the offset of its arrays and its label, which go into an index beside dataset.json. Arrays must all
+be of one shape and dtype and stored as numpy.save stores them; their headers are parsed without
+ever loading a pickle.
 
 C latent channels, H W latent size.
 """
@@ -141,7 +141,7 @@ def _read_arrays(
     for place, suffix in enumerate((wanted.array, wanted.flip)):
         if suffix:
             member = sample.by_suffix[suffix]
-            name = f"{sample.key}.{suffix}"
+            name = f"{sample.shown}.{suffix}"
             sums.add(_array(content_of(file, member), name), name, suffix == wanted.array)
             offsets[place] = member.offset_data
     return offsets[0], offsets[1]
@@ -155,11 +155,11 @@ def _label(file: "_HashingReader", sample: TarParts, label: str) -> int:
         number = parse_label(content_of(file, sample.by_suffix[suffix], LABEL_BYTES), field)
     except LabelError as err:
         raise _RefusedError(
-            f"sample {sample.key} has {err} as its {label}, which gives no whole number; "
+            f"sample {sample.shown} has {err} as its {label}, which gives no whole number; "
             "see --label"
         ) from err
     if not 0 <= number < 1 << 31:
-        raise _RefusedError(f"sample {sample.key} has the label {number}; labels count from 0")
+        raise _RefusedError(f"sample {sample.shown} has the label {number}; labels count from 0")
     return number
 
 

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, some
 from data_tools.left_out import sentence
 from data_tools.manifest import ClassEntry
 from data_tools.sources import ImageClass, ImageSource
@@ -37,12 +37,8 @@ def class_lines(classes: Sequence[ImageClass | ClassEntry]) -> list[str]:
     if empty == ["0"] and len(classes) > 1:
         lines.append("class 0 has no image; do the labels begin at 1?")
     elif empty:
-        more = ", ..." if len(empty) > _FIRST_SHOWN else ""
         verb = "class has" if len(empty) == 1 else "classes have"
-        lines.append(
-            f"{len(empty)} of {len(classes)} {verb} no image: "
-            f"{', '.join(empty[:_FIRST_SHOWN])}{more}"
-        )
+        lines.append(f"{len(empty)} of {len(classes)} {verb} no image: {some(empty, _FIRST_SHOWN)}")
     return lines
 
 
@@ -54,9 +50,8 @@ def refuse_mostly_empty(source: ImageSource) -> None:
     if empty <= _MAX_EMPTY * len(source.classes):
         return
     used = [entry.id for entry in source.classes if entry.count]
-    more = ", ..." if len(used) > _FIRST_SHOWN else ""
     raise ConfigError(
         f"--input {source.text}: {empty:,} of {len(source.classes):,} classes have no image, only "
-        f"{', '.join(used[:_FIRST_SHOWN])}{more} have; number the classes from 0 without gaps, or "
+        f"{some(used, _FIRST_SHOWN)} have; number the classes from 0 without gaps, or "
         "pass --allow-empty-classes if the others come later."
     )

@@ -45,7 +45,7 @@ def open_source(
             tars = _tars(places, text)
         elif not (is_saved := is_saved_dataset(path)):
             tars, beside = _tars_in(path) if path.is_dir() else ([], beside)
-            is_list = path.is_file() and path.suffix in _LIST_SUFFIXES
+            is_list = path.is_file() and path.suffix.lower() in _LIST_SUFFIXES
             if not path.is_dir():
                 _refuse_packed(places[0])
     except OSError as err:
@@ -156,7 +156,7 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
     """
     try:
         text = read_text(path)
-        pairs = parse_json(text) if path.suffix == ".json" else _from_lines(text)
+        pairs = parse_json(text) if path.suffix.lower() == ".json" else _from_lines(text)
     except OSError as err:
         raise ConfigError(
             f"--class-names {path}: cannot be read ({err.strerror}); give a JSON or TSV file."

@@ -19,7 +19,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_tools.entry_point import enter
-from data_tools.errors import ArgumentParser
+from data_tools.errors import ArgumentParser, some
 from data_tools.left_out import sentence
 from data_tools.manifest import ClassEntry, DatasetManifest
 from data_tools.paths import typed_path, typed_text
@@ -122,8 +122,7 @@ def _numbers(values: list[float]) -> str:
 def _skipped(names: list[str], num_files: int) -> str:
     if not names:
         return f"none of {num_files} files"
-    more = ", ..." if len(names) > _SKIPPED_SHOWN else ""
-    return f"{len(names)} of {num_files} files: {', '.join(names[:_SKIPPED_SHOWN])}{more}"
+    return f"{len(names)} of {num_files} files: {some(names, _SKIPPED_SHOWN)}"
 
 
 def _class_lines(classes: list[ClassEntry]) -> list[str]:

@@ -1,7 +1,6 @@
 """What an input holds that is not used: counted by kind, with a few names."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 _EXAMPLES = 3  # names kept of a kind
@@ -22,12 +21,10 @@ class LeftOut:
 class Tally:
     """Counts what is left out while an input is read."""
 
-    def __init__(self, entries: Iterable[LeftOut] = ()) -> None:
-        """Begin with entries of an earlier count."""
+    def __init__(self) -> None:
+        """Begin with nothing."""
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
-        for entry in entries:
-            self.add_all(entry)
 
     def __bool__(self) -> bool:
         """Tell whether anything was left out."""

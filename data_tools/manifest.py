@@ -13,14 +13,13 @@ from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.file_kinds import LFS_REASON, is_lfs_pointer, refuse_lfs_pointer
-from data_tools.files import SINCE, MalformedError
+from data_tools.files import SINCE, MalformedError, parse_json
 from data_tools.formats import FORMAT_KEY, Format, said
 from data_tools.left_out import LeftOut
 from data_tools.records import IndexedLayout, RecordLayout
 from data_tools.sample_labels import split_label
-from data_tools.undescribed import explain
+from data_tools.undescribed import MANIFEST_NAME, explain
 
-MANIFEST_NAME = "dataset.json"
 HASHED_FORMAT = 2  # part of every hash that checkpoints remember, whatever the file's number
 # By training: parts of a description that its hash leaves out.
 NOT_READ = ("versions", "source", "left_out")
@@ -281,8 +280,8 @@ def _parse(path: str, text: bytes, folder: Path | None) -> Manifest:
     if is_lfs_pointer(text):
         raise ConfigError(f"{path}: {LFS_REASON}.")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as err:
+        content = parse_json(text)
+    except ValueError as err:
         raise ConfigError(f"{path}: is not JSON ({err}); {advice}.") from err
     try:
         manifest = DATASET.parse(content, path)
@@ -296,12 +295,16 @@ def _check_consistent(manifest: Manifest) -> None:
     latent, shape = manifest.latent, manifest.latent.shape
     if latent.kind not in ("moments", "latents"):
         raise MalformedError(f"latent.kind is {latent.kind!r}, not moments or latents")
-    if len(manifest.vae.latents_mean) != len(manifest.vae.latents_std):
-        raise MalformedError("vae.latents_mean and vae.latents_std have different lengths")
     if latent.dtype not in ("float16", "float32"):
         raise MalformedError(f"latent.dtype is {latent.dtype!r}, not float16 or float32")
     if len(shape) != 3 or min(shape) < 1 or (latent.kind == "moments" and shape[0] % 2):
         raise MalformedError(f"latent.shape {shape} is not (2 x channels, height, width)")
+    channels = shape[0] // 2 if latent.kind == "moments" else shape[0]
+    mean, std = manifest.vae.latents_mean, manifest.vae.latents_std
+    if len(mean) != len(std) or len(std) not in (0, channels) or min(std, default=1.0) <= 0:
+        raise MalformedError(
+            f"the VAE's latents_mean and latents_std are no {channels} numbers each"
+        )
     in_shards = sum(shard.num_samples for shard in manifest.shards)
     if in_shards != manifest.num_samples or in_shards < 1:
         raise MalformedError(

@@ -10,12 +10,12 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from data_tools.errors import ConfigError
+from data_tools.place_names import PIPE
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 _HOME = re.compile(r"^~[^/]*")
 # Where a data set's name begins in a union or a mixture, or the whole text.
 _HOME_OF_DATA = re.compile(r"(?:^|(?<=[,{]))~[^/,{}=]*")
-_COMMAND = "pipe:"
 MAX_NAME_BYTES = 255  # of file systems, and what Linux takes as a path, with room for our names
 MAX_PATH_BYTES = 4096 - 512
 
@@ -57,7 +57,7 @@ def _check_possible(text: str, where: str) -> None:
 
 def expand_data(text: str, where: str) -> str:
     """Do so for a text that may name several data sets; a pipe's command is the shell's."""
-    return text if text.startswith(_COMMAND) else _expanded(text, where, _HOME_OF_DATA)
+    return text if text.startswith(PIPE) else _expanded(text, where, _HOME_OF_DATA)
 
 
 def _expanded(text: str, where: str, home: re.Pattern[str]) -> str:

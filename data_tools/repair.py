@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_tools.encoding import ShardEncoder
@@ -18,7 +18,7 @@ from data_tools.encoding_settings import disk_errors_as_config_errors
 from data_tools.errors import ConfigError
 from data_tools.findings import SHARD_PARTS, Verification
 from data_tools.full_check import class_counts, computed_statistics
-from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest, Manifest, Shard
+from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest, Shard
 from data_tools.sidecar import SIDECAR, Sidecar
 
 _SCRATCH = "repair-"  # begins the scratch folder's name, inside the data set's folder
@@ -148,8 +148,7 @@ def _write_shards(folder: Path, manifest: DatasetManifest, changed: list[Shard])
 
 
 def _write_manifest(folder: Path, manifest: DatasetManifest, **changes: object) -> None:
-    values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
-    DATASET.write(folder / MANIFEST_NAME, Manifest(**(values | changes)))
+    DATASET.write(folder / MANIFEST_NAME, replace(manifest.described(), **changes))
 
 
 def repair_small_files(result: Verification) -> list[str]:

@@ -1,7 +1,8 @@
 """Labels of samples in tars: the number in KEY.cls, or in a field of KEY.json."""
 
-import json
 import re
+
+from data_tools.files import parse_json
 
 LABEL_SUFFIX = "cls"
 LABEL_BYTES = 1 << 20  # read of a label's file; a JSON may hold a caption beside it
@@ -43,8 +44,8 @@ def parse_label(content: bytes, field: str = "") -> int:
             raise LabelError(repr(content[:40]))
         return int(text)
     try:
-        value = json.loads(content)[field]
-    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        value = parse_json(content)[field]
+    except (ValueError, KeyError, TypeError) as err:
         raise LabelError(repr(content[:40])) from err
     if type(value) is not int:
         raise LabelError(f"{field} = {value!r}")

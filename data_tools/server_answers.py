@@ -1,9 +1,9 @@
 """What servers send in the place of a file: login pages, error messages, pointers to it."""
 
-import json
 import re
 
 from data_tools.file_kinds import is_lfs_pointer, kind_of
+from data_tools.files import parse_json
 
 HEAD_BYTES = 4096  # of what was sent, enough for its message
 _TAR_MAGIC = slice(257, 262)
@@ -60,8 +60,8 @@ def json_message(text: bytes) -> str:
 
 def _json_message(text: str) -> str:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parse_json(text)
+    except ValueError:
         return ""
     while isinstance(content, dict):
         keys = ("message", "error_description", "error", "detail", "msg")

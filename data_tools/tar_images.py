@@ -30,7 +30,7 @@ from data_tools.sample_names import (
     split_name,
 )
 from data_tools.sources import MAX_CLASSES, Names
-from data_tools.tar_members import BadTarError, Member, content_of, walk
+from data_tools.tar_members import SHOWN_NAME, BadTarError, Member, content_of, walk
 from data_tools.tar_samples import unusable_kind
 
 TARS_INSIDE = "tars in the tar"
@@ -250,8 +250,9 @@ class _Scan:
         if self.companions:
             suffix = split_name(self._name(min(self.companions)))[1]
             hint = f", for example --image-suffix {suffix}{self._label_hint()}"
+        first = self.orphans[0][:SHOWN_NAME]
         return self._error(
-            f"{len(self.orphans)} .{self.label_suffix} ({self.orphans[0][:80]}, ...) have no image "
+            f"{len(self.orphans)} .{self.label_suffix} ({first}, ...) have no image "
             f"beside them, and {int((labels == _NO_LABEL).sum())} images have no label; give both "
             f"one KEY, or say what follows KEY and a dot with --image-suffix and --label-suffix"
             f"{hint}"

@@ -8,20 +8,22 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
+from data_tools.file_kinds import kind_of
+
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK_BYTES = 1 << 20
-_SHOWN_NAME = 80  # characters of a member's name in a message
-# What a file begins with: what it is, and the command that makes a tar of it.
-_OTHER_KINDS = (
-    (b"\x1f\x8b", "compressed with gzip", "gunzip"),
-    (b"BZh", "compressed with bzip2", "bunzip2"),
-    (b"\xfd7zXZ\0", "compressed with xz", "unxz"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "zstd -d"),
-    (b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -d"),
-    (b"PK\x03\x04", "a zip archive", "unzip"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x"),
-    (b"Rar!", "a RAR archive", "unrar x"),
-)
+SHOWN_NAME = 80  # characters of a member's name in a message
+# What makes a tar, or files, of another kind of archive.
+_UNPACK = {
+    "gzip": "gunzip",
+    "bzip2": "bunzip2",
+    "xz": "unxz",
+    "zstd": "zstd -d",
+    "lz4": "lz4 -d",
+    "a ZIP archive": "unzip",
+    "a 7z archive": "7z x",
+    "a RAR archive": "unrar x",
+}
 
 
 class BadTarError(Exception):
@@ -68,7 +70,7 @@ class Member(tarfile.TarInfo):
     @property
     def shown(self) -> str:
         """Its name, short enough for a message."""
-        return self.name[:_SHOWN_NAME]
+        return self.name[:SHOWN_NAME]
 
 
 class _BadHeaderError(Exception):
@@ -121,12 +123,13 @@ def _reason(file: SeekableFile, last: Member | None, start: int, err: Exception)
 def _other_kind(file: SeekableFile, err: Exception) -> str:
     file.seek(0)
     begin = file.read(_BLOCK)
-    for magic, kind, command in _OTHER_KINDS:
-        if begin.startswith(magic):
-            return (
-                f"is {kind}, so that no single file can be read from it; unpack it once with "
-                f"{command}"
-            )
+    kind = kind_of(begin)
+    if kind in _UNPACK:
+        what = kind if kind.endswith("archive") else f"compressed with {kind}"
+        return (
+            f"is {what}, so that no single file can be read from it; unpack it once with "
+            f"{_UNPACK[kind]}"
+        )
     what = "is empty" if not begin else f"is no tar, or damaged at its beginning ({err})"
     return f"{what}; copy it again"
 

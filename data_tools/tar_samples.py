@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from data_tools.left_out import Tally
 from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of, split_name
-from data_tools.tar_members import BadTarError, Member
+from data_tools.tar_members import SHOWN_NAME, BadTarError, Member
 
 
 class IncompleteSampleError(BadTarError):
@@ -18,6 +18,11 @@ class TarParts:
 
     key: str
     by_suffix: dict[str, Member] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """Its key, short enough for a message."""
+        return self.key[:SHOWN_NAME]
 
 
 def grouped(
@@ -48,9 +53,8 @@ def grouped(
             if left_out is not None and not member.isdir():
                 left_out.add(kind or f".{suffix}", member.name)
             continue
-        shown = key[: len(member.shown)]
         if key in complete:
-            raise BadTarError(f"holds the key {shown!r} twice; rename one of them")
+            raise BadTarError(f"holds the key {key[:SHOWN_NAME]!r} twice; rename one of them")
         parts = waiting.setdefault(key, TarParts(key))
         if suffix in parts.by_suffix:
             raise BadTarError(f"holds {member.shown!r} twice; rename one of them")
@@ -66,13 +70,14 @@ def _check_complete(waiting: dict[str, TarParts], wanted: frozenset[str]) -> Non
         suffix = min(wanted - parts.by_suffix.keys())
         more = f" ({len(waiting)} such samples)" if len(waiting) > 1 else ""
         raise IncompleteSampleError(
-            f"sample {parts.key[:80]!r} has no .{suffix}{more}; see --array, --flip and --label"
+            f"sample {parts.shown!r} has no .{suffix}{more}; see --array, --flip and --label"
         )
 
 
 def _look(member: Member) -> tuple[str, str, str]:
     """Return why a member is left out, "" where it is not, and its key and suffix."""
     key, suffix = split_name(member.name)
+    # The last part only: sets that are in use may have samples in hidden folders.
     if is_hidden(member.name.rpartition("/")[2]):
         return HIDDEN_KIND, key, suffix
     return unusable_kind(member) or ("" if suffix else kind_of(member.name)), key, suffix

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
     arrays["left_out"] = np.frombuffer(entries, np.uint8)
     temporary = stored.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.tmp")
     cache.mkdir(parents=True, exist_ok=True)
-    replace_file(stored, lambda file: np.savez(file, **arrays), temporary)
+    # Another process that finishes the data set meanwhile takes the folder away.
+    with suppress(FileNotFoundError):
+        replace_file(stored, lambda file: np.savez(file, **arrays), temporary)
     return index
 
 

@@ -13,8 +13,6 @@ from data_tools.sample_names import split_name
 from data_tools.tar_members import BadTarError, Member, content_of, walk
 from data_tools.tar_samples import TarParts, grouped
 
-_SHOWN_NAME = 80  # characters of a member's name in a message
-
 
 @dataclass(frozen=True)
 class TarSample:
@@ -66,7 +64,7 @@ def walk_samples(file: BinaryIO, members: Members, latent: LatentFormat) -> Iter
 
 
 def _sample(file: BinaryIO, sample: TarParts, members: Members, latent: LatentFormat) -> TarSample:
-    shown, parts = sample.key[:_SHOWN_NAME], sample.by_suffix
+    shown, parts = sample.shown, sample.by_suffix
     array_offset, values = _array(file, parts[members.array], shown, latent)
     flip_offset = -1
     if members.flip:

@@ -2,19 +2,22 @@
 
 import os
 import shlex
-import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from data_tools.errors import some
 from data_tools.file_kinds import HEAD_BYTES, kind_of
 from data_tools.images import IMAGE_SUFFIXES
 from data_tools.paths import absence
 from data_tools.sample_names import is_hidden
+from data_tools.tar_members import BadTarError, walk
 
-_MANIFEST_NAME = "dataset.json"
+MANIFEST_NAME = "dataset.json"
+SETTINGS_NAME = "encoding.json"  # beside it, of a set that encode_latents.py made
 _MAX_LOOKED_AT = 2000  # files and folders; a set of images may have millions
 _MAX_MEMBERS = 20  # of a tar
+_SHOWN = 3  # names in a message
 _LIST_SUFFIXES = (".txt", ".tsv", ".csv")
 _ENCODE = "python data_tools/encode_latents.py"
 
@@ -30,7 +33,7 @@ def explain(place: Path) -> str:
 
 
 def _explain_file(path: Path) -> str:
-    if path.name == _MANIFEST_NAME:
+    if path.name == MANIFEST_NAME:
         return f"is the description itself; name its folder, {path.parent}"
     if path.suffix == ".tar":
         return _explain_tars([path], path)
@@ -40,18 +43,17 @@ def _explain_file(path: Path) -> str:
 
 
 def _explain_folder(folder: Path) -> str:
-    if (folder / "encoding.json").exists():
+    if (folder / SETTINGS_NAME).exists():
         return (
-            f"no {_MANIFEST_NAME}, encoding did not finish; run {_ENCODE} --output "
+            f"no {MANIFEST_NAME}, encoding did not finish; run {_ENCODE} --output "
             f"{_typed(folder)} with the same flags again (it resumes)"
         )
     names = sorted(islice(os.listdir(folder), _MAX_LOOKED_AT))
-    within = [name for name in names if (folder / name / _MANIFEST_NAME).is_file()]
+    within = [name for name in names if (folder / name / MANIFEST_NAME).is_file()]
     if within:
         several = "" if len(within) == 1 else f", all of them as {_typed(folder)}/*"
-        return (
-            f"no {_MANIFEST_NAME} in it but in {_some(within)}; name {folder / within[0]}{several}"
-        )
+        there = f"{folder / within[0]}{several}"
+        return f"no {MANIFEST_NAME} in it but in {some(within, _SHOWN)}; name {there}"
     if tars := [folder / name for name in names if name.endswith(".tar")]:
         return _explain_tars(tars, folder)
     if {"dataset_dict.json", "state.json"} & set(names) or _first(folder, (".parquet", ".arrow")):
@@ -60,39 +62,41 @@ def _explain_folder(folder: Path) -> str:
         return f"holds images ({image}, ...), not latents; {_encode_advice(folder)}"
     if array := _first(folder, (".npy", ".npz", ".pt", ".safetensors")):
         return (
-            f"holds {array} and no {_MANIFEST_NAME}; put latents as .npy files into tars and index "
+            f"holds {array} and no {MANIFEST_NAME}; put latents as .npy files into tars and index "
             "these (python data_tools/index_shards.py --help)"
         )
     if not names:
         return f"is empty; {_encode_advice(None, folder)}"
-    return f"holds no {_MANIFEST_NAME}, only {_some(names)}; name a folder that was encoded"
+    return f"holds no {MANIFEST_NAME}, only {some(names, _SHOWN)}; name a folder that was encoded"
 
 
 def _explain_tars(tars: list[Path], place: Path) -> str:
     try:
-        with tarfile.open(tars[0]) as tar:
-            members = [member.name for member in islice(tar, _MAX_MEMBERS)]
-    except (tarfile.TarError, EOFError):
         with tars[0].open("rb") as file:
             kind = kind_of(file.read(HEAD_BYTES))
+            members = [member.name for member in islice(walk(file), _MAX_MEMBERS)]
+    except BadTarError as err:
+        if kind is None:
+            return f"no {MANIFEST_NAME}, and {tars[0].name} {err}"
         return (
-            f"no {_MANIFEST_NAME}, and {tars[0].name} is no tar{kind and f' but {kind}' or ''}; "
-            "name a folder that was encoded"
+            f"no {MANIFEST_NAME}, and {tars[0].name} is no tar but {kind}; name a folder that was "
+            "encoded"
         )
     suffixes = sorted({Path(name).suffix.lower() for name in members} - {""})
     if image := next((name for name in members if Path(name).suffix.lower() in IMAGE_SUFFIXES), ""):
         return f"holds tars of images ({image}, ...), not latents; {_encode_advice(place)}"
     if any(name.endswith(".moments.npy") for name in members):
         return (
-            f"has shards ({tars[0].name}) but no {_MANIFEST_NAME}; copy it from where the shards "
+            f"has shards ({tars[0].name}) but no {MANIFEST_NAME}; copy it from where the shards "
             "came from"
         )
     if ".npy" in suffixes:
         return (
-            f"holds tars of latents that are not indexed ({_some(members)}); index them: python "
-            f"data_tools/index_shards.py --input {_typed(place)} --array ... --vae ..."
+            f"holds tars of latents that are not indexed ({some(members, _SHOWN)}); index them: "
+            f"python data_tools/index_shards.py --input {_typed(place)} --array ... --vae ..."
         )
-    return f"holds tars of {_some(suffixes) or 'nothing'}, neither latents nor images; name another"
+    kinds = some(suffixes, _SHOWN) or "nothing"
+    return f"holds tars of {kinds}, neither latents nor images; name another"
 
 
 def _encode_advice(images: Path | None, output: Path | None = None) -> str:
@@ -105,10 +109,6 @@ def _encode_advice(images: Path | None, output: Path | None = None) -> str:
 
 def _typed(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _first(folder: Path, suffixes: frozenset[str] | tuple[str, ...]) -> str:

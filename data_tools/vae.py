@@ -81,7 +81,6 @@ class Vae:
 def load_vae(
     source: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
     expected_sha256: str | None = None,
 ) -> Vae:
     """Load an autoencoder from a diffusers folder, one .safetensors file, or the hub.
@@ -90,7 +89,6 @@ def load_vae(
         source: a path (relative ones are tried from the working folder, then from the repository),
             or a hub id such as stabilityai/sd-vae-ft-ema.
         device: where the model goes.
-        dtype: of its weights and of the arithmetic.
         expected_sha256: of the VAE that encoded the data, from its manifest; another VAE of the
             same shape would decode its latents into wrong pictures without any error.
     """
@@ -104,7 +102,7 @@ def load_vae(
             f"data ({expected_sha256[:12]}); give that VAE, or encode again with this one."
         )
     # The plain method: that of diffusers warns of modules to keep in fp32, of which this has none.
-    torch.nn.Module.to(model, device=device, dtype=dtype, memory_format=torch.channels_last)
+    torch.nn.Module.to(model, device=device, memory_format=torch.channels_last)
     return Vae(
         model.eval().requires_grad_(False),
         source_id,

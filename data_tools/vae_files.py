@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, first_line
 from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.paths import absence
 
@@ -99,7 +99,7 @@ def _from_folder(folder: Path, shown: str) -> "AutoencoderKL":
             )
     except _DAMAGE as err:
         raise ConfigError(
-            f"--vae {shown}: diffusers cannot load its weights ({_first_line(err)}); "
+            f"--vae {shown}: diffusers cannot load its weights ({first_line(err)}); "
             "fetch the folder again."
         ) from err
     if missing := sorted(info["missing_keys"]):
@@ -181,7 +181,7 @@ def _from_file(path: Path, shown: str) -> "AutoencoderKL":
     except _DAMAGE as err:
         raise ConfigError(
             f"--vae {shown}: these are not the weights that {config} describes "
-            f"({_first_line(err)}); give the two files of one VAE."
+            f"({first_line(err)}); give the two files of one VAE."
         ) from err
 
 
@@ -285,7 +285,3 @@ def _quiet_diffusers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")

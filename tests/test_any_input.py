@@ -92,11 +92,11 @@ BESIDE = ("link", "link to nothing", "link to a folder", "loop", "pipe", "empty 
 
 
 @st.composite
-def files(draw: st.DrawFn, most: int = 7) -> list[tuple[str, bytes]]:
+def files(draw: st.DrawFn) -> list[tuple[str, bytes]]:
     """Names with their contents; flat, or in folders."""
     is_flat = draw(st.booleans())
     names = st.tuples(st.just("") if is_flat else folders, stems, suffixes)
-    found = draw(st.lists(st.tuples(names, contents), max_size=most, unique_by=lambda one: one[0]))
+    found = draw(st.lists(st.tuples(names, contents), max_size=7, unique_by=lambda one: one[0]))
     return [
         (
             f"{folder}/{stem}{suffix}".removeprefix("/"),

@@ -163,6 +163,10 @@ def test_indexes_of_tars_serve_the_processes_that_come_later(images, tmp_path, m
     monkeypatch.setattr("data_tools.tar_source.scan_tar", None)  # not needed any more
     main(flags(tars, output))
     assert not (output / INDEXES_NAME).exists()
+    monkeypatch.undo()
+    (output / INDEXES_NAME).mkdir()  # of a process that came when another had nearly finished
+    main(flags(tars, output))
+    assert not (output / INDEXES_NAME).exists()
 
 
 def test_classes_get_other_names_without_encoding_again(images, encoded, tmp_path):

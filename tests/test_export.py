@@ -17,7 +17,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, safe_open
 
-from data_tools.files import write_json
+from data_tools.files import as_json
 from data_tools.manifest import DATASET, DatasetManifest, VaeReference
 from data_tools.order import ORDER_VERSION
 from data_tools.vae import DEMO_VAE, decode_pixels, load_decoder, load_vae
@@ -90,7 +90,7 @@ def make_run(run_dir, config, vae_sha256):
     files = {path.name: record_of(path) for path in folder.iterdir()}
     layout, state = Layout(4, 2, 2, "bf16"), TrainState(STEP, 64 * STEP)
     manifest = CheckpointManifest(TAG, state, layout, "f" * 64, ORDER_VERSION, files)
-    write_json(folder / MANIFEST_FILE, manifest)
+    (folder / MANIFEST_FILE).write_text(as_json(manifest))
     (folder.parent / LATEST_FILE).write_text(TAG)
     (run_dir / "config.yaml").write_text(config.to_yaml())
     shape = (8, 16, 16)
@@ -462,7 +462,7 @@ def test_the_card_has_the_numbers_that_exist(run, tmp_path):
     scores.mkdir(parents=True)
     for name, sha256, fid in (("score-1.json", digest, 12.5), ("score-2.json", "0" * 64, 99.5)):
         card = {"metrics": {"fid": fid}, "weights": {"sha256": sha256}, "images": {"steps": 50}}
-        write_json(scores / name, card)
+        (scores / name).write_text(as_json(card))
 
     export(run, "--format", "safetensors", "--output", tmp_path / "x")
 

@@ -228,6 +228,15 @@ def test_what_is_written_says_its_format(name):
             assert first < form.newest, f"{kind.__name__}.{field} is new: raise the format"
 
 
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.kind])
+def test_every_field_with_a_default_says_since_which_format_there_is_one(name):
+    """Without it, a field would become newer with every format that is added."""
+    for kind in _kinds(FORMATS[name].kind):
+        for field in dataclasses.fields(kind):
+            has_default = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+            assert not has_default or SINCE in field.metadata, f"{kind.__name__}.{field.name}"
+
+
 def _kinds(kind):
     """A dataclass and those in it."""
     if dataclasses.is_dataclass(kind):
@@ -366,6 +375,19 @@ def test_nothing_replaces_a_newer_dataset_json(tmp_path):
 
     assert settings is not None and not EncodingOutput(tmp_path / "data", settings).missing
     assert (tmp_path / "data" / MANIFEST_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("number", ["3", None, True, [9]])
+def test_a_dataset_json_with_a_number_that_is_none_is_not_taken_for_newer(tmp_path, number):
+    path = tmp_path / MANIFEST_NAME
+
+    path.write_text(json.dumps({FORMAT_KEY: number}))
+    DATASET.refuse_newer(path)
+    path.write_text("[" * 100_000)
+    DATASET.refuse_newer(path)
+
+    with pytest.raises(ConfigError, match=r"is not JSON \(it is nested too deep\); copy it again"):
+        DatasetManifest.load(tmp_path)
 
 
 def test_a_newer_sidecar_is_not_written_anew(tmp_path):

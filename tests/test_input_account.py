@@ -75,7 +75,7 @@ def test_numbered_folders_that_were_begun_in_the_order_of_text_go_on_so(tmp_path
     assert [entry.id for entry in DatasetManifest.load(output).classes] == ["0", "1", "2", "10"]
     former = open_source(str(folder)).with_former_labels()
     settings = json.loads((output / SETTINGS_NAME).read_text()) | {"source": former.fingerprint()}
-    assert "reading" not in settings  # which says no more than its default
+    assert "reading" not in settings  # nor had earlier versions it
     for path in output.iterdir():
         path.unlink()
     (output / SETTINGS_NAME).write_text(json.dumps(settings))

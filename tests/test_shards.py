@@ -164,6 +164,17 @@ def cut_shard(folder):
     path.write_bytes(path.read_bytes()[:-512])
 
 
+def edit_vae(**values):
+    """A function that changes what the manifest says of the VAE."""
+
+    def apply(folder):
+        path = folder / MANIFEST_NAME
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"vae": content["vae"] | values}))
+
+    return apply
+
+
 def name_a_class_twice(folder):
     path = folder / MANIFEST_NAME
     content = json.loads(path.read_text())
@@ -192,6 +203,9 @@ def name_a_class_twice(folder):
         (edit(num_samples=8), "num_samples is 8 but the shards hold 7"),
         (edit(num_samples=True), "num_samples is True, which is no int"),
         (change_shape, "has stride"),
+        (edit_vae(latents_mean=[0.0] * 4), "latents_mean and latents_std are no 4 numbers"),
+        (edit_vae(latents_mean=[0.0], latents_std=[1.0]), "latents_std are no 4 numbers each"),
+        (edit_vae(latents_mean=[0.0] * 4, latents_std=[0.0] * 4), "are no 4 numbers each"),
         (lambda f: (f / "00001.tar").unlink(), "00001.tar: is missing, dataset.json says 10240"),
         (cut_shard, "00001.tar: has 9728 bytes, dataset.json says 10240 bytes; copy the shard"),
     ],

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -283,6 +284,16 @@ def test_indexes_of_tars_are_kept_until_the_tar_changes(tmp_path, monkeypatch):
     assert len(open_source(str(path), cache=cache)) == 4 and len(scanned) == 2
     make_tar(path, labelled(0, 6))
     assert len(open_source(str(path), cache=cache)) == 6 and len(scanned) == 3
+
+
+def test_an_index_that_another_process_takes_away_while_it_is_written_is_not_missed(
+    tmp_path, monkeypatch
+):
+    path, cache = make_tar(tmp_path / "a.tar", labelled(0, 4)), tmp_path / "out" / "cache"
+    monkeypatch.setattr("numpy.savez", lambda file, **arrays: shutil.rmtree(cache))
+
+    assert len(open_source(str(path), cache=cache)) == 4
+    assert not cache.exists()
 
 
 def cut(path, end):

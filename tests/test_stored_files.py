@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from data_tools import encode_latents, index_shards, verify_shards
-from data_tools.manifest import DatasetManifest
+from data_tools.manifest import DatasetManifest, content_hash
 from data_tools.reader import SampleReader
 from data_tools.tar_source import open_tars, scan_tar
 from data_tools.training_data import open_data
@@ -169,6 +170,24 @@ def test_a_data_set_is_the_one_that_checkpoints_remember(stored, name, capsys):
     assert sorted(labels.tolist()) == [0] * (len(rows) // 2) + [1] * (len(rows) // 2)
     assert out.isfinite().all()
     assert "intact" in capsys.readouterr().out
+
+
+def test_several_data_sets_are_the_ones_that_checkpoints_remember(stored, copy):
+    first, second = stored / "data", copy("data")
+
+    union, mixture = open_data(f"{first},{second}"), open_data(f"{first}=3,{second}=1")
+
+    assert union.manifest.hash.startswith("c1af51e87fbe1cfddf861fafba56dbd5654cfc61fb14ed407a0b")
+    assert mixture.manifest.hash.startswith("dc9017aa93d57248d69ce530fc32a55f6a2dd08e91d4d6321b")
+
+
+def test_the_statistics_of_a_vae_are_a_part_of_what_checkpoints_remember(stored):
+    manifest = DatasetManifest.load(stored / "data").described()
+    statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+
+    changed_hash = content_hash(replace(manifest, vae=replace(manifest.vae, **statistics)))
+
+    assert changed_hash.startswith("7973befd77a474c53f3a2c33a83509fea8df82512d7c57142e7ecbeeecbf")
 
 
 def test_encoding_again_what_is_encoded_changes_nothing(stored, copy):

@@ -86,7 +86,7 @@ def changed(data, place, value):
         (bz2.compress, "is compressed with bzip2"),
         (lzma.compress, "is compressed with xz"),
         (lambda d: b"\x28\xb5\x2f\xfd" + d, "is compressed with zstd"),
-        (lambda d: b"PK\x03\x04" + d, "is a zip archive"),
+        (lambda d: b"PK\x03\x04" + d, "is a ZIP archive"),
         (lambda d: changed(d, 1024 + 3, 1), "has a damaged header after 1,024 bytes, behind '0001"),
         (lambda d: d[: 1024 + 200], "has a damaged header after 1,024 bytes, behind '0001.txt'"),
         (lambda d: d[:1024], "is cut off or damaged after 1,024 bytes: it does not end as a tar"),

@@ -1,5 +1,6 @@
 """Folders and files given as a data set that are something else."""
 
+import gzip
 import io
 import shlex
 import tarfile
@@ -69,6 +70,12 @@ def test_what_else_is_given_to_training_is_called_what_it_is(tmp_path):
     assert refusal(make_tar(tmp_path / "t/0.tar", "a.mp4").parent).startswith("holds tars of .mp4,")
     (tmp_path / "t/0.tar").write_bytes(b"<html>")
     assert refusal(tmp_path / "t").startswith("no dataset.json, and 0.tar is no tar but HTML; n")
+
+    whole = make_tar(tmp_path / "t/0.tar", "a.npy").read_bytes()
+    (tmp_path / "t/0.tar").write_bytes(gzip.compress(whole))
+    assert refusal(tmp_path / "t").startswith("no dataset.json, and 0.tar is no tar but gzip; na")
+    (tmp_path / "t/0.tar").write_bytes(whole[:512])
+    assert refusal(tmp_path / "t").startswith("no dataset.json, and 0.tar is cut off or damaged a")
 
     make_dataset(tmp_path / "sets/a", [2])
     make_dataset(tmp_path / "sets/b", [2])

@@ -49,6 +49,7 @@ def test_a_list_is_the_same_whatever_editor_saved_it(tmp_path, pictures, way):
     found = open_source(str(path))
     assert names(found) == pictures
     assert [entry.id for entry in found.classes] == ["blaue \u00c4utos", "red_cars"]
+    path = tmp_path / "LIST.TSV"
     path.write_bytes(listed(pictures).encode())
     assert open_source(str(path)).fingerprint() == found.fingerprint()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, some
 from data_tools.launcher import own_node, slurm_gpus
 from training.processes import Ranks, select_accelerator
 from training.provenance import (
@@ -175,9 +175,8 @@ def summary(everyone: list[NodeFacts]) -> str:
     """Return what all nodes have in common, for the log."""
     nodes = list(dict.fromkeys(facts.node for facts in everyone))
     first = everyone[0]
-    named = ", ".join(nodes[:NUM_NAMED]) + (", ..." if len(nodes) > NUM_NAMED else "")
     return (
-        f"{len(everyone)} rank(s) on {len(nodes)} node(s) ({named}), {first.hardware}, commit "
-        f"{first.commit}, torch {first.packages.get('torch')}, "
+        f"{len(everyone)} rank(s) on {len(nodes)} node(s) ({some(nodes, NUM_NAMED)}), "
+        f"{first.hardware}, commit {first.commit}, torch {first.packages.get('torch')}, "
         f"deepspeed {first.packages.get('deepspeed')}"
     )
