@@ -173,6 +173,15 @@ def test_a_runs_own_config_is_a_preset_like_others_when_it_is_copied_away(run, t
     assert run_dir_of("--preset", tmp_path / CONFIG_FILE) == str(tmp_path / "old/run")
 
 
+def test_a_run_that_is_called_like_a_preset_does_not_stand_in_for_it(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    shutil.copytree(run, "demo")
+
+    assert run_dir_of("--preset", "demo") == run_dir_of() == "runs/demo"
+    assert retry.run_dir_of([]) == Path("runs/demo")
+    assert run_dir_of("--preset", "./demo") == "demo"
+
+
 def test_a_file_without_a_flag_is_told_the_flag(run):
     with pytest.raises(ConfigError, match=f"^{run}: is no flag; write --preset {run} to train by"):
         run_dir_of(run)

@@ -36,12 +36,11 @@ INIT = Format(newest=1)
 def check_run_directory(run_dir: Path, config: Config) -> None:
     """Refuse a directory that holds another run or cannot be written; change nothing."""
     existing = _existing_folder(run_dir)
-    for folder in (run_dir, run_dir / CHECKPOINT_DIR):
-        if broken_link(folder):
-            raise ConfigError(
-                f"--run-dir {run_dir}: {absence(folder, run_dir)}; restore what it stood for, or "
-                "choose another."
-            )
+    if broken_link(folder := run_dir / CHECKPOINT_DIR):  # or the run directory itself
+        raise ConfigError(
+            f"--run-dir {run_dir}: {absence(folder, run_dir)}; restore what it stood for, or "
+            "choose another."
+        )
     if (run_dir / CONFIG_FILE).exists():
         changed = differences(load_config(run_dir), config)
         if changed:
