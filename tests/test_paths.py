@@ -64,7 +64,7 @@ def test_every_path_of_the_configuration_and_of_other_commands_is_expanded(home)
     scored = evaluate.build_parser().parse_args(["~/x", "--reference=~/x", "--validation-data=~/x"])
     assert (scored.reference, scored.validation_data) == (home / "x", x)
     encoded = encode_latents.parse_arguments(["--input=~/x", "--output=~/x", "--class-names=~/x"])
-    assert (encoded.input, encoded.output, encoded.class_names) == (x, home / "x", home / "x")
+    assert (encoded.input, encoded.output, encoded.class_names) == ([x], home / "x", home / "x")
 
 
 def test_each_set_of_a_union_is_expanded_and_a_pipe_is_left_to_the_shell(home):
