@@ -295,8 +295,7 @@ class TestResuming:
 
         assert (
             "was started with another configuration: num_experts (3 -> 4); repeat the old values, "
-            f"or use a new --run-dir, with --init-from {run_dir} if it shall begin with this run's "
-            "weights.\n"
+            f"or use a new --run-dir, and --init-from {run_dir} to begin with this run's weights.\n"
         ) in stderr
 
     def test_in_another_precision(self, train, run_dir, tmp_path):

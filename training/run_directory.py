@@ -46,8 +46,8 @@ def check_run_directory(run_dir: Path, config: Config) -> None:
         if changed:
             raise ConfigError(
                 f"--run-dir {run_dir} was started with another configuration: "
-                f"{', '.join(changed)}; repeat the old values, or use a new --run-dir, with "
-                f"--init-from {run_dir} if it shall begin with this run's weights."
+                f"{', '.join(changed)}; repeat the old values, or use a new --run-dir, and "
+                f"--init-from {run_dir} to begin with this run's weights."
             )
         _check_checkpoints_are_there(run_dir)
     elif any(run_dir.glob(f"{CHECKPOINT_DIR}/step-*")):
