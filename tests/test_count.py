@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from training.command_line import parse_command_line
+from training.config import CONFIG
 from training.count import checkpoint_bytes, count_parameters, describe, main
 from training.deepspeed_config import merge_deepspeed
 from training.memory import model_memory
@@ -112,7 +113,8 @@ def test_the_dry_run_shows_configuration_sizes_memory_and_steps():
     text = describe(config, merged, 2, data)
 
     sections = dict(part.split("\n", 1) for part in text.removeprefix("# ").split("\n\n# "))
-    assert yaml.safe_load(sections["configuration"]) == config.to_dict()
+    shown = yaml.safe_load(sections["configuration"])
+    assert CONFIG.parse(shown, "configuration") == config.to_dict()
     assert yaml.safe_load(sections["DeepSpeed"]) == merged
     assert f"{count_parameters(config).total:,} parameters" in sections["model"]
     assert "2 rank(s), ZeRO stage 2, bf16 with fp32 master weights" in sections["memory per rank"]

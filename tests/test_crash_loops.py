@@ -5,7 +5,9 @@ import json
 import pytest
 
 from tests.launch import run
+from training.command_line import parse_command_line
 from training.crash_loops import STARTS_FILE, count_vain_starts, describe_crash_loop
+from training.run_directory import CONFIG_FILE
 
 BY_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "4"}
 
@@ -46,8 +48,11 @@ def test_a_person_is_told_and_a_launcher_is_stopped(tmp_path, num_before, env, i
 
 @pytest.mark.ranks
 def test_the_same_command_ends_under_torchrun_and_goes_on_by_hand(demo_latents, tmp_path):
-    command = ["python", "training/main.py", "--data", demo_latents, "--run-dir", tmp_path]
-    command += ["--global-batch-size", 4, "--max-steps", 1, "--sample-every", 0]
+    flags = ["--data", demo_latents, "--run-dir", tmp_path]
+    flags += ["--global-batch-size", 4, "--max-steps", 1, "--sample-every", 0]
+    config = parse_command_line([str(flag) for flag in flags]).config
+    (tmp_path / CONFIG_FILE).write_text(config.to_yaml())
+    command = ["python", "training/main.py", *flags]
     write_starts(tmp_path, 0, 0, 0, 0)
 
     by_torchrun = run(*command, expect=2, **BY_TORCHRUN)

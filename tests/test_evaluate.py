@@ -614,7 +614,7 @@ class TestRefusals:
 
         stderr = refuse(command.main, run_dir)
 
-        assert stderr.startswith("error: local rank 2 finds 2 GPU(s) on its node; start at most")
+        assert stderr.startswith("error: local rank 2 finds 2 GPU(s) on node ")
 
     def test_an_image_that_cannot_be_read_spoils_a_reference(self, network, tmp_path, refuse):
         for i in range(13):
@@ -623,7 +623,7 @@ class TestRefusals:
         flags = ("--size", 32, "--features", network, "--output", tmp_path / "made.npz")
         stderr = refuse(reference_statistics.main, "--input", tmp_path, *flags)
 
-        assert "0.png cannot be read (cannot identify image file" in stderr
+        assert "0.png cannot be read (is text); mend it or move it elsewhere" in stderr
         assert not (tmp_path / "made.npz").exists()
 
 
