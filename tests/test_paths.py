@@ -16,6 +16,7 @@ from training.checkpoint_manifest import CHECKPOINT_DIR
 from training.command_line import parse_command_line
 from training.run_directory import check_run_directory
 from training.run_location import CONFIG_FILE, DEEPSPEED_FILE
+from training.warm_start import check_warm_start
 
 TILDE, VARIABLE = "~/runs/a", "$SCRATCH/runs/a"
 PRESET = ("--preset", "tests/small.yaml")
@@ -133,6 +134,16 @@ def test_a_link_whose_target_was_purged_is_called_that(tmp_path):
             check_run_directory(run_dir, small())
         assert str(error.value).startswith(f"--run-dir {run_dir}: {what}; restore what it stood")
     assert not purged.exists()
+
+
+def test_a_run_whose_first_weights_were_purged_can_still_be_named_so(tmp_path):
+    """Going on does not read them; a new run says that they are gone."""
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    config = parse_command_line([*PRESET, "--init-from", str(tmp_path / "link")]).config
+
+    assert config.run.init_from == str(tmp_path / "link")
+    with pytest.raises(ConfigError, match="link: is a link to .*gone, which does not exist; give"):
+        check_warm_start(config)
 
 
 def test_a_link_to_a_folder_is_that_folder(tmp_path):

@@ -292,6 +292,8 @@ class TestWhatIsRefused:
         (tmp_path / "weights.npz").touch()
 
         assert f"there is no {tmp_path}/none; give a run" in refusal(tmp_path / "none")
+        (tmp_path / "link").symlink_to("purged")
+        assert "link: is a link to purged, which does not exist; " in refusal(tmp_path / "link")
         assert "is neither a run, a diffusers folder nor a" in refusal(tmp_path / "weights.npz")
         assert "is neither a run, a diffusers folder nor a" in refusal(tmp_path)
         (tmp_path / CONFIG_FILE).write_text(SMALL.to_yaml())
