@@ -7,6 +7,7 @@ import fractions
 import os
 import pathlib
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -442,6 +443,6 @@ class TestAnotherSourceWhenARunGoesOn:
         assert resumed(tmp_path / "other") == (str(tmp_path / "other"), "")
 
     def test_before_the_first_checkpoint_it_is_read(self, resumed, tmp_path):
-        (tmp_path / "run/checkpoints/latest").unlink()
+        shutil.rmtree(tmp_path / "run/checkpoints")
 
         assert resumed(None) == (None, "")
