@@ -173,7 +173,8 @@ def _leaving_on_signals(when_stopped: str) -> Iterator[None]:
         number = err.number if isinstance(err, StopRequest) else signal.SIGINT
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if is_reporter():
-            sys.stderr.write(f"stopped by {name}; {when_stopped}\n")
+            start = "\n" if sys.stderr.isatty() else ""  # behind ^C, or a bar
+            sys.stderr.write(f"{start}stopped by {name}; {when_stopped}\n")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(SIGNAL_EXIT_CODE + number)  # connections to other ranks would abort an exit

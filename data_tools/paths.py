@@ -31,7 +31,7 @@ def expand(text: str, where: str) -> str:
         ConfigError: a variable that is not set, a user whom nobody knows, or a link to nothing.
     """
     _check_possible(text, where)
-    path = _expanded(text, where, _HOME)
+    path = expand_name(text, where)
     if broken_link(Path(path)):
         raise ConfigError(
             f"{where} {text}: {absence(Path(path))}; restore what it stood for, or name another."
@@ -53,6 +53,11 @@ def _check_possible(text: str, where: str) -> None:
             f"{where} {text[:60]}...: is too long for a path ({len(coded)} bytes, its longest name "
             f"{longest}); shorten it."
         )
+
+
+def expand_name(text: str, where: str) -> str:
+    """Do so for a path that may be gone: a run goes on without the weights that it began with."""
+    return _expanded(text, where, _HOME)
 
 
 def expand_data(text: str, where: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from data_tools.errors import some
 from data_tools.file_kinds import HEAD_BYTES, kind_of
 from data_tools.images import IMAGE_SUFFIXES
-from data_tools.paths import absence
+from data_tools.paths import absence, broken_link
 from data_tools.sample_names import is_hidden
 from data_tools.tar_members import BadTarError, walk
 
@@ -25,6 +25,8 @@ _ENCODE = "python data_tools/encode_latents.py"
 def explain(place: Path) -> str:
     """Say what a place without a dataset.json is and what to do, in one clause each."""
     try:
+        if broken_link(place):
+            return f"{absence(place)}; restore what it stood for, or name another"
         if not place.exists():
             return f"{absence(place)}; make it: {_ENCODE} --output {_typed(place)}"
         return _explain_file(place) if place.is_file() else _explain_folder(place)

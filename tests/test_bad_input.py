@@ -296,8 +296,7 @@ class TestResuming:
 
         assert (
             "was started with another configuration: num_experts (3 -> 4); repeat the old values, "
-            f"or use a new --run-dir, with --init-from {run_dir} if it shall begin with this run's "
-            "weights.\n"
+            f"or use a new --run-dir, and --init-from {run_dir} to begin with this run's weights.\n"
         ) in stderr
 
     def test_in_another_precision(self, train, run_dir, tmp_path):
@@ -336,7 +335,7 @@ class TestResuming:
         stderr = train(num_ranks=2)
 
         assert f"error: {pointer} names " in stderr
-        assert "which is no checkpoint there, of which step-0000004 is the newest whole" in stderr
+        assert "no checkpoint there; the newest whole checkpoint in that folder is step-" in stderr
 
     @pytest.mark.parametrize("state", ["missing", "empty"])
     def test_where_latest_was_lost_beside_checkpoints(
@@ -348,9 +347,9 @@ class TestResuming:
             pointer.unlink()
         (run_dir / CHECKPOINT_DIR / "step-0000006").mkdir()  # and nothing in it
         sentence = (
-            f"{pointer} is {state} beside checkpoints, of which step-0000004 is the newest whole "
-            f"one; to continue from it: echo step-0000004 > {pointer} (to start afresh, choose "
-            "another run directory).\n"
+            f"{pointer} is {state}; the newest whole checkpoint in that folder is step-0000004; to "
+            f"continue from it: echo step-0000004 > {pointer} (to start afresh, choose another run "
+            "directory).\n"
         )
 
         for argv in ((), ("--dry-run",), ("--max-steps", 8), ("--init-from", run_dir)):
@@ -375,7 +374,7 @@ class TestResuming:
 
         stderr = train(num_ranks=2)
 
-        assert f"{pointer} is missing beside checkpoints, and no checkpoint there is" in stderr
+        assert f"{pointer} is missing, and no checkpoint in that folder is whole" in stderr
 
     def test_where_all_checkpoints_are_gone(self, train, refuse, run_dir):
         shutil.rmtree(run_dir / CHECKPOINT_DIR)

@@ -137,3 +137,10 @@ def test_the_sample_command_takes_names_or_numbers_of_classes(tmp_path):
     ):
         with pytest.raises(ConfigError, match="^" + re.escape(sentence)):
             planned(*flags)
+
+
+def test_a_model_without_classes_says_so():
+    none = ClassChoice(0, {}, "class_labels", "the number {}")
+
+    for given in ("cat", "0", 0):
+        assert refusal(none.find, given) == "class_labels: this model was trained without classes."

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,28 @@ def test_a_signal_ends_a_command_with_one_line_unless_it_was_ignored(number):
         process.wait(0.3)
     process.kill()
     finish(process)
+
+
+def test_on_a_terminal_the_line_about_a_signal_is_not_behind_a_bar():
+    script = STOPPED.replace('print("closed", flush=True)', 'sys.stderr.write(" 50%|#####")')
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=slave,
+        stderr=slave,
+        cwd=REPOSITORY,
+        env=environment(PYTHONPATH=str(REPOSITORY)),
+    )
+    os.close(slave)
+    said = os.read(master, 1000)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    with suppress(OSError):  # Linux says so at the end
+        while part := os.read(master, 1000):
+            said += part
+    os.close(master)
+
+    assert said.endswith(b" 50%|#####\r\nstopped by SIGTERM; the same command goes on\r\n")
 
 
 def command(*argv, redirection="", **env):

@@ -16,6 +16,7 @@ from training.checkpoint_manifest import CHECKPOINT_DIR
 from training.command_line import parse_command_line
 from training.run_directory import check_run_directory
 from training.run_location import CONFIG_FILE, DEEPSPEED_FILE
+from training.warm_start import check_warm_start
 
 TILDE, VARIABLE = "~/runs/a", "$SCRATCH/runs/a"
 PRESET = ("--preset", "tests/small.yaml")
@@ -64,7 +65,7 @@ def test_every_path_of_the_configuration_and_of_other_commands_is_expanded(home)
     scored = evaluate.build_parser().parse_args(["~/x", "--reference=~/x", "--validation-data=~/x"])
     assert (scored.reference, scored.validation_data) == (home / "x", x)
     encoded = encode_latents.parse_arguments(["--input=~/x", "--output=~/x", "--class-names=~/x"])
-    assert (encoded.input, encoded.output, encoded.class_names) == (x, home / "x", home / "x")
+    assert (encoded.input, encoded.output, encoded.class_names) == ([x], home / "x", home / "x")
 
 
 def test_each_set_of_a_union_is_expanded_and_a_pipe_is_left_to_the_shell(home):
@@ -135,6 +136,16 @@ def test_a_link_whose_target_was_purged_is_called_that(tmp_path):
     assert not purged.exists()
 
 
+def test_a_run_whose_first_weights_were_purged_can_still_be_named_so(tmp_path):
+    """Going on does not read them; a new run says that they are gone."""
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    config = parse_command_line([*PRESET, "--init-from", str(tmp_path / "link")]).config
+
+    assert config.run.init_from == str(tmp_path / "link")
+    with pytest.raises(ConfigError, match="link: is a link to .*gone, which does not exist; give"):
+        check_warm_start(config)
+
+
 def test_a_link_to_a_folder_is_that_folder(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "there")
@@ -171,6 +182,15 @@ def test_a_runs_own_config_is_a_preset_like_others_when_it_is_copied_away(run, t
     shutil.copy(run / CONFIG_FILE, tmp_path / CONFIG_FILE)
 
     assert run_dir_of("--preset", tmp_path / CONFIG_FILE) == str(tmp_path / "old/run")
+
+
+def test_a_run_that_is_called_like_a_preset_does_not_stand_in_for_it(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    shutil.copytree(run, "demo")
+
+    assert run_dir_of("--preset", "demo") == run_dir_of() == "runs/demo"
+    assert retry.run_dir_of([]) == Path("runs/demo")
+    assert run_dir_of("--preset", "./demo") == "demo"
 
 
 def test_a_file_without_a_flag_is_told_the_flag(run):

@@ -227,7 +227,7 @@ def test_a_missing_folder_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="--data .*file: is not a folder; name one with a "):
         DatasetManifest.load(tmp_path / "file")
     (tmp_path / "link").symlink_to("purged")
-    with pytest.raises(ConfigError, match="link: is a link to purged, which does not exist; make"):
+    with pytest.raises(ConfigError, match="link: is a link to purged, which does not exist; res"):
         DatasetManifest.load(tmp_path / "link")
 
 

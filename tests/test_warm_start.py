@@ -7,6 +7,7 @@ import fractions
 import os
 import pathlib
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -292,6 +293,8 @@ class TestWhatIsRefused:
         (tmp_path / "weights.npz").touch()
 
         assert f"there is no {tmp_path}/none; give a run" in refusal(tmp_path / "none")
+        (tmp_path / "link").symlink_to("purged")
+        assert "link: is a link to purged, which does not exist; " in refusal(tmp_path / "link")
         assert "is neither a run, a diffusers folder nor a" in refusal(tmp_path / "weights.npz")
         assert "is neither a run, a diffusers folder nor a" in refusal(tmp_path)
         (tmp_path / CONFIG_FILE).write_text(SMALL.to_yaml())
@@ -440,6 +443,6 @@ class TestAnotherSourceWhenARunGoesOn:
         assert resumed(tmp_path / "other") == (str(tmp_path / "other"), "")
 
     def test_before_the_first_checkpoint_it_is_read(self, resumed, tmp_path):
-        (tmp_path / "run/checkpoints/latest").unlink()
+        shutil.rmtree(tmp_path / "run/checkpoints")
 
         assert resumed(None) == (None, "")

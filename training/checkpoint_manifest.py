@@ -223,17 +223,17 @@ def _content(pointer: Path) -> str:
 
 def _say_lost(pointer: Path, name: str, folders: list[Path]) -> str:
     """Say that `latest` does not name one of some checkpoints, and how to go on."""
-    problem = f"{pointer} is {'empty' if pointer.exists() else 'missing'} beside checkpoints"
+    problem = f"{pointer} is {'empty' if pointer.exists() else 'missing'}"
     if name:
         problem = f"{pointer} names {name!r}, which is no checkpoint there"
     newest = next((folder.name for folder in reversed(folders) if _is_whole(folder)), None)
     if newest is None:
         return (
-            f"{problem}, and no checkpoint there is whole; copy one back and write its name into "
-            "that file, or choose another run directory to start afresh."
+            f"{problem}, and no checkpoint in that folder is whole; copy one back and write its "
+            "name into that file, or choose another run directory to start afresh."
         )
     return (
-        f"{problem}, of which {newest} is the newest whole one; to continue from it: "
+        f"{problem}; the newest whole checkpoint in that folder is {newest}; to continue from it: "
         f"echo {newest} > {shlex.quote(str(pointer))} (to start afresh, choose another run "
         "directory)."
     )

@@ -20,7 +20,7 @@ class ClassChoice:
     """Finds classes by name or number.
 
     Args:
-        num_classes: of the model; at least 1.
+        num_classes: of the model; 0 = it has none, and none is found.
         names: by number; some may be missing, and two classes may have one name.
         call: what the user calls the choice, such as "--classes"; it begins every sentence.
         by_number: how the user forces a number, such as "--class-numbers {}".
@@ -45,6 +45,8 @@ class ClassChoice:
         Raises:
             WrongValueError: there is no such class, or more than one could be meant.
         """
+        if self.num_classes == 0:
+            raise WrongValueError(f"{self._call}: this model was trained without classes.")
         return self._named(given) if isinstance(given, str) else self._numbered(given)
 
     def find_all(self, text: str) -> list[int]:

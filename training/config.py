@@ -16,7 +16,7 @@ import yaml
 
 from data_tools.errors import ConfigError
 from data_tools.formats import Format
-from data_tools.paths import expand
+from data_tools.paths import expand, expand_name
 from models.dealing import DEALINGS
 from models.diffusion import OBJECTIVES
 from models.loss_weights import LOSS_WEIGHTS
@@ -193,7 +193,7 @@ class RunConfig:
     init_from: str | None = option(
         "weights to start from: a run, a .safetensors file, or a DiT, DTR or Switch-DiT checkpoint",
         None,
-        expands=expand,
+        expands=expand_name,
     )
     max_steps: int = option("steps to train", bounds=">=1", may_change=True)
     expert_parallel_size: int = option(

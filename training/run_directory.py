@@ -36,19 +36,18 @@ INIT = Format(newest=1)
 def check_run_directory(run_dir: Path, config: Config) -> None:
     """Refuse a directory that holds another run or cannot be written; change nothing."""
     existing = _existing_folder(run_dir)
-    for folder in (run_dir, run_dir / CHECKPOINT_DIR):
-        if broken_link(folder):
-            raise ConfigError(
-                f"--run-dir {run_dir}: {absence(folder, run_dir)}; restore what it stood for, or "
-                "choose another."
-            )
+    if broken_link(folder := run_dir / CHECKPOINT_DIR):  # or the run directory itself
+        raise ConfigError(
+            f"--run-dir {run_dir}: {absence(folder, run_dir)}; restore what it stood for, or "
+            "choose another."
+        )
     if (run_dir / CONFIG_FILE).exists():
         changed = differences(load_config(run_dir), config)
         if changed:
             raise ConfigError(
                 f"--run-dir {run_dir} was started with another configuration: "
-                f"{', '.join(changed)}; repeat the old values, or use a new --run-dir, with "
-                f"--init-from {run_dir} if it shall begin with this run's weights."
+                f"{', '.join(changed)}; repeat the old values, or use a new --run-dir, and "
+                f"--init-from {run_dir} to begin with this run's weights."
             )
         _check_checkpoints_are_there(run_dir)
     elif any(run_dir.glob(f"{CHECKPOINT_DIR}/step-*")):

@@ -10,13 +10,19 @@ CONFIG_FILE, DEEPSPEED_FILE = "config.yaml", "deepspeed.json"  # of a run direct
 
 
 def preset_file(name_or_path: str) -> Path:
-    """Return the file of a preset: of its name, a YAML file, or a run directory's own."""
+    """Return the file of a preset: of its name, a YAML file, or a run directory's own.
+
+    A folder that is called like a preset does not stand in for it; ./NAME means the folder.
+    """
+    named = PRESET_FOLDER / f"{name_or_path}.yaml"
+    if "/" not in name_or_path and named.is_file():
+        return named
     path = Path(expand(name_or_path, "--preset"))
     if path.suffix in (".yaml", ".yml"):
         return path
     if (path / CONFIG_FILE).is_file():
         return path / CONFIG_FILE
-    return PRESET_FOLDER / f"{name_or_path}.yaml"
+    return named
 
 
 def run_dir_of(preset: Path, said: str) -> str:

@@ -181,24 +181,23 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
     diffusion = build_diffusion(config).to(device)
     mine = list(range(ranks.rank, len(plan.labels), ranks.world_size))
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-    progress = tqdm(
+    with tqdm(
         total=len(batches) * args.steps, unit="step", disable=not ranks.is_main, desc="sampling"
-    )
-    for batch in batches:
-        latents = sample_latents(
-            model,
-            diffusion,
-            job.settings,
-            indices=torch.tensor(batch, device=device),
-            labels=torch.tensor([plan.labels[i] for i in batch], device=device),
-            latent_shape=config.model.latent_shape,
-            null_class=config.model.num_classes,
-            weak_model=weak_model,
-            on_step=lambda _step: progress.update(),
-        )
-        for i, picture in zip(batch, decode_pixels(job.vae, latents), strict=True):
-            _save(output / _file_name(i, plan), picture)
-    progress.close()
+    ) as progress:
+        for batch in batches:
+            latents = sample_latents(
+                model,
+                diffusion,
+                job.settings,
+                indices=torch.tensor(batch, device=device),
+                labels=torch.tensor([plan.labels[i] for i in batch], device=device),
+                latent_shape=config.model.latent_shape,
+                null_class=config.model.num_classes,
+                weak_model=weak_model,
+                on_step=lambda _step: progress.update(),
+            )
+            for i, picture in zip(batch, decode_pixels(job.vae, latents), strict=True):
+                _save(output / _file_name(i, plan), picture)
     if ranks.world_size > 1:
         torch.distributed.barrier()
     grid_path = output / "grid.png"

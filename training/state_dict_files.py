@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from data_tools.errors import ConfigError
 from data_tools.file_kinds import LFS_REASON, is_lfs_pointer_file
+from data_tools.paths import absence, broken_link
 from training.weight_entries import Entry, entries_of
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -56,7 +57,8 @@ def read_state_dict(path: Path, flag: str) -> list[Entry]:
         The models in it, the one to take first.
     """
     if not path.exists():
-        raise ConfigError(f"{flag}: there is no {path}; give a run, or a file of weights.")
+        missing = absence(path) if broken_link(path) else f"there is no {path}"
+        raise ConfigError(f"{flag}: {missing}; give a run, or a file of weights.")
     if is_lfs_pointer_file(path):
         raise ConfigError(f"{flag} {LFS_REASON}.")
     if path.suffix == ".safetensors":

@@ -83,7 +83,7 @@ def describe_vae(vae: Vae, reference: VaeReference) -> dict[str, Any]:
 
 def describe_reference(reference: Reference) -> dict[str, Any]:
     """Say what was compared with, and through which network."""
-    statistics = "stated in the file" if reference.stated else "of its images"
+    statistics = "stated in the file" if reference.has_statistics else "of its images"
     return {
         "reference": {
             "file": reference.path.name,

@@ -105,9 +105,14 @@ class Reference:
                 f"{image_size[0]}x{image_size[1]}; give a reference of that size."
             )
         self.stated = self._stated_layers()
-        if POOL not in self.stated and not self._has_enough_images:
+        if not (self.has_statistics or self._has_enough_images):
             raise ConfigError(f"{self._flag}: {self._lack()}.")
         self.sha256 = sha256_of(path)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Tell whether the file states what the FID compares; else it is computed of images."""
+        return POOL in self.stated
 
     @property
     def layers(self) -> list[str]:
