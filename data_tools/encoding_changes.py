@@ -29,10 +29,11 @@ def check_files_exist(source: ImageSource, sizes: list[int]) -> None:
     places = zip(source.sized_places(), sizes, strict=True)
     missing = [source.name(place) for place, size in places if size < 0]
     if missing:
+        hint = "names stand for themselves in a list, without ~ and $NAME; "
         raise ConfigError(
             f"--input {source.text}: {len(missing)} of {len(sizes)} files do not exist "
-            f"({_shown(missing)}); bring them or leave their names out, and run the same command "
-            "again."
+            f"({_shown(missing)}); {hint if missing[0].startswith(('~', '$')) else ''}bring them "
+            "or leave their names out, and run the same command again."
         )
 
 

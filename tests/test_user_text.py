@@ -80,6 +80,32 @@ def test_a_name_that_needs_no_mending_is_not_changed(tmp_path):
         assert names(open_source(str(tmp_path / "list.txt"))) == [name]
 
 
+def test_lines_of_a_list_may_be_written_in_several_ways(tmp_path, pictures):
+    """As a table editor does, which writes quotes around some names only."""
+    changes = [str, lambda name: f'"{name}"', lambda name: name.replace("/", "\\")]
+    mixed = [changes[i % 3](name) for i, name in enumerate(pictures)]
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in mixed))
+    assert names(open_source(str(tmp_path / "list.txt"))) == pictures
+
+
+def test_a_missing_file_in_the_first_line_does_not_hide_the_others(tmp_path, pictures):
+    path = tmp_path / "list.txt"
+    lines = ["photos\\gone.png", *(name.replace("/", "\\") for name in pictures)]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(ConfigError, match=r"1 of 7 files do not exist \(photos\\gone\.png\); bring"):
+        main(flags(path, tmp_path / "set"))
+    path.write_text("photos/gone.png 0\n" + "".join(f"{name} 1\n" for name in pictures))
+    with pytest.raises(ConfigError, match="line 2: .* path and class are separated by a tab"):
+        main(flags(path, tmp_path / "set"))
+
+
+@pytest.mark.parametrize("name", ["~/photos/0.png", "$DATA/0.png"])
+def test_a_list_says_that_its_names_stand_for_themselves(tmp_path, name):
+    (tmp_path / "list.txt").write_text(f"{name}\n")
+    with pytest.raises(ConfigError, match="stand for themselves in a list, without ~ and .NAME; br"):
+        main(flags(tmp_path / "list.txt", tmp_path / "set"))
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
