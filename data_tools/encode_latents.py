@@ -21,6 +21,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
     sys.path[0] = str(REPOSITORY)
 
 from data_tools.encoding_changes import edited_sentence
+from data_tools.encoding_output import nothing_left_by_a_refusal
 from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.entry_point import enter, is_reporter
@@ -48,6 +49,11 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         raise ConfigError(
             f"--output {args.output}: is where the images lie; choose another folder."
         )
+    with nothing_left_by_a_refusal(args.output):
+        _encode(args, is_quiet)
+
+
+def _encode(args: argparse.Namespace, is_quiet: bool) -> None:
     run = EncodingRun(
         args.input or [str(DEMO_IMAGES)],
         args.output,

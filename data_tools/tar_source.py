@@ -3,6 +3,7 @@
 Nothing is extracted: names in a tar only name samples.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -67,8 +68,9 @@ def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
     entries = json.dumps([asdict(entry) for entry in index.left_out]).encode()
     arrays["left_out"] = np.frombuffer(entries, np.uint8)
     temporary = stored.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    cache.mkdir(parents=True, exist_ok=True)
-    replace_file(stored, lambda file: np.savez(file, **arrays), temporary)
+    with contextlib.suppress(FileNotFoundError):  # another process was refused and removed it
+        cache.mkdir(parents=True, exist_ok=True)
+        replace_file(stored, lambda file: np.savez(file, **arrays), temporary)
     return index
 
 
