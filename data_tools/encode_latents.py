@@ -26,6 +26,7 @@ from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.entry_point import enter, is_reporter
 from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.input_summary import class_lines
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.paths import typed_path, typed_text
@@ -91,6 +92,8 @@ def _encode(args: argparse.Namespace, is_quiet: bool) -> None:
         shown = ", ".join(skipped[:SKIPPED_SHOWN])
         more = ", ..." if len(skipped) > SKIPPED_SHOWN else ""
         run.say(f"skipped {len(skipped)} files that are no readable images: {shown}{more}")
+    for line in class_lines(manifest.classes)[1:] if skipped else ():
+        run.say(line)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from data_tools.encoding_trial import (
     first_images,
     timed_trial,
 )
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, one_line
 from data_tools.input_summary import refuse_mostly_empty, summary
 from data_tools.inputs import open_source, read_class_names
 from data_tools.launcher import BY_TORCH, read_place_on_node
@@ -152,9 +152,9 @@ class EncodingRun:
             self.edited = edited_images(output, self.begun, self.source, sizes)
 
     def say(self, text: str) -> None:
-        """Print, where anybody wants to read it."""
+        """Print a line, where anybody wants to read it; names of files may hold anything."""
         if not self.is_quiet:
-            sys.stdout.write(f"{text}\n")
+            sys.stdout.write(f"{one_line(text)}\n")
             sys.stdout.flush()
 
     def describe(self) -> None:

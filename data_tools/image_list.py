@@ -14,6 +14,7 @@ from data_tools.sources import FileSource, Names, classes_of, numbered_classes
 from data_tools.user_text import TextError, text_lines
 
 _WINDOWS_PATH = re.compile(rb"[A-Za-z]:[\\/]|\\\\")
+_NEGATIVE = re.compile(rb"-[0-9]+")
 _SEPARATORS = (b" ", b",", b";")  # that people write instead of a tab
 _MOST_TRIED = 100  # lines whose files are looked for, until one is there
 
@@ -84,6 +85,10 @@ def read_list(path: Path) -> FileSource:
     if num_plain:
         return FileSource(str(path), folder, names, np.zeros(len(names), np.int32), ())
     places = np.frombuffer(members, np.int32)
+    if odd := next((name for name in place_of if _NEGATIVE.fullmatch(name)), b""):
+        raise ConfigError(
+            f"--input {path}: has the class number {odd.decode()}; labels count from 0, correct it."
+        )
     if all(name.isdigit() for name in place_of):
         # Seven digits are too large already; Python refuses to read thousands of them.
         numbers = np.array([int(name.lstrip(b"0")[:7] or b"0") for name in place_of], np.int32)

@@ -38,9 +38,9 @@ def class_lines(classes: Sequence[ImageClass | ClassEntry]) -> list[str]:
         lines.append("class 0 has no image; do the labels begin at 1?")
     elif empty:
         more = ", ..." if len(empty) > _FIRST_SHOWN else ""
-        verb = "class has" if len(empty) == 1 else "classes have"
+        verb = "has" if len(empty) == 1 else "have"
         lines.append(
-            f"{len(empty)} of {len(classes)} {verb} no image: "
+            f"{len(empty)} of {len(classes)} classes {verb} no image: "
             f"{', '.join(empty[:_FIRST_SHOWN])}{more}"
         )
     return lines

@@ -170,9 +170,13 @@ def open_tars(
     labels = np.concatenate([index.labels for index in indexes])
     if not len(labels):
         raise _no_images_error(text, paths, entries)
-    return TarSource(
-        *(text, paths, indexes, _classes(text, paths, indexes, labels, reading)), entries
-    )
+    classes = _classes(text, paths, indexes, labels, reading)
+    has_json = any(entry.kind == ".json" for entry in entries)
+    if has_json and not (classes.classes or reading.class_from or reading.label_suffix):
+        classes.notes.append(
+            "add --label-suffix json:FIELD if a field of the .json files holds the class"
+        )
+    return TarSource(text, paths, indexes, classes, entries)
 
 
 def _shown(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What a place that should be a data set is, where it has no dataset.json, and what to do."""
 
 import os
+import re
 import shlex
 import tarfile
 from collections.abc import Iterator
@@ -16,12 +17,15 @@ _MANIFEST_NAME = "dataset.json"
 _MAX_LOOKED_AT = 2000  # files and folders; a set of images may have millions
 _MAX_MEMBERS = 20  # of a tar
 _LIST_SUFFIXES = (".txt", ".tsv", ".csv")
+_ADDRESS = re.compile(r"[a-z][a-z0-9]+:")  # of a server, or a command
 _ENCODE = "python data_tools/encode_latents.py"
 
 
 def explain(place: Path) -> str:
     """Say what a place without a dataset.json is and what to do, in one clause each."""
     try:
+        if _ADDRESS.match(str(place)):
+            return "is an address; this needs a folder of this machine, so copy the data set first"
         if not place.exists():
             return f"{absence(place)}; make it: {_ENCODE} --output {_typed(place)}"
         return _explain_file(place) if place.is_file() else _explain_folder(place)
@@ -40,6 +44,8 @@ def _explain_file(path: Path) -> str:
 
 
 def _explain_folder(folder: Path) -> str:
+    if said := run_folder(folder):
+        return said
     if (folder / "encoding.json").exists():
         return (
             f"no {_MANIFEST_NAME}, encoding did not finish; run {_ENCODE} --output "
@@ -66,6 +72,15 @@ def _explain_folder(folder: Path) -> str:
     if not names:
         return f"is empty; {_encode_advice(None, folder)}"
     return f"holds no {_MANIFEST_NAME}, only {_some(names)}; name a folder that was encoded"
+
+
+def run_folder(folder: Path) -> str:
+    """Say what a run's folder is, which has a copy of dataset.json and no shards; "": no run's."""
+    config = folder / "config.yaml"
+    is_run = any((folder / name).exists() for name in ("checkpoints", "starts.jsonl"))
+    if not (is_run and config.is_file()) or any(folder.glob("*.tar")):
+        return ""
+    return f"is the folder of a run, no data set; name the data that the run reads, see {config}"
 
 
 def _explain_tars(tars: list[Path], place: Path) -> str:

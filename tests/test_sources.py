@@ -116,7 +116,7 @@ def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"^--input .*: no image files \(\.avif, .*in it; give"):
         open_source(str(tmp_path))
     save(tmp_path / "loose.png")
-    with pytest.raises(ConfigError, match=r"loose\.png: is a file; give a folder"):
+    with pytest.raises(ConfigError, match=r"loose\.png: is a file, and neither a list .* give a folder"):
         open_source(str(tmp_path / "loose.png"))
     save(tmp_path / "a" / "1.png")
     with pytest.raises(ConfigError, match=r"1 images \(loose\.png, \.\.\.\) lie beside class fol"):
@@ -310,7 +310,7 @@ def cut(path, end):
         ),
         (
             lambda p: make_tar(p, [("a.cls", b"cat"), ("a.jpg", b"x")]),
-            "a.cls holds b'cat', which is no number of a class; write the label into it.",
+            "a.cls holds 'cat', which is no number of a class; write the label into it.",
         ),
         (
             lambda p: make_tar(p, [("a.cls", b"1"), ("a.jpg", b"x"), ("b.jpg", b"x")]),
@@ -384,6 +384,7 @@ def test_class_names_give_ids_and_names(tmp_path, name, content, wanted):
         (None, "cannot be read (No such file or directory); give a JSON or TSV file."),
         ("{", "is no JSON object and no lines of id, tab, name (Expecting"),
         ('["a"]', "names 0 of the 2 classes and not 'n01'; add the others."),
+        ('{"0": "x"}', "names '0', ..., while the input calls its classes 'n01', ...; write the"),
         ('{"n01": "x"}', "names 1 of the 2 classes and not 'n02'; add the others."),
         ('{"n01": 3, "n02": "x"}', "'n01' has 3; write a name, or [id, name]."),
         ('{"n01": ["a", "x"], "n02": ["a", "y"]}', "two classes get the id 'a'; correct it."),
