@@ -176,8 +176,12 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
             f"--class-names {path}: is no JSON object and no lines of id, tab, name ({err}); "
             "correct it."
         ) from err
+    if not isinstance(pairs, dict):
+        raise ConfigError(
+            f"--class-names {path}: is JSON and no object; write {{id: name}} or {{id: [id, name]}}."
+        )
     named: dict[str, tuple[str, str]] = {}
-    for key, value in pairs.items() if isinstance(pairs, dict) else ():
+    for key, value in pairs.items():
         entry = value if isinstance(value, list) else [key, value]
         if len(entry) != 2 or not all(isinstance(part, str) and part for part in entry):
             raise ConfigError(

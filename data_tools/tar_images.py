@@ -124,6 +124,8 @@ class _Scan:
             sample.label, sample.label_name = self._label(member, file), member.name
         elif sample.image is None:
             sample.image = member
+        elif sample.image.name == member.name:
+            raise self._error(f"holds {member.shown} twice; leave one, or rename it")
         else:
             raise ConfigError(
                 f"--input {self.path}: {sample.image.shown} and {member.shown} are one sample; "

@@ -321,6 +321,10 @@ def cut(path, end):
             "a.jpg and a.png are one sample; leave one image per sample, or say with --image-suf",
         ),
         (
+            lambda p: make_tar(p, [("a.jpg", b"x"), ("a.jpg", b"y")]),
+            "holds a.jpg twice; leave one, or rename it.",
+        ),
+        (
             lambda p: make_tar(p, [("cat/a.jpg", b"x"), ("b.png", b"x")]),
             "1 of 2 images lie in no folder of their tar; give",
         ),
@@ -383,7 +387,8 @@ def test_class_names_give_ids_and_names(tmp_path, name, content, wanted):
     [
         (None, "cannot be read (No such file or directory); give a JSON or TSV file."),
         ("{", "is no JSON object and no lines of id, tab, name (Expecting"),
-        ('["a"]', "names 0 of the 2 classes and not 'n01'; add the others."),
+        ('["a"]', "is JSON and no object; write {id: name} or {id: [id, name]}."),
+        ("{}", "names 0 of the 2 classes and not 'n01'; add the others."),
         ('{"0": "x"}', "names '0', ..., while the input calls its classes 'n01', ...; write the"),
         ('{"n01": "x"}', "names 1 of the 2 classes and not 'n02'; add the others."),
         ('{"n01": 3, "n02": "x"}', "'n01' has 3; write a name, or [id, name]."),
