@@ -21,10 +21,12 @@ if not __package__:  # run as a script: Python put this file's own folder first 
     sys.path[0] = str(REPOSITORY)
 
 from data_tools.encoding_changes import edited_sentence
+from data_tools.encoding_output import nothing_left_by_a_refusal
 from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.entry_point import enter, is_reporter
 from data_tools.errors import ArgumentParser, ConfigError, some
+from data_tools.input_summary import class_lines
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
 from data_tools.paths import typed_path, typed_text
@@ -48,6 +50,11 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
         raise ConfigError(
             f"--output {args.output}: is where the images lie; choose another folder."
         )
+    with nothing_left_by_a_refusal(args.output):
+        _encode(args, is_quiet)
+
+
+def _encode(args: argparse.Namespace, is_quiet: bool) -> None:
     run = EncodingRun(
         args.input or [str(DEMO_IMAGES)],
         args.output,
@@ -84,6 +91,8 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     if skipped:
         shown = some(skipped, SKIPPED_SHOWN)
         run.say(f"skipped {len(skipped)} files that are no readable images: {shown}")
+    for line in class_lines(manifest.classes)[1:] if skipped else ():
+        run.say(line)
 
 
 @contextmanager

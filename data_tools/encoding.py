@@ -119,6 +119,7 @@ class ShardEncoder:
         """
         self.source, self.vae, self.settings, self.output = source, vae, settings, output
         self.is_strict, self.num_threads, self.on_damage = is_strict, num_threads, on_damage
+        self.stated: dict[str, str] = {}  # sha256 of shards of a finished data set, by name
         self.device = next(vae.model.parameters()).device
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # whose stream the events below are recorded in
@@ -287,6 +288,7 @@ class ShardEncoder:
             nonlocal num_bytes
             self.settings.layout.write(_Hashing(file, digest), samples())
             num_bytes = file.tell()
+            self._check_stated(tar.name, digest.hexdigest())
 
         def describe() -> Sidecar:
             record = Shard(
@@ -314,6 +316,15 @@ class ShardEncoder:
             if finished is None:
                 raise
             return finished
+
+    def _check_stated(self, name: str, sha256: str) -> None:
+        """Leave a finished data set what it is: runs and checkpoints know it by its content."""
+        if self.stated.get(name, sha256) != sha256:
+            raise ConfigError(
+                f"--output {self.output}: its {name} is missing or damaged, and encoding it again "
+                "gives other bytes than dataset.json says (another machine, version or image); "
+                "copy it again from another copy of the data set, or see verify_shards.py --repair."
+            )
 
     def _check(self, moments: np.ndarray, flips: np.ndarray | None) -> None:
         for part in (moments, flips):

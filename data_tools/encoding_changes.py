@@ -29,10 +29,12 @@ def check_files_exist(source: ImageSource, sizes: list[int]) -> None:
     places = zip(source.sized_places(), sizes, strict=True)
     missing = [source.name(place) for place, size in places if size < 0]
     if missing:
+        is_expanded = missing[0].startswith(("~", "$"))
+        hint = "names stand for themselves in a list, without ~ and $NAME; " if is_expanded else ""
         raise ConfigError(
             f"--input {source.text}: {len(missing)} of {len(sizes)} files do not exist "
-            f"({some(missing, _NAMES_SHOWN)}); bring them or leave their names out, and run the "
-            "same command again."
+            f"({some(missing, _NAMES_SHOWN)}); {hint}bring them or leave their names out, and run "
+            "the same command again."
         )
 
 

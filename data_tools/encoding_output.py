@@ -7,11 +7,14 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_tools.claims import Claims
-from data_tools.encoding_settings import EncodingSettings
+from data_tools.encoding_settings import SETTINGS_NAME, EncodingSettings
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, parse_json
 from data_tools.formats import FORMAT_KEY
@@ -22,6 +25,7 @@ from data_tools.manifest import (
     DatasetManifest,
     Manifest,
     Members,
+    Shard,
     SourceList,
 )
 from data_tools.shard_check import read_shard
@@ -60,6 +64,21 @@ def finished_sidecar(output: Path, index: int) -> Sidecar | None:
     return sidecar if is_complete else None
 
 
+@contextmanager
+def nothing_left_by_a_refusal(folder: Path) -> Iterator[None]:
+    """Remove what a refused command has made where encoding has not begun: folders, indexes."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except ConfigError:
+        if not (folder / SETTINGS_NAME).exists():
+            shutil.rmtree(folder / INDEXES_NAME, ignore_errors=True)
+            for path in made:
+                with suppress(OSError):  # others write there
+                    path.rmdir()
+        raise
+
+
 class EncodingOutput:
     """What is done and what is missing of a data set that several processes may be encoding."""
 
@@ -88,9 +107,8 @@ class EncodingOutput:
         Encoding such a shard again might give other bytes on another machine, and no run could
         resume on the data any more.
         """
-        try:
-            manifest = DatasetManifest.load(self.folder, check_shards=False)
-        except ConfigError:  # none yet, or damaged: it is written at the end
+        manifest = self._stated() if self.missing else None
+        if manifest is None:
             return
         stated = {shard.name: shard for shard in manifest.shards}
         for index in list(self.missing):
@@ -100,6 +118,17 @@ class EncodingOutput:
                 path = (self.folder / shard.name).with_suffix(".json")
                 SIDECAR.write(path, Sidecar(shard, content.totals))
                 self.is_finished(index)
+
+    def stated_shards(self) -> dict[str, Shard]:
+        """Return the shards that dataset.json describes, by name; {} before it is written."""
+        manifest = self._stated()
+        return {} if manifest is None else {shard.name: shard for shard in manifest.shards}
+
+    def _stated(self) -> DatasetManifest | None:
+        try:
+            return DatasetManifest.load(self.folder, check_shards=False)
+        except ConfigError:  # none yet, or damaged: it is written at the end
+            return None
 
     @property
     def num_images_done(self) -> int:

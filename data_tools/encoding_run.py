@@ -29,12 +29,13 @@ from data_tools.encoding_settings import (
 )
 from data_tools.encoding_trial import (
     TRIAL_IMAGES,
+    check_any_image,
     check_precision,
     choose_batch_size,
     first_images,
     timed_trial,
 )
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, one_line
 from data_tools.input_summary import refuse_mostly_empty, summary
 from data_tools.inputs import open_source, read_class_names
 from data_tools.launcher import BY_TORCH, read_place_on_node
@@ -125,6 +126,7 @@ class EncodingRun:
                 f"which --vae {vae} reduces images; use a multiple of {self.exact.downsample}."
             )
         self.num_threads, self.is_batch_free = choose_threads(workers), batch_size is None
+        self._encoder: ShardEncoder | None = None
         self.busy_share = 0.0  # of the time spent encoding, that of the VAE's computing
         self.settings = make_settings(
             self.source,
@@ -150,9 +152,9 @@ class EncodingRun:
             self.edited = edited_images(output, self.begun, self.source, sizes)
 
     def say(self, text: str) -> None:
-        """Print, where anybody wants to read it."""
+        """Print a line, where anybody wants to read it; names of files may hold anything."""
         if not self.is_quiet:
-            sys.stdout.write(f"{text}\n")
+            sys.stdout.write(f"{one_line(text)}\n")
             sys.stdout.flush()
 
     def describe(self) -> None:
@@ -168,7 +170,12 @@ class EncodingRun:
             self.say(line)
 
     def complete(self, settings: EncodingSettings) -> EncodingSettings:
-        """Choose the batch size if it is open."""
+        """Choose the batch size if it is open, before a data set begins.
+
+        Raises:
+            ConfigError: no image can be decoded, or the precision is too low.
+        """
+        self.encoder(settings)
         if settings.batch_size:
             return settings
         vae = with_dtype(self.exact, PRECISIONS[settings.latent.precision])
@@ -177,7 +184,13 @@ class EncodingRun:
         return dataclasses.replace(settings, batch_size=size)
 
     def encoder(self, settings: EncodingSettings) -> ShardEncoder:
-        """Make what encodes, with the VAE in the precision asked for, which is checked."""
+        """Return what encodes, with the VAE in the precision asked for, which is checked."""
+        if self._encoder is None:
+            self._encoder = self._checked_encoder(settings)
+        self._encoder.settings = settings
+        return self._encoder
+
+    def _checked_encoder(self, settings: EncodingSettings) -> ShardEncoder:
         encoder = ShardEncoder(
             self.source,
             self.exact,
@@ -187,6 +200,8 @@ class EncodingRun:
             num_threads=self.num_threads,
             on_damage=lambda text: self.say(f"skipped {text}"),
         )
+        if self.begun is None:
+            check_any_image(self.source, encoder.order, settings.image.size)
         name = settings.latent.precision
         if name != "fp32":
             encoder.vae = with_dtype(self.exact, PRECISIONS[name])
@@ -253,6 +268,7 @@ class EncodingRun:
 
     def _encode_missing(self, folder: EncodingOutput, claims: Claims) -> None:
         encoder = self.encoder(folder.settings)
+        encoder.stated = {name: shard.sha256 for name, shard in folder.stated_shards().items()}
         # Closed whatever happens: what is said then is not written into the bar.
         with closing(Progress(folder, claims, self.is_quiet)) as progress:
             self._share_shards(encoder, folder, claims, progress)

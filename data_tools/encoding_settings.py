@@ -170,7 +170,7 @@ def begun_settings(
         settings = dataclasses.replace(settings, batch_size=found.batch_size)
     old, new = _leaves(asdict(found)), _leaves(asdict(settings))
     different = [
-        f"{name} ({old[name]} -> {new[name]})"
+        _difference(name, old[name], new[name])
         for name in new
         # What was begun before a VAE's statistics were used is finished without them.
         if old[name] != new[name] and not (name in _STATISTICS and not old[name])
@@ -190,6 +190,12 @@ def begun_settings(
             f"{len(found.sizes)} have other sizes); repeat the old input, or give a new folder."
         )
     return found
+
+
+def _difference(name: str, old: object, new: object) -> str:
+    if name == "source":  # two sums of all names and labels tell nobody anything
+        return "other names or classes of images"
+    return f"{name} ({old} -> {new})"
 
 
 def as_begun(output: Path, source: ImageSource) -> ImageSource:

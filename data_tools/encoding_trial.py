@@ -57,6 +57,27 @@ def first_images(source: ImageSource, order: np.ndarray, size: int, count: int) 
     return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
 
+def check_any_image(source: ImageSource, order: np.ndarray, size: int) -> None:
+    """Decode images until one can be.
+
+    Raises:
+        ConfigError: none can.
+    """
+    example = ""
+    for place in map(int, order):
+        try:
+            decode_image(source.read(place), size)
+            return
+        except BadImageError as err:
+            example = example or f"{source.name(place)}: {err}"
+        except OSError:
+            return  # told when the shard is encoded
+    raise ConfigError(
+        f"--input {source.text}: none of its {len(order)} files could be decoded; give images "
+        f"({example})."
+    )
+
+
 def precision_error(exact: Vae, reduced: Vae, pixels: np.ndarray) -> float:
     """Return the rms error of posterior means over their standard deviation; inf if not finite."""
     images = torch.from_numpy(pixels)

@@ -36,18 +36,6 @@ def _required(kind: type) -> frozenset[str]:
     )
 
 
-def parse_json(text: bytes | str) -> Any:  # noqa: ANN401
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: it is none, or so deep that it was not meant.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError as err:
-        raise ValueError("too many brackets in each other") from err
-
-
 def from_json(kind: Any, value: Any, where: str = "the content") -> Any:
     """Build a dataclass tree from parsed JSON; unknown, missing and mistyped keys are errors.
 

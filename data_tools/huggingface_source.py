@@ -298,6 +298,11 @@ def _label_numbers(folder: Path, column: "pa.ChunkedArray", name: str) -> np.nda
     """Return int32 (N,); None where no row has a label, as in many test sets (-1 or null)."""
     import pyarrow as pa
 
+    if pa.types.is_nested(column.type):
+        raise ConfigError(
+            f"--input {folder}: column {name} holds {column.type}, several values for an image; "
+            "write one class for each into a column of its own and save the data set again."
+        )
     if not pa.types.is_integer(column.type):
         raise ConfigError(
             f"--input {folder}: column {name} holds {column.type} and no class numbers; cast it to "

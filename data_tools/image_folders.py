@@ -149,6 +149,10 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
             if not is_hidden(folder) and os.fsencode(folder) not in with_images:
                 left_out.add(_WITHOUT_IMAGES, folder)
         classes = _folder_classes(found, root, flag, len(names))
+        if stored and not reading.class_from:
+            classes.notes.append(
+                f'{LABELS_NAME} is not used: it holds no {{"labels": [[file, number], ...]}}'
+            )
     return FileSource(
         *(str(root), root, names, classes.labels, classes.classes),
         former=classes.former,

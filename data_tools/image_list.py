@@ -3,8 +3,8 @@
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ from data_tools.sources import FileSource, Names, classes_of, numbered_classes
 from data_tools.user_text import TextError, text_lines
 
 _WINDOWS_PATH = re.compile(rb"[A-Za-z]:[\\/]|\\\\")
+_NEGATIVE = re.compile(rb"-[0-9]+")
 _SEPARATORS = (b" ", b",", b";")  # that people write instead of a tab
+_MOST_TRIED = 100  # lines whose files are looked for, until one is there
 
 
 def _unquoted(path: bytes) -> bytes:
@@ -36,16 +38,16 @@ def read_list(path: Path) -> FileSource:
 
     Paths are relative to the list's folder. Where every class is a number, it is the label itself;
     else the classes are numbered in the order of their names. A line that is repeated is another
-    sample. Blanks around paths, quotes and the backslashes of Windows are left out or turned in
-    all lines if the first line's file is only found so.
+    sample. Blanks around paths, quotes and the backslashes of Windows are left out or turned where
+    files are only found so.
     """
     place_of: dict[bytes, int] = {}
     members = array("i")
     num_plain = 0
+    mending = _Mending(path)
 
     def found() -> Iterator[bytes]:
         nonlocal num_plain
-        mends: tuple[_Mend, ...] | None = None
         for number, line in enumerate(text_lines(path), 1):
             fields = line.rstrip(b"\r\n").split(b"\t")
             if not b"".join(fields).strip():
@@ -54,11 +56,8 @@ def read_list(path: Path) -> FileSource:
                 raise ConfigError(
                     f"--input {path}: line {number} is no path, or path, tab and class; correct it."
                 )
-            if mends is None:
-                mends = _mends_of(path, number, fields)
-            name = fields[0]
-            for mend in mends:
-                name = mend(name)
+            mends = mending.of(fields[0])
+            name = _mended(fields[0], mends)
             num_plain += len(fields) == 1
             label = fields[1].strip() if len(fields) == 2 else b""
             if _unquoted in mends:
@@ -67,6 +66,7 @@ def read_list(path: Path) -> FileSource:
             yield name
 
     try:
+        mending.refuse_other_lists()
         names = Names(found())
     except OSError as err:
         raise ConfigError(
@@ -85,6 +85,10 @@ def read_list(path: Path) -> FileSource:
     if num_plain:
         return FileSource(str(path), folder, names, np.zeros(len(names), np.int32), ())
     places = np.frombuffer(members, np.int32)
+    if odd := next((name for name in place_of if _NEGATIVE.fullmatch(name)), b""):
+        raise ConfigError(
+            f"--input {path}: has the class number {odd.decode()}; labels count from 0, correct it."
+        )
     if all(name.isdigit() for name in place_of):
         # Seven digits are too large already; Python refuses to read thousands of them.
         numbers = np.array([int(name.lstrip(b"0")[:7] or b"0") for name in place_of], np.int32)
@@ -94,40 +98,81 @@ def read_list(path: Path) -> FileSource:
     return FileSource(str(path), folder, names, *classes_of(ids, places))
 
 
-def _mends_of(path: Path, number: int, fields: list[bytes]) -> tuple[_Mend, ...]:
-    """Find how the text of a line becomes the name of a file.
+def _mended(text: bytes, mends: Iterable[_Mend]) -> bytes:
+    for mend in mends:
+        text = mend(text)
+    return text
 
-    Args:
-        path: of the list.
-        number: of the line.
-        fields: of the line: path and perhaps class.
 
-    Returns:
-        What to do one after the other; nothing where no way leads to a file.
+class _Mending:
+    """How the texts of a list become names of files: alike for all that look alike."""
 
-    Raises:
-        ConfigError: there is no such file, and the line tells why.
-    """
-    folder, text = os.fsencode(path.parent), fields[0]
+    def __init__(self, path: Path) -> None:
+        self.path, self.folder = path, os.fsencode(path.parent)
+        # By what could be done to a text, what is done.
+        self._chosen: dict[tuple[_Mend, ...], tuple[_Mend, ...]] = {(): ()}
 
-    def exists(name: bytes) -> bool:
-        return os.path.lexists(os.path.join(folder, name))
+    def of(self, text: bytes) -> tuple[_Mend, ...]:
+        """Return what to do with a text, one after the other; nothing where that finds no file."""
+        possible = _possible(text)
+        if possible not in self._chosen:
+            # A file may be missing; then the next line of this look decides.
+            alike = (other for other in self._paths() if _possible(other) == possible)
+            tried = (self._that_finds(other, possible) for other in islice(alike, _MOST_TRIED))
+            self._chosen[possible] = next((found for found in tried if found is not None), ())
+        return self._chosen[possible]
 
-    for count in range(len(_MENDS) + 1):
-        for mends in combinations(_MENDS, count):
-            name = text
-            for mend in mends:
-                name = mend(name)
-            if exists(name):
-                return mends
-    shown = text.decode("utf-8", "backslashreplace")
-    where = f"--input {path}: line {number}: {shown}"
-    if _WINDOWS_PATH.match(text.strip().lstrip(b"\"'")):
-        raise ConfigError(
-            f"{where}: is a path of Windows, and no such file is here; write paths relative to the "
-            "list's folder."
-        )
-    for separator in _SEPARATORS if len(fields) == 1 else ():
-        if exists(_with_slashes(text.rpartition(separator)[0]) or text):
-            raise ConfigError(f"{where}: no such file; path and class are separated by a tab.")
-    return ()
+    def refuse_other_lists(self) -> None:
+        """Refuse paths of another machine, or another letter in the place of the tab.
+
+        Raises:
+            ConfigError: the first lines name no file, and tell why.
+        """
+        lines = list(islice(self._lines(), _MOST_TRIED))
+        if any(self._that_finds(path, _possible(path)) is not None for _, path, _ in lines):
+            return
+        for number, path, is_alone in lines:
+            shown = path.decode("utf-8", "backslashreplace")
+            where = f"--input {self.path}: line {number}: {shown}"
+            if _WINDOWS_PATH.match(path.strip().lstrip(b"\"'")):
+                raise ConfigError(
+                    f"{where}: is a path of Windows, and no such file is here; write paths "
+                    "relative to the list's folder."
+                )
+            for separator in _SEPARATORS if is_alone else ():
+                if self._exists(_with_slashes(path.rpartition(separator)[0]) or path):
+                    raise ConfigError(
+                        f"{where}: no such file; path and class are separated by a tab."
+                    )
+
+    def _lines(self) -> Iterator[tuple[int, bytes, bool]]:
+        """Go through numbers of lines, paths, and whether nothing else is in the line."""
+        for number, line in enumerate(text_lines(self.path), 1):
+            path, *others = line.rstrip(b"\r\n").split(b"\t")
+            if path.strip():
+                yield number, path, not others
+
+    def _paths(self) -> Iterator[bytes]:
+        return (path for _, path, _ in self._lines())
+
+    def _that_finds(self, text: bytes, possible: tuple[_Mend, ...]) -> tuple[_Mend, ...] | None:
+        """Return the fewest changes to a text that lead to a file; None where none do."""
+        for count in range(len(possible) + 1):
+            for mends in combinations(possible, count):
+                if self._exists(_mended(text, mends)):
+                    return mends
+        return None
+
+    def _exists(self, name: bytes) -> bool:
+        return os.path.lexists(os.path.join(self.folder, name))
+
+
+def _possible(text: bytes) -> tuple[_Mend, ...]:
+    """Return which changes would change a text."""
+    possible = []
+    for mend in _MENDS:
+        changed = mend(text)
+        if changed != text:
+            possible.append(mend)
+        text = changed
+    return tuple(possible)

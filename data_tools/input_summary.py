@@ -37,8 +37,10 @@ def class_lines(classes: Sequence[ImageClass | ClassEntry]) -> list[str]:
     if empty == ["0"] and len(classes) > 1:
         lines.append("class 0 has no image; do the labels begin at 1?")
     elif empty:
-        verb = "class has" if len(empty) == 1 else "classes have"
-        lines.append(f"{len(empty)} of {len(classes)} {verb} no image: {some(empty, _FIRST_SHOWN)}")
+        verb = "has" if len(empty) == 1 else "have"
+        lines.append(
+            f"{len(empty)} of {len(classes)} classes {verb} no image: {some(empty, _FIRST_SHOWN)}"
+        )
     return lines
 
 

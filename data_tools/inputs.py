@@ -10,7 +10,7 @@ from data_tools.huggingface_source import is_saved_dataset, open_saved_dataset
 from data_tools.image_folders import scan_folder
 from data_tools.image_list import read_list
 from data_tools.left_out import Tally
-from data_tools.place_names import places_of
+from data_tools.place_names import is_address, places_of
 from data_tools.reading import Reading
 from data_tools.records import KEY_DIGITS
 from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of
@@ -37,6 +37,11 @@ def open_source(
         reading: what the flags say about it.
     """
     text, reading = " ".join(words), reading or Reading()
+    if address := next((word for word in words if is_address(word)), ""):
+        raise ConfigError(
+            f"--input {address}: is an address; images are read from folders of this machine, so "
+            "copy them here first."
+        )
     places = [place for word in words for place in places_of(word, "--input")]
     path = Path(places[0])
     is_saved, is_list, tars, beside = False, False, [], Tally()
@@ -65,6 +70,11 @@ def open_source(
         raise ConfigError(
             f"--input {text}: a {path.suffix} file is no list of images; write a .tsv file with a "
             "path, a tab and a class in each line, without a line of headings."
+        )
+    elif path.exists() and not path.is_dir():
+        raise ConfigError(
+            f"--input {text}: is a file, and neither a list (.txt, .tsv) nor a tar (.tar); give a "
+            "folder of images, a list or tars."
         )
     else:
         source = _scan_images(path, reading)
@@ -166,8 +176,13 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
             f"--class-names {path}: is no JSON object and no lines of id, tab, name ({err}); "
             "correct it."
         ) from err
+    if not isinstance(pairs, dict):
+        raise ConfigError(
+            f"--class-names {path}: is JSON and no object; write {{id: name}} or "
+            "{id: [id, name]}."
+        )
     named: dict[str, tuple[str, str]] = {}
-    for key, value in pairs.items() if isinstance(pairs, dict) else ():
+    for key, value in pairs.items():
         entry = value if isinstance(value, list) else [key, value]
         if len(entry) != 2 or not all(isinstance(part, str) and part for part in entry):
             raise ConfigError(
@@ -175,6 +190,11 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
             )
         named[key] = (entry[0], entry[1])
     missing = [entry.id for entry in classes if entry.id not in named]
+    if missing and named and len(missing) == len(classes):
+        raise ConfigError(
+            f"--class-names {path}: names {next(iter(named))!r}, ..., while the input calls its "
+            f"classes {missing[0]!r}, ...; write the names of the input first in each line or pair."
+        )
     if missing:
         raise ConfigError(
             f"--class-names {path}: names {len(classes) - len(missing)} of the {len(classes)} "

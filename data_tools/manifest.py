@@ -18,7 +18,7 @@ from data_tools.formats import FORMAT_KEY, Format, said
 from data_tools.left_out import LeftOut
 from data_tools.records import IndexedLayout, RecordLayout
 from data_tools.sample_labels import split_label
-from data_tools.undescribed import MANIFEST_NAME, explain
+from data_tools.undescribed import MANIFEST_NAME, explain, run_folder
 
 HASHED_FORMAT = 2  # part of every hash that checkpoints remember, whatever the file's number
 # By training: parts of a description that its hash leaves out.
@@ -174,6 +174,8 @@ class DatasetManifest(Manifest):
         except OSError as err:
             raise ConfigError(f"{path}: {err.strerror}; make it readable.") from err
         if check_shards:
+            if said := run_folder(folder):
+                raise ConfigError(f"--data {folder}: {said}.")
             for shard in manifest.shards:
                 _check_shard(folder / shard.name, shard)
         return manifest

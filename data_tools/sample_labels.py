@@ -41,12 +41,12 @@ def parse_label(content: bytes, field: str = "") -> int:
     if not field:
         text = content.removeprefix(_BOM).strip()
         if not _LABEL.fullmatch(text) or len(text) > _MAX_DIGITS:
-            raise LabelError(repr(content[:40]))
+            raise LabelError(repr(content[:40])[1:])
         return int(text)
     try:
         value = parse_json(content)[field]
     except (ValueError, KeyError, TypeError) as err:
-        raise LabelError(repr(content[:40])) from err
+        raise LabelError(repr(content[:40])[1:]) from err
     if type(value) is not int:
         raise LabelError(f"{field} = {value!r}")
     return value

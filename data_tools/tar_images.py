@@ -3,7 +3,6 @@
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -101,6 +100,8 @@ class _Scan:
         self.waiting: dict[str, tuple[int, str]] = {}  # labels and their names, by key
         self.orphans: list[str] = []  # names of labels whose image was not found
         self.companions: dict[int, str] = {}  # place of an image, and the key that may be another's
+        self.beside: list[int] = []  # places of images that stand beside that of their sample
+        self.together: Counter[tuple[str, ...]] = Counter()  # suffixes of a key that has no other
 
     def take(self, member: Member, file: BinaryIO) -> None:
         """Look at a member."""
@@ -115,7 +116,7 @@ class _Scan:
         if (key, member.archive) != (sample.key, sample.archive):
             self._close()
             if member.archive != sample.archive:
-                self._match_labels()
+                self._end_archive()
             sample = self.sample = _Sample(key, member.archive)
         if suffix == self.label_suffix:
             if sample.label_name:
@@ -123,6 +124,8 @@ class _Scan:
             sample.label, sample.label_name = self._label(member, file), member.name
         elif sample.image is None:
             sample.image = member
+        elif sample.image.name == member.name:
+            raise self._error(f"holds {member.shown} twice; leave one, or rename it")
         else:
             raise ConfigError(
                 f"--input {self.path}: {sample.image.shown} and {member.shown} are one sample; "
@@ -175,6 +178,12 @@ class _Scan:
                 raise self._error(f"{other} and {sample.label_name} label one sample; leave one")
             self.waiting[sample.key] = (sample.label, sample.label_name)
 
+    def _end_archive(self) -> None:
+        """Look at what belongs together in an archive; another may use the same keys again."""
+        self._match_labels()
+        self._find_companions()
+        self.first = len(self.names)
+
     def _match_labels(self) -> None:
         """Give the images of an archive the labels that stand elsewhere in it."""
         if self.waiting:
@@ -184,7 +193,6 @@ class _Scan:
                     self.labels[place] = label
         self.orphans += [name for _, name in self.waiting.values()]
         self.waiting.clear()
-        self.first = len(self.names)
 
     def _name(self, place: int) -> str:
         return self.names[place].decode("utf-8", "surrogateescape")
@@ -195,9 +203,10 @@ class _Scan:
     def index(self) -> TarIndex:
         """Return what was found, after the last member."""
         self._close()
-        self._match_labels()
+        self._end_archive()
+        self._refuse_several_images()
         kept = np.ones(len(self.names), bool)
-        kept[list(self._companions())] = False
+        kept[self.beside] = False
         labels = np.frombuffer(self.labels, np.int32)[kept]
         if self.orphans and (labels == _NO_LABEL).any():
             raise self._orphans_error(labels)
@@ -211,15 +220,19 @@ class _Scan:
             self.left_out.entries(),
         )
 
-    def _companions(self) -> Iterator[int]:
+    def _find_companions(self) -> None:
         """Find the images that stand beside the image of their sample, as a mask does."""
-        candidates = {p: key for p, key in self.companions.items() if self.labels[p] == _NO_LABEL}
+        candidates = {
+            place: key
+            for place, key in self.companions.items()
+            if place >= self.first and self.labels[place] == _NO_LABEL
+        }
         if not candidates:
             return
         shorts = set(candidates.values())
         mains = {
             key
-            for place in range(len(self.names))
+            for place in range(self.first, len(self.names))
             if place not in self.companions and (key := self._key(place)) in shorts
         }
         alone: dict[str, list[str]] = {}
@@ -227,12 +240,14 @@ class _Scan:
             suffix = split_name(self._name(place))[1]
             if short in mains:
                 self.left_out.add(f".{suffix} beside the image of its key", self._name(place))
-                yield place
+                self.beside.append(place)
             else:
                 alone.setdefault(short, []).append(suffix)
-        # Photographs have such names too, but not the same ones again and again.
-        together = Counter(tuple(sorted(suffixes)) for suffixes in alone.values())
-        for suffixes, count in together.items():
+        self.together.update(tuple(sorted(suffixes)) for suffixes in alone.values())
+
+    def _refuse_several_images(self) -> None:
+        """Ask which image of a sample is meant; photographs have such names too, but seldom."""
+        for suffixes, count in self.together.items():
             if len(suffixes) > 1 and count > 1:
                 raise self._error(
                     f"{count} of its keys have {' and '.join(f'.{name}' for name in suffixes)}; "

@@ -3,12 +3,12 @@
 Nothing is extracted: names in a tar only name samples.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,8 @@ def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
     entries = json.dumps([asdict(entry) for entry in index.left_out]).encode()
     arrays["left_out"] = np.frombuffer(entries, np.uint8)
     temporary = stored.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    cache.mkdir(parents=True, exist_ok=True)
-    # Another process that finishes the data set meanwhile takes the folder away.
-    with suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):  # another process was refused and removed it
+        cache.mkdir(parents=True, exist_ok=True)
         replace_file(stored, lambda file: np.savez(file, **arrays), temporary)
     return index
 
@@ -171,9 +170,13 @@ def open_tars(
     labels = np.concatenate([index.labels for index in indexes])
     if not len(labels):
         raise _no_images_error(text, paths, entries)
-    return TarSource(
-        *(text, paths, indexes, _classes(text, paths, indexes, labels, reading)), entries
-    )
+    classes = _classes(text, paths, indexes, labels, reading)
+    has_json = any(entry.kind == ".json" for entry in entries)
+    if has_json and not (classes.classes or reading.class_from or reading.label_suffix):
+        classes.notes.append(
+            "add --label-suffix json:FIELD if a field of the .json files holds the class"
+        )
+    return TarSource(text, paths, indexes, classes, entries)
 
 
 def _shown(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What a place that should be a data set is, where it has no dataset.json, and what to do."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from itertools import islice
@@ -19,6 +20,7 @@ _MAX_LOOKED_AT = 2000  # files and folders; a set of images may have millions
 _MAX_MEMBERS = 20  # of a tar
 _SHOWN = 3  # names in a message
 _LIST_SUFFIXES = (".txt", ".tsv", ".csv")
+_ADDRESS = re.compile(r"[a-z][a-z0-9]+:")  # of a server, or a command
 _ENCODE = "python data_tools/encode_latents.py"
 
 
@@ -27,6 +29,8 @@ def explain(place: Path) -> str:
     try:
         if broken_link(place):
             return f"{absence(place)}; restore what it stood for, or name another"
+        if _ADDRESS.match(str(place)):
+            return "is an address; this needs a folder of this machine, so copy the data set first"
         if not place.exists():
             return f"{absence(place)}; make it: {_ENCODE} --output {_typed(place)}"
         return _explain_file(place) if place.is_file() else _explain_folder(place)
@@ -45,6 +49,8 @@ def _explain_file(path: Path) -> str:
 
 
 def _explain_folder(folder: Path) -> str:
+    if said := run_folder(folder):
+        return said
     if (folder / SETTINGS_NAME).exists():
         return (
             f"no {MANIFEST_NAME}, encoding did not finish; run {_ENCODE} --output "
@@ -70,6 +76,15 @@ def _explain_folder(folder: Path) -> str:
     if not names:
         return f"is empty; {_encode_advice(None, folder)}"
     return f"holds no {MANIFEST_NAME}, only {some(names, _SHOWN)}; name a folder that was encoded"
+
+
+def run_folder(folder: Path) -> str:
+    """Say what a run's folder is, which has a copy of dataset.json and no shards; "": no run's."""
+    config = folder / "config.yaml"
+    is_run = any((folder / name).exists() for name in ("checkpoints", "starts.jsonl"))
+    if not (is_run and config.is_file()) or any(folder.glob("*.tar")):
+        return ""
+    return f"is the folder of a run, no data set; name the data that the run reads, see {config}"
 
 
 def _explain_tars(tars: list[Path], place: Path) -> str:

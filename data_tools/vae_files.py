@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from data_tools.errors import ConfigError, first_line
 from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.paths import absence
+from data_tools.user_text import read_text
 
 if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples
     from diffusers import AutoencoderKL
@@ -93,9 +95,9 @@ def _from_folder(folder: Path, shown: str) -> "AutoencoderKL":
     if isinstance(found, Path):
         return _from_file(found, f"{shown}/{found.name}")
     try:
-        with _quiet_diffusers():
+        with _quiet_diffusers(), _readable_folder(folder) as place:
             model, info = AutoencoderKL.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, **found, **_LOADING
+                place, local_files_only=True, output_loading_info=True, **found, **_LOADING
             )
     except _DAMAGE as err:
         raise ConfigError(
@@ -168,15 +170,15 @@ def _from_file(path: Path, shown: str) -> "AutoencoderKL":
         )
     _check_config(config, shown)
     try:
-        with _quiet_diffusers():
-            model = AutoencoderKL.from_config(AutoencoderKL.load_config(path.parent))
+        with _quiet_diffusers(), _readable_folder(path.parent) as place:
+            model = AutoencoderKL.from_config(AutoencoderKL.load_config(place))
             weights = load_file(path)
             if weights.keys() == model.state_dict().keys():
                 model.load_state_dict(weights)
                 return model
             # The names of the original Stable Diffusion code; diffusers knows the translation.
             return AutoencoderKL.from_single_file(
-                str(path), config=str(path.parent), local_files_only=True
+                str(path), config=str(place), local_files_only=True
             )
     except _DAMAGE as err:
         raise ConfigError(
@@ -250,7 +252,7 @@ def _parts(index: Path) -> list[str]:
 def _model_name(config: Path) -> str | None:
     """Return which model a configuration describes; None if it cannot be read."""
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(read_text(config))
     except (OSError, ValueError):
         return None
     return content.get("_class_name") if isinstance(content, dict) else None
@@ -258,12 +260,12 @@ def _model_name(config: Path) -> str | None:
 
 def _check_config(path: Path, shown: str) -> None:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except FileNotFoundError as err:
         raise ConfigError(
             f"--vae {shown}: no config.json; give a folder that diffusers saved."
         ) from err
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+    except ValueError as err:
         refuse_lfs_pointer("--vae", path)
         raise ConfigError(f"--vae {path}: is not JSON ({err}); fetch the folder again.") from err
     name = config.get("_class_name") if isinstance(config, dict) else None
@@ -272,6 +274,21 @@ def _check_config(path: Path, shown: str) -> None:
             f"--vae {path}: describes {name or 'no model'}, not an AutoencoderKL; "
             "give the VAE's own folder."
         )
+
+
+@contextlib.contextmanager
+def _readable_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder that diffusers can read: its config.json must be UTF-8 without a mark."""
+    text = read_text(folder / _CONFIG)
+    if (folder / _CONFIG).read_bytes() == text.encode():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="vae-") as name:
+        for path in folder.iterdir():
+            if path.name != _CONFIG:
+                (Path(name) / path.name).symlink_to(path.absolute())
+        (Path(name) / _CONFIG).write_text(text, encoding="utf-8")
+        yield Path(name)
 
 
 @contextlib.contextmanager

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_tools.errors import ConfigError
-from data_tools.findings import Finding, Verification
+from data_tools.findings import SETTINGS_NAME, Finding, Verification
 from data_tools.formats import NewerFormatError
 from data_tools.full_check import run_full
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.quick_check import run_quick
 from data_tools.shard_check import ShardContent
+from data_tools.undescribed import run_folder
 
 MAX_WORKERS = 16
 
@@ -38,8 +39,8 @@ def verify(
             without being read again, where dataset.json still says the same of them.
     """
     result = Verification(folder, is_quick)
-    if not folder.is_dir():
-        DatasetManifest.load(folder)  # says what is wrong with the folder
+    if run_folder(folder) or not _is_data_set(folder):
+        DatasetManifest.load(folder)  # says what it is instead
     try:
         manifest = result.manifest = DatasetManifest.load(folder, check_shards=False)
     except NewerFormatError:  # whatever there is to say, it is not damaged
@@ -58,6 +59,13 @@ def verify(
         else:
             run_full(result, manifest, pool, on_bytes, known or {})
     return result
+
+
+def _is_data_set(folder: Path) -> bool:
+    """Tell a damaged data set from a folder that never was one."""
+    return any((folder / name).exists() for name in (MANIFEST_NAME, SETTINGS_NAME)) or any(
+        folder.glob("[0-9]*.json")
+    )
 
 
 def default_workers() -> int:

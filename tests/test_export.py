@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -481,6 +482,7 @@ def test_a_pipeline_comes_with_its_autoencoder_and_its_licence(exports, vae):
     assert "CC BY-SA 4.0" in (folder / "vae" / "README.md").read_text()
     theirs = load_vae(folder / "vae")
     assert theirs.sha256 == vae.sha256
+    assert not re.search(r'"_name_or_path"|": "/', (folder / "vae" / "config.json").read_text())
 
 
 def test_a_pipeline_decodes_by_the_statistics_of_the_data_that_the_model_learned_from(

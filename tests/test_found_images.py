@@ -114,6 +114,17 @@ def test_labels_stay_with_their_images_where_joined_tars_use_the_same_names(tmp_
     assert [found.read(i) for i in range(6)] == [picture(i) for i in range(6)]
 
 
+def test_masks_stay_with_their_images_where_joined_tars_use_the_same_names(tmp_path):
+    members = [(f"{i}.{s}", picture(i)) for i in range(3) for s in ("jpg", "seg.png")]
+    half = make_tar(tmp_path / "half.tar", members).read_bytes()
+    (tmp_path / "joined.tar").write_bytes(half + half)
+
+    found = open_source(str(tmp_path / "joined.tar"))
+
+    assert names(found) == 2 * [f"joined.tar/{i}.jpg" for i in range(3)]
+    assert left_out(found) == {".seg.png beside the image of its key": 6}
+
+
 def test_labels_without_an_image_are_counted(tmp_path):
     members = [("0.cls", b"1"), ("0.jpg", b"x"), ("1.cls", b"1"), ("1.heic", b"x")]
 

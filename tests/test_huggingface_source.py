@@ -230,7 +230,7 @@ def parquet(folder):
         ),
         (
             lambda f: save(f, rows(1, label=[[0, 1]])),
-            "and no class numbers; cast it to datasets.ClassLabel",
+            "several values for an image; write one class for each into a column of its own",
         ),
         (lambda f: cut(f, 0.05), "cannot be read as a data set of Hugging Face datasets ("),
         (lambda f: cut(f, 0.8), "cannot be read as a data set of Hugging Face datasets ("),

@@ -11,6 +11,7 @@ from data_tools.encoding_settings import SETTINGS_NAME
 from data_tools.errors import ConfigError
 from data_tools.inputs import open_source
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.reading import Reading
 from tests.encode_jobs import content, flags, make_pictures
 from tests.image_inputs import make_tar
 
@@ -101,7 +102,9 @@ def test_a_repair_reads_the_input_as_the_flags_said(tmp_path, pictures):
     verify_shards.main(["--data", str(output), "--input", str(folder), "--repair"])
 
     assert content(output) == before
-    with pytest.raises(ConfigError, match=r"was begun with other settings: source .* \(read by"):
+    with pytest.raises(
+        ConfigError, match=r"was begun with other settings: other names .* \(read by"
+    ):
         main(flags(folder, output, **{"--shard-size": 2}))
 
 
@@ -129,3 +132,39 @@ def test_a_joined_and_unsorted_tar_is_encoded_whole(tmp_path, pictures):
     main(flags(tmp_path / "all.tar", tmp_path / "set"))
 
     assert [c.count for c in DatasetManifest.load(tmp_path / "set").classes] == [2] * 4
+
+
+def test_a_class_whose_images_are_all_damaged_is_named_at_the_end(tmp_path, pictures, capsys):
+    folder = write(tmp_path / "photos", pictures, ["a/1.png", "b/2.png"])
+    (folder / "b" / "2.png").write_bytes(b"x")
+
+    main(flags(folder, tmp_path / "set"))
+
+    assert capsys.readouterr().out.endswith("b/2.png\n1 of 2 classes has no image: b\n")
+    assert [entry.count for entry in DatasetManifest.load(tmp_path / "set").classes] == [1, 0]
+
+
+def test_what_is_said_of_odd_names_stays_in_its_line(tmp_path, pictures, capsys):
+    folder = write(tmp_path / "photos", pictures, ["a\nb/\x1b[31mred.png", "c/1.png"])
+    (folder / "c" / "\x1b[2J.png").write_bytes(b"x")
+
+    main(flags(folder, tmp_path / "set"))
+
+    out = capsys.readouterr().out
+    assert "images per class: a\\nb 1, c 2\n" in out and "skipped c/\\x1b[2J.png: is text\n" in out
+    assert "\x1b" not in out
+
+
+def test_labels_that_are_left_unread_are_pointed_at(tmp_path, pictures, capsys):
+    flat = write(tmp_path / "flat", pictures, ["1.png", "2.png"])
+    (flat / "dataset.json").write_text('{"labels": [["1.png", 0]')
+    members = [("1.png", pictures[0]), ("1.json", b'{"label": 1}')]
+    tar = make_tar(tmp_path / "0.tar", members)
+
+    notes = [open_source(str(place)).notes for place in (flat, tar)]
+
+    assert notes[0] == ['dataset.json is not used: it holds no {"labels": [[file, number], ...]}']
+    assert notes[1] == [
+        "add --label-suffix json:FIELD if a field of the .json files holds the class"
+    ]
+    assert not open_source(str(tar), reading=Reading(class_from="none")).notes

@@ -117,7 +117,9 @@ def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"^--input .*: no image files \(\.avif, .*in it; give"):
         open_source(str(tmp_path))
     save(tmp_path / "loose.png")
-    with pytest.raises(ConfigError, match=r"loose\.png: is a file; give a folder"):
+    with pytest.raises(
+        ConfigError, match=r"loose\.png: is a file, and neither a list .* give a folder"
+    ):
         open_source(str(tmp_path / "loose.png"))
     save(tmp_path / "a" / "1.png")
     with pytest.raises(ConfigError, match=r"1 images \(loose\.png, \.\.\.\) lie beside class fol"):
@@ -321,7 +323,7 @@ def cut(path, end):
         ),
         (
             lambda p: make_tar(p, [("a.cls", b"cat"), ("a.jpg", b"x")]),
-            "a.cls holds b'cat', which is no number of a class; write the label into it.",
+            "a.cls holds 'cat', which is no number of a class; write the label into it.",
         ),
         (
             lambda p: make_tar(p, [("a.cls", b"1"), ("a.jpg", b"x"), ("b.jpg", b"x")]),
@@ -330,6 +332,10 @@ def cut(path, end):
         (
             lambda p: make_tar(p, [("a.jpg", b"x"), ("a.png", b"x")]),
             "a.jpg and a.png are one sample; leave one image per sample, or say with --image-suf",
+        ),
+        (
+            lambda p: make_tar(p, [("a.jpg", b"x"), ("a.jpg", b"y")]),
+            "holds a.jpg twice; leave one, or rename it.",
         ),
         (
             lambda p: make_tar(p, [("cat/a.jpg", b"x"), ("b.png", b"x")]),
@@ -394,7 +400,9 @@ def test_class_names_give_ids_and_names(tmp_path, name, content, wanted):
     [
         (None, "cannot be read (No such file or directory); give a JSON or TSV file."),
         ("{", "is no JSON object and no lines of id, tab, name (Expecting"),
-        ('["a"]', "names 0 of the 2 classes and not 'n01'; add the others."),
+        ('["a"]', "is JSON and no object; write {id: name} or {id: [id, name]}."),
+        ("{}", "names 0 of the 2 classes and not 'n01'; add the others."),
+        ('{"0": "x"}', "names '0', ..., while the input calls its classes 'n01', ...; write the"),
         ('{"n01": "x"}', "names 1 of the 2 classes and not 'n02'; add the others."),
         ('{"n01": 3, "n02": "x"}', "'n01' has 3; write a name, or [id, name]."),
         ('{"n01": ["a", "x"], "n02": ["a", "y"]}', "two classes get the id 'a'; correct it."),

@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_tools import inspect_dataset, verify_shards
 from data_tools.encode_latents import main as encode_main
 from data_tools.errors import ConfigError
 from data_tools.manifest import DatasetManifest
@@ -116,3 +117,25 @@ def test_the_other_tools_say_the_same(tmp_path):
     photos = make_pictures(tmp_path / "photos", 1)
     with pytest.raises(ConfigError, match="holds images .*, not latents; encode first"):
         DatasetManifest.load(photos, check_shards=False)
+    for command in (verify_shards, inspect_dataset):
+        flag = ["--data"] if command is verify_shards else []
+        with pytest.raises(ConfigError, match="holds images .*, not latents; encode first"):
+            command.main([*flag, str(photos)])
+        with pytest.raises(ConfigError, match="is an address; this needs a folder of this machine"):
+            command.main([*flag, "https://host/set"])
+
+
+def test_a_run_given_as_a_data_set_is_called_a_run(tmp_path):
+    """It holds a copy of dataset.json, so its shards would seem to be lost."""
+    run = make_dataset(tmp_path / "run", [2]).folder
+    for path in run.glob("0*"):
+        path.unlink()
+    (run / "config.yaml").write_text("data: {}\n")
+    (run / "checkpoints").mkdir()
+
+    said = refusal(run)
+
+    assert said.startswith("is the folder of a run, no data set; name the data that the run reads")
+    assert said.endswith(f"see {run}/config.yaml.")
+    with pytest.raises(ConfigError, match="is the folder of a run, no data set"):
+        verify_shards.main(["--data", str(run)])

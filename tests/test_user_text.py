@@ -81,6 +81,32 @@ def test_a_name_that_needs_no_mending_is_not_changed(tmp_path):
         assert names(open_source(str(tmp_path / "list.txt"))) == [name]
 
 
+def test_lines_of_a_list_may_be_written_in_several_ways(tmp_path, pictures):
+    """As a table editor does, which writes quotes around some names only."""
+    changes = [str, lambda name: f'"{name}"', lambda name: name.replace("/", "\\")]
+    mixed = [changes[i % 3](name) for i, name in enumerate(pictures)]
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in mixed))
+    assert names(open_source(str(tmp_path / "list.txt"))) == pictures
+
+
+def test_a_missing_file_in_the_first_line_does_not_hide_the_others(tmp_path, pictures):
+    path = tmp_path / "list.txt"
+    lines = ["photos\\gone.png", *(name.replace("/", "\\") for name in pictures)]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(ConfigError, match=r"1 of 7 files do not exist \(photos/gone\.png\); bring"):
+        main(flags(path, tmp_path / "set"))
+    path.write_text("photos/gone.png 0\n" + "".join(f"{name} 1\n" for name in pictures))
+    with pytest.raises(ConfigError, match="line 2: .* path and class are separated by a tab"):
+        main(flags(path, tmp_path / "set"))
+
+
+@pytest.mark.parametrize("name", ["~/photos/0.png", "$DATA/0.png"])
+def test_a_list_says_that_its_names_stand_for_themselves(tmp_path, name):
+    (tmp_path / "list.txt").write_text(f"{name}\n")
+    with pytest.raises(ConfigError, match="stand for themselves in a list, without ~ and .NAME; "):
+        main(flags(tmp_path / "list.txt", tmp_path / "set"))
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -99,6 +125,26 @@ def test_what_is_wrong_with_a_list_is_said_in_one_sentence(tmp_path, pictures, t
     message = str(error.value)
     assert message.startswith(f"--input {tmp_path}/list.txt: ") and "\n" not in message
     assert sentence.replace("{0}", pictures[0]) in message
+
+
+def test_a_list_counts_labels_from_0_as_tars_do(tmp_path, pictures):
+    (tmp_path / "list.tsv").write_text(f"{pictures[0]}\t-1\n{pictures[1]}\t0\n")
+    with pytest.raises(
+        ConfigError, match=r"list\.tsv: has the class number -1; labels count from 0"
+    ):
+        open_source(str(tmp_path / "list.tsv"))
+
+
+def test_a_list_is_one_in_any_letters_and_other_files_are_not(tmp_path, pictures):
+    (tmp_path / "LIST.TXT").write_text(f"{pictures[0]}\n")
+    assert names(open_source(str(tmp_path / "LIST.TXT"))) == pictures[:1]
+    with pytest.raises(
+        ConfigError, match=r"is a file, and neither a list \(\.txt, \.tsv\) nor a tar"
+    ):
+        open_source(str(tmp_path / pictures[0]))
+    for address in ("https://host/a.tar", "s3://bucket/photos", "pipe:cat a.tar"):
+        with pytest.raises(ConfigError, match=f"^--input {address}: is an address; images are rea"):
+            open_source(address)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])

@@ -68,6 +68,15 @@ def test_weights_in_several_files_are_read(saved, tmp_path):
     assert "diffusers cannot load its weights (" in refusal(tmp_path / "parts")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_configuration_is_read_whatever_editor_saved_it(saved, make, encoding):
+    folder = make("edited", WEIGHTS)
+    text = (saved / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("}", "\n}"), encoding)
+    assert load_vae(folder).sha256 == load_vae(saved).sha256
+    assert load_vae(folder / WEIGHTS).sha256 == load_vae(saved).sha256
+
+
 def test_what_is_wrong_with_the_weights_is_one_sentence(saved, make, capfd):
     pickled = make("bin")
     torch.save(load_file(saved / WEIGHTS), pickled / "diffusion_pytorch_model.bin")

@@ -166,6 +166,10 @@ def write_vae(job: ExportJob, folder: Path) -> None:
     # Its weights lie channels-last in memory, which safetensors refuses.
     torch.nn.Module.to(job.vae.model, memory_format=torch.contiguous_format)
     job.vae.model.save_pretrained(folder / "vae")
+    config_file = folder / "vae" / CONFIG_FILE
+    config = json.loads(config_file.read_bytes())
+    config.pop("_name_or_path", None)  # a path of this machine
+    config_file.write_text(as_json(config), encoding="utf-8")
     card = REPOSITORY / job.vae.source_id / "README.md"
     if card.is_file():
         shutil.copyfile(card, folder / "vae" / "README.md")
