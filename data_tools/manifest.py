@@ -304,14 +304,10 @@ def _check_consistent(manifest: Manifest) -> None:
     channels = shape[0] // 2 if latent.kind == "moments" else shape[0]
     mean, std = manifest.vae.latents_mean, manifest.vae.latents_std
     if len(mean) != len(std) or len(std) not in (0, channels) or min(std, default=1.0) <= 0:
-        raise MalformedError(
-            f"the VAE's latents_mean and latents_std are no {channels} numbers each"
-        )
+        raise MalformedError(f"latents_mean and latents_std are no {channels} numbers each")
     in_shards = sum(shard.num_samples for shard in manifest.shards)
     if in_shards != manifest.num_samples or in_shards < 1:
-        raise MalformedError(
-            f"num_samples is {manifest.num_samples} but the shards hold {in_shards}"
-        )
+        raise MalformedError(f"num_samples is {manifest.num_samples}, the shards hold {in_shards}")
     for shard in manifest.shards:
         # The name may come from anywhere; it must not lead out of the data's or the cache's folder.
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar", shard.name):

@@ -200,7 +200,7 @@ def name_a_class_twice(folder):
         (drop("vae"), "the content lacks ['vae'] and has the unknown []"),
         (edit(extra=1), "lacks [] and has the unknown ['extra']"),
         (edit(num_samples="7"), "num_samples is '7', which is no int"),
-        (edit(num_samples=8), "num_samples is 8 but the shards hold 7"),
+        (edit(num_samples=8), "num_samples is 8, the shards hold 7"),
         (edit(num_samples=True), "num_samples is True, which is no int"),
         (change_shape, "has stride"),
         (edit_vae(latents_mean=[0.0] * 4), "latents_mean and latents_std are no 4 numbers"),

@@ -241,7 +241,7 @@ OTHER_DAMAGE = [
     (
         "inconsistent manifest",
         change_manifest(lambda c: c.update(num_samples=81)),
-        ("manifest", MANIFEST_NAME, "num_samples is 81 but the shards hold 80"),
+        ("manifest", MANIFEST_NAME, "num_samples is 81, the shards hold 80"),
         True,
     ),
     (
