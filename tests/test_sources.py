@@ -116,7 +116,9 @@ def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"^--input .*: no image files \(\.avif, .*in it; give"):
         open_source(str(tmp_path))
     save(tmp_path / "loose.png")
-    with pytest.raises(ConfigError, match=r"loose\.png: is a file, and neither a list .* give a folder"):
+    with pytest.raises(
+        ConfigError, match=r"loose\.png: is a file, and neither a list .* give a folder"
+    ):
         open_source(str(tmp_path / "loose.png"))
     save(tmp_path / "a" / "1.png")
     with pytest.raises(ConfigError, match=r"1 images \(loose\.png, \.\.\.\) lie beside class fol"):
