@@ -178,7 +178,8 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
         ) from err
     if not isinstance(pairs, dict):
         raise ConfigError(
-            f"--class-names {path}: is JSON and no object; write {{id: name}} or {{id: [id, name]}}."
+            f"--class-names {path}: is JSON and no object; write {{id: name}} or "
+            "{id: [id, name]}."
         )
     named: dict[str, tuple[str, str]] = {}
     for key, value in pairs.items():

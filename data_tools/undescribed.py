@@ -24,9 +24,9 @@ _ENCODE = "python data_tools/encode_latents.py"
 def explain(place: Path) -> str:
     """Say what a place without a dataset.json is and what to do, in one clause each."""
     try:
-        if _ADDRESS.match(str(place)):
-            return "is an address; this needs a folder of this machine, so copy the data set first"
         if not place.exists():
+            if _ADDRESS.match(str(place)):
+                return "is an address; this reads folders of this machine, so copy the data set"
             return f"{absence(place)}; make it: {_ENCODE} --output {_typed(place)}"
         return _explain_file(place) if place.is_file() else _explain_folder(place)
     except OSError as err:
