@@ -112,16 +112,21 @@ def split_input(words: list[str]) -> tuple[Location, list[str]]:
     return parse_location(folders.pop() or "/", "--input"), names
 
 
-def scan_shard(location: Location, name: str, wanted: Wanted, output: Path) -> ScannedShard:
-    """Index a tar, unless that was done before."""
+def scan_shard(
+    location: Location, name: str, wanted: Wanted, output: Path, vae: Vae
+) -> ScannedShard:
+    """Index a tar, unless that was done before; of one that is refused nothing is written."""
     stem = name.removesuffix(".tar")
     index, notes = output / f"{stem}.index.npy", output / f"{stem}.index.json"
     known = _known(notes)
     if known is not None and known.wanted == wanted and index.is_file():
         tar = None if location.folder is None else location.folder / name
         if tar is None or (tar.is_file() and _is_that(tar, known, notes)):
+            check_latents(name, known, vae)
             return known
     found, content = scan(location, name, wanted)
+    check_latents(name, found, vae)
+    output.mkdir(parents=True, exist_ok=True)
     replace_file(index, lambda file: file.write(content))
     NOTES.write(notes, found)
     return found
@@ -259,11 +264,10 @@ def main(argv: list[str] | None = None) -> None:
     label = "" if args.label == "none" else args.label
     wanted = Wanted(args.array, args.flip, label, args.kind)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        found = []
-        for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty()):
-            found.append(scan_shard(location, name, wanted, output))
-            check_latents(name, found[-1], vae)
+        found = [
+            scan_shard(location, name, wanted, output, vae)
+            for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty())
+        ]
         DATASET.write(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
     except OSError as err:
         raise ConfigError(

@@ -29,9 +29,9 @@ def explain(place: Path) -> str:
     try:
         if broken_link(place):
             return f"{absence(place)}; restore what it stood for, or name another"
-        if _ADDRESS.match(str(place)):
-            return "is an address; this needs a folder of this machine, so copy the data set first"
         if not place.exists():
+            if _ADDRESS.match(str(place)):
+                return "is an address; this reads folders of this machine, so copy the data set"
             return f"{absence(place)}; make it: {_ENCODE} --output {_typed(place)}"
         return _explain_file(place) if place.is_file() else _explain_folder(place)
     except OSError as err:

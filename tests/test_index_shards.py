@@ -175,7 +175,8 @@ def test_standard_deviations_in_the_place_of_log_variances_are_refused(tmp_path)
             array = np.concatenate([latent(0), second])
             writer.write({"__key__": "a", "latent.npy": array, "cls": 0})
     with pytest.raises(ConfigError) as error:
-        main([*WITH, "--input", str(tmp_path / "std")])
+        main([*WITH, "--input", str(tmp_path / "std"), "--output", str(tmp_path / "new" / "set")])
+    assert not (tmp_path / "new").exists()
     assert str(error.value) == (
         "--kind moments: the second half of every array in 0.tar is positive, so it seems to hold "
         "standard deviations and no log-variances; write 2 * log(std) in their place, or the first "
@@ -255,7 +256,7 @@ def damaged_header(content):
             [],
             "img5.latent.npy holds a value tha",
         ),
-        ({"cls": b"tench"}, [], "sample dir.x/img5 has b'tench' as its cls"),
+        ({"cls": b"tench"}, [], "sample dir.x/img5 has 'tench' as its cls"),
         ({"cls": -1}, [], "has the label -1; labels count from 0"),
         ({}, ["--label", "json:class"], "as its json:class, which gives no whole number"),
         ({}, ["--flip", "flip.npy"], "has no .flip.npy"),

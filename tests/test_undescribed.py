@@ -121,7 +121,7 @@ def test_the_other_tools_say_the_same(tmp_path):
         flag = ["--data"] if command is verify_shards else []
         with pytest.raises(ConfigError, match="holds images .*, not latents; encode first"):
             command.main([*flag, str(photos)])
-        with pytest.raises(ConfigError, match="is an address; this needs a folder of this machine"):
+        with pytest.raises(ConfigError, match="is an address; this reads folders of this machine"):
             command.main([*flag, "https://host/set"])
 
 
