@@ -64,7 +64,7 @@ def load_model(source: str | Path) -> tuple["AutoencoderKL", str]:
 
 def _find(source: str | Path) -> Path | None:
     """Locate a folder or file; None if `source` can only be a hub id."""
-    given = Path(source).expanduser()
+    given = Path(source)  # of which flags and presets have expanded ~
     for path in (given, REPOSITORY / given):
         if path.exists():
             return path.resolve()
