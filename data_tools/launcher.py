@@ -125,7 +125,8 @@ def read_place(env: Mapping[str, str] = os.environ) -> Place:
             raise ConfigError(
                 f"{name}={env[name]} is set, so a launcher has started this process, and none that "
                 f"this program knows; {_USE}, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
-                "MASTER_PORT in every process (RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 for a single one)."
+                f"MASTER_PORT in every process; for a single one unset {name}, or set RANK=0 "
+                "WORLD_SIZE=1 LOCAL_RANK=0."
             )
     return ALONE
 
