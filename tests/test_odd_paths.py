@@ -16,7 +16,7 @@ from training.monitor import read_metrics
 
 pytestmark = pytest.mark.ranks
 
-NAME = "betas=[0.9,0.95] *?{a,b} %s%(x)d {0} $HOME (v1)+ ~ 'q' \"r\" #&;|"
+NAME = "betas=[0.9,0.95] *?{a,b} %s%(x)d {0} $ (v1)+ ~ 'q' \"r\" #&;|"
 FLAGS = [
     *("--num-experts", 2, "--patch-size", 16, "--global-batch-size", 4, "--warmup-steps", 2),
     *("--log-every", 1, "--save-every", 100, "--sample-every", 0, "--gradient-clipping", 0),

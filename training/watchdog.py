@@ -84,6 +84,11 @@ class Watchdog:
         limit_all_groups()
         self._store = self._connect()
         self._store.set(self._key(self._ranks.rank), json.dumps(self.heartbeat.beat(False)))
+        if self._ranks.rank == self._last > 0:
+            # Rank 0 may be lost within its first beat, and the store with it.
+            with contextlib.suppress(RuntimeError):
+                self._store.wait([self._key(0)], timedelta(seconds=SILENT_SEC))
+                self._read_beats([0])
         self._looked_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
