@@ -176,11 +176,11 @@ def begun_settings(
         if old[name] != new[name] and not (name in _STATISTICS and not old[name])
     ]
     if different:
-        rules = " (read by the rules for inputs in data_tools/README.md)"
+        is_read_otherwise = old["source"] != new["source"] and found.num_files == len(source)
+        rules = " (see the rules for inputs in data_tools/README.md)" if is_read_otherwise else ""
         raise ConfigError(
-            f"--output {output}: was begun with other settings: {', '.join(different)}"
-            f"{rules if old['source'] != new['source'] else ''}; repeat the old flags and input, "
-            "or give a new folder."
+            f"--output {output}: was begun with other settings: {', '.join(different)}{rules}; "
+            "repeat the old flags and input, or give a new folder."
         )
     num_other = len(source.edited(found.sizes, settings.sizes))
     # Some may have been mended since, as --strict asks for; most of them are another set.

@@ -138,6 +138,10 @@ def _scan_images(folder: Path, reading: Reading) -> ImageSource:
 
 def _tars(places: list[str], text: str) -> list[Path]:
     other = next((place for place in places if not place.lower().endswith(".tar")), None)
+    if other is not None and not os.path.lexists(other):
+        raise ConfigError(
+            f"--input {text}: {other} does not exist; a path with blanks needs quotes."
+        )
     if other is not None:
         raise ConfigError(
             f"--input {text}: names {len(places)} files and folders, such as {other}, and only "

@@ -87,6 +87,18 @@ def run_folder(folder: Path) -> str:
     return f"is the folder of a run, no data set; name the data that the run reads, see {config}"
 
 
+def held_data(folder: Path) -> str:
+    """Say what data a folder holds, images or a data set; "" if neither is at its top."""
+    if not folder.is_dir():
+        return ""
+    if (folder / MANIFEST_NAME).exists() and any(folder.glob("*.tar")):
+        return "a data set"
+    names = islice(_files(folder), _MAX_LOOKED_AT)
+    images = (name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+    image = next((name for name in images if name.count("/") < 2), "")
+    return image and f"images ({image}, ...)"
+
+
 def _explain_tars(tars: list[Path], place: Path) -> str:
     try:
         with tars[0].open("rb") as file:

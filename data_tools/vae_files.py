@@ -1,6 +1,7 @@
 """Finding and loading an autoencoder: a diffusers folder, one file of weights, or the hub."""
 
 import contextlib
+import difflib
 import json
 import re
 import tempfile
@@ -69,6 +70,11 @@ def _find(source: str | Path) -> Path | None:
         if path.exists():
             return path.resolve()
     text = str(source)
+    beside = [path.name for path in (REPOSITORY / given).parent.glob("*")]
+    if near := difflib.get_close_matches(given.name, beside, 1):
+        raise ConfigError(
+            f"--vae {source}: {absence(given)}; did you mean {given.with_name(near[0])}?"
+        )
     is_hub_id = text.count("/") == 1 and not text.startswith((".", "~", "/"))
     if is_hub_id and given.suffix != ".safetensors":
         return None

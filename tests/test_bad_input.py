@@ -236,6 +236,13 @@ class TestRunDirectoryBeforeTheFirstRun:
             stderr = train("--run-dir", run_dir)
             assert f"--run-dir {run_dir}: {tmp_path}/file is not a folder; choose another" in stderr
 
+    def test_it_is_where_the_photographs_lie(self, train, tmp_path):
+        (tmp_path / "photos" / "cat").mkdir(parents=True)
+        (tmp_path / "photos" / "cat" / "1.JPG").touch()
+
+        sentence = "holds images (cat/1.JPG, ...) and no run; choose a folder for this run alone.\n"
+        assert train("--run-dir", tmp_path / "photos").endswith(sentence)
+
     def test_its_name_is_too_long(self, train, tmp_path):
         stderr = train("--run-dir", tmp_path / ("x" * 300))
         assert stderr.endswith("bytes, its longest name 300); shorten it.\n")

@@ -57,7 +57,7 @@ def test_nodes_without_space_or_data_are_named(cluster, latents, tmp_path):
 
     assert len(lines) == 2, job.output()
     assert re.match(rf"error: node node1: {scratch}: [01] MiB are free, 256 are needed;", lines[0])
-    assert lines[1].startswith(f"error: node node2: --data {latents}: no dataset.json")
+    assert lines[1].startswith(f"error: node node2: --data {latents}: is empty; encode")
 
 
 def test_a_node_with_another_version_is_named(cluster, latents, tmp_path):

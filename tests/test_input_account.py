@@ -103,7 +103,7 @@ def test_a_repair_reads_the_input_as_the_flags_said(tmp_path, pictures):
 
     assert content(output) == before
     with pytest.raises(
-        ConfigError, match=r"was begun with other settings: other names .* \(read by"
+        ConfigError, match=r"was begun with other settings: other names .* \(see the"
     ):
         main(flags(folder, output, **{"--shard-size": 2}))
 

@@ -241,6 +241,8 @@ def test_several_tars_are_named_by_wildcards_by_words_or_by_their_folder(tmp_pat
         ConfigError, match="names 2 files and folders, such as .*, and only tars ca"
     ):
         open_source(str(folder / "train_1a1.tar"), str(tmp_path))
+    with pytest.raises(ConfigError, match="/my does not exist; a path with blanks needs quotes"):
+        open_source(str(tmp_path / "my"), "photos")
     with pytest.raises(ConfigError, match="^--input: is empty; name a file"):
         open_source("")
 

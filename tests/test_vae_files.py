@@ -68,6 +68,11 @@ def test_weights_in_several_files_are_read(saved, tmp_path):
     assert "diffusers cannot load its weights (" in refusal(tmp_path / "parts")
 
 
+def test_a_folder_that_is_nearly_called_so_is_named_and_no_server_asked():
+    sentence = "--vae data_tools/demovae: does not exist; did you mean data_tools/demo_vae?"
+    assert refusal("data_tools/demovae") == sentence
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_configuration_is_read_whatever_editor_saved_it(saved, make, encoding):
     folder = make("edited", WEIGHTS)

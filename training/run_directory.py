@@ -20,6 +20,7 @@ from data_tools.files import replace_file
 from data_tools.formats import Format, NewerFormatError
 from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest
 from data_tools.paths import absence, broken_link
+from data_tools.undescribed import held_data
 from training.checkpoint_manifest import CHECKPOINT_DIR, latest_checkpoint
 from training.config import Config, differences
 from training.crash_loops import STARTS_FILE
@@ -59,6 +60,10 @@ def check_run_directory(run_dir: Path, config: Config) -> None:
         raise ConfigError(
             f"--run-dir {run_dir} holds {kept[0]} but no {CONFIG_FILE}, so it is of a run that is "
             "not known; restore the file or choose another --run-dir."
+        )
+    elif data := held_data(run_dir):
+        raise ConfigError(
+            f"--run-dir {run_dir} holds {data} and no run; choose a folder for this run alone."
         )
     if not os.access(existing, os.W_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
         raise ConfigError(f"--run-dir {run_dir}: {existing} is not writable; choose another.")
