@@ -188,8 +188,10 @@ def ended(monkeypatch):
 
 
 @pytest.fixture
-def begin(short_grace, ended):
+def begin(short_grace, ended, monkeypatch):
     """Begin the stages of a rank; none ends this process later."""
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     stages = []
 
     def begin(ranks):
