@@ -93,9 +93,7 @@ def held_data(folder: Path) -> str:
         return ""
     if (folder / MANIFEST_NAME).exists() and any(folder.glob("*.tar")):
         return "a data set"
-    names = islice(_files(folder), _MAX_LOOKED_AT)
-    images = (name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
-    image = next((name for name in images if name.count("/") < 2), "")
+    image = _first(folder, IMAGE_SUFFIXES, within=1)
     return image and f"images ({image}, ...)"
 
 
@@ -140,10 +138,19 @@ def _typed(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _first(folder: Path, suffixes: frozenset[str] | tuple[str, ...]) -> str:
-    """Return the first file with one of the suffixes, of those that are looked at; or ""."""
+def _first(
+    folder: Path, suffixes: frozenset[str] | tuple[str, ...], within: int = _MAX_LOOKED_AT
+) -> str:
+    """Return the first file with one of the suffixes, of those that are looked at; or "".
+
+    Args:
+        folder: to look into.
+        suffixes: in small letters.
+        within: levels of folders below it.
+    """
     files = islice(_files(folder), _MAX_LOOKED_AT)
-    return next((name for name in files if Path(name).suffix.lower() in suffixes), "")
+    near = (name for name in files if name.count("/") <= within)
+    return next((name for name in near if Path(name).suffix.lower() in suffixes), "")
 
 
 def _files(folder: Path) -> Iterator[str]:
