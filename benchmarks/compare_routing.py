@@ -19,7 +19,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.entry_point import enter
+from data_tools.process.entry_point import enter
 from training.count import count_parameters
 from training.monitor import read_metrics
 from training.run_directory import SAMPLES_DIR, load_config

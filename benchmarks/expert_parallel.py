@@ -25,8 +25,8 @@ from benchmarks.layer_comparison import Measured, compare
 from benchmarks.layer_problem import Sizes
 from benchmarks.measure import describe_machine
 from benchmarks.start_ranks import run_on_ranks
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.process.entry_point import enter
 from models.switch_dit import MODEL_SIZES
 
 MIB = 2**20

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from benchmarks.measure import best_seconds, describe_machine, saved_bytes
 from benchmarks.sides import DTYPES
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.process.entry_point import enter
 from models.experts import AffineExperts
 from models.gate import ExpertProduct, build_plan
 

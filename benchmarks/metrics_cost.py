@@ -36,8 +36,8 @@ import torch
 
 from benchmarks.measure import best_seconds, describe_machine, synchronise
 from benchmarks.sides import DTYPES, Side, config_of, make_batch, our_side
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.process.entry_point import enter
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan, build_plan
 from models.switch_dit import MODEL_SIZES

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser
+from data_tools.process.entry_point import enter
 from models.dealing import deal, served_at_home
 from models.gate import TimestepGate
 from models.layers import TimestepEmbedder

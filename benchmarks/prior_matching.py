@@ -26,8 +26,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from benchmarks.measure import best_seconds, describe_machine
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser
+from data_tools.process.entry_point import enter
 from models.prior import diffusion_prior, matching_cost
 
 DEPTH = 28  # blocks of XL

@@ -27,9 +27,9 @@ from benchmarks.hardware import GIB, GIGA, MACHINES, Machine
 from benchmarks.layouts import Outcome, Search, best_of_each_kind, explore, workload_of
 from benchmarks.routing_shares import prior_shares
 from benchmarks.scaling_plot import draw_scaling
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.paths import typed_path
+from data_tools.process.entry_point import enter
+from data_tools.user_files.paths import typed_path
 from training.command_line import parse_command_line
 from training.config import Config
 from training.pictures import save_png

@@ -45,8 +45,8 @@ from benchmarks.sides import (
     official_side,
     our_side,
 )
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.process.entry_point import enter
 from models.flops import training_flops
 from training.config import Config
 from training.count import shape_of

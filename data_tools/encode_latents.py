@@ -24,13 +24,13 @@ from data_tools.encoding_changes import edited_sentence
 from data_tools.encoding_output import nothing_left_by_a_refusal
 from data_tools.encoding_run import EncodingRun, choose_device
 from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
-from data_tools.entry_point import enter, is_reporter
 from data_tools.errors import ArgumentParser, ConfigError, some
 from data_tools.input_summary import class_lines
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.manifest import MANIFEST_NAME
-from data_tools.paths import typed_path, typed_text
+from data_tools.process.entry_point import enter, is_reporter
 from data_tools.reading import CLASS_SOURCES, Reading
+from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae import DEMO_VAE
 from data_tools.vae_files import DEFAULT_VAE
 

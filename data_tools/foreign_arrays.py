@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_tools.file_kinds import HEAD_BYTES, kind_of
+from data_tools.user_files.file_kinds import HEAD_BYTES, kind_of
 
 DTYPES = ("float16", "float32")
 USUAL_STD = (0.3, 3.0)  # of latents as a model sees them, which are scaled to about 1

@@ -11,7 +11,6 @@ import numpy as np
 
 from data_tools.class_folders import Classes
 from data_tools.errors import ConfigError, first_line
-from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.files import parse_json
 from data_tools.images import BadImageError
 from data_tools.reading import Reading
@@ -25,6 +24,7 @@ from data_tools.sources import (
     numbered_classes,
     too_large_label,
 )
+from data_tools.user_files.file_kinds import refuse_lfs_pointer
 
 if TYPE_CHECKING:
     import datasets

@@ -13,7 +13,6 @@ from data_tools.errors import ConfigError
 from data_tools.files import parse_json
 from data_tools.images import IMAGE_SUFFIXES
 from data_tools.left_out import Tally, sentence
-from data_tools.paths import absence
 from data_tools.reading import Reading
 from data_tools.sample_names import (
     HIDDEN_KIND,
@@ -25,6 +24,7 @@ from data_tools.sample_names import (
     split_name,
 )
 from data_tools.sources import MAX_CLASSES, FileSource, Names, numbered_classes
+from data_tools.user_files.paths import absence
 
 LABELS_NAME = "dataset.json"  # as the tools of StyleGAN and EDM write it beside images
 _COMPANIONS_SHOWN = 2  # kinds

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_tools.errors import ConfigError
 from data_tools.sources import FileSource, Names, classes_of, numbered_classes
-from data_tools.user_text import TextError, text_lines
+from data_tools.user_files.user_text import TextError, text_lines
 
 _WINDOWS_PATH = re.compile(rb"[A-Za-z]:[\\/]|\\\\")
 _NEGATIVE = re.compile(rb"-[0-9]+")

@@ -20,9 +20,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError
-from data_tools.file_kinds import refuse_lfs_pointer
 from data_tools.files import MalformedError, replace_file
 from data_tools.foreign_arrays import channels_last, doubts
 from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
@@ -42,10 +40,12 @@ from data_tools.manifest import (
     Shard,
     SourceList,
 )
-from data_tools.paths import typed_path, typed_text
-from data_tools.place_names import PIPE, is_address, places_of
+from data_tools.process.entry_point import enter
 from data_tools.undescribed import SETTINGS_NAME
-from data_tools.user_text import TextError, read_text
+from data_tools.user_files.file_kinds import refuse_lfs_pointer
+from data_tools.user_files.paths import typed_path, typed_text
+from data_tools.user_files.place_names import PIPE, is_address, places_of
+from data_tools.user_files.user_text import TextError, read_text
 from data_tools.vae import Vae, load_vae
 
 

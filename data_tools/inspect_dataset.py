@@ -18,11 +18,11 @@ from typing import Any
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, some
 from data_tools.left_out import sentence
 from data_tools.manifest import ClassEntry, DatasetManifest
-from data_tools.paths import typed_path, typed_text
+from data_tools.process.entry_point import enter
+from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.verification_report import readable_bytes, table
 
 BATCH_SIZE = 256  # of the paper and of every preset; steps per epoch refer to it

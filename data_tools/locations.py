@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from data_tools.errors import ConfigError
-from data_tools.place_names import PIPE
+from data_tools.user_files.place_names import PIPE
 
 _STORES = ("s3://", "gs://")
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs")

@@ -17,9 +17,9 @@ from data_tools.http_stream import open_http
 from data_tools.locations import Location
 from data_tools.locks import StoppedError
 from data_tools.object_stores import open_object
-from data_tools.place_names import PIPE
 from data_tools.server_answers import instead_of_file
 from data_tools.transports import Patience, ProcessStream, RefusalError, Stream, TransferError
+from data_tools.user_files.place_names import PIPE
 
 _MAX_BACKOFF_SEC = 30.0
 _MIN_BYTES_PER_SEC = 1024  # a server that trickles is stalled, too

@@ -2,8 +2,8 @@
 
 import re
 
-from data_tools.file_kinds import is_lfs_pointer, kind_of
 from data_tools.files import parse_json
+from data_tools.user_files.file_kinds import is_lfs_pointer, kind_of
 
 HEAD_BYTES = 4096  # of what was sent, enough for its message
 _TAR_MAGIC = slice(257, 262)

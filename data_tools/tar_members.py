@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
-from data_tools.file_kinds import kind_of
+from data_tools.user_files.file_kinds import kind_of
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK_BYTES = 1 << 20

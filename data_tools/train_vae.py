@@ -24,9 +24,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError
-from data_tools.paths import typed_path
+from data_tools.process.entry_point import enter
+from data_tools.user_files.paths import typed_path
 from data_tools.vae import resolve_device
 from data_tools.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
 

@@ -30,11 +30,11 @@ from data_tools.manifest import (
     Manifest,
     SourceList,
 )
-from data_tools.place_names import places_of, split_list, split_weight
 from data_tools.remote import MissingFileError, read_small
 from data_tools.server_answers import json_message
 from data_tools.shard_store import ShardStore
 from data_tools.stream_plan import BLOCK, StreamPlan
+from data_tools.user_files.place_names import places_of, split_list, split_weight
 
 _FLAG = "--data"
 _MAX_MANIFEST_BYTES = 1 << 28  # 300 bytes a shard: enough for a thousand million samples

@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 
 from data_tools.errors import some
-from data_tools.file_kinds import HEAD_BYTES, kind_of
 from data_tools.images import IMAGE_SUFFIXES
-from data_tools.paths import absence, broken_link
 from data_tools.sample_names import is_hidden
 from data_tools.tar_members import BadTarError, walk
+from data_tools.user_files.file_kinds import HEAD_BYTES, kind_of
+from data_tools.user_files.paths import absence, broken_link
 
 MANIFEST_NAME = "dataset.json"
 SETTINGS_NAME = "encoding.json"  # beside it, of a set that encode_latents.py made

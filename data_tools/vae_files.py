@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data_tools.errors import ConfigError, first_line
-from data_tools.file_kinds import refuse_lfs_pointer
-from data_tools.paths import absence
-from data_tools.user_text import read_text
+from data_tools.user_files.file_kinds import refuse_lfs_pointer
+from data_tools.user_files.paths import absence
+from data_tools.user_files.user_text import read_text
 
 if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples
     from diffusers import AutoencoderKL

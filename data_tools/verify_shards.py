@@ -18,10 +18,10 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.findings import SHARD_PARTS, Verification
-from data_tools.paths import typed_path, typed_text
+from data_tools.process.entry_point import enter
+from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.verification import default_workers, verify
 from data_tools.verification_report import readable_bytes, report, sentence
 

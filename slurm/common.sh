@@ -1,7 +1,7 @@
 # Shared by the job scripts beside it: `train` and `launch`. Sourced, never run.
 # Settings of the site are in site.sh.
 #
-# One task per GPU; data_tools/launcher.py reads Slurm's variables, so no MPI is needed.
+# One task per GPU; data_tools/process/launcher.py reads Slurm's variables, so no MPI is needed.
 # A training job that nears its time limit, or is told to stop by `scancel --signal=TERM`, saves a
 # checkpoint, is queued again and continues. So does one that crashes, a bounded number of times,
 # and one that Slurm itself queues again: preempted (PreemptMode=REQUEUE), or after a node failed.

@@ -23,7 +23,7 @@ import torch
 
 import training.assemble
 import training.loop  # noqa: F401
-from data_tools.entry_point import enter
+from data_tools.process.entry_point import enter
 from training import engine, main
 
 

@@ -148,9 +148,7 @@ class LocalSlurm:
         """Return the environment that the login node's shell has."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "WORLD"))}
         set_by_login = {"SHELL": "/bin/bash"}  # what salloc starts; cron and containers have none
-        return (
-            set_by_login | kept | {"SLURM_CONF": str(self.folder / "slurm.conf")} | (extra or {})
-        )
+        return set_by_login | kept | {"SLURM_CONF": str(self.folder / "slurm.conf")} | (extra or {})
 
     def boot(self, node):
         """Start a node, or start it again after `power_off`."""

@@ -145,7 +145,7 @@ def answer(main, argv, folder, may_write):
                 main(list(argv))
             except SystemExit as left:
                 code = left.code or 0
-            except ConfigError as err:  # data_tools.entry_point.enter says it
+            except ConfigError as err:  # data_tools.process.entry_point.enter says it
                 errors.write(f"error: {err}\n")
                 code = err.exit_code
     finally:

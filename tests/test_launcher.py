@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError, OutageError
-from data_tools.launcher import (
+from data_tools.process.launcher import (
     ALONE,
     BY_TORCH,
     Place,

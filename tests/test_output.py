@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.entry_point import STOP_SIGNALS
+from data_tools.process.entry_point import STOP_SIGNALS
 from tests.encode_jobs import flags, make_pictures
 from tests.launch import REPOSITORY, environment, finish, start
 from tests.synthetic import make_dataset
@@ -25,7 +25,7 @@ from training.run_log import LOG_FILE
 WORK = """
 import os, sys
 from pathlib import Path
-from data_tools.entry_point import enter
+from data_tools.process.entry_point import enter
 def main():
     for number in range(3000):
         print("line", number, "\\N{LATIN SMALL LETTER E WITH ACUTE}\\u732b\\udc80", flush=True)
@@ -91,7 +91,7 @@ def test_a_character_that_an_encoding_lacks_is_written_as_an_escape(tmp_path, en
 def test_names_of_files_are_read_in_any_locale(tmp_path):
     """Under ASCII and Latin-1 alike; what is printed is still what the terminal can show."""
     no_utf8 = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    script = "from data_tools.entry_point import enter; import sys; enter(lambda: print(sys.argv))"
+    script = "from data_tools.process.entry_point import enter; import sys; enter(lambda: print(sys.argv))"
     command = [sys.executable, "-c", script, "l\u00e4ufe", b"\xff"]
     said = subprocess.run(
         command,
@@ -106,7 +106,7 @@ def test_names_of_files_are_read_in_any_locale(tmp_path):
 
 def test_a_file_opened_later_does_not_become_the_closed_output(tmp_path):
     script = (
-        "import os, subprocess; from data_tools.entry_point import enter\n"
+        "import os, subprocess; from data_tools.process.entry_point import enter\n"
         "def main():\n"
         f"    with open({str(tmp_path / 'checkpoint')!r}, 'w') as file:\n"
         "        os.write(1, b'noise'); subprocess.run(['echo', 'noise'], check=True)\n"
@@ -126,7 +126,7 @@ def test_a_file_opened_later_does_not_become_the_closed_output(tmp_path):
 
 STOPPED = """
 import sys, time
-from data_tools.entry_point import enter
+from data_tools.process.entry_point import enter
 def main():
     try:
         print("ready", flush=True)

@@ -8,7 +8,7 @@ import yaml
 
 from data_tools import encode_latents
 from data_tools.errors import ConfigError
-from data_tools.paths import absence, expand, expand_data
+from data_tools.user_files.paths import absence, expand, expand_data
 from tests.configs import small
 from tests.launch import REPOSITORY
 from training import evaluate, retry, sample

@@ -3,7 +3,7 @@
 import pytest
 
 from data_tools.errors import ConfigError
-from data_tools.place_names import places_of, split_list, split_weight
+from data_tools.user_files.place_names import places_of, split_list, split_weight
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from data_tools.entry_point import STOP_SIGNALS
+from data_tools.process.entry_point import STOP_SIGNALS
 from training.processes import Ranks, StopSignal, share_cores
 
 

@@ -258,7 +258,7 @@ def test_one_module_reads_launchers_variables():
         and LAUNCHER_VARIABLE.fullmatch(node.value)
     }
 
-    assert readers == {"data_tools/launcher.py"}
+    assert readers == {"data_tools/process/launcher.py"}
 
 
 def test_a_command_that_a_package_brings_as_a_file_works_in_a_path_with_blanks(tmp_path):

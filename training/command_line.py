@@ -7,7 +7,7 @@ from typing import Any
 
 from data_tools.encode_latents import DEMO_LATENTS
 from data_tools.errors import ArgumentParser, ConfigError
-from data_tools.paths import typed_path
+from data_tools.user_files.paths import typed_path
 from training.config import SECTIONS, Config, config_from_dict, options
 from training.old_flags import OF_TRAINING
 from training.option import EXPECTED, Option, check_value, did_you_mean

@@ -16,7 +16,7 @@ import yaml
 
 from data_tools.errors import ConfigError
 from data_tools.formats import Format
-from data_tools.paths import expand, expand_name
+from data_tools.user_files.paths import expand, expand_name
 from models.dealing import DEALINGS
 from models.diffusion import OBJECTIVES
 from models.loss_weights import LOSS_WEIGHTS

@@ -19,8 +19,8 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import torch
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.process.entry_point import enter
 from models.experts import merging_is_cheaper
 from models.flops import NetworkShape, forward_flops, training_flops
 from models.moe import mlp_expert_width

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data_tools.files import parse_json
-from data_tools.launcher import is_restarted_by_torchrun
+from data_tools.process.launcher import is_restarted_by_torchrun
 from training.retry import DEFAULT_LIMIT, LIMIT_VARIABLE
 
 STARTS_FILE = "starts.jsonl"  # in the run directory

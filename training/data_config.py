@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from data_tools.paths import expand, expand_data
 from data_tools.shard_store import CHECKS
+from data_tools.user_files.paths import expand, expand_data
 from training.option import option
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from data_tools.errors import ConfigError
-from data_tools.user_text import TextError, read_text
+from data_tools.user_files.user_text import TextError, read_text
 from training.config import Config
 from training.option import did_you_mean, shown
 from training.precision import PRECISION_BLOCKS, Hardware, detect_hardware

@@ -20,9 +20,9 @@ from pathlib import Path
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.paths import typed_path, typed_text
+from data_tools.process.entry_point import enter
+from data_tools.user_files.paths import typed_path, typed_text
 from training.playground import Playground
 from training.processes import enter_job, select_accelerator
 

@@ -22,11 +22,11 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 from tqdm import tqdm
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import replace_file
-from data_tools.launcher import is_started_again
-from data_tools.paths import typed_data, typed_path, typed_text
+from data_tools.process.entry_point import enter
+from data_tools.process.launcher import is_started_again
+from data_tools.user_files.paths import typed_data, typed_path, typed_text
 from training.evaluation.card import (
     CARD,
     describe_images,

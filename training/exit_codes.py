@@ -4,8 +4,8 @@ import os
 import signal
 from types import FrameType
 
-from data_tools.entry_point import STOP_SIGNALS, minded_signals
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
+from data_tools.process.entry_point import STOP_SIGNALS, minded_signals
 
 SAVED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, saved, and to be started again
 CRASH_EXIT_CODE = 1  # also: ended before there was anything to save

@@ -25,9 +25,9 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from safetensors import SafetensorError
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.paths import typed_path, typed_text
+from data_tools.process.entry_point import enter
+from data_tools.user_files.paths import typed_path, typed_text
 from training.checkpoint_writer import describe_disk_error
 from training.export_card import model_card
 from training.export_dit import check_dit, write_dit

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, some
-from data_tools.launcher import own_node, slurm_gpus
+from data_tools.process.launcher import own_node, slurm_gpus
 from training.processes import Ranks, select_accelerator
 from training.provenance import (
     commit,

@@ -14,7 +14,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import yaml
 
-from data_tools.entry_point import enter
+from data_tools.process.entry_point import enter
 from training.config import SECTIONS, options
 from training.option import Option
 

@@ -30,9 +30,9 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import torch
 
-from data_tools.entry_point import enter
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
-from data_tools.launcher import (
+from data_tools.process.entry_point import enter
+from data_tools.process.launcher import (
     allocated_nodes,
     has_agent_store,
     own_node,

@@ -9,7 +9,7 @@ import yaml
 
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
-from data_tools.user_text import read_text
+from data_tools.user_files.user_text import read_text
 from training.config import CONFIG, Config, config_from_dict
 from training.option import did_you_mean
 from training.run_location import PRESET_FOLDER, preset_file

@@ -1,6 +1,6 @@
 """Processes: a rank's place in the job, the process group, stopping together.
 
-data_tools/launcher.py reads that place from the launcher's variables, training/rendezvous.py knows
+data_tools/process/launcher.py reads that place from the launcher's variables, training/rendezvous.py knows
 where the ranks meet.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from data_tools import launcher
-from data_tools.entry_point import minded_signals
 from data_tools.errors import ConfigError
+from data_tools.process import launcher
+from data_tools.process.entry_point import minded_signals
 from training import rendezvous
 from training.exit_codes import end_on_signals_with, ignore_signals
 

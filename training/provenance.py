@@ -24,7 +24,7 @@ import torch
 
 from data_tools.files import replace_file
 from data_tools.formats import Format
-from data_tools.launcher import batch_job, own_node
+from data_tools.process.launcher import batch_job, own_node
 from training.crash_loops import STARTS_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]

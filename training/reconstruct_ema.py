@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
-from data_tools.paths import typed_path
+from data_tools.process.entry_point import enter
+from data_tools.user_files.paths import typed_path
 from training.checkpoint_writer import describe_disk_error
 from training.config import option_named
 from training.ema import PowerProfile

@@ -18,13 +18,13 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.images import BadImageError, decode_image
 from data_tools.inputs import open_source
 from data_tools.order import permutation
-from data_tools.paths import typed_path, typed_text
+from data_tools.process.entry_point import enter
 from data_tools.sources import ImageSource
+from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae import resolve_device
 from training.evaluation.drawing import disk_errors
 from training.evaluation.feature_flags import add_network_flags, load_network

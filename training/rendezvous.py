@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 
 from data_tools.errors import ConfigError, OutageError
-from data_tools.launcher import (
+from data_tools.process.launcher import (
     BY_TORCH,
     SRUN,
     Place,

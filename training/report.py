@@ -18,10 +18,10 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import jinja2
 
-from data_tools.entry_point import enter
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import replace_file
-from data_tools.paths import typed_path
+from data_tools.process.entry_point import enter
+from data_tools.user_files.paths import typed_path
 from training import report_figures
 from training.report_figures import FigureOf
 from training.report_runs import RunData, load_runs

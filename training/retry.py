@@ -17,7 +17,6 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import yaml
 
-from data_tools.entry_point import enter
 from data_tools.errors import (
     CONFIG_ERROR_EXIT_CODE,
     ArgumentParser,
@@ -26,9 +25,10 @@ from data_tools.errors import (
 )
 from data_tools.files import FIRST, MalformedError
 from data_tools.formats import Format
-from data_tools.launcher import batch_job
-from data_tools.paths import expand
-from data_tools.user_text import read_text
+from data_tools.process.entry_point import enter
+from data_tools.process.launcher import batch_job
+from data_tools.user_files.paths import expand
+from data_tools.user_files.user_text import read_text
 from training import run_location as location
 from training.exit_codes import SAVED_EXIT_CODE
 from training.run_location import preset_file

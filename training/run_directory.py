@@ -19,8 +19,8 @@ from data_tools.errors import ConfigError
 from data_tools.files import replace_file
 from data_tools.formats import Format, NewerFormatError
 from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest
-from data_tools.paths import absence, broken_link
 from data_tools.undescribed import held_data
+from data_tools.user_files.paths import absence, broken_link
 from training.checkpoint_manifest import CHECKPOINT_DIR, latest_checkpoint
 from training.config import Config, differences
 from training.crash_loops import STARTS_FILE

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_tools.paths import expand
+from data_tools.user_files.paths import expand
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESET_FOLDER = Path(__file__).parent / "presets"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from data_tools.file_kinds import refuse_lfs_pointer
+from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from models.switch_dit import SwitchDiT
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from data_tools.errors import ArgumentParser, ConfigError
-from data_tools.paths import typed_path
+from data_tools.user_files.paths import typed_path
 from training.evaluation.networks import FeatureNetwork, ScriptedNetwork, load_inception
 
 

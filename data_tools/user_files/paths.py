@@ -10,7 +10,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from data_tools.errors import ConfigError
-from data_tools.place_names import PIPE
+from data_tools.user_files.place_names import PIPE
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 _HOME = re.compile(r"^~[^/]*")

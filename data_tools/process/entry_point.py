@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TextIO
 
 from data_tools.errors import ConfigError, exit_on_config_error
-from data_tools.launcher import read_place_on_node
+from data_tools.process.launcher import read_place_on_node
 
 # Of a terminal, of a terminal or connection that closes, of a batch system, which lets people
 # choose (Slurm's --signal).
