@@ -26,9 +26,9 @@ from PIL import Image
 from benchmarks.measure import describe_machine
 from data_tools.encoding_run import EncodingRun
 from data_tools.errors import ArgumentParser
-from data_tools.images import square_crop
 from data_tools.process.entry_point import enter
-from data_tools.reading import Reading
+from data_tools.sources.images import square_crop
+from data_tools.sources.reading import Reading
 from data_tools.vae import DEMO_VAE, Vae, load_vae, resolve_device
 
 MIN_SIDE, MAX_SIDE = 256, 512

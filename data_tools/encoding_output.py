@@ -30,7 +30,7 @@ from data_tools.manifest import (
 )
 from data_tools.shard_check import read_shard
 from data_tools.sidecar import SIDECAR, Sidecar, statistics_of
-from data_tools.sources import ImageSource
+from data_tools.sources.source import ImageSource
 
 CLAIMS_NAME = ".claims"  # folder with the claims of processes at work
 INDEXES_NAME = ".sources"  # folder with the indexes of the input's tars

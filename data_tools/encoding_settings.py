@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from data_tools.claims import Claims
-from data_tools.class_folders import number_difference
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE, MalformedError, write_text_once
 from data_tools.formats import Format
@@ -24,9 +23,10 @@ from data_tools.manifest import (
     LatentFormat,
     VaeReference,
 )
-from data_tools.reading import Reading
 from data_tools.records import RecordLayout
-from data_tools.sources import ImageSource
+from data_tools.sources.class_names import number_difference
+from data_tools.sources.reading import Reading
+from data_tools.sources.source import ImageSource
 from data_tools.undescribed import SETTINGS_NAME
 from data_tools.vae import Vae
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from data_tools.encoding import ShardEncoder
 from data_tools.encoding_device import is_out_of_memory
 from data_tools.errors import ConfigError
-from data_tools.images import BadImageError, decode_image
-from data_tools.sources import ImageSource
+from data_tools.sources.images import BadImageError, decode_image
+from data_tools.sources.source import ImageSource
 from data_tools.vae import Vae, tensor_moments
 
 # Of the rms error of reduced precision over the standard deviation of the latents. 0.03 is -30 dB,

@@ -1,6 +1,6 @@
 """Tars of latents that others wrote: what is in them and where, found in one pass.
 
-A sample's members share a key, see tar_samples.py. What a run needs to read any of them at once is
+A sample's members share a key, see sources/tar_samples.py. What a run needs to read any of them at once is
 the offset of its arrays and its label, which go into an index beside dataset.json. Arrays must all
 be of one shape and dtype and stored as numpy.save stores them; their headers are parsed without
 ever loading a pickle.
@@ -19,14 +19,14 @@ from data_tools.errors import ConfigError
 from data_tools.files import SINCE
 from data_tools.foreign_arrays import channels_last, not_npy, unusable
 from data_tools.formats import Format
-from data_tools.left_out import LeftOut, Tally, sentence
 from data_tools.locations import Location
 from data_tools.manifest import Members
 from data_tools.records import NPY_HEADER_ERRORS
 from data_tools.remote import read_small
-from data_tools.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
-from data_tools.tar_members import BadTarError, content_of, walk
-from data_tools.tar_samples import IncompleteSampleError, TarParts, grouped
+from data_tools.sources.left_out import LeftOut, Tally, sentence
+from data_tools.sources.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
+from data_tools.sources.tar_members import BadTarError, content_of, walk
+from data_tools.sources.tar_samples import IncompleteSampleError, TarParts, grouped
 from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
 _MAX_HEADER_BYTES = 4096  # of an npy file; numpy's own have 128

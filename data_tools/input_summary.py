@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Sequence
 
 from data_tools.errors import ConfigError, some
-from data_tools.left_out import sentence
 from data_tools.manifest import ClassEntry
-from data_tools.sources import ImageClass, ImageSource
+from data_tools.sources.left_out import sentence
+from data_tools.sources.source import ImageClass, ImageSource
 
 _CLASSES_SHOWN = 20
 _FIRST_SHOWN = 3  # of more classes

@@ -13,9 +13,9 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from PIL import Image
 
-from data_tools.emoji import draw_emoji, emoji_classes
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.process.entry_point import enter
+from data_tools.sources.emoji import draw_emoji, emoji_classes
 from data_tools.user_files.paths import typed_path
 
 DEMO_IMAGES = REPOSITORY / "datasets" / "demo_images"

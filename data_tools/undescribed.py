@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 from data_tools.errors import some
-from data_tools.images import IMAGE_SUFFIXES
-from data_tools.sample_names import is_hidden
-from data_tools.tar_members import BadTarError, walk
+from data_tools.sources.images import IMAGE_SUFFIXES
+from data_tools.sources.sample_names import is_hidden
+from data_tools.sources.tar_members import BadTarError, walk
 from data_tools.user_files.file_kinds import HEAD_BYTES, kind_of
 from data_tools.user_files.paths import absence, broken_link
 

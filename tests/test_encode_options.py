@@ -21,10 +21,10 @@ from data_tools.encoding_run import reopen
 from data_tools.encoding_settings import load_settings
 from data_tools.encoding_trial import check_precision, choose_batch_size, precision_error
 from data_tools.errors import ConfigError
-from data_tools.inputs import open_source
 from data_tools.inspect_dataset import page
 from data_tools.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.preview import write_preview
+from data_tools.sources.inputs import open_source
 from data_tools.vae import DEMO_VAE, encode_moments, load_vae, with_dtype
 from tests.encode_jobs import content, flags, make_pictures
 
@@ -160,7 +160,7 @@ def test_indexes_of_tars_serve_the_processes_that_come_later(images, tmp_path, m
         with pytest.raises(ZeroDivisionError):
             main(flags(tars, output))
     assert len(list((output / INDEXES_NAME).iterdir())) == 2
-    monkeypatch.setattr("data_tools.tar_source.scan_tar", None)  # not needed any more
+    monkeypatch.setattr("data_tools.sources.image_tars.scan_tar", None)  # not needed any more
     main(flags(tars, output))
     assert not (output / INDEXES_NAME).exists()
     monkeypatch.undo()

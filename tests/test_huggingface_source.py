@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.class_folders import Classes
 from data_tools.encode_latents import encode, parse_arguments
 from data_tools.errors import ConfigError
-from data_tools.huggingface_source import HuggingFaceSource
-from data_tools.images import BadImageError
-from data_tools.inputs import open_source
-from data_tools.reading import Reading
+from data_tools.sources.class_names import Classes
+from data_tools.sources.huggingface import HuggingFaceSource
+from data_tools.sources.images import BadImageError
+from data_tools.sources.inputs import open_source
+from data_tools.sources.reading import Reading
 from tests.encode_jobs import content, flags, make_pictures
 from tests.launch import REPOSITORY
 

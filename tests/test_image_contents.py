@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from data_tools.images import BadImageError, decode_image
+from data_tools.sources.images import BadImageError, decode_image
 
 SIZE = 8
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types of PNG

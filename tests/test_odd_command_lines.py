@@ -16,8 +16,8 @@ from data_tools import (
     train_vae,
     verify_shards,
 )
-from data_tools.inputs import read_class_names
-from data_tools.sources import ImageClass
+from data_tools.sources.inputs import read_class_names
+from data_tools.sources.source import ImageClass
 from tests.evaluated_run import make_run
 from tests.launch import REPOSITORY
 from tests.odd_inputs import RAW, VALUE, WORD, check, command_lines, flags_of, quick

@@ -14,11 +14,11 @@ import pytest
 import webdataset as wds
 
 from data_tools.errors import ConfigError
-from data_tools.image_folders import scan_folder
-from data_tools.images import BadImageError
-from data_tools.inputs import open_source, read_class_names
-from data_tools.sources import MAX_IMAGE_BYTES, FileSource, Names
-from data_tools.tar_images import scan_tar
+from data_tools.sources.image_folders import scan_folder
+from data_tools.sources.images import BadImageError
+from data_tools.sources.inputs import open_source, read_class_names
+from data_tools.sources.source import MAX_IMAGE_BYTES, FileSource, Names
+from data_tools.sources.tar_images import scan_tar
 from tests.image_inputs import described, make_tar, names, picture, save
 
 
@@ -277,7 +277,8 @@ def test_indexes_of_tars_are_kept_until_the_tar_changes(tmp_path, monkeypatch):
     scanned = []
     original = scan_tar
     monkeypatch.setattr(
-        "data_tools.tar_source.scan_tar", lambda path, how: scanned.append(path) or original(path)
+        "data_tools.sources.image_tars.scan_tar",
+        lambda path, how: scanned.append(path) or original(path),
     )
     first = open_source(str(path), cache=cache)
     second = open_source(str(path), cache=cache)

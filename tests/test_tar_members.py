@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from data_tools.tar_members import BadTarError, content_of, walk
+from data_tools.sources.tar_members import BadTarError, content_of, walk
 from tests.image_inputs import make_tar
 
 

@@ -9,7 +9,7 @@ import pytest
 from data_tools.encode_latents import main
 from data_tools.errors import ConfigError
 from data_tools.index_shards import main as index_shards
-from data_tools.inputs import open_source, read_class_names
+from data_tools.sources.inputs import open_source, read_class_names
 from data_tools.user_files.user_text import TextError, read_text, text_lines
 from tests.encode_jobs import content, flags, make_pictures
 from training.config import Config

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from data_tools.left_out import Tally
-from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of, split_name
-from data_tools.tar_members import SHOWN_NAME, BadTarError, Member
+from data_tools.sources.left_out import Tally
+from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, kind_of, split_name
+from data_tools.sources.tar_members import SHOWN_NAME, BadTarError, Member
 
 
 class IncompleteSampleError(BadTarError):

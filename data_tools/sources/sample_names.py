@@ -6,7 +6,7 @@ has it; photographs have dots in their names, so where nobody names suffixes the
 
 import re
 
-from data_tools.images import IMAGE_SUFFIXES
+from data_tools.sources.images import IMAGE_SUFFIXES
 
 HIDDEN_KIND = "hidden or system files"  # as one kind of what is left out
 # Folders that systems put between people's files.

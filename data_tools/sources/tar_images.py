@@ -10,16 +10,16 @@ from typing import BinaryIO
 import numpy as np
 
 from data_tools.errors import ConfigError
-from data_tools.left_out import LeftOut, Tally
-from data_tools.reading import Reading
-from data_tools.sample_labels import (
+from data_tools.sources.left_out import LeftOut, Tally
+from data_tools.sources.reading import Reading
+from data_tools.sources.sample_labels import (
     LABEL_BYTES,
     LABEL_SUFFIX,
     LabelError,
     parse_label,
     split_label,
 )
-from data_tools.sample_names import (
+from data_tools.sources.sample_names import (
     HIDDEN_KIND,
     companion_key,
     is_hidden_path,
@@ -28,9 +28,9 @@ from data_tools.sample_names import (
     split_last,
     split_name,
 )
-from data_tools.sources import MAX_CLASSES, Names
-from data_tools.tar_members import SHOWN_NAME, BadTarError, Member, content_of, walk
-from data_tools.tar_samples import unusable_kind
+from data_tools.sources.source import MAX_CLASSES, Names
+from data_tools.sources.tar_members import SHOWN_NAME, BadTarError, Member, content_of, walk
+from data_tools.sources.tar_samples import unusable_kind
 
 TARS_INSIDE = "tars in the tar"
 _TAR = re.compile(r"(?i)[.](tar|tgz|tbz2?|txz|tar[.](gz|bz2|xz|zst|lz4))$")

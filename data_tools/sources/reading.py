@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE
-from data_tools.sample_labels import is_label_text
+from data_tools.sources.sample_labels import is_label_text
 
 CLASS_SOURCES = ("folder", "path", "tar", "none")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.class_folders import Classes, ClassFolders
 from data_tools.errors import ConfigError
 from data_tools.files import parse_json
-from data_tools.images import IMAGE_SUFFIXES
-from data_tools.left_out import Tally, sentence
-from data_tools.reading import Reading
-from data_tools.sample_names import (
+from data_tools.sources.class_names import Classes, ClassFolders
+from data_tools.sources.images import IMAGE_SUFFIXES
+from data_tools.sources.left_out import Tally, sentence
+from data_tools.sources.reading import Reading
+from data_tools.sources.sample_names import (
     HIDDEN_KIND,
     companion_key,
     is_hidden,
@@ -23,7 +23,7 @@ from data_tools.sample_names import (
     split_last,
     split_name,
 )
-from data_tools.sources import MAX_CLASSES, FileSource, Names, numbered_classes
+from data_tools.sources.source import MAX_CLASSES, FileSource, Names, numbered_classes
 from data_tools.user_files.paths import absence
 
 LABELS_NAME = "dataset.json"  # as the tools of StyleGAN and EDM write it beside images

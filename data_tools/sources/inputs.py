@@ -5,15 +5,15 @@ from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.files import parse_json
-from data_tools.huggingface_source import is_saved_dataset, open_saved_dataset
-from data_tools.image_folders import scan_folder
-from data_tools.image_list import read_list
-from data_tools.left_out import Tally
-from data_tools.reading import Reading
 from data_tools.records import KEY_DIGITS
-from data_tools.sample_names import HIDDEN_KIND, is_hidden, kind_of
-from data_tools.sources import ImageClass, ImageSource
-from data_tools.tar_source import open_tars
+from data_tools.sources.huggingface import is_saved_dataset, open_saved_dataset
+from data_tools.sources.image_folders import scan_folder
+from data_tools.sources.image_list import read_list
+from data_tools.sources.image_tars import open_tars
+from data_tools.sources.left_out import Tally
+from data_tools.sources.reading import Reading
+from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, kind_of
+from data_tools.sources.source import ImageClass, ImageSource
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from data_tools.user_files.place_names import is_address, places_of
 from data_tools.user_files.user_text import read_text

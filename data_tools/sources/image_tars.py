@@ -16,20 +16,20 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from data_tools.class_folders import Classes, ClassFolders
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, from_json, replace_file
-from data_tools.images import BadImageError
-from data_tools.left_out import LeftOut, Tally, sentence
-from data_tools.reading import Reading
-from data_tools.sources import (
+from data_tools.sources.class_names import Classes, ClassFolders
+from data_tools.sources.images import BadImageError
+from data_tools.sources.left_out import LeftOut, Tally, sentence
+from data_tools.sources.reading import Reading
+from data_tools.sources.source import (
     MAX_IMAGE_BYTES,
     ImageSource,
     Names,
     classes_of,
     numbered_classes,
 )
-from data_tools.tar_images import TARS_INSIDE, TarIndex, scan_tar
+from data_tools.sources.tar_images import TARS_INSIDE, TarIndex, scan_tar
 
 _SCANNERS = 8  # tars whose headers are read at once: over a network, reading them is waiting
 _INDEX_VERSION = 2
@@ -141,7 +141,7 @@ def open_tars(
     reading: Reading | None = None,
     left_out: Tally | None = None,
 ) -> TarSource:
-    """Index tars of images: KEY.jpg and perhaps KEY.cls, a number; see tar_images.py.
+    """Index tars of images: KEY.jpg and perhaps KEY.cls, a number; see sources/tar_images.py.
 
     Without any label, folders in the tars are classes; without folders there are none.
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_tools.class_folders import Classes
 from data_tools.errors import ConfigError, first_line
 from data_tools.files import parse_json
-from data_tools.images import BadImageError
-from data_tools.reading import Reading
-from data_tools.sources import (
+from data_tools.sources.class_names import Classes
+from data_tools.sources.images import BadImageError
+from data_tools.sources.reading import Reading
+from data_tools.sources.source import (
     MAX_CLASSES,
     MAX_IMAGE_BYTES,
     ImageClass,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.errors import ConfigError
-from data_tools.sources import FileSource, Names, classes_of, numbered_classes
+from data_tools.sources.source import FileSource, Names, classes_of, numbered_classes
 from data_tools.user_files.user_text import TextError, text_lines
 
 _WINDOWS_PATH = re.compile(rb"[A-Za-z]:[\\/]|\\\\")

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import ConfigError
-from data_tools.images import BadImageError
-from data_tools.left_out import LeftOut
+from data_tools.sources.images import BadImageError
+from data_tools.sources.left_out import LeftOut
 
 MAX_IMAGE_BYTES = 1 << 30  # of a file; more is no photograph, and would be read into memory
 MAX_CLASSES = 1_000_000  # a larger label is a mistake, such as an image's number

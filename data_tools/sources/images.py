@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from data_tools.image_metadata import without_metadata
+from data_tools.sources.image_metadata import without_metadata
 from data_tools.user_files.file_kinds import HEAD_BYTES, LFS_REASON, is_lfs_pointer, kind_of
 
 # Everything else in a folder (annotations, scripts, a README) is not looked at; a file with one of

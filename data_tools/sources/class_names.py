@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_tools.errors import ConfigError, some
-from data_tools.reading import Reading
-from data_tools.sources import ImageClass, classes_of
+from data_tools.sources.reading import Reading
+from data_tools.sources.source import ImageClass, classes_of
 
 _SPLITS = frozenset(
     {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
