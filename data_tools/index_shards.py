@@ -25,7 +25,6 @@ from data_tools.files import MalformedError, replace_file
 from data_tools.foreign_arrays import channels_last, doubts
 from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
 from data_tools.input_summary import class_lines
-from data_tools.locations import Location, parse_location
 from data_tools.manifest import (
     DATASET,
     MANIFEST_NAME,
@@ -41,6 +40,7 @@ from data_tools.manifest import (
 )
 from data_tools.process.entry_point import enter
 from data_tools.sources.left_out import LeftOut, Tally, sentence
+from data_tools.storage.locations import Location, parse_location
 from data_tools.undescribed import SETTINGS_NAME
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from data_tools.user_files.paths import typed_path, typed_text

@@ -19,14 +19,14 @@ from data_tools.errors import ConfigError
 from data_tools.files import SINCE
 from data_tools.foreign_arrays import channels_last, not_npy, unusable
 from data_tools.formats import Format
-from data_tools.locations import Location
 from data_tools.manifest import Members
 from data_tools.records import NPY_HEADER_ERRORS
-from data_tools.remote import read_small
 from data_tools.sources.left_out import LeftOut, Tally, sentence
 from data_tools.sources.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
 from data_tools.sources.tar_members import BadTarError, content_of, walk
 from data_tools.sources.tar_samples import IncompleteSampleError, TarParts, grouped
+from data_tools.storage.fetch import read_small
+from data_tools.storage.locations import Location
 from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
 _MAX_HEADER_BYTES = 4096  # of an npy file; numpy's own have 128

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.cache import ShardCache
 from data_tools.errors import ConfigError
 from data_tools.reader import SampleReader
 from data_tools.shard_feed import ShardFeed
+from data_tools.storage.cache import ShardCache
 from data_tools.stream_plan import micro_batches
 from data_tools.training_data import TrainingData
 from models.randomness import Stream, uniform

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.cache import ShardCache, default_cache_folder
 from data_tools.errors import ConfigError
-from data_tools.locations import Location
 from data_tools.manifest import Manifest
-from data_tools.remote import fetch, read_small
-from data_tools.transports import Patience
+from data_tools.storage.byte_stream import Patience
+from data_tools.storage.cache import ShardCache, default_cache_folder
+from data_tools.storage.fetch import fetch, read_small
+from data_tools.storage.locations import Location
 
 CHECKS = ("sha256", "size")
 INDEX_COLUMNS = 3  # offsets of the array and of the mirrored one (-1: none), label

@@ -19,9 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_tools.cache import ShardCache
 from data_tools.errors import ConfigError
-from data_tools.locations import Location, parse_location
 from data_tools.manifest import (
     MANIFEST_NAME,
     ChannelStatistics,
@@ -30,9 +28,11 @@ from data_tools.manifest import (
     Manifest,
     SourceList,
 )
-from data_tools.remote import MissingFileError, read_small
-from data_tools.server_answers import json_message
 from data_tools.shard_store import ShardStore
+from data_tools.storage.cache import ShardCache
+from data_tools.storage.fetch import MissingFileError, read_small
+from data_tools.storage.locations import Location, parse_location
+from data_tools.storage.server_answers import json_message
 from data_tools.stream_plan import BLOCK, StreamPlan
 from data_tools.user_files.place_names import places_of, split_list, split_weight
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.cache import ShardCache, default_cache_folder, open_cache
 from data_tools.errors import ConfigError
-from data_tools.locations import parse_location
-from data_tools.locks import StoppedError
 from data_tools.shard_store import ShardStore
-from data_tools.transports import Patience
+from data_tools.storage.byte_stream import Patience
+from data_tools.storage.cache import ShardCache, default_cache_folder, open_cache
+from data_tools.storage.locations import parse_location
+from data_tools.storage.locks import StoppedError
 from tests.http_server import HttpServer
 from tests.synthetic import make_dataset
 from tests.test_remote import wait_until
@@ -102,9 +102,9 @@ def test_every_shard_comes_once_and_is_the_right_one(served, tmp_path):
 _PROCESS = """
 import json, hashlib, os, sys
 from pathlib import Path
-from data_tools.cache import ShardCache
-from data_tools.locations import parse_location
-from data_tools.remote import fetch
+from data_tools.storage.cache import ShardCache
+from data_tools.storage.locations import parse_location
+from data_tools.storage.fetch import fetch
 
 location, cache = parse_location(sys.argv[1], "--data"), ShardCache(Path(sys.argv[2]))
 downloads = 0
@@ -330,7 +330,7 @@ options = "size=256k,mode=700"
 subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", sys.argv[1]], check=True)
 sys.path.insert(0, "")
 import hashlib
-from data_tools.cache import ShardCache
+from data_tools.storage.cache import ShardCache
 from data_tools.errors import ConfigError
 
 cache, size = ShardCache(Path(sys.argv[1])), 100_000

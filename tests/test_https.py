@@ -9,9 +9,9 @@ import pytest
 import trustme
 
 from data_tools.errors import ConfigError
-from data_tools.locations import parse_location
-from data_tools.remote import fetch, read_small
-from data_tools.transports import Patience
+from data_tools.storage.byte_stream import Patience
+from data_tools.storage.fetch import fetch, read_small
+from data_tools.storage.locations import parse_location
 from tests.http_server import HttpServer
 
 CONTENT = random.Random(0).randbytes(300_000)

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from data_tools.errors import ConfigError
-from data_tools.locations import Location, parse_location
-from data_tools.locks import StoppedError
-from data_tools.remote import MissingFileError, fetch, read_small
+from data_tools.storage.byte_stream import Patience
+from data_tools.storage.fetch import MissingFileError, fetch, read_small
+from data_tools.storage.locations import Location, parse_location
+from data_tools.storage.locks import StoppedError
 from data_tools.training_data import open_data
-from data_tools.transports import Patience
 from tests.http_server import HttpServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,8 +243,8 @@ def test_a_killed_process_is_continued_by_the_next(server, tmp_path):
     part = tmp_path / "part"
     server.spoil("a.tar", "stall")
     program = (
-        "import sys; from pathlib import Path; from data_tools.locations import parse_location;"
-        "from data_tools.remote import fetch;"
+        "import sys; from pathlib import Path; from data_tools.storage.locations import parse_location;"
+        "from data_tools.storage.fetch import fetch;"
         "fetch(parse_location(sys.argv[1], '--data'), 'a.tar', Path(sys.argv[2]),"
         f" num_bytes={len(CONTENT)}, sha256={SHA256!r})"
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from data_tools.cache import ShardCache, open_cache
 from data_tools.errors import ConfigError
 from data_tools.manifest import DatasetManifest
+from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.vae import Vae, load_decoder
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest
 from training.config import Config

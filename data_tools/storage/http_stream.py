@@ -10,14 +10,14 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from data_tools.server_answers import HEAD_BYTES, error_message
-from data_tools.transports import (
+from data_tools.storage.byte_stream import (
     CHUNK_BYTES,
     NoSuchPartError,
     Patience,
     RefusalError,
     TransferError,
 )
+from data_tools.storage.server_answers import HEAD_BYTES, error_message
 
 _AS_TYPED = "%!$&'()*+,;=:@/?~"  # in a URL; all but these, letters and digits is escaped
 # Other values, such as "aws-chunked", "utf-8" or none, are what stores keep of an upload; whatever

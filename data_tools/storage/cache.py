@@ -21,9 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.checksums import RememberedChecksums
 from data_tools.errors import ConfigError
-from data_tools.locks import StoppedError, lock, lock_file, try_lock, try_lock_file
+from data_tools.storage.checksums import RememberedChecksums
+from data_tools.storage.locks import StoppedError, lock, lock_file, try_lock, try_lock_file
 from data_tools.user_files.paths import expand
 
 _FLAG = "--data-cache"

@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from data_tools.checksums import descriptor_sha256
 from data_tools.errors import ConfigError, OutageError
-from data_tools.http_stream import open_http
-from data_tools.locations import Location
-from data_tools.locks import StoppedError
-from data_tools.object_stores import open_object
-from data_tools.server_answers import instead_of_file
-from data_tools.transports import Patience, ProcessStream, RefusalError, Stream, TransferError
+from data_tools.storage.byte_stream import (
+    Patience,
+    ProcessStream,
+    RefusalError,
+    Stream,
+    TransferError,
+)
+from data_tools.storage.checksums import descriptor_sha256
+from data_tools.storage.http_stream import open_http
+from data_tools.storage.locations import Location
+from data_tools.storage.locks import StoppedError
+from data_tools.storage.object_stores import open_object
+from data_tools.storage.server_answers import instead_of_file
 from data_tools.user_files.place_names import PIPE
 
 _MAX_BACKOFF_SEC = 30.0

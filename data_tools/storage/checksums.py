@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from data_tools.locks import lock
+from data_tools.storage.locks import lock
 
 _CHUNK_BYTES = 1 << 20
 _State = tuple[int, int, int, int]  # device, inode, size, time of change

@@ -6,7 +6,7 @@ import shutil
 import sys
 
 from data_tools.errors import ConfigError
-from data_tools.transports import (
+from data_tools.storage.byte_stream import (
     AbsentError,
     Patience,
     ProcessStream,

@@ -1,6 +1,6 @@
 """Byte streams that are given up when they stall; those of commands.
 
-One attempt only: remote.py repeats it.
+One attempt only: storage/fetch.py repeats it.
 """
 
 import os
