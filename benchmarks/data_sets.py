@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_tools.files import replace_file
-from data_tools.manifest import (
+from data_tools.shards.manifest import (
     DATASET,
     MANIFEST_NAME,
     ChannelStatistics,
@@ -22,7 +22,7 @@ from data_tools.manifest import (
     SourceList,
     VaeReference,
 )
-from data_tools.records import RecordLayout, Sample, sample_key
+from data_tools.shards.records import RecordLayout, Sample, sample_key
 
 SHAPE = (8, 32, 32)  # moments of an image of 256 pixels
 NUM_CLASSES = 1000

@@ -27,8 +27,8 @@ from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_error
 from data_tools.errors import ArgumentParser, ConfigError, some
 from data_tools.input_summary import class_lines
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
-from data_tools.manifest import MANIFEST_NAME
 from data_tools.process.entry_point import enter, is_reporter
+from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.sources.reading import CLASS_SOURCES, Reading
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae import DEMO_VAE

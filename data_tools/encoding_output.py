@@ -18,7 +18,7 @@ from data_tools.encoding_settings import SETTINGS_NAME, EncodingSettings
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, parse_json
 from data_tools.formats import FORMAT_KEY
-from data_tools.manifest import (
+from data_tools.shards.manifest import (
     DATASET,
     MANIFEST_NAME,
     ClassEntry,
@@ -28,8 +28,8 @@ from data_tools.manifest import (
     Shard,
     SourceList,
 )
-from data_tools.shard_check import read_shard
-from data_tools.sidecar import SIDECAR, Sidecar, statistics_of
+from data_tools.shards.shard_check import read_shard
+from data_tools.shards.sidecar import SIDECAR, Sidecar, statistics_of
 from data_tools.sources.source import ImageSource
 
 CLAIMS_NAME = ".claims"  # folder with the claims of processes at work

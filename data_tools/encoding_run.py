@@ -37,8 +37,8 @@ from data_tools.encoding_trial import (
 )
 from data_tools.errors import ConfigError, one_line
 from data_tools.input_summary import refuse_mostly_empty, summary
-from data_tools.manifest import MANIFEST_NAME, Manifest
 from data_tools.process.launcher import BY_TORCH, read_place_on_node
+from data_tools.shards.manifest import MANIFEST_NAME, Manifest
 from data_tools.sources.inputs import open_source, read_class_names
 from data_tools.sources.reading import Reading
 from data_tools.vae import load_vae, resolve_device, with_dtype

@@ -16,18 +16,18 @@ from data_tools.claims import Claims
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE, MalformedError, write_text_once
 from data_tools.formats import Format
-from data_tools.manifest import (
+from data_tools.shards.manifest import (
     DATASET,
     MANIFEST_NAME,
     ImageFormat,
     LatentFormat,
     VaeReference,
 )
-from data_tools.records import RecordLayout
+from data_tools.shards.records import RecordLayout
+from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources.class_names import number_difference
 from data_tools.sources.reading import Reading
 from data_tools.sources.source import ImageSource
-from data_tools.undescribed import SETTINGS_NAME
 from data_tools.vae import Vae
 
 CROP = "adm-center"

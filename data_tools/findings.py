@@ -6,10 +6,10 @@ from typing import Any
 
 from data_tools.files import MalformedError, from_json, parse_json
 from data_tools.formats import said
-from data_tools.manifest import DatasetManifest, Shard
-from data_tools.shard_check import ShardContent
-from data_tools.sidecar import SIDECAR, ShardTotals
-from data_tools.undescribed import SETTINGS_NAME
+from data_tools.shards.manifest import DatasetManifest, Shard
+from data_tools.shards.shard_check import ShardContent
+from data_tools.shards.sidecar import SIDECAR, ShardTotals
+from data_tools.shards.undescribed import SETTINGS_NAME
 
 SHARD_PARTS = ("shard", "index")
 

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.files import MalformedError, replace_file
-from data_tools.foreign_arrays import channels_last, doubts
-from data_tools.indexing import NOTES, ScannedShard, Wanted, scan
 from data_tools.input_summary import class_lines
-from data_tools.manifest import (
+from data_tools.process.entry_point import enter
+from data_tools.shards.foreign_arrays import channels_last, doubts
+from data_tools.shards.foreign_index import NOTES, ScannedShard, Wanted, scan
+from data_tools.shards.manifest import (
     DATASET,
     MANIFEST_NAME,
     ChannelStatistics,
@@ -38,10 +39,9 @@ from data_tools.manifest import (
     Shard,
     SourceList,
 )
-from data_tools.process.entry_point import enter
+from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources.left_out import LeftOut, Tally, sentence
 from data_tools.storage.locations import Location, parse_location
-from data_tools.undescribed import SETTINGS_NAME
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.user_files.place_names import PIPE, is_address, places_of

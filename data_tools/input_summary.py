@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from data_tools.errors import ConfigError, some
-from data_tools.manifest import ClassEntry
+from data_tools.shards.manifest import ClassEntry
 from data_tools.sources.left_out import sentence
 from data_tools.sources.source import ImageClass, ImageSource
 

@@ -19,8 +19,8 @@ if not __package__:  # run as a script: Python put this file's own folder first 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_tools.errors import ArgumentParser, some
-from data_tools.manifest import ClassEntry, DatasetManifest
 from data_tools.process.entry_point import enter
+from data_tools.shards.manifest import ClassEntry, DatasetManifest
 from data_tools.sources.left_out import sentence
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.verification_report import readable_bytes, table

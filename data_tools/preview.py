@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.errors import ConfigError
 from data_tools.files import replace_file
-from data_tools.manifest import DatasetManifest
-from data_tools.records import KEY_DIGITS, DamagedRecordError
-from data_tools.tar_walk import index_name
+from data_tools.shards.foreign_tar import index_name
+from data_tools.shards.manifest import DatasetManifest
+from data_tools.shards.records import KEY_DIGITS, DamagedRecordError
 from data_tools.vae import decode_pixels, load_vae
 from models.latents import frozen_latents
 

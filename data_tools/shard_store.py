@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.errors import ConfigError
-from data_tools.manifest import Manifest
+from data_tools.shards.manifest import Manifest
 from data_tools.storage.byte_stream import Patience
 from data_tools.storage.cache import ShardCache, default_cache_folder
 from data_tools.storage.fetch import fetch, read_small

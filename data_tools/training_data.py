@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data_tools.errors import ConfigError
-from data_tools.manifest import (
+from data_tools.shard_store import ShardStore
+from data_tools.shards.manifest import (
     MANIFEST_NAME,
     ChannelStatistics,
     ClassEntry,
@@ -28,7 +29,6 @@ from data_tools.manifest import (
     Manifest,
     SourceList,
 )
-from data_tools.shard_store import ShardStore
 from data_tools.storage.cache import ShardCache
 from data_tools.storage.fetch import MissingFileError, read_small
 from data_tools.storage.locations import Location, parse_location

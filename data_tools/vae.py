@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from data_tools.manifest import VaeReference
+from data_tools.shards.manifest import VaeReference
 from data_tools.vae_files import REPOSITORY, load_model
 from models.latents import scale_and_shift, vae_latents
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.files import replace_file
-from data_tools.manifest import (
+from data_tools.shards.manifest import (
     DATASET,
     MANIFEST_NAME,
     ChannelStatistics,
@@ -22,7 +22,7 @@ from data_tools.manifest import (
     SourceList,
     VaeReference,
 )
-from data_tools.records import RecordLayout, Sample, sample_key
+from data_tools.shards.records import RecordLayout, Sample, sample_key
 from data_tools.training_data import TrainingData, open_data
 
 SHAPE = (8, 4, 4)

@@ -23,7 +23,7 @@ from PIL import Image
 from data_tools import encoding_run
 from data_tools.encoding_run import EncodingRun
 from data_tools.errors import ConfigError
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.reading import Reading
 from data_tools.vae import load_vae
 from data_tools.verification import verify

@@ -9,7 +9,7 @@ import pytest
 
 from data_tools import encode_latents
 from data_tools.errors import ConfigError, exit_on_config_error
-from data_tools.manifest import MANIFEST_NAME
+from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.vae import DEMO_VAE
 from tests.configs import FP32
 from tests.launch import REPOSITORY, deepspeed, run

@@ -21,7 +21,7 @@ from data_tools.encoding import ShardEncoder
 from data_tools.encoding_settings import SETTINGS_NAME
 from data_tools.errors import ConfigError
 from data_tools.loader import LatentStream
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.image_folders import scan_folder
 from data_tools.sources.images import load_pixels
 from data_tools.training_data import open_data

@@ -16,7 +16,7 @@ from data_tools.encoding_output import CLAIMS_NAME
 from data_tools.encoding_run import choose_device, choose_threads
 from data_tools.errors import ConfigError
 from data_tools.files import as_json, write_text_once
-from data_tools.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from tests.encode_jobs import content, flags, make_pictures
 from tests.launch import BIN, finish, run, start
 

@@ -19,8 +19,8 @@ from data_tools.files import SINCE, MalformedError, append_line
 from data_tools.formats import FORMAT_KEY, Format, NewerFormatError, said
 from data_tools.index_shards import _known
 from data_tools.index_shards import main as index_tars
-from data_tools.indexing import NOTES
-from data_tools.manifest import (
+from data_tools.shards.foreign_index import NOTES
+from data_tools.shards.manifest import (
     DATASET,
     MANIFEST_NAME,
     ClassEntry,
@@ -28,7 +28,7 @@ from data_tools.manifest import (
     VaeReference,
     content_hash,
 )
-from data_tools.sidecar import SIDECAR
+from data_tools.shards.sidecar import SIDECAR
 from data_tools.verification import verify
 from tests.stored_files import FOLDER, VERSIONS
 from training import preset

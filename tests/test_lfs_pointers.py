@@ -7,7 +7,7 @@ import pytest
 from data_tools.encode_latents import main
 from data_tools.errors import ConfigError
 from data_tools.index_shards import main as index_shards
-from data_tools.manifest import DatasetManifest
+from data_tools.shards.manifest import DatasetManifest
 from data_tools.sources.inputs import open_source
 from data_tools.vae import DEMO_VAE, load_vae
 from data_tools.verification import verify

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.manifest import DatasetManifest
+from data_tools.shards.manifest import DatasetManifest
 from tests.configs import FP32
 from tests.evaluated_run import STEP, make_run
 from tests.launch import run

@@ -7,7 +7,7 @@ import pytest
 from data_tools import encoding_trial
 from data_tools.encode_latents import main
 from data_tools.errors import ConfigError
-from data_tools.manifest import MANIFEST_NAME
+from data_tools.shards.manifest import MANIFEST_NAME
 from tests.encode_jobs import content, flags, make_pictures
 from tests.image_inputs import make_tar, picture
 

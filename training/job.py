@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.manifest import DatasetManifest
+from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.training_data import TrainingData, open_data
 from data_tools.vae import Vae, load_decoder

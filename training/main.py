@@ -25,9 +25,9 @@ import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
-from data_tools.manifest import MANIFEST_NAME
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
+from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
 from training import processes

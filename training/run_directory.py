@@ -18,8 +18,8 @@ from typing import Any
 from data_tools.errors import ConfigError
 from data_tools.files import replace_file
 from data_tools.formats import Format, NewerFormatError
-from data_tools.manifest import DATASET, MANIFEST_NAME, DatasetManifest
-from data_tools.undescribed import held_data
+from data_tools.shards.manifest import DATASET, MANIFEST_NAME, DatasetManifest
+from data_tools.shards.undescribed import held_data
 from data_tools.user_files.paths import absence, broken_link
 from training.checkpoint_manifest import CHECKPOINT_DIR, latest_checkpoint
 from training.config import Config, differences

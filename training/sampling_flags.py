@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_tools.errors import ArgumentParser, ConfigError
-from data_tools.manifest import DatasetManifest
+from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_text
 from models.guidance import OFFICIAL_CHANNELS
 from models.sampler import SAMPLING_METHODS, methods_for

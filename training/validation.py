@@ -26,7 +26,7 @@ from training.option import either
 
 
 class Dataset(Protocol):
-    """What validation needs of data_tools.manifest.DatasetManifest."""
+    """What validation needs of data_tools.shards.manifest.DatasetManifest."""
 
     folder: Any
     num_samples: int

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.files import parse_json
-from data_tools.records import KEY_DIGITS
+from data_tools.shards.records import KEY_DIGITS
 from data_tools.sources.huggingface import is_saved_dataset, open_saved_dataset
 from data_tools.sources.image_folders import scan_folder
 from data_tools.sources.image_list import read_list

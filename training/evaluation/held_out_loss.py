@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from data_tools.manifest import DatasetManifest
 from data_tools.reader import SampleReader
+from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache
 from data_tools.training_data import TrainingData, open_data
 from models.diffusion import Diffusion

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.manifest import DatasetManifest
+from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.vae import Vae, load_decoder
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest

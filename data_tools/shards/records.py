@@ -4,7 +4,7 @@ A shard is an ordinary webdataset tar. Each sample is KEY.cls (the label in ASCI
 (raw latents, float16 (2C, H, W)) and, if mirrored images were encoded too, KEY.flip.npy. All
 samples of a data set have the same shape, so every sample takes the same number of bytes: sample i
 starts at i * stride, and training reads it without an index and without walking the tar. Tars that
-others wrote are read at the offsets of an index (indexing.py).
+others wrote are read at the offsets of an index (shards/foreign_index.py).
 
 N batch, C latent channels, H W latent size.
 """

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_tools.files import FIRST
 from data_tools.formats import Format
-from data_tools.manifest import ChannelStatistics, Shard
+from data_tools.shards.manifest import ChannelStatistics, Shard
 from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
 

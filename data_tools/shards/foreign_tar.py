@@ -6,8 +6,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.manifest import LatentFormat, Members
-from data_tools.records import NPY_HEADER_ERRORS, DamagedRecordError
+from data_tools.shards.manifest import LatentFormat, Members
+from data_tools.shards.records import NPY_HEADER_ERRORS, DamagedRecordError
 from data_tools.sources.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
 from data_tools.sources.sample_names import split_name
 from data_tools.sources.tar_members import BadTarError, Member, content_of, walk

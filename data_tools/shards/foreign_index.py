@@ -17,10 +17,10 @@ import numpy as np
 
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE
-from data_tools.foreign_arrays import channels_last, not_npy, unusable
 from data_tools.formats import Format
-from data_tools.manifest import Members
-from data_tools.records import NPY_HEADER_ERRORS
+from data_tools.shards.foreign_arrays import channels_last, not_npy, unusable
+from data_tools.shards.manifest import Members
+from data_tools.shards.records import NPY_HEADER_ERRORS
 from data_tools.sources.left_out import LeftOut, Tally, sentence
 from data_tools.sources.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
 from data_tools.sources.tar_members import BadTarError, content_of, walk

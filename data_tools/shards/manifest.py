@@ -14,10 +14,10 @@ from pathlib import Path
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE, MalformedError, parse_json
 from data_tools.formats import FORMAT_KEY, Format, said
-from data_tools.records import IndexedLayout, RecordLayout
+from data_tools.shards.records import IndexedLayout, RecordLayout
+from data_tools.shards.undescribed import MANIFEST_NAME, explain, run_folder
 from data_tools.sources.left_out import LeftOut
 from data_tools.sources.sample_labels import split_label
-from data_tools.undescribed import MANIFEST_NAME, explain, run_folder
 from data_tools.user_files.file_kinds import LFS_REASON, is_lfs_pointer, refuse_lfs_pointer
 
 HASHED_FORMAT = 2  # part of every hash that checkpoints remember, whatever the file's number

@@ -15,10 +15,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.manifest import DatasetManifest, Shard
-from data_tools.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
-from data_tools.sidecar import ShardTotals, add_samples
-from data_tools.tar_walk import first_foreign_member, index_name, walk_samples
+from data_tools.shards.foreign_tar import first_foreign_member, index_name, walk_samples
+from data_tools.shards.manifest import DatasetManifest, Shard
+from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
+from data_tools.shards.sidecar import ShardTotals, add_samples
 from data_tools.user_files.file_kinds import LFS_REASON, is_lfs_pointer_file
 
 OTHER_BYTES = "its sha256 is not that of dataset.json"
