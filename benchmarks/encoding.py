@@ -29,7 +29,7 @@ from data_tools.errors import ArgumentParser
 from data_tools.process.entry_point import enter
 from data_tools.sources.images import square_crop
 from data_tools.sources.reading import Reading
-from data_tools.vae import DEMO_VAE, Vae, load_vae, resolve_device
+from data_tools.vae.autoencoder import DEMO_VAE, Vae, load_vae, resolve_device
 
 MIN_SIDE, MAX_SIDE = 256, 512
 NUM_SHAPES = 12

@@ -31,8 +31,8 @@ from data_tools.process.entry_point import enter, is_reporter
 from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.sources.reading import CLASS_SOURCES, Reading
 from data_tools.user_files.paths import typed_path, typed_text
-from data_tools.vae import DEMO_VAE
-from data_tools.vae_files import DEFAULT_VAE
+from data_tools.vae.autoencoder import DEMO_VAE
+from data_tools.vae.vae_files import DEFAULT_VAE
 
 DEMO_LATENTS = REPOSITORY / "datasets" / "demo"
 DEFAULT_SIZE = 256

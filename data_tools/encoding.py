@@ -40,7 +40,7 @@ from data_tools.shards.records import Sample, sample_key
 from data_tools.shards.sidecar import SIDECAR, ShardTotals, Sidecar, add_samples
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.source import ImageSource
-from data_tools.vae import Vae, tensor_moments
+from data_tools.vae.autoencoder import Vae, tensor_moments
 
 SPLIT = 3  # key of the permutation that deals images to shards
 _WRITTEN_BEHIND = 2  # batches encoded and not written yet, per shard

@@ -41,7 +41,7 @@ from data_tools.process.launcher import BY_TORCH, read_place_on_node
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest
 from data_tools.sources.inputs import open_source, read_class_names
 from data_tools.sources.reading import Reading
-from data_tools.vae import load_vae, resolve_device, with_dtype
+from data_tools.vae.autoencoder import load_vae, resolve_device, with_dtype
 
 MAX_THREADS = 16
 

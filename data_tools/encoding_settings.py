@@ -28,7 +28,7 @@ from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources.class_names import number_difference
 from data_tools.sources.reading import Reading
 from data_tools.sources.source import ImageSource
-from data_tools.vae import Vae
+from data_tools.vae.autoencoder import Vae
 
 CROP = "adm-center"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,7 +16,7 @@ from data_tools.encoding_device import is_out_of_memory
 from data_tools.errors import ConfigError
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.source import ImageSource
-from data_tools.vae import Vae, tensor_moments
+from data_tools.vae.autoencoder import Vae, tensor_moments
 
 # Of the rms error of reduced precision over the standard deviation of the latents. 0.03 is -30 dB,
 # while the VAEs themselves reproduce images at 25 to 35 dB.

@@ -46,7 +46,7 @@ from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.user_files.place_names import PIPE, is_address, places_of
 from data_tools.user_files.user_text import TextError, read_text
-from data_tools.vae import Vae, load_vae
+from data_tools.vae.autoencoder import Vae, load_vae
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.preview:
         # Imported here: it loads the VAE's library, which a description does not need.
         from data_tools.preview import write_preview
-        from data_tools.vae import resolve_device
+        from data_tools.vae.autoencoder import resolve_device
 
         device = resolve_device(args.device)
         number = write_preview(args.preview, manifest, vae=args.vae, device=device)

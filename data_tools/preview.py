@@ -21,7 +21,7 @@ from data_tools.files import replace_file
 from data_tools.shards.foreign_tar import index_name
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.shards.records import KEY_DIGITS, DamagedRecordError
-from data_tools.vae import decode_pixels, load_vae
+from data_tools.vae.autoencoder import decode_pixels, load_vae
 from models.latents import frozen_latents
 
 MAX_PICTURES = 60  # ten by six

@@ -27,8 +27,8 @@ from torch import Tensor
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
-from data_tools.vae import resolve_device
-from data_tools.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
+from data_tools.vae.autoencoder import resolve_device
+from data_tools.vae.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
 
 BLOCK_OUT_CHANNELS = (24, 48, 80)  # three levels: latents are 4 times smaller than the image
 LATENT_CHANNELS = 4

@@ -86,7 +86,7 @@ def write_preview_picture(result: Verification, args: argparse.Namespace) -> Non
     """Write --preview, of the shards that are sound."""
     # Imported here: it loads the VAE's library, which a check does not need.
     from data_tools.preview import write_preview
-    from data_tools.vae import resolve_device
+    from data_tools.vae.autoencoder import resolve_device
 
     if result.manifest is None:
         print(f"--preview {args.preview}: not made, it needs dataset.json", flush=True)

@@ -25,7 +25,7 @@ from data_tools.encoding_run import EncodingRun
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.reading import Reading
-from data_tools.vae import load_vae
+from data_tools.vae.autoencoder import load_vae
 from data_tools.verification import verify
 
 VAE = load_vae("data_tools/demo_vae", device=torch.device("cpu"))

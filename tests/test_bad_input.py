@@ -10,7 +10,7 @@ import pytest
 from data_tools import encode_latents
 from data_tools.errors import ConfigError, exit_on_config_error
 from data_tools.shards.manifest import MANIFEST_NAME
-from data_tools.vae import DEMO_VAE
+from data_tools.vae.autoencoder import DEMO_VAE
 from tests.configs import FP32
 from tests.launch import REPOSITORY, deepspeed, run
 from training import evaluate, export, main, processes, report, sample

@@ -25,7 +25,7 @@ from data_tools.inspect_dataset import page
 from data_tools.preview import write_preview
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.inputs import open_source
-from data_tools.vae import DEMO_VAE, encode_moments, load_vae, with_dtype
+from data_tools.vae.autoencoder import DEMO_VAE, encode_moments, load_vae, with_dtype
 from tests.encode_jobs import content, flags, make_pictures
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from data_tools.errors import ConfigError
-from data_tools.vae import DEMO_VAE, decode_pixels, load_vae
+from data_tools.vae.autoencoder import DEMO_VAE, decode_pixels, load_vae
 from models.guidance import Guidance
 from models.latents import final_latents
 from models.randomness import Stream, integers, normal

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.vae import decode_pixels, encode_moments, load_decoder, load_vae
+from data_tools.vae.autoencoder import decode_pixels, encode_moments, load_decoder, load_vae
 from models.latents import final_latents, frozen_latents, scale_and_shift, vae_latents
 from tests.small_vae import save_small_vae
 

@@ -7,7 +7,7 @@ import pytest
 
 from data_tools import encode_latents, verify_shards
 from data_tools.shards.manifest import DatasetManifest
-from data_tools.vae import DEMO_VAE
+from data_tools.vae.autoencoder import DEMO_VAE
 from tests.encode_jobs import flags, make_pictures
 from tests.launch import REPOSITORY
 from training import evaluate, export, report, sample

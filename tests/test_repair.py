@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
-from data_tools.vae import DEMO_VAE
+from data_tools.vae.autoencoder import DEMO_VAE
 from data_tools.verify_shards import main
 from tests.test_verify import SHARD, change_label, copy_shard, cut, edit, flip_value
 

@@ -17,7 +17,7 @@ from data_tools.reader import SampleReader
 from data_tools.shards.manifest import DatasetManifest, content_hash
 from data_tools.sources.image_tars import open_tars, scan_tar
 from data_tools.training_data import open_data
-from data_tools.vae import DEMO_VAE
+from data_tools.vae.autoencoder import DEMO_VAE
 from tests.configs import changed
 from tests.encode_jobs import content
 from tests.stored_files import VERSIONS, unpack

@@ -22,8 +22,14 @@ from data_tools.train_vae import (
     psnr,
     training_batch,
 )
-from data_tools.vae import DEMO_VAE, decode_pixels, encode_moments, load_vae, resolve_device
-from data_tools.vae_pictures import emoji_pictures, folder_pictures, is_held_out
+from data_tools.vae.autoencoder import (
+    DEMO_VAE,
+    decode_pixels,
+    encode_moments,
+    load_vae,
+    resolve_device,
+)
+from data_tools.vae.vae_pictures import emoji_pictures, folder_pictures, is_held_out
 from models.latents import final_latents
 from tests.launch import run
 from tests.small_vae import save_small_vae

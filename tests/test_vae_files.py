@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from data_tools.errors import ConfigError
-from data_tools.vae import load_vae
+from data_tools.vae.autoencoder import load_vae
 from tests.launch import run
 from tests.small_vae import save_small_vae
 
@@ -122,7 +122,7 @@ def test_a_pipeline_with_a_configuration_of_its_own_has_its_vae_found(saved, mak
 HUB = """
 import sys
 from data_tools.errors import ConfigError
-from data_tools.vae import load_vae
+from data_tools.vae.autoencoder import load_vae
 for name in sys.argv[1:]:
     try:
         vae = load_vae(name)

@@ -8,8 +8,8 @@ import yaml
 
 from data_tools.files import MalformedError
 from data_tools.formats import NewerFormatError
-from data_tools.vae import DEMO_VAE
-from data_tools.vae_files import REPOSITORY
+from data_tools.vae.autoencoder import DEMO_VAE
+from data_tools.vae.vae_files import REPOSITORY
 from models.switch_dit import MODEL_NAMES
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest
 from training.evaluation.card import CARD

@@ -13,7 +13,7 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from data_tools.formats import Format
 from data_tools.shards.manifest import DatasetManifest
-from data_tools.vae import Vae, load_decoder
+from data_tools.vae.autoencoder import Vae, load_decoder
 from models.switch_dit import SwitchDiT
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,

@@ -11,7 +11,7 @@ import torch
 
 from data_tools.errors import ConfigError
 from data_tools.files import as_json
-from data_tools.vae_files import REPOSITORY
+from data_tools.vae.vae_files import REPOSITORY
 from models.merged import merge_experts
 from models.sampler import visited_timesteps
 from training.engine import model_arguments

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data_tools.errors import ArgumentParser, ConfigError
-from data_tools.vae import decode_pixels, load_decoder
+from data_tools.vae.autoencoder import decode_pixels, load_decoder
 from models.gate import build_plan
 from models.switch_dit import MODEL_NAMES, SwitchDiT
 from training.checkpoint_manifest import CHECKPOINT_DIR

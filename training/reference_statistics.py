@@ -25,7 +25,7 @@ from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.inputs import open_source
 from data_tools.sources.source import ImageSource
 from data_tools.user_files.paths import typed_path, typed_text
-from data_tools.vae import resolve_device
+from data_tools.vae.autoencoder import resolve_device
 from training.evaluation.drawing import disk_errors
 from training.evaluation.feature_flags import add_network_flags, load_network
 from training.evaluation.image_npz import LABELS, write_npz

@@ -24,7 +24,7 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_path, typed_text
-from data_tools.vae import Vae, decode_pixels, load_decoder
+from data_tools.vae.autoencoder import Vae, decode_pixels, load_decoder
 from training.class_choice import ClassChoice
 from training.config import Config
 from training.objective import build_diffusion

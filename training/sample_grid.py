@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from data_tools.vae import Vae, decode_pixels
+from data_tools.vae.autoencoder import Vae, decode_pixels
 from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.sampler import methods_for

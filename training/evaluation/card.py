@@ -11,7 +11,7 @@ from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
 from data_tools.formats import Format
 from data_tools.shards.manifest import VaeReference
-from data_tools.vae import Vae
+from data_tools.vae.autoencoder import Vae
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest, sha256_of
 from training.config import Config
 from training.ema import profiles_of

@@ -30,7 +30,7 @@ from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, replace_file
 from data_tools.formats import Format
 from data_tools.process.launcher import is_started_again
-from data_tools.vae import Vae, decode_pixels
+from data_tools.vae.autoencoder import Vae, decode_pixels
 from models.diffusion import Diffusion
 from models.randomness import Stream, integers, uniform
 from models.switch_dit import SwitchDiT

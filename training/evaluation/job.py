@@ -10,7 +10,7 @@ import torch
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
-from data_tools.vae import Vae, load_decoder
+from data_tools.vae.autoencoder import Vae, load_decoder
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest
 from training.config import Config
 from training.evaluation.card import weights_sha256

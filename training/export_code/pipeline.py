@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from data_tools.vae import Vae, decode_pixels
+from data_tools.vae.autoencoder import Vae, decode_pixels
 from models.diffusion import Diffusion
 from training.class_choice import ClassChoice
 from training.option import either, shown

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import VaeReference
-from data_tools.vae_files import REPOSITORY, load_model
+from data_tools.vae.vae_files import REPOSITORY, load_model
 from models.latents import scale_and_shift, vae_latents
 
 if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples

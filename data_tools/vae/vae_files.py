@@ -27,7 +27,7 @@ from data_tools.user_files.user_text import read_text
 if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples
     from diffusers import AutoencoderKL
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"  # the paper's, for images of 256 and 512 pixels
 _CONFIG = "config.json"
 _PIPELINE_PART = "vae"  # folder of a whole pipeline
