@@ -35,10 +35,10 @@ from benchmarks.data_sets import (
     make_shard,
 )
 from benchmarks.measure import describe_machine
-from data_tools.loader import LatentStream
 from data_tools.process.entry_point import enter
-from data_tools.reader import SampleReader
-from data_tools.training_data import open_data
+from data_tools.stream.loader import LatentStream
+from data_tools.stream.reader import SampleReader
+from data_tools.stream.training_data import open_data
 from data_tools.user_files.paths import typed_path
 
 BATCH = 256

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.start_ranks import slowest
-from data_tools.loader import Batch
+from data_tools.stream.loader import Batch
 from training.config import Config
 
 CPU = torch.device("cpu")
@@ -151,7 +151,9 @@ def _batches(config: Config, engine: Any, rank: int, world_size: int, step: int)
     N, count = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     C, H, W = config.model.latent_shape
     for i in range(count):
-        first = (step * world_size + rank) * count * N + i * N  # as data_tools.loader deals them
+        first = (
+            step * world_size + rank
+        ) * count * N + i * N  # as data_tools.stream.loader deals them
         raw = torch.randn(N, 2 * C, H, W, generator=torch.Generator().manual_seed(first))
         labels = torch.zeros(N, dtype=torch.int64)
         yield Batch(raw.half(), labels, torch.arange(first, first + N))

@@ -8,8 +8,8 @@ from data_tools.encoding import SPLIT
 from data_tools.encoding_output import EncodingOutput
 from data_tools.encoding_settings import EncodingSettings
 from data_tools.errors import ConfigError, some
-from data_tools.order import permutation
 from data_tools.sources.source import FileSource, ImageSource
+from data_tools.stream.order import permutation
 
 _NAMES_SHOWN = 5
 

@@ -5,8 +5,8 @@ import json
 
 import torch
 
-from data_tools.order import ORDER_VERSION
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.stream.order import ORDER_VERSION
 from data_tools.vae.autoencoder import DEMO_VAE, load_vae
 from tests.configs import small
 from tests.synthetic import make_dataset, random_moments

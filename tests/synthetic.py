@@ -23,7 +23,7 @@ from data_tools.shards.manifest import (
     VaeReference,
 )
 from data_tools.shards.records import RecordLayout, Sample, sample_key
-from data_tools.training_data import TrainingData, open_data
+from data_tools.stream.training_data import TrainingData, open_data
 
 SHAPE = (8, 4, 4)
 NUM_CLASSES = 3

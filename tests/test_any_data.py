@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.loader import Batch
+from data_tools.stream.loader import Batch
 from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.switch_dit import SwitchDiT

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from data_tools.errors import ConfigError
-from data_tools.shard_store import ShardStore
 from data_tools.storage.byte_stream import Patience
 from data_tools.storage.cache import ShardCache, default_cache_folder, open_cache
 from data_tools.storage.locations import parse_location
 from data_tools.storage.locks import StoppedError
+from data_tools.stream.shard_store import ShardStore
 from tests.http_server import HttpServer
 from tests.synthetic import make_dataset
 from tests.test_remote import wait_until

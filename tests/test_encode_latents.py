@@ -20,11 +20,11 @@ from data_tools.encode_latents import main, prepare_demo
 from data_tools.encoding import ShardEncoder
 from data_tools.encoding_settings import SETTINGS_NAME
 from data_tools.errors import ConfigError
-from data_tools.loader import LatentStream
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.image_folders import scan_folder
 from data_tools.sources.images import load_pixels
-from data_tools.training_data import open_data
+from data_tools.stream.loader import LatentStream
+from data_tools.stream.training_data import open_data
 from data_tools.vae.autoencoder import DEMO_VAE, encode_moments, load_vae
 from tests.encode_jobs import VAE_FLAGS, content, flags, make_pictures
 from tests.launch import REPOSITORY, environment, run

@@ -19,8 +19,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, safe_open
 
 from data_tools.files import as_json
-from data_tools.order import ORDER_VERSION
 from data_tools.shards.manifest import DATASET, DatasetManifest, VaeReference
+from data_tools.stream.order import ORDER_VERSION
 from data_tools.vae.autoencoder import DEMO_VAE, decode_pixels, load_decoder, load_vae
 from models.diffusion import Diffusion
 from models.guidance import Guidance

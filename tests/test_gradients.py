@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from data_tools.loader import Batch
+from data_tools.stream.loader import Batch
 from models.switch_dit import MODEL_SIZES, ModelSize
 from tests.ranks import run_ranks
 from training.deepspeed_config import merge_deepspeed

@@ -13,11 +13,11 @@ import webdataset as wds
 from data_tools.errors import ConfigError
 from data_tools.index_shards import main
 from data_tools.inspect_dataset import page
-from data_tools.loader import LatentStream
-from data_tools.reader import SampleReader
 from data_tools.shards.foreign_arrays import doubts
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
-from data_tools.training_data import open_data
+from data_tools.stream.loader import LatentStream
+from data_tools.stream.reader import SampleReader
+from data_tools.stream.training_data import open_data
 from data_tools.verification import verify
 from tests.launch import REPOSITORY, run
 

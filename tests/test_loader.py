@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import data_tools.reader
+import data_tools.stream.reader
 from data_tools.errors import ConfigError
-from data_tools.loader import LatentStream
-from data_tools.order import StreamOrder
-from data_tools.reader import SampleReader
-from data_tools.shard_feed import NUM_THREADS
+from data_tools.stream.loader import LatentStream
+from data_tools.stream.order import StreamOrder
+from data_tools.stream.reader import SampleReader
+from data_tools.stream.shard_feed import NUM_THREADS
 from models.randomness import Stream, uniform
 from tests.launch import run
 from tests.synthetic import SHAPE, data_of, make_dataset
@@ -141,7 +141,7 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch, limit):
     sizes = [3] * 90
     window = 5 if limit == "window" else 80
     if limit == "system":
-        monkeypatch.setattr(data_tools.reader, "_allowed_descriptors", lambda wanted: 5)
+        monkeypatch.setattr(data_tools.stream.reader, "_allowed_descriptors", lambda wanted: 5)
     data = data_of(make_dataset(tmp_path, sizes))
     settings = {"seed": SEED, "window": window, "global_batch_size": 30, "micro_batch_size": 30}
     with LatentStream(data, rank=0, world_size=1, horizontal_flip=False, **settings) as stream:
@@ -159,8 +159,8 @@ def test_more_shards_than_a_process_may_open_by_default_are_shuffled_together(tm
         "import resource, sys\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))\n"
-        "from data_tools.loader import LatentStream\n"
-        "from data_tools.training_data import open_data\n"
+        "from data_tools.stream.loader import LatentStream\n"
+        "from data_tools.stream.training_data import open_data\n"
         "stream = LatentStream(open_data(sys.argv[1]), seed=0, window=100, global_batch_size=100,\n"
         "    micro_batch_size=100, rank=0, world_size=1)\n"
         "next(stream)\n"

@@ -10,7 +10,7 @@ from data_tools.errors import ConfigError, OutageError
 from data_tools.storage.byte_stream import Patience
 from data_tools.storage.fetch import MissingFileError, fetch, read_small
 from data_tools.storage.locations import parse_location
-from data_tools.training_data import open_data
+from data_tools.stream.training_data import open_data
 from tests.synthetic import make_dataset
 
 PATIENCE = Patience(connect_sec=60, stall_sec=60, attempts=2, backoff_sec=0.01)

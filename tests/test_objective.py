@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.loader import Batch
+from data_tools.stream.loader import Batch
 from models.loss_weights import UncertaintyWeights, cluster_log_variances
 from models.prior import match_units, prior_loss
 from models.switch_dit import SwitchDiTOutput

@@ -7,8 +7,8 @@ import pytest
 import torch
 import webdataset as wds
 
-from data_tools.loader import LatentStream
-from data_tools.planned_samples import PlannedSamples
+from data_tools.stream.loader import LatentStream
+from data_tools.stream.webdataset_stage import PlannedSamples
 from tests.synthetic import data_of, make_dataset
 
 SETTINGS = {"seed": 5, "window": 3, "check": "size"}

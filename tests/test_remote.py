@@ -18,7 +18,7 @@ from data_tools.storage.byte_stream import Patience
 from data_tools.storage.fetch import MissingFileError, fetch, read_small
 from data_tools.storage.locations import Location, parse_location
 from data_tools.storage.locks import StoppedError
-from data_tools.training_data import open_data
+from data_tools.stream.training_data import open_data
 from tests.http_server import HttpServer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError, OutageError, exit_on_config_error
-from data_tools.loader import LatentStream
 from data_tools.storage.cache import ShardCache
-from data_tools.training_data import open_data
+from data_tools.stream.loader import LatentStream
+from data_tools.stream.training_data import open_data
 from tests.http_server import HttpServer
 from tests.synthetic import make_dataset
 

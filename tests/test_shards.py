@@ -12,9 +12,9 @@ import webdataset as wds
 
 from data_tools.errors import ConfigError
 from data_tools.files import replace_file
-from data_tools.reader import SampleReader
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.shards.records import RecordLayout, Sample
+from data_tools.stream.reader import SampleReader
 from tests.synthetic import SHAPE, data_of, make_dataset, moments_of
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_tools.order import StreamOrder
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.shards.records import RecordLayout
+from data_tools.stream.order import StreamOrder
 from models.diffusion import LossTerms
 from tests.alike import assert_trained_alike
 from tests.configs import FP32, stated

@@ -13,10 +13,10 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from data_tools import encode_latents, index_shards, verify_shards
-from data_tools.reader import SampleReader
 from data_tools.shards.manifest import DatasetManifest, content_hash
 from data_tools.sources.image_tars import open_tars, scan_tar
-from data_tools.training_data import open_data
+from data_tools.stream.reader import SampleReader
+from data_tools.stream.training_data import open_data
 from data_tools.vae.autoencoder import DEMO_VAE
 from tests.configs import changed
 from tests.encode_jobs import content

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data_tools.order import ORDER_VERSION, StreamOrder
-from data_tools.stream_plan import BLOCK, StreamPlan
+from data_tools.stream.order import ORDER_VERSION, StreamOrder
+from data_tools.stream.plan import BLOCK, StreamPlan
 
 NUM_TRIALS = 25
 EXPECTED_OF_VERSION_1 = {

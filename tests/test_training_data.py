@@ -9,9 +9,15 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.loader import LatentStream
 from data_tools.shards.manifest import DATASET, MANIFEST_NAME, DatasetManifest
-from data_tools.training_data import NamedSet, in_thousandths, is_absent, open_data, parse_data
+from data_tools.stream.loader import LatentStream
+from data_tools.stream.training_data import (
+    NamedSet,
+    in_thousandths,
+    is_absent,
+    open_data,
+    parse_data,
+)
 from tests.synthetic import make_dataset, moments_of
 from training.command_line import parse_command_line
 

@@ -12,7 +12,7 @@ from data_tools import inspect_dataset, verify_shards
 from data_tools.encode_latents import main as encode_main
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import DatasetManifest
-from data_tools.training_data import open_data
+from data_tools.stream.training_data import open_data
 from tests.encode_jobs import flags, make_pictures
 from tests.synthetic import make_dataset
 

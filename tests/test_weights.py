@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from data_tools.errors import ConfigError
-from data_tools.order import ORDER_VERSION
+from data_tools.stream.order import ORDER_VERSION
 from tests.ranks import run_ranks
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import (

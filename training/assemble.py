@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data_tools.loader import LatentStream
+from data_tools.stream.loader import LatentStream
 from models.latents import scale_and_shift
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data_tools.order import ORDER_VERSION
+from data_tools.stream.order import ORDER_VERSION
 from training.checkpoint_manifest import (
     CheckpointManifest,
     FileRecord,

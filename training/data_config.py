@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data_tools.shard_store import CHECKS
+from data_tools.stream.shard_store import CHECKS
 from data_tools.user_files.paths import expand, expand_data
 from training.option import option
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
-from data_tools.training_data import TrainingData, open_data
+from data_tools.stream.training_data import TrainingData, open_data
 from data_tools.vae.autoencoder import Vae, load_decoder
 from training.checkpoint_manifest import CheckpointManifest, Layout
 from training.command_line import CommandLine

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, OutageError
-from data_tools.loader import Batch, LatentStream
+from data_tools.stream.loader import Batch, LatentStream
 from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.checkpoint_writer import Outcome

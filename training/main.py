@@ -28,7 +28,7 @@ from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
 from data_tools.shards.manifest import MANIFEST_NAME
-from data_tools.training_data import is_absent
+from data_tools.stream.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
 from training import processes
 from training.checkpoint_manifest import TrainState

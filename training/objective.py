@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data_tools.loader import Batch
+from data_tools.stream.loader import Batch
 from models.dealing import deal, served_at_home
 from models.diffusion import Diffusion, LossTerms
 from models.latents import final_latents, frozen_latents

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
-from data_tools.order import ORDER_VERSION
+from data_tools.stream.order import ORDER_VERSION
 from training.checkpoint_manifest import (
     CheckpointManifest,
     IncompleteCheckpointError,

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from data_tools.reader import SampleReader
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache
-from data_tools.training_data import TrainingData, open_data
+from data_tools.stream.reader import SampleReader
+from data_tools.stream.training_data import TrainingData, open_data
 from models.diffusion import Diffusion
 from models.latents import final_latents, frozen_latents, scale_and_shift
 from models.randomness import Stream, normal

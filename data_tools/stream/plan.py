@@ -3,7 +3,7 @@
 Three rules, one inside the other, each a pure function of the stream position:
 
 streams   a global batch of G is cut into C equal chunks; chunk c takes the samples of part c of the
-          data, which has epochs and windows of its own (order.py). A node that trains on some
+          data, which has epochs and windows of its own (stream/order.py). A node that trains on some
           chunks needs only their parts on its disk.
 mixture   in a stream, each block of 1,000 positions holds of every set exactly its weight in
           thousandths, dealt by a permutation of (seed, stream, block).
@@ -18,10 +18,10 @@ from itertools import count
 
 import numpy as np
 
-from data_tools.order import StreamOrder, derived_seed, permutation
+from data_tools.stream.order import StreamOrder, derived_seed, permutation
 
 BLOCK = 1000  # positions that hold exactly the weights of a mixture
-_SET, _MIXTURE = 5, 6  # keep what is drawn apart, from order.py's kinds too
+_SET, _MIXTURE = 5, 6  # keep what is drawn apart, from stream/order.py's kinds too
 
 
 def micro_batches(

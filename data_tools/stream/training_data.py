@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data_tools.errors import ConfigError
-from data_tools.shard_store import ShardStore
 from data_tools.shards.manifest import (
     MANIFEST_NAME,
     ChannelStatistics,
@@ -33,7 +32,8 @@ from data_tools.storage.cache import ShardCache
 from data_tools.storage.fetch import MissingFileError, read_small
 from data_tools.storage.locations import Location, parse_location
 from data_tools.storage.server_answers import json_message
-from data_tools.stream_plan import BLOCK, StreamPlan
+from data_tools.stream.plan import BLOCK, StreamPlan
+from data_tools.stream.shard_store import ShardStore
 from data_tools.user_files.place_names import places_of, split_list, split_weight
 
 _FLAG = "--data"

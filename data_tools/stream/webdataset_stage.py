@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data_tools.loader import BatchReader
-from data_tools.stream_plan import micro_batches
-from data_tools.training_data import TrainingData
+from data_tools.stream.loader import BatchReader
+from data_tools.stream.plan import micro_batches
+from data_tools.stream.training_data import TrainingData
 
 
 class PlannedSamples(IterableDataset):

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 
-from data_tools.shard_store import ShardStore
+from data_tools.stream.shard_store import ShardStore
 
 NUM_THREADS = 4  # shards that are fetched or checked at a time
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from data_tools.errors import ConfigError
-from data_tools.shard_store import ShardStore
 from data_tools.shards.records import DamagedRecordError
-from data_tools.training_data import DataPart, TrainingData
+from data_tools.stream.shard_store import ShardStore
+from data_tools.stream.training_data import DataPart, TrainingData
 
 NUM_INDEXES = 256  # of tars of others that are kept in memory, 24 bytes a sample
 _SPARE_DESCRIPTORS = 256  # of the process for everything else

@@ -1,8 +1,8 @@
 """The stream of batches that training consumes.
 
-Batch composition is arithmetic on the stream position (order.py, stream_plan.py); samples are read
-by preadv at known offsets (reader.py). One thread reads batches ahead, a few others make shards
-ready before they are needed (shard_feed.py): preadv, sockets and checksums release the interpreter,
+Batch composition is arithmetic on the stream position (stream/order.py, stream/plan.py); samples are read
+by preadv at known offsets (stream/reader.py). One thread reads batches ahead, a few others make shards
+ready before they are needed (stream/shard_feed.py): preadv, sockets and checksums release the interpreter,
 and a thread needs no fork beside DeepSpeed, NCCL or MPI.
 
 N micro-batch, C latent channels, H W latent size.
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from data_tools.reader import SampleReader
-from data_tools.shard_feed import ShardFeed
 from data_tools.storage.cache import ShardCache
-from data_tools.stream_plan import micro_batches
-from data_tools.training_data import TrainingData
+from data_tools.stream.plan import micro_batches
+from data_tools.stream.reader import SampleReader
+from data_tools.stream.shard_feed import ShardFeed
+from data_tools.stream.training_data import TrainingData
 from models.randomness import Stream, uniform
 
 QUEUE_DEPTH = 4  # micro-batches ready ahead of the consumer
