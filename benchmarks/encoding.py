@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import describe_machine
-from data_tools.encoding_run import EncodingRun
+from data_tools.encoding.command import EncodingRun
 from data_tools.errors import ArgumentParser
 from data_tools.process.entry_point import enter
 from data_tools.sources.images import square_crop

@@ -20,12 +20,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(REPOSITORY)
 
-from data_tools.encoding_changes import edited_sentence
-from data_tools.encoding_output import nothing_left_by_a_refusal
-from data_tools.encoding_run import EncodingRun, choose_device
-from data_tools.encoding_settings import PRECISIONS, disk_errors_as_config_errors
+from data_tools.encoding.changes import edited_sentence
+from data_tools.encoding.command import EncodingRun, choose_device
+from data_tools.encoding.input_summary import class_lines
+from data_tools.encoding.output import nothing_left_by_a_refusal
+from data_tools.encoding.settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.errors import ArgumentParser, ConfigError, some
-from data_tools.input_summary import class_lines
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.process.entry_point import enter, is_reporter
 from data_tools.shards.manifest import MANIFEST_NAME

@@ -20,9 +20,9 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.encoding.input_summary import class_lines
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.files import MalformedError, replace_file
-from data_tools.input_summary import class_lines
 from data_tools.process.entry_point import enter
 from data_tools.shards.foreign_arrays import channels_last, doubts
 from data_tools.shards.foreign_index import NOTES, ScannedShard, Wanted, scan

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_tools.encoding import ShardEncoder
-from data_tools.encoding_output import EncodingOutput, finished_sidecar, shard_name
-from data_tools.encoding_run import reopen
-from data_tools.encoding_settings import disk_errors_as_config_errors
+from data_tools.encoding.command import reopen
+from data_tools.encoding.encoder import ShardEncoder
+from data_tools.encoding.output import EncodingOutput, finished_sidecar, shard_name
+from data_tools.encoding.settings import disk_errors_as_config_errors
 from data_tools.errors import ConfigError
 from data_tools.findings import SHARD_PARTS, Verification
 from data_tools.full_check import class_counts, computed_statistics

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools import encoding_run
-from data_tools.encoding_run import EncodingRun
+from data_tools.encoding import command
+from data_tools.encoding.command import EncodingRun
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.reading import Reading
@@ -111,7 +111,7 @@ def files(draw: st.DrawFn) -> list[tuple[str, bytes]]:
 def one_vae() -> Iterator[None]:
     """Read the VAE from the disk once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding_run, "load_vae", lambda *args, **options: VAE)
+        patch.setattr(command, "load_vae", lambda *args, **options: VAE)
         yield
 
 

@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from data_tools.claims import Claims, Owner
+from data_tools.encoding.claims import Claims, Owner
 from tests.launch import REPOSITORY, environment
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from data_tools.claims import Claims
+from data_tools.encoding.claims import Claims
 claims = Claims(Path(sys.argv[1]), renew_sec=0.02)
 print(claims.take("a"), flush=True)
 claims.note("a", 7)
@@ -132,7 +132,7 @@ def test_a_claim_that_was_taken_over_is_not_renewed_and_not_given_back(tmp_path)
 RACER = """
 import sys
 from pathlib import Path
-from data_tools.claims import Claims
+from data_tools.encoding.claims import Claims
 folder = Path(sys.argv[1])
 sys.stdin.readline()
 with Claims(folder / "claims") as claims:

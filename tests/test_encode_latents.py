@@ -17,8 +17,8 @@ import webdataset as wds
 
 import data_tools.encode_latents
 from data_tools.encode_latents import main, prepare_demo
-from data_tools.encoding import ShardEncoder
-from data_tools.encoding_settings import SETTINGS_NAME
+from data_tools.encoding.encoder import ShardEncoder
+from data_tools.encoding.settings import SETTINGS_NAME
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.image_folders import scan_folder

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools import encoding_trial
 from data_tools.encode_latents import main
-from data_tools.encoding import ShardEncoder
-from data_tools.encoding_output import INDEXES_NAME, EncodingOutput
-from data_tools.encoding_progress import Progress, duration
-from data_tools.encoding_run import reopen
-from data_tools.encoding_settings import load_settings
-from data_tools.encoding_trial import check_precision, choose_batch_size, precision_error
+from data_tools.encoding import trial
+from data_tools.encoding.command import reopen
+from data_tools.encoding.encoder import ShardEncoder
+from data_tools.encoding.output import INDEXES_NAME, EncodingOutput
+from data_tools.encoding.progress import Progress, duration
+from data_tools.encoding.settings import load_settings
+from data_tools.encoding.trial import check_precision, choose_batch_size, precision_error
 from data_tools.errors import ConfigError
 from data_tools.inspect_dataset import page
 from data_tools.preview import write_preview
@@ -83,7 +83,7 @@ def test_reduced_precision_is_measured_recorded_and_close(images, encoded, tmp_p
         r"--precision bf16: rms error ([\d.]+) of the latents' standard deviation on 8 images",
         capsys.readouterr().out,
     )
-    assert 0 < float(error[1]) < encoding_trial.MAX_PRECISION_ERROR
+    assert 0 < float(error[1]) < trial.MAX_PRECISION_ERROR
     manifest, exact = DatasetManifest.load(tmp_path), DatasetManifest.load(encoded)
     assert (manifest.latent.precision, exact.latent.precision) == ("bf16", "fp32")
     assert manifest.vae.sha256 == exact.vae.sha256
@@ -95,12 +95,12 @@ def test_reduced_precision_is_measured_recorded_and_close(images, encoded, tmp_p
 def test_the_batch_size_follows_the_memory_that_is_free(vae, monkeypatch):
     sizes = []
     for free in (1 << 40, 64 << 20, 8 << 20, 0):
-        monkeypatch.setattr(encoding_trial, "_free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(trial, "_free_bytes", lambda device, free=free: free)
         sizes.append(choose_batch_size(vae, 64, 1))
-    assert sizes[0] == encoding_trial.MAX_BATCH_SIZE["cpu"]
+    assert sizes[0] == trial.MAX_BATCH_SIZE["cpu"]
     assert sizes == sorted(sizes, reverse=True) and sizes[2] < sizes[0] and sizes[3] == 1
     assert all(size & (size - 1) == 0 for size in sizes)
-    monkeypatch.setattr(encoding_trial, "_free_bytes", lambda device: 64 << 20)
+    monkeypatch.setattr(trial, "_free_bytes", lambda device: 64 << 20)
     assert choose_batch_size(vae, 64, 4) <= sizes[1]
 
 
@@ -108,10 +108,10 @@ def test_a_lack_of_memory_is_one_sentence(images, tmp_path, monkeypatch):
     def full(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("data_tools.encoding.tensor_moments", full)
+    monkeypatch.setattr("data_tools.encoding.encoder.tensor_moments", full)
     with pytest.raises(ConfigError, match=r"^--batch-size 4: out of memory on cpu; end what else"):
         main(flags(images, tmp_path))
-    monkeypatch.setattr("data_tools.encoding_trial.tensor_moments", full)
+    monkeypatch.setattr("data_tools.encoding.trial.tensor_moments", full)
     with pytest.raises(ConfigError, match=r"^--batch-size auto: not even 3 images of 32 pixels"):
         main(flags(images, tmp_path / "auto", **{"--batch-size": "auto"}))
     assert not (tmp_path / "auto").exists()

@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from data_tools.claims import Owner
 from data_tools.encode_latents import main
-from data_tools.encoding_output import CLAIMS_NAME
-from data_tools.encoding_run import choose_device, choose_threads
+from data_tools.encoding.claims import Owner
+from data_tools.encoding.command import choose_device, choose_threads
+from data_tools.encoding.output import CLAIMS_NAME
 from data_tools.errors import ConfigError
 from data_tools.files import as_json, write_text_once
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from data_tools import formats
-from data_tools.encoding_output import EncodingOutput, finished_sidecar
-from data_tools.encoding_settings import SETTINGS, load_settings
+from data_tools.encoding.output import EncodingOutput, finished_sidecar
+from data_tools.encoding.settings import SETTINGS, load_settings
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE, MalformedError, append_line
 from data_tools.formats import FORMAT_KEY, Format, NewerFormatError, said

@@ -7,8 +7,8 @@ import tarfile
 
 import pytest
 
+from data_tools.encoding.input_summary import refuse_mostly_empty, summary
 from data_tools.errors import ConfigError
-from data_tools.input_summary import refuse_mostly_empty, summary
 from data_tools.sources.inputs import open_source
 from data_tools.sources.reading import Reading
 from tests.image_inputs import described, make_tar, names, picture, save

@@ -7,7 +7,7 @@ import pytest
 
 from data_tools import inspect_dataset, verify_shards
 from data_tools.encode_latents import main
-from data_tools.encoding_settings import SETTINGS_NAME
+from data_tools.encoding.settings import SETTINGS_NAME
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.inputs import open_source

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from data_tools import encoding_trial
 from data_tools.encode_latents import main
+from data_tools.encoding import trial
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME
 from tests.encode_jobs import content, flags, make_pictures
@@ -52,7 +52,7 @@ def _sample(label):
 
 
 def test_a_refused_precision_begins_no_data_set(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding_trial, "MAX_PRECISION_ERROR", 0.0)
+    monkeypatch.setattr(trial, "MAX_PRECISION_ERROR", 0.0)
     with pytest.raises(ConfigError, match=r"^--precision bf16: .* use fp32\.$"):
         main(flags(images, tmp_path / "set", **{"--precision": "bf16"}))
     assert not (tmp_path / "set").exists()

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from data_tools.claims import Claims
-from data_tools.encoding import ShardEncoder
-from data_tools.encoding_changes import check_files_exist, edited_images, finished_before
-from data_tools.encoding_output import CLAIMS_NAME, INDEXES_NAME, EncodingOutput, claim_name
-from data_tools.encoding_progress import Progress, duration
-from data_tools.encoding_settings import (
+from data_tools.encoding.changes import check_files_exist, edited_images, finished_before
+from data_tools.encoding.claims import Claims
+from data_tools.encoding.encoder import ShardEncoder
+from data_tools.encoding.input_summary import refuse_mostly_empty, summary
+from data_tools.encoding.output import CLAIMS_NAME, INDEXES_NAME, EncodingOutput, claim_name
+from data_tools.encoding.progress import Progress, duration
+from data_tools.encoding.settings import (
     POLL_SEC,
     PRECISIONS,
     EncodingSettings,
@@ -27,7 +28,7 @@ from data_tools.encoding_settings import (
     make_settings,
     settle,
 )
-from data_tools.encoding_trial import (
+from data_tools.encoding.trial import (
     TRIAL_IMAGES,
     check_any_image,
     check_precision,
@@ -36,7 +37,6 @@ from data_tools.encoding_trial import (
     timed_trial,
 )
 from data_tools.errors import ConfigError, one_line
-from data_tools.input_summary import refuse_mostly_empty, summary
 from data_tools.process.launcher import BY_TORCH, read_place_on_node
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest
 from data_tools.sources.inputs import open_source, read_class_names

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.encoding_device import BusyClock, EncodedBatch, is_out_of_memory
-from data_tools.encoding_output import finished_sidecar, shard_name
-from data_tools.encoding_settings import EncodingSettings
+from data_tools.encoding.device import BusyClock, EncodedBatch, is_out_of_memory
+from data_tools.encoding.output import finished_sidecar, shard_name
+from data_tools.encoding.settings import EncodingSettings
 from data_tools.errors import ConfigError
 from data_tools.files import replace_file
 from data_tools.shards.manifest import Shard

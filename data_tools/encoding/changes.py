@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.encoding import SPLIT
-from data_tools.encoding_output import EncodingOutput
-from data_tools.encoding_settings import EncodingSettings
+from data_tools.encoding.encoder import SPLIT
+from data_tools.encoding.output import EncodingOutput
+from data_tools.encoding.settings import EncodingSettings
 from data_tools.errors import ConfigError, some
 from data_tools.sources.source import FileSource, ImageSource
 from data_tools.stream.order import permutation

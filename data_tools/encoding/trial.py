@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.encoding import ShardEncoder
-from data_tools.encoding_device import is_out_of_memory
+from data_tools.encoding.device import is_out_of_memory
+from data_tools.encoding.encoder import ShardEncoder
 from data_tools.errors import ConfigError
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.source import ImageSource

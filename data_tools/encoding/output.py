@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_tools.claims import Claims
-from data_tools.encoding_settings import SETTINGS_NAME, EncodingSettings
+from data_tools.encoding.claims import Claims
+from data_tools.encoding.settings import SETTINGS_NAME, EncodingSettings
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, parse_json
 from data_tools.formats import FORMAT_KEY

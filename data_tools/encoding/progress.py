@@ -5,8 +5,8 @@ import time
 
 from tqdm import tqdm
 
-from data_tools.claims import Claims
-from data_tools.encoding_output import EncodingOutput, claim_name
+from data_tools.encoding.claims import Claims
+from data_tools.encoding.output import EncodingOutput, claim_name
 
 PLAIN_SEC = 10.0  # between lines where the output is no terminal, and between looks at the others
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data_tools.claims import Claims
+from data_tools.encoding.claims import Claims
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE, MalformedError, write_text_once
 from data_tools.formats import Format
