@@ -23,7 +23,7 @@ from data_tools.process.entry_point import enter
 from data_tools.shards.manifest import ClassEntry, DatasetManifest
 from data_tools.sources.left_out import sentence
 from data_tools.user_files.paths import typed_path, typed_text
-from data_tools.verification_report import readable_bytes, table
+from data_tools.verification.report import readable_bytes, table
 
 BATCH_SIZE = 256  # of the paper and of every preset; steps per epoch refer to it
 ALL_CLASSES = 24  # as many are listed in full, of more the most and least frequent ones
@@ -181,8 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(describe(manifest), indent=1) if args.json else page(manifest).rstrip())
     if args.preview:
         # Imported here: it loads the VAE's library, which a description does not need.
-        from data_tools.preview import write_preview
         from data_tools.vae.autoencoder import resolve_device
+        from data_tools.verification.preview import write_preview
 
         device = resolve_device(args.device)
         number = write_preview(args.preview, manifest, vae=args.vae, device=device)

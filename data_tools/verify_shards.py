@@ -19,11 +19,11 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from tqdm import tqdm
 
 from data_tools.errors import ArgumentParser, ConfigError
-from data_tools.findings import SHARD_PARTS, Verification
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
-from data_tools.verification import default_workers, verify
-from data_tools.verification_report import readable_bytes, report, sentence
+from data_tools.verification.findings import SHARD_PARTS, Verification
+from data_tools.verification.report import readable_bytes, report, sentence
+from data_tools.verification.verify import default_workers, verify
 
 PLAIN_PROGRESS_SEC = 10.0  # between lines where the output is no terminal
 
@@ -67,7 +67,7 @@ def check(args: argparse.Namespace, known: Verification | None = None) -> Verifi
 def repair(result: Verification, args: argparse.Namespace) -> tuple[Verification, list[str]]:
     """Repair what `result` found; return the check after it, and what was done."""
     # Imported here: it loads the VAE's library, which a check does not need.
-    from data_tools.repair import RepairSource, repair_shards, repair_small_files
+    from data_tools.verification.repair import RepairSource, repair_shards, repair_small_files
 
     source = RepairSource(args.input, args.vae, args.device, args.accept_new_bytes)
     done: list[str] = []
@@ -85,8 +85,8 @@ def repair(result: Verification, args: argparse.Namespace) -> tuple[Verification
 def write_preview_picture(result: Verification, args: argparse.Namespace) -> None:
     """Write --preview, of the shards that are sound."""
     # Imported here: it loads the VAE's library, which a check does not need.
-    from data_tools.preview import write_preview
     from data_tools.vae.autoencoder import resolve_device
+    from data_tools.verification.preview import write_preview
 
     if result.manifest is None:
         print(f"--preview {args.preview}: not made, it needs dataset.json", flush=True)

@@ -26,7 +26,7 @@ from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.reading import Reading
 from data_tools.vae.autoencoder import load_vae
-from data_tools.verification import verify
+from data_tools.verification.verify import verify
 
 VAE = load_vae("data_tools/demo_vae", device=torch.device("cpu"))
 JUNK_FOLDERS = ("__MACOSX", "@eaDir")

@@ -22,10 +22,10 @@ from data_tools.encoding.settings import load_settings
 from data_tools.encoding.trial import check_precision, choose_batch_size, precision_error
 from data_tools.errors import ConfigError
 from data_tools.inspect_dataset import page
-from data_tools.preview import write_preview
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.inputs import open_source
 from data_tools.vae.autoencoder import DEMO_VAE, encode_moments, load_vae, with_dtype
+from data_tools.verification.preview import write_preview
 from tests.encode_jobs import content, flags, make_pictures
 
 

@@ -29,7 +29,7 @@ from data_tools.shards.manifest import (
     content_hash,
 )
 from data_tools.shards.sidecar import SIDECAR
-from data_tools.verification import verify
+from data_tools.verification.verify import verify
 from tests.stored_files import FOLDER, VERSIONS
 from training import preset
 from training.checkpoint_manifest import MANIFEST, read_manifest

@@ -18,7 +18,7 @@ from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.stream.loader import LatentStream
 from data_tools.stream.reader import SampleReader
 from data_tools.stream.training_data import open_data
-from data_tools.verification import verify
+from data_tools.verification.verify import verify
 from tests.launch import REPOSITORY, run
 
 VAE = str(REPOSITORY / "data_tools" / "demo_vae")

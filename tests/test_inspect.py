@@ -8,8 +8,8 @@ from PIL import Image
 
 from data_tools.errors import ConfigError
 from data_tools.inspect_dataset import gini, main
-from data_tools.preview import choose_samples, draw_grid
 from data_tools.shards.manifest import DatasetManifest
+from data_tools.verification.preview import choose_samples, draw_grid
 from tests.synthetic import make_dataset
 
 

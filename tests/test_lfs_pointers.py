@@ -10,7 +10,7 @@ from data_tools.index_shards import main as index_shards
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.sources.inputs import open_source
 from data_tools.vae.autoencoder import DEMO_VAE, load_vae
-from data_tools.verification import verify
+from data_tools.verification.verify import verify
 from tests.encode_jobs import flags, make_pictures
 from training.state_dict_files import read_state_dict
 

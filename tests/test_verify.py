@@ -16,7 +16,7 @@ from PIL import Image
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.shards.records import RecordLayout, Sample
-from data_tools.verification import verify
+from data_tools.verification.verify import verify
 from data_tools.verify_shards import main
 from tests.launch import run
 from tests.synthetic import make_dataset

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.preview import choose_samples
 from data_tools.shards.manifest import DatasetManifest, LatentFormat, Members, Shard
 from data_tools.shards.shard_check import read_shard
+from data_tools.verification.preview import choose_samples
 from tests.synthetic import make_dataset
 
 SHAPE = (4, 3, 5)

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_tools.errors import ConfigError
-from data_tools.findings import SETTINGS_NAME, Finding, Verification
 from data_tools.formats import NewerFormatError
-from data_tools.full_check import run_full
-from data_tools.quick_check import run_quick
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.shards.shard_check import ShardContent
 from data_tools.shards.undescribed import run_folder
+from data_tools.verification.findings import SETTINGS_NAME, Finding, Verification
+from data_tools.verification.full_check import run_full
+from data_tools.verification.quick_check import run_quick
 
 MAX_WORKERS = 16
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.findings import Finding, Verification, expects_sidecars, read_sidecar
 from data_tools.shards.foreign_tar import index_name
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest, Shard
 from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
 from data_tools.user_files.file_kinds import HEAD_BYTES, LFS_REASON, is_lfs_pointer
+from data_tools.verification.findings import Finding, Verification, expects_sidecars, read_sidecar
 
 _AT_ONCE = 64  # shards per task of a thread
 

@@ -16,10 +16,10 @@ from data_tools.encoding.encoder import ShardEncoder
 from data_tools.encoding.output import EncodingOutput, finished_sidecar, shard_name
 from data_tools.encoding.settings import disk_errors_as_config_errors
 from data_tools.errors import ConfigError
-from data_tools.findings import SHARD_PARTS, Verification
-from data_tools.full_check import class_counts, computed_statistics
 from data_tools.shards.manifest import DATASET, MANIFEST_NAME, DatasetManifest, Shard
 from data_tools.shards.sidecar import SIDECAR, Sidecar
+from data_tools.verification.findings import SHARD_PARTS, Verification
+from data_tools.verification.full_check import class_counts, computed_statistics
 
 _SCRATCH = "repair-"  # begins the scratch folder's name, inside the data set's folder
 

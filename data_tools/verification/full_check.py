@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.findings import Finding, Verification, expects_sidecars, read_sidecar
 from data_tools.shards.manifest import MANIFEST_NAME, ChannelStatistics, DatasetManifest, Shard
 from data_tools.shards.records import sample_key
 from data_tools.shards.shard_check import OTHER_BYTES, ShardContent, read_shard
 from data_tools.shards.sidecar import statistics_of
+from data_tools.verification.findings import Finding, Verification, expects_sidecars, read_sidecar
 
 # dataset.json keeps 6 decimals; the order of additions costs less.
 STATISTICS_TOLERANCE = 2e-6

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_tools.findings import SHARD_PARTS, Verification
 from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources import left_out
+from data_tools.verification.findings import SHARD_PARTS, Verification
 
 MAX_FINDINGS = 30  # one page; --report holds all
 _MAX_NAMES = 12  # in the closing sentence
