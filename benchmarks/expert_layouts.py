@@ -15,10 +15,10 @@ import torch
 from benchmarks.measure import peak_growth
 from benchmarks.rank_steps import StepJob, measure_steps
 from benchmarks.start_ranks import run_on_ranks, slowest
-from training.config import Config
+from training.config.preset import load_preset
+from training.config.tree import Config
 from training.count import count_parameters, num_averages
 from training.memory import model_memory
-from training.preset import load_preset
 
 MIB = 2**20
 SAMPLES_PER_RANK = 8

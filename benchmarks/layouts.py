@@ -9,12 +9,12 @@ from benchmarks.cost_model import Layout, Prediction, Workload, fits, predict
 from benchmarks.hardware import GIB, Machine
 from benchmarks.routing_shares import prior_shares
 from data_tools.errors import ConfigError
-from training.config import Config
+from training.config.deepspeed_config import merge_deepspeed, plan_batch, stage_of
+from training.config.precision import Hardware, precision_of
+from training.config.tree import Config
+from training.config.validation import validate
 from training.count import count_parameters, num_averages, shape_of
-from training.deepspeed_config import merge_deepspeed, plan_batch, stage_of
 from training.memory import WEIGHT_BYTES
-from training.precision import Hardware, precision_of
-from training.validation import validate
 
 BYTES_OF = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}  # communication_data_type
 DEFAULT_BUCKET = 5e8  # DeepSpeed's

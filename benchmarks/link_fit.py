@@ -18,9 +18,9 @@ from benchmarks.layouts import layout_of, workload_of
 from benchmarks.rank_steps import LINK_BYTES, LinkTimes, RankRates, StepJob
 from benchmarks.routing_shares import prior_shares
 from benchmarks.start_ranks import run_on_ranks
-from training.config import Config
-from training.deepspeed_config import merge_deepspeed
-from training.precision import detect_hardware
+from training.config.deepspeed_config import merge_deepspeed
+from training.config.precision import detect_hardware
+from training.config.tree import Config
 
 NUM_RANKS = 2
 MICRO_BATCHES = (4, 16)  # what grows with the batch, and what does not

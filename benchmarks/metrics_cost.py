@@ -43,7 +43,7 @@ from models.gate import RoutingPlan, build_plan
 from models.switch_dit import MODEL_SIZES
 from training.checkpoint_manifest import TrainState
 from training.communication import CommunicationWatch
-from training.config import Config
+from training.config.tree import Config
 from training.engine import build_model
 from training.expert_load import LoadHistory, exchange_shape
 from training.heartbeat import FORWARD, Heartbeat

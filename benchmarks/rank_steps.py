@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from benchmarks.start_ranks import slowest
 from data_tools.stream.loader import Batch
-from training.config import Config
+from training.config.tree import Config
 
 CPU = torch.device("cpu")
 REPEATS = 5
@@ -118,7 +118,7 @@ def measure_steps(rank: int, world_size: int, jobs: list[StepJob], num_steps: in
 
 
 def _measure_job(rank: int, world_size: int, job: StepJob, num_steps: int) -> float:
-    from training.deepspeed_config import merge_deepspeed
+    from training.config.deepspeed_config import merge_deepspeed
     from training.engine import build_engine
     from training.objective import Objective
 

@@ -18,7 +18,7 @@ from models.gate import ExpertProduct, build_plan
 from models.placement import chosen_experts, place
 from models.prior import diffusion_prior
 from models.switch_dit import MODEL_SIZES
-from training.config import Config
+from training.config.tree import Config
 from training.objective import build_timestep_sampling
 
 NUM_SAMPLES = 4096  # of the timesteps' density, one from each of as many equal parts of it

@@ -30,10 +30,10 @@ from benchmarks.scaling_plot import draw_scaling
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
-from training.command_line import parse_command_line
-from training.config import Config
+from training.config.command_line import parse_command_line
+from training.config.tree import Config
+from training.config.validation import validate
 from training.pictures import save_png
-from training.validation import validate
 
 CPU = "cpu"
 GPU_COUNTS = [2**i for i in range(10)]

@@ -19,11 +19,11 @@ from benchmarks.rank_steps import StepJob
 from benchmarks.routing_shares import RoutingShares, configured_shares, prior_shares
 from benchmarks.start_ranks import run_on_ranks
 from data_tools.errors import ConfigError
-from training.command_line import parse_command_line
-from training.config import Config
-from training.deepspeed_config import merge_deepspeed, stage_of
+from training.config.command_line import parse_command_line
+from training.config.deepspeed_config import merge_deepspeed, stage_of
+from training.config.tree import Config
+from training.config.validation import validate
 from training.engine import build_model
-from training.validation import validate
 
 # Small enough for two cores; what is typed comes after it and counts. Experts for four ranks.
 SMALL_RUN = ["--num-experts", "4", "--global-batch-size", "32"]

@@ -14,10 +14,10 @@ from benchmarks.official_way import OfficialWay, official_prior_loss
 from models.diffusion import Diffusion
 from models.prior import diffusion_prior, match_units, prior_loss
 from models.switch_dit import MODEL_SIZES, SwitchDiT
-from training.config import Config
+from training.config.preset import load_preset
+from training.config.tree import Config
 from training.ema import EMAAdamW, profiles_of
 from training.engine import build_model
-from training.preset import load_preset
 
 PARAMETER_STD = 0.02  # of all parameters: a fresh model multiplies zeros
 OFFICIAL = "official way"

@@ -48,9 +48,9 @@ from benchmarks.sides import (
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from models.flops import training_flops
-from training.config import Config
+from training.config.precision import detect_hardware
+from training.config.tree import Config
 from training.count import shape_of
-from training.precision import detect_hardware
 
 GIGA, GIB = 1e9, 2**30
 LARGEST_BATCH = 1024

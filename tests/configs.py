@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from training.config import options
-from training.precision import PRECISION_BLOCKS
-from training.preset import load_preset
+from training.config.precision import PRECISION_BLOCKS
+from training.config.preset import load_preset
+from training.config.tree import options
 
 # For --deepspeed: the default, ds_configs/zero2.json, in fp32 on every machine.
 FP32 = Path(__file__).with_name("fp32.json")

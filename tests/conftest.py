@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.launch import REPOSITORY, TIMEOUT_SEC, environment, run
-from training.precision import BF16_VARIABLE
+from training.config.precision import BF16_VARIABLE
 
 # No test depends on what this machine multiplies: "auto" means fp32 where a test says nothing else.
 # `make test-precision` runs those marked so with each answer.

@@ -12,10 +12,10 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.switch_dit import SwitchDiT
 from tests.launch import REPOSITORY
+from training.config.preset import load_preset
+from training.config.validation import check_data, validate
 from training.objective import Objective
-from training.preset import load_preset
 from training.sampling import SamplerSettings, sample_latents
-from training.validation import check_data, validate
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
 DEEPSPEED = REPOSITORY / "ds_configs" / "zero2.json"

@@ -25,8 +25,8 @@ from training.checkpoint_manifest import (
     read_manifest,
     verify_file,
 )
+from training.config.preset import load_preset
 from training.monitor import read_metrics
-from training.preset import load_preset
 from training.processes import Ranks
 from training.run_directory import CONFIG_FILE
 from training.run_history import CHECKPOINTS_FILE, read_notes

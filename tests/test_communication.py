@@ -14,8 +14,8 @@ from tests.ranks import run_ranks
 from tests.synthetic import make_dataset, random_moments
 from tests.test_monitor import scalars_in_tensorboard
 from training import assemble, communication
-from training.command_line import parse_command_line
 from training.communication import CommunicationWatch, Shares, shares, shares_of, united
+from training.config.command_line import parse_command_line
 from training.job import check
 from training.main import train_job
 from training.monitor import Monitor, read_metrics

@@ -7,12 +7,12 @@ import pytest
 
 from data_tools.errors import ConfigError
 from tests.configs import changed
-from training.command_line import parse_command_line
-from training.config import config_from_dict, differences, options
-from training.deepspeed_config import plan_batch
-from training.options_table import README, with_table
-from training.preset import load_preset
-from training.validation import check_data, validate
+from training.config.command_line import parse_command_line
+from training.config.deepspeed_config import plan_batch
+from training.config.options_table import README, with_table
+from training.config.preset import load_preset
+from training.config.tree import config_from_dict, differences, options
+from training.config.validation import check_data, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted(path.stem for path in (ROOT / "training/presets").glob("*.yaml"))
@@ -241,7 +241,7 @@ def test_help_shows_every_flag(capsys):
 def test_the_readmes_table_of_options_is_the_configurations():
     readme = README.read_text(encoding="utf-8")
 
-    assert with_table(readme) == readme, "run python -m training.options_table --write"
+    assert with_table(readme) == readme, "run python -m training.config.options_table --write"
     assert all(f"| `{leaf.flag}` |" in readme for leaf in options())
 
 

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from training.command_line import parse_command_line
-from training.config import CONFIG
+from training.config.command_line import parse_command_line
+from training.config.deepspeed_config import merge_deepspeed
+from training.config.precision import Hardware
+from training.config.preset import load_preset
+from training.config.tree import CONFIG
 from training.count import checkpoint_bytes, count_parameters, describe, main
-from training.deepspeed_config import merge_deepspeed
 from training.memory import model_memory
-from training.precision import Hardware
-from training.preset import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 

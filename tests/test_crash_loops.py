@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.launch import run
-from training.command_line import parse_command_line
+from training.config.command_line import parse_command_line
 from training.crash_loops import STARTS_FILE, count_vain_starts, describe_crash_loop
 from training.run_directory import CONFIG_FILE
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError
-from training.deepspeed_config import load_deepspeed_json, merge_deepspeed, stage_of
-from training.precision import Hardware, explain_precision, precision_of
-from training.preset import load_preset
+from training.config.deepspeed_config import load_deepspeed_json, merge_deepspeed, stage_of
+from training.config.precision import Hardware, explain_precision, precision_of
+from training.config.preset import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))

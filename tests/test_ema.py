@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.reference import exponential_average, power_function_average
+from training.config.preset import load_preset
 from training.ema import (
     EMA_KEY,
     EMAAdamW,
@@ -16,7 +17,6 @@ from training.ema import (
     profiles_of,
     std_of_gamma,
 )
-from training.preset import load_preset
 
 AVERAGES = {
     EMA_KEY: TraditionalProfile(0.9),

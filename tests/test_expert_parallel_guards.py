@@ -9,9 +9,9 @@ from data_tools.errors import ConfigError
 from models.expert_parallel import ShardedExpertParallelMixture
 from models.moe import ExpertOptions
 from tests.configs import small
+from training.config.expert_parallel_checks import expert_values
+from training.config.validation import validate
 from training.count import count_parameters
-from training.expert_parallel_checks import expert_values
-from training.validation import validate
 
 STAGES = (0, 1, 2, 3)
 

@@ -31,9 +31,9 @@ from data_tools.shards.manifest import (
 from data_tools.shards.sidecar import SIDECAR
 from data_tools.verification.verify import verify
 from tests.stored_files import FOLDER, VERSIONS
-from training import preset
 from training.checkpoint_manifest import MANIFEST, read_manifest
-from training.config import CONFIG, options
+from training.config import preset
+from training.config.tree import CONFIG, options
 from training.ema_snapshots import SNAPSHOT, list_snapshots
 from training.evaluation.card import CARD, read_card
 from training.evaluation.drawing import DRAW, check_folder

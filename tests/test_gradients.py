@@ -12,11 +12,11 @@ import torch
 from data_tools.stream.loader import Batch
 from models.switch_dit import MODEL_SIZES, ModelSize
 from tests.ranks import run_ranks
-from training.deepspeed_config import merge_deepspeed
+from training.config.deepspeed_config import merge_deepspeed
+from training.config.precision import Hardware
+from training.config.preset import load_preset
 from training.engine import build_engine, build_model, set_learning_rate
 from training.objective import Objective
-from training.precision import Hardware
-from training.preset import load_preset
 
 LOCAL_BATCH = 4
 FP32_TOLERANCE = 1e-5  # largest difference, relative to the largest value of the gradient

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from training.config.deepspeed_config import merge_deepspeed
+from training.config.precision import Hardware
+from training.config.preset import load_preset
 from training.count import count_parameters, num_averages
-from training.deepspeed_config import merge_deepspeed
 from training.memory import model_memory
-from training.precision import Hardware
-from training.preset import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD_SIZE = 2

@@ -35,7 +35,7 @@ from training import (
     sample,
     score_images,
 )
-from training.deepspeed_config import KNOWN_KEYS
+from training.config.deepspeed_config import KNOWN_KEYS
 
 RUN = st.sampled_from(["run"] * 6 + ["none", "file", "folder", "run/checkpoints", "~/run"])
 DATA = st.sampled_from(["run/data"] * 3 + ["none", "file", "folder"])

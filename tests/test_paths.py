@@ -13,9 +13,9 @@ from tests.configs import small
 from tests.launch import REPOSITORY
 from training import evaluate, retry, sample
 from training.checkpoint_manifest import CHECKPOINT_DIR
-from training.command_line import parse_command_line
+from training.config.command_line import parse_command_line
+from training.config.location import CONFIG_FILE, DEEPSPEED_FILE
 from training.run_directory import check_run_directory
-from training.run_location import CONFIG_FILE, DEEPSPEED_FILE
 from training.warm_start import check_warm_start
 
 TILDE, VARIABLE = "~/runs/a", "$SCRATCH/runs/a"

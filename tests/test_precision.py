@@ -9,8 +9,8 @@ import torch
 from data_tools.errors import ConfigError
 from tests.launch import run
 from training.checkpoint_manifest import latest_checkpoint, read_manifest
+from training.config.precision import BF16_VARIABLE, detect_hardware
 from training.monitor import read_metrics
-from training.precision import BF16_VARIABLE, detect_hardware
 
 pytestmark = pytest.mark.precision
 
@@ -56,7 +56,9 @@ def test_without_the_variable_torch_is_asked(monkeypatch, stated):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is asked, not the CPU")
 def test_a_cpu_without_bf16_instructions_is_recognized():
-    command = "from training.precision import detect_hardware as detect; print(detect().has_bf16)"
+    command = (
+        "from training.config.precision import detect_hardware as detect; print(detect().has_bf16)"
+    )
 
     printed = run("python", "-c", command, ONEDNN_MAX_CPU_ISA="AVX2", **{BF16_VARIABLE: ""})
 

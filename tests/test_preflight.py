@@ -16,7 +16,7 @@ from tests.launch import run
 from training import bandwidth, preflight
 from training.bandwidth import Bandwidth
 from training.checkpoint_manifest import tag_of
-from training.command_line import CommandLine
+from training.config.command_line import CommandLine
 from training.node_facts import NodeFacts, collect, compare, exit_code_of
 from training.preflight import PreflightError, Stage, agree, check_job, connect, floor_gbps, judge
 from training.processes import Ranks

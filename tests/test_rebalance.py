@@ -13,10 +13,10 @@ from tests.alike import assert_trained_alike
 from tests.launch import run_jobs
 from tests.ranks import run_ranks
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
-from training.deepspeed_config import merge_deepspeed
+from training.config.deepspeed_config import merge_deepspeed
+from training.config.preset import load_preset
 from training.engine import build_engine
 from training.monitor import read_metrics
-from training.preset import load_preset
 from training.rebalance import ExpertPlacement, gate_table, move_experts
 from training.weights import base_optimizer, consolidated_weights
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.launch import run
 from training import checkpoint_manifest
-from training.command_line import parse_command_line
+from training.config.command_line import parse_command_line
 from training.retry import Restarts, decide, newest_checkpoint, read_restarts, run_dir_of
 
 CRASH, SAVED, MISTAKE, DONE = 1, 75, 2, 0

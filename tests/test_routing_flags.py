@@ -6,9 +6,9 @@ import torch
 from data_tools.errors import ConfigError
 from models.experts import AffineExperts, MlpExperts
 from tests.launch import REPOSITORY
-from training.command_line import parse_command_line
+from training.config.command_line import parse_command_line
+from training.config.validation import validate
 from training.engine import build_model
-from training.validation import validate
 
 ZERO_2 = REPOSITORY / "ds_configs" / "zero2.json"
 

@@ -20,8 +20,8 @@ from benchmarks.routing_shares import prior_gate_table, prior_shares, shares_of,
 from models.flops import forward_flops
 from models.gate import build_plan
 from models.prior import diffusion_prior
+from training.config.preset import load_preset
 from training.memory import activation_bytes, model_memory
-from training.preset import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = MACHINES["h100"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from training.command_line import parse_command_line
+from training.config.command_line import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ("common.sh", "site.sh")

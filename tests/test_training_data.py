@@ -19,7 +19,7 @@ from data_tools.stream.training_data import (
     parse_data,
 )
 from tests.synthetic import make_dataset, moments_of
-from training.command_line import parse_command_line
+from training.config.command_line import parse_command_line
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from data_tools.index_shards import main as index_shards
 from data_tools.sources.inputs import open_source, read_class_names
 from data_tools.user_files.user_text import TextError, read_text, text_lines
 from tests.encode_jobs import content, flags, make_pictures
-from training.config import Config
-from training.deepspeed_config import load_deepspeed_json
-from training.preset import PRESET_FOLDER, load_preset
+from training.config.deepspeed_config import load_deepspeed_json
+from training.config.preset import PRESET_FOLDER, load_preset
+from training.config.tree import Config
 
 WAYS = {
     "plain": lambda text: text.encode(),

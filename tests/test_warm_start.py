@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from data_tools.errors import ConfigError
 from tests.launch import REPOSITORY
-from training.config import Config
+from training.config.preset import load_preset
+from training.config.tree import Config
 from training.engine import build_model
-from training.preset import load_preset
 from training.run_directory import CONFIG_FILE
 from training.warm_start import (
     check_is_elsewhere,

@@ -29,10 +29,10 @@ from training.checkpoint_manifest import (
     record_of,
     tag_of,
 )
-from training.deepspeed_config import merge_deepspeed
+from training.config.deepspeed_config import merge_deepspeed
+from training.config.preset import load_preset
 from training.ema_snapshots import SnapshotWriter
 from training.engine import build_engine, build_model
-from training.preset import load_preset
 from training.rebalance import ExpertPlacement
 from training.weight_files import (
     NonFiniteWeightsError,

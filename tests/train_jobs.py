@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from training import processes
-from training.command_line import parse_command_line
+from training.config.command_line import parse_command_line
 from training.job import check
 from training.main import train_job
 

@@ -26,7 +26,7 @@ from training.checkpoint_manifest import (
 from training.checkpoint_publishing import TakenOverError
 from training.checkpoint_snapshot import load_verified, take_snapshot
 from training.checkpoint_writer import BackgroundWrite, Outcome, WritePlan
-from training.config import RunConfig
+from training.config.tree import RunConfig
 from training.objective import Objective
 from training.partitions import whole_shapes
 from training.rebalance import ExpertPlacement

@@ -25,13 +25,13 @@ from models.experts import merging_is_cheaper
 from models.flops import NetworkShape, forward_flops, training_flops
 from models.moe import mlp_expert_width
 from models.switch_dit import MODEL_NAMES, MODEL_SIZES, SwitchDiT
-from training.command_line import parse_command_line
-from training.config import Config
-from training.deepspeed_config import merge_deepspeed, plan_batch, stage_of
+from training.config.command_line import parse_command_line
+from training.config.deepspeed_config import merge_deepspeed, plan_batch, stage_of
+from training.config.precision import PRECISION_NAMES, Hardware, detect_hardware, precision_of
+from training.config.tree import Config
+from training.config.validation import Dataset, validate
 from training.engine import build_model
 from training.memory import FP32_BYTES, NUM_ADAM_MOMENTS, Memory, activation_bytes, model_memory
-from training.precision import PRECISION_NAMES, Hardware, detect_hardware, precision_of
-from training.validation import Dataset, validate
 
 GIB = 2**30
 GIGA = 1e9

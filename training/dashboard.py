@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from training.config import Config
+from training.config.tree import Config
 
 Chart = list[Any]  # as SummaryWriter.add_custom_scalars wants it: a kind, and regular expressions
 Layout = dict[str, dict[str, Chart]]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.config import OptimConfig
+from training.config.tree import OptimConfig
 
 EMA_KEY = "ema"  # state of the first average, the one that is sampled from
 

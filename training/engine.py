@@ -7,8 +7,8 @@ import torch
 
 from models.diffusion import learns_variance
 from models.switch_dit import MODEL_SIZES, SwitchDiT
-from training.config import Config, OptimConfig
-from training.deepspeed_config import MAX_STAGE, stage_of
+from training.config.deepspeed_config import MAX_STAGE, stage_of
+from training.config.tree import Config, OptimConfig
 from training.ema import EMAAdamW, profiles_of
 from training.stability import AgreeingEMAAdamW
 from training.weights import set_full_value

@@ -22,7 +22,7 @@ from training.checkpoint_manifest import (
     read_manifest,
     sha256_of,
 )
-from training.config import Config
+from training.config.tree import Config
 from training.ema import profiles_of
 from training.engine import build_model
 from training.run_directory import load_config, load_manifest

@@ -10,15 +10,15 @@ from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.stream.training_data import TrainingData, open_data
 from data_tools.vae.autoencoder import Vae, load_decoder
 from training.checkpoint_manifest import CheckpointManifest, Layout
-from training.command_line import CommandLine
-from training.config import Config
+from training.config.command_line import CommandLine
+from training.config.deepspeed_config import merge_deepspeed, stage_of
+from training.config.precision import precision_of
+from training.config.tree import Config
+from training.config.validation import check_data, validate
 from training.count import checkpoint_bytes, snapshot_bytes
-from training.deepspeed_config import merge_deepspeed, stage_of
-from training.precision import precision_of
 from training.processes import Ranks
 from training.resume_points import check_resumable, newest_point
 from training.run_directory import check_free_space, check_run_directory
-from training.validation import check_data, validate
 from training.warm_start import (
     WarmStart,
     check_initial_weights,

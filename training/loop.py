@@ -12,7 +12,7 @@ from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.checkpoint_writer import Outcome
 from training.communication import CommunicationWatch
-from training.config import Config
+from training.config.tree import Config
 from training.ema_snapshots import SnapshotWriter
 from training.engine import learning_rate, set_learning_rate
 from training.heartbeat import (

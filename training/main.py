@@ -33,15 +33,16 @@ from models.switch_dit import MODEL_NAMES
 from training import processes
 from training.checkpoint_manifest import TrainState
 from training.checkpoint_publishing import name_latest
-from training.command_line import CommandLine, parse_command_line
-from training.config import Config, differences
+from training.config.command_line import CommandLine, parse_command_line
+from training.config.deepspeed_config import load_deepspeed_json
+from training.config.precision import explain_precision
+from training.config.tree import Config, differences
+from training.config.validation import check_compiler
 from training.count import describe
 from training.crash_loops import describe_crash_loop
-from training.deepspeed_config import load_deepspeed_json
 from training.exit_codes import SAVED_EXIT_CODE
 from training.heartbeat import LEAVING
 from training.job import Job, check, check_without_data
-from training.precision import explain_precision
 from training.processes import Ranks
 from training.progress import Progress
 from training.provenance import count_hosts, read_starts, record_start
@@ -50,7 +51,6 @@ from training.run_directory import CONFIG_FILE, create_run_directory, load_confi
 from training.run_history import DAMAGED, CheckpointNote
 from training.run_lock import WAIT_SEC, hold_run_directory
 from training.run_log import log_to
-from training.validation import check_compiler
 from training.watchdog import Watchdog, limit_all_groups
 
 

@@ -22,7 +22,7 @@ from models.prior import diffusion_prior, match_units, prior_loss
 from models.randomness import Stream, normal, uniform
 from models.switch_dit import MODEL_SIZES, SwitchDiTOutput
 from models.timestep_sampling import TimestepSampling
-from training.config import Config
+from training.config.tree import Config
 
 
 class SampleLosses(NamedTuple):

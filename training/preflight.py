@@ -40,7 +40,7 @@ from data_tools.process.launcher import (
 )
 from training import processes
 from training.bandwidth import Bandwidth, measure
-from training.command_line import CommandLine, parse_command_line
+from training.config.command_line import CommandLine, parse_command_line
 from training.exit_codes import end_on_signals_with
 from training.job import check, check_without_data
 from training.main import is_demo_missing

@@ -216,7 +216,9 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel("ERROR")  # its warnings are about choices that deepspeed_config.py has made
+    logger.setLevel(
+        "ERROR"
+    )  # its warnings are about choices that config/deepspeed_config.py has made
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -16,7 +16,7 @@ from models.gate import TimestepGate
 from models.layers import TimestepEmbedder
 from models.placement import chosen_experts, place, rank_loads, worst_over_mean
 from models.switch_dit import MODEL_SIZES
-from training.config import Config
+from training.config.tree import Config
 from training.objective import Objective
 from training.weights import (
     base_optimizer,

@@ -23,10 +23,10 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 from training.checkpoint_writer import describe_disk_error
-from training.config import option_named
+from training.config.option import check_value, did_you_mean
+from training.config.tree import option_named
 from training.ema import PowerProfile
 from training.ema_snapshots import Snapshot, list_snapshots, snapshot_file
-from training.option import check_value, did_you_mean
 from training.posthoc_ema import Fit, fit_profile
 from training.run_directory import load_config
 from training.weight_files import NonFiniteWeightsError, write_weights

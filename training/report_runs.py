@@ -13,7 +13,7 @@ from data_tools.errors import ConfigError
 from models.gate import TimestepGate
 from models.layers import TimestepEmbedder
 from training.checkpoint_manifest import EMA_FILE, latest_checkpoint, read_manifest
-from training.config import Config
+from training.config.tree import Config
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores
 from training.monitor import METRICS_FILE, read_metrics

@@ -29,9 +29,9 @@ from data_tools.process.entry_point import enter
 from data_tools.process.launcher import batch_job
 from data_tools.user_files.paths import expand
 from data_tools.user_files.user_text import read_text
-from training import run_location as location
+from training.config import location
+from training.config.location import preset_file
 from training.exit_codes import SAVED_EXIT_CODE
-from training.run_location import preset_file
 
 RESTARTS_FILE = "restarts.json"  # in the run directory
 LIMIT_VARIABLE = "MAX_RESTARTS"

@@ -22,11 +22,11 @@ from data_tools.shards.manifest import DATASET, MANIFEST_NAME, DatasetManifest
 from data_tools.shards.undescribed import held_data
 from data_tools.user_files.paths import absence, broken_link
 from training.checkpoint_manifest import CHECKPOINT_DIR, latest_checkpoint
-from training.config import Config, differences
+from training.config.location import CONFIG_FILE, DEEPSPEED_FILE
+from training.config.preset import load_preset
+from training.config.tree import Config, differences
 from training.crash_loops import STARTS_FILE
-from training.preset import load_preset
 from training.run_history import last_saved_step
-from training.run_location import CONFIG_FILE, DEEPSPEED_FILE
 
 INIT_FILE = "init.json"
 METRICS_FILE = "metrics.jsonl"

@@ -9,7 +9,7 @@ from data_tools.vae.autoencoder import Vae, decode_pixels
 from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.sampler import methods_for
-from training.config import Config
+from training.config.tree import Config
 from training.monitor import Monitor
 from training.pictures import save_png
 from training.processes import Ranks

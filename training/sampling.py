@@ -18,7 +18,7 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance, ModelFn, autoguided, classifier_free
 from models.randomness import Stream, normal
 from models.sampler import sample
-from training.config import Config
+from training.config.tree import Config
 
 GRID_MARGIN = 2
 LABEL_HEIGHT = 14

@@ -9,8 +9,8 @@ from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_text
 from models.guidance import OFFICIAL_CHANNELS
 from models.sampler import SAMPLING_METHODS, methods_for
-from training.config import Config
-from training.old_flags import OF_DRAWING
+from training.config.old_flags import OF_DRAWING
+from training.config.tree import Config
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings, can_guide_without_classifier
 from training.sampling_checks import (

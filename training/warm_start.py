@@ -25,7 +25,7 @@ from training.checkpoint_manifest import (
     latest_checkpoint,
     sha256_of,
 )
-from training.config import Config
+from training.config.tree import Config
 from training.engine import build_model
 from training.run_directory import CONFIG_FILE, load_config
 from training.state_dict_files import read_state_dict

@@ -23,13 +23,13 @@ from training.checkpoint_manifest import (
     read_manifest,
     verify_file,
 )
-from training.config import Config
+from training.config.option import did_you_mean
+from training.config.tree import Config
+from training.config.validation import lacks_compiler
 from training.ema import profiles_of
 from training.engine import build_model
-from training.option import did_you_mean
 from training.run_directory import checkpoints_are_gone
 from training.run_history import last_saved_step
-from training.validation import lacks_compiler
 
 
 class NonFiniteWeightsError(ValueError):

@@ -27,8 +27,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.evaluated_run import save_network
+from training.config.preset import load_preset
 from training.engine import build_model
-from training.preset import load_preset
 
 LARGE_BYTES = 40_000
 PRESET = """\

@@ -22,10 +22,10 @@ from models.diffusion import Diffusion
 from models.latents import final_latents, frozen_latents, scale_and_shift
 from models.randomness import Stream, normal
 from models.switch_dit import SwitchDiT
-from training.config import Config
+from training.config.tree import Config
+from training.config.validation import check_data
 from training.evaluation.drawing import fail_together
 from training.processes import Ranks
-from training.validation import check_data
 
 SEED = 0  # no option: another one would be another loss
 FLAG = "--validation-data"

@@ -12,7 +12,7 @@ from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.vae.autoencoder import Vae, load_decoder
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest
-from training.config import Config
+from training.config.tree import Config
 from training.evaluation.card import weights_sha256
 from training.evaluation.drawing import DrawSettings, check_folder
 from training.evaluation.feature_flags import load_network

@@ -20,7 +20,7 @@ from torch import Tensor
 from data_tools.vae.autoencoder import Vae, decode_pixels
 from models.diffusion import Diffusion
 from training.class_choice import ClassChoice
-from training.option import either, shown
+from training.config.option import either, shown
 from training.sampling import SamplerSettings, sample_latents
 from training.sampling_checks import (
     Asked,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from data_tools.user_files.paths import expand
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-PRESET_FOLDER = Path(__file__).parent / "presets"
+REPOSITORY = Path(__file__).resolve().parents[2]
+PRESET_FOLDER = REPOSITORY / "training" / "presets"
 CONFIG_FILE, DEEPSPEED_FILE = "config.yaml", "deepspeed.json"  # of a run directory
 
 

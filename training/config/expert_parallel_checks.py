@@ -1,7 +1,7 @@
 """What expert parallelism cannot do, refused before a process group exists.
 
 DeepSpeed 0.19.8 takes most of these and trains on wrong gradients, or stops in the middle with a
-traceback. What it gets wrong without expert parallelism too is refused in deepspeed_config.py, an
+traceback. What it gets wrong without expert parallelism too is refused in config/deepspeed_config.py, an
 expert-parallel size that changes on resume in checkpoint_manifest.py, unequal batches of the ranks
 in `plan_batch`.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 from data_tools.errors import ConfigError
 from models.switch_dit import MODEL_SIZES
-from training.config import Config
-from training.deepspeed_config import load_deepspeed_json, stage_of
+from training.config.deepspeed_config import load_deepspeed_json, stage_of
+from training.config.tree import Config
 
 # With fewer values a rank may hold none of a group, and its optimizer state does not load again.
 MIN_EXPERT_VALUES_PER_RANK = 2

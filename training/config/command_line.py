@@ -8,17 +8,17 @@ from typing import Any
 from data_tools.encode_latents import DEMO_LATENTS
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.user_files.paths import typed_path
-from training.config import SECTIONS, Config, config_from_dict, options
-from training.old_flags import OF_TRAINING
-from training.option import EXPECTED, Option, check_value, did_you_mean
-from training.preset import load_preset
-from training.run_location import (
+from training.config.location import (
     PRESET_FOLDER,
     REPOSITORY,
     in_repository,
     preset_file,
     run_dir_of,
 )
+from training.config.old_flags import OF_TRAINING
+from training.config.option import EXPECTED, Option, check_value, did_you_mean
+from training.config.preset import load_preset
+from training.config.tree import SECTIONS, Config, config_from_dict, options
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DEEPSPEED = Path("ds_configs/zero2.json")

@@ -19,10 +19,10 @@ from models.sampler import methods_for
 from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
-from training.config import Config
-from training.deepspeed_config import plan_batch
-from training.expert_parallel_checks import check_expert_parallelism
-from training.option import either
+from training.config.deepspeed_config import plan_batch
+from training.config.expert_parallel_checks import check_expert_parallelism
+from training.config.option import either
+from training.config.tree import Config
 
 
 class Dataset(Protocol):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from data_tools.stream.shard_store import CHECKS
 from data_tools.user_files.paths import expand, expand_data
-from training.option import option
+from training.config.option import option
 
 
 @dataclass(frozen=True, kw_only=True)
