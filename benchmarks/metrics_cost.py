@@ -46,14 +46,14 @@ from training.communication import CommunicationWatch
 from training.config.tree import Config
 from training.engine import build_model
 from training.expert_load import LoadHistory, exchange_shape
-from training.heartbeat import FORWARD, Heartbeat
 from training.metrics import NUM_TIMESTEP_BUCKETS, MetricSums
 from training.monitor import Monitor, read_metrics
-from training.processes import Ranks
 from training.progress import Progress
+from training.ranks.heartbeat import FORWARD, Heartbeat
+from training.ranks.process_group import Ranks
+from training.ranks.watchdog import Watchdog
 from training.reporting import Reporter, StepTables
 from training.run_history import SAVED, CheckpointNote, RunHistory
-from training.watchdog import Watchdog
 
 GROUP_SIZE = 2
 ADDS_PER_TIMING = 20

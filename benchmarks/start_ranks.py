@@ -50,14 +50,14 @@ def _rank_main(
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
     torch.set_num_threads(1)
-    from training import processes
+    from training.ranks import process_group
 
-    ranks = processes.discover_ranks()
-    processes.start_process_group(ranks, processes.select_accelerator(ranks))
+    ranks = process_group.discover_ranks()
+    process_group.start_process_group(ranks, process_group.select_accelerator(ranks))
     result = fn(rank, world_size, *args)
     if rank == 0:
         results.put(result)
-    processes.stop_process_group()
+    process_group.stop_process_group()
 
 
 def time_together(call: Callable[[], Any], device: torch.device) -> float:

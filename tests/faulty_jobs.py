@@ -27,7 +27,7 @@ import torch
 import training.loop
 from tests.forked_jobs import prepare_to_fork
 from training.main import main as train
-from training.watchdog import BEAT_SEC
+from training.ranks.watchdog import BEAT_SEC
 
 JOBS_AT_A_TIME = 3
 JOB_SEC = 300

@@ -116,7 +116,7 @@ def _rank_main(rank, call, world_size, port, folder, environment):
     import deepspeed
     import torch
 
-    # As in training/processes.py: no compiler, nothing left in /dev/shm.
+    # As in training/ranks/process_group.py: no compiler, nothing left in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         fn, args = pickle.loads(call)

@@ -13,7 +13,7 @@ from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.vae.autoencoder import DEMO_VAE
 from tests.configs import FP32
 from tests.launch import REPOSITORY, deepspeed, run
-from training import evaluate, export, main, processes, report, sample
+from training import evaluate, export, main, report, sample
 from training.checkpoint_manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
@@ -27,7 +27,8 @@ from training.checkpoint_manifest import (
 )
 from training.config.preset import load_preset
 from training.monitor import read_metrics
-from training.processes import Ranks
+from training.ranks import process_group
+from training.ranks.process_group import Ranks
 from training.run_directory import CONFIG_FILE
 from training.run_history import CHECKPOINTS_FILE, read_notes
 from training.run_lock import hold_run_directory
@@ -557,9 +558,9 @@ class TestEncoding:
 
 
 def test_a_mistake_of_one_rank_alone_is_told_after_the_launcher_had_time(monkeypatch, capsys):
-    monkeypatch.setattr(processes, "FOLLOWER_WAIT_SEC", 0.0)
+    monkeypatch.setattr(process_group, "FOLLOWER_WAIT_SEC", 0.0)
 
-    with pytest.raises(SystemExit) as exit_info, processes.one_sentence(Ranks(3, 4, 1)):
+    with pytest.raises(SystemExit) as exit_info, process_group.one_sentence(Ranks(3, 4, 1)):
         raise ConfigError("--data x: does not exist; make it.")
 
     assert exit_info.value.code == 2

@@ -19,7 +19,7 @@ from training.config.command_line import parse_command_line
 from training.job import check
 from training.main import train_job
 from training.monitor import Monitor, read_metrics
-from training.processes import Ranks
+from training.ranks.process_group import Ranks
 
 CPU = torch.device("cpu")
 STEPS, FIRST = 3, 2

@@ -18,8 +18,8 @@ from training.checkpoint_manifest import (
     latest_checkpoint,
     read_manifest,
 )
-from training.exit_codes import SAVED_EXIT_CODE
 from training.monitor import read_metrics
+from training.ranks.exit_codes import SAVED_EXIT_CODE
 
 pytestmark = pytest.mark.ranks
 

@@ -9,7 +9,7 @@ import pytest
 
 from data_tools.errors import ConfigError, OutageError
 from tests.launch import finish, start
-from training.processes import Ranks, one_sentence
+from training.ranks.process_group import Ranks, one_sentence
 
 
 @pytest.mark.parametrize("program", ["main.py", "preflight.py"])

@@ -22,8 +22,8 @@ from data_tools.process.launcher import (
     said_port,
 )
 from tests.launch import REPOSITORY, environment, free_port
-from training.processes import Ranks, device_index, discover_ranks, start_drawing_group
-from training.rendezvous import explained, meeting_point
+from training.ranks.process_group import Ranks, device_index, discover_ranks, start_drawing_group
+from training.ranks.rendezvous import explained, meeting_point
 
 # Those of torchrun, MPICH and OpenMPI are recorded, the others are as their documents say; 3 is on
 # the second of two nodes.

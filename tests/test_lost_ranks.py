@@ -13,8 +13,8 @@ from data_tools.errors import ConfigError
 from tests.launch import deepspeed, finish, start
 from tests.ranks import run_ranks
 from training.checkpoint_manifest import latest_checkpoint
-from training.processes import collective_timeout
-from training.watchdog import SPARE_SEC, limit_all_groups
+from training.ranks.process_group import collective_timeout
+from training.ranks.watchdog import SPARE_SEC, limit_all_groups
 
 START_SEC = 120
 

@@ -13,13 +13,14 @@ from data_tools.shards.manifest import DatasetManifest
 from tests.configs import FP32
 from tests.evaluated_run import STEP, make_run
 from tests.launch import run
-from training import bandwidth, preflight
-from training.bandwidth import Bandwidth
+from training import preflight
 from training.checkpoint_manifest import tag_of
 from training.config.command_line import CommandLine
-from training.node_facts import NodeFacts, collect, compare, exit_code_of
+from training.nodes import bandwidth
+from training.nodes.bandwidth import Bandwidth
+from training.nodes.facts import NodeFacts, collect, compare, exit_code_of
 from training.preflight import PreflightError, Stage, agree, check_job, connect, floor_gbps, judge
-from training.processes import Ranks
+from training.ranks.process_group import Ranks
 
 
 def facts(rank, **changes):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_tools.process.entry_point import STOP_SIGNALS
-from training.processes import Ranks, StopSignal, share_cores
+from training.ranks.process_group import Ranks, StopSignal, share_cores
 
 
 def test_cores_are_shared_unless_the_user_said():

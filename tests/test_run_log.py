@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from training import run_log
-from training.processes import RunError
+from training.ranks.process_group import RunError
 from training.run_log import LOG_FILE, NUM_OLDER, log_to
 
 

@@ -15,7 +15,7 @@ from training.config.command_line import parse_command_line
 from training.engine import build_model
 from training.main import dry_run
 from training.monitor import read_metrics
-from training.processes import Ranks
+from training.ranks.process_group import Ranks
 from training.run_directory import INIT_FILE, load_config
 from training.warm_start import check_warm_start
 

@@ -8,8 +8,9 @@ import torch
 
 from data_tools.errors import ConfigError
 from tests.ranks import run_ranks
-from training.failures import describe_failure
-from training.heartbeat import (
+from training.ranks.diagnosis import Seen, describe_lost, describe_standstill, name_ranks
+from training.ranks.failures import describe_failure
+from training.ranks.heartbeat import (
     FORWARD,
     PHASES,
     READING,
@@ -19,9 +20,8 @@ from training.heartbeat import (
     Beat,
     Heartbeat,
 )
-from training.processes import Ranks, RunError
-from training.standstill import Seen, describe_lost, describe_standstill, name_ranks
-from training.watchdog import Watchdog
+from training.ranks.process_group import Ranks, RunError
+from training.ranks.watchdog import Watchdog
 
 REDUCE = "all_reduce of 2 int32"
 

@@ -10,20 +10,20 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from training import processes
 from training.config.command_line import parse_command_line
 from training.job import check
 from training.main import train_job
+from training.ranks import process_group
 
 
 def main():
-    ranks = processes.discover_ranks()
-    device = processes.select_accelerator(ranks)
+    ranks = process_group.discover_ranks()
+    device = process_group.select_accelerator(ranks)
     jobs = json.loads(Path(sys.argv[sys.argv.index("--jobs") + 1]).read_text())
-    processes.start_process_group(ranks, device)
+    process_group.start_process_group(ranks, device)
     for argv in jobs:
         train_job(check(parse_command_line(argv), ranks), ranks, device)
-    processes.stop_process_group()
+    process_group.stop_process_group()
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ from training.communication import CommunicationWatch
 from training.ema_snapshots import SnapshotWriter
 from training.engine import build_engine
 from training.expert_load import LoadHistory, exchange_shape
-from training.heartbeat import READING, SAVING, Heartbeat
 from training.job import Job
 from training.loop import Training
 from training.metrics import MetricSums
 from training.monitor import Monitor, read_metrics
 from training.objective import Objective
-from training.processes import Ranks
 from training.progress import Progress
 from training.provenance import read_starts
+from training.ranks.heartbeat import READING, SAVING, Heartbeat
+from training.ranks.process_group import Ranks
 from training.rebalance import ExpertPlacement
 from training.reporting import Reporter
 from training.run_history import RunHistory, read_notes

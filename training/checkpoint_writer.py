@@ -40,8 +40,8 @@ from training.checkpoint_publishing import (
     publish,
 )
 from training.checkpoint_snapshot import FileContents
-from training.heartbeat import LONGEST_END_AFTER
-from training.processes import RunError, collective_timeout
+from training.ranks.heartbeat import LONGEST_END_AFTER
+from training.ranks.process_group import RunError, collective_timeout
 from training.reshard import StoredPartitions
 from training.weight_files import NonFiniteWeightsError, average_file, write_weights
 

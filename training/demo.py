@@ -24,7 +24,7 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
 from training.playground import Playground
-from training.processes import enter_job, select_accelerator
+from training.ranks.process_group import enter_job, select_accelerator
 
 REQUIREMENTS = "requirements-demo.txt"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 7860

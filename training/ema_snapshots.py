@@ -16,7 +16,7 @@ from data_tools.formats import FORMAT_KEY, Format
 from training.checkpoint_manifest import tag_of
 from training.checkpoint_writer import describe_disk_error
 from training.ema import PowerProfile
-from training.processes import agreed_message
+from training.ranks.process_group import agreed_message
 from training.weight_files import NonFiniteWeightsError, write_weights
 from training.weights import base_optimizer, consolidated_weights, num_updates
 

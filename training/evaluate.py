@@ -58,7 +58,7 @@ from training.evaluation.scores import score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
 from training.objective import build_diffusion
 from training.pictures import save_png
-from training.processes import (
+from training.ranks.process_group import (
     Ranks,
     enter_job,
     one_sentence,

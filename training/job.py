@@ -16,7 +16,7 @@ from training.config.precision import precision_of
 from training.config.tree import Config
 from training.config.validation import check_data, validate
 from training.count import checkpoint_bytes, snapshot_bytes
-from training.processes import Ranks
+from training.ranks.process_group import Ranks
 from training.resume_points import check_resumable, newest_point
 from training.run_directory import check_free_space, check_run_directory
 from training.warm_start import (

@@ -15,7 +15,10 @@ from training.communication import CommunicationWatch
 from training.config.tree import Config
 from training.ema_snapshots import SnapshotWriter
 from training.engine import learning_rate, set_learning_rate
-from training.heartbeat import (
+from training.metrics import MetricSums
+from training.monitor import Monitor
+from training.objective import Objective
+from training.ranks.heartbeat import (
     AGREEING,
     BACKWARD,
     FORWARD,
@@ -26,10 +29,7 @@ from training.heartbeat import (
     UPDATING,
     Heartbeat,
 )
-from training.metrics import MetricSums
-from training.monitor import Monitor
-from training.objective import Objective
-from training.processes import RANK_FAILED, RunError, StopSignal, agreed_message
+from training.ranks.process_group import RANK_FAILED, RunError, StopSignal, agreed_message
 from training.rebalance import ExpertPlacement
 from training.reporting import Reporter, StepTables
 from training.run_history import FAILED, SAVED, CheckpointNote

@@ -14,7 +14,7 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from training.exit_codes import end_early_on_signals
+    from training.ranks.exit_codes import end_early_on_signals
 
     end_early_on_signals()
 
@@ -30,7 +30,6 @@ from data_tools.process.launcher import is_started_again
 from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.stream.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
-from training import processes
 from training.checkpoint_manifest import TrainState
 from training.checkpoint_publishing import name_latest
 from training.config.command_line import CommandLine, parse_command_line
@@ -40,27 +39,28 @@ from training.config.tree import Config, differences
 from training.config.validation import check_compiler
 from training.count import describe
 from training.crash_loops import describe_crash_loop
-from training.exit_codes import SAVED_EXIT_CODE
-from training.heartbeat import LEAVING
 from training.job import Job, check, check_without_data
-from training.processes import Ranks
 from training.progress import Progress
 from training.provenance import count_hosts, read_starts, record_start
+from training.ranks import process_group
+from training.ranks.exit_codes import SAVED_EXIT_CODE
+from training.ranks.heartbeat import LEAVING
+from training.ranks.process_group import Ranks
+from training.ranks.watchdog import Watchdog, limit_all_groups
 from training.resume_points import ResumePoint, choose_together
 from training.run_directory import CONFIG_FILE, create_run_directory, load_config
 from training.run_history import DAMAGED, CheckpointNote
 from training.run_lock import WAIT_SEC, hold_run_directory
 from training.run_log import log_to
-from training.watchdog import Watchdog, limit_all_groups
 
 
-class CrashLoopError(processes.RunError):
+class CrashLoopError(process_group.RunError):
     """Starting again and again leads nowhere."""
 
     exit_code = CONFIG_ERROR_EXIT_CODE
 
 
-class RunDirectoryInUseError(processes.RunError):
+class RunDirectoryInUseError(process_group.RunError):
     """Another job writes to the run directory, or, worth another try, this one's earlier ranks."""
 
     exit_code = 1 if is_started_again() else CONFIG_ERROR_EXIT_CODE
@@ -120,7 +120,7 @@ def train_job(
     from training.loop import train
 
     watchdog = watchdog or Watchdog(ranks, device)
-    processes.check_agreement(
+    process_group.check_agreement(
         {
             "the configuration": job.config.to_dict(),
             "the DeepSpeed configuration": job.deepspeed_config,
@@ -131,11 +131,11 @@ def train_job(
     )
     run_dir = Path(job.config.run.run_dir)
     # The others wait meanwhile, so no longer than they are allowed to.
-    patience = processes.collective_timeout() / 2
+    patience = process_group.collective_timeout() / 2
     wait_sec = patience.total_seconds() if is_started_again() else WAIT_SEC
     lock = hold_run_directory(run_dir, wait_sec) if ranks.is_main else contextlib.nullcontext()
     with lock as claim:
-        staging, problem = processes.from_main(claim)
+        staging, problem = process_group.from_main(claim)
         if problem is not None:
             raise RunDirectoryInUseError(problem)
         # Again: the job before may have published one since this job was checked.
@@ -145,9 +145,9 @@ def train_job(
         hosts = count_hosts()
         if ranks.is_main:
             problem = _write_start(job, state, point, hosts)
-        if problem := processes.agreed_message(problem):
-            raise processes.RunError(problem)
-        stop = processes.StopSignal(device)
+        if problem := process_group.agreed_message(problem):
+            raise process_group.RunError(problem)
+        stop = process_group.StopSignal(device)
         started = time.monotonic()
         terminal = sys.stderr
         log = log_to(run_dir, is_quiet) if ranks.is_main else contextlib.nullcontext()
@@ -188,7 +188,7 @@ def _check_crash_loop(run_dir: Path, state: TrainState, max_steps: int, ranks: R
         if text and not is_over:
             sys.stderr.write(f"warning: {text}\n")
         problem = text if is_over else None
-    if problem := processes.agreed_message(problem):
+    if problem := process_group.agreed_message(problem):
         raise CrashLoopError(problem)
 
 
@@ -247,10 +247,10 @@ def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Check the command line, then train (or only describe, with --dry-run)."""
     with exit_on_config_error():
-        ranks = processes.enter_job("--dry-run" in (sys.argv if argv is None else argv))
-        device = processes.select_accelerator(ranks)
-        processes.collective_timeout()
-    with processes.one_sentence(ranks):
+        ranks = process_group.enter_job("--dry-run" in (sys.argv if argv is None else argv))
+        device = process_group.select_accelerator(ranks)
+        process_group.collective_timeout()
+    with process_group.one_sentence(ranks):
         command = parse_command_line(argv)
         check_compiler(command.config, device)
         if command.dry_run:
@@ -267,21 +267,21 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.is_main and (command.dry_run or not command.quiet):
         print(text, flush=True)
     if not command.dry_run:
-        with processes.one_sentence(ranks):
-            processes.start_process_group(ranks, device)
+        with process_group.one_sentence(ranks):
+            process_group.start_process_group(ranks, device)
         exit_code = 0
         with Watchdog(ranks, device) as watchdog:
             try:
                 state = train_job(job, ranks, device, watchdog, command.quiet)
                 if state.step < job.config.run.max_steps:
                     exit_code = SAVED_EXIT_CODE
-            except processes.RunError as err:
+            except process_group.RunError as err:
                 if ranks.is_main:
                     sys.stderr.write(f"error: {err}\n")
                 exit_code = err.exit_code
             watchdog.heartbeat.enter(LEAVING, 0)
-            processes.meet_to_leave()  # while somebody watches
-        processes.stop_process_group()
+            process_group.meet_to_leave()  # while somebody watches
+        process_group.stop_process_group()
         if exit_code:
             sys.exit(exit_code)
 

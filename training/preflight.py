@@ -24,7 +24,7 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from training.exit_codes import end_early_on_signals
+    from training.ranks.exit_codes import end_early_on_signals
 
     end_early_on_signals()
 
@@ -38,21 +38,21 @@ from data_tools.process.launcher import (
     own_node,
     written_meeting_point,
 )
-from training import processes
-from training.bandwidth import Bandwidth, measure
 from training.config.command_line import CommandLine, parse_command_line
-from training.exit_codes import end_on_signals_with
 from training.job import check, check_without_data
 from training.main import is_demo_missing
-from training.node_facts import (
+from training.nodes.bandwidth import Bandwidth, measure
+from training.nodes.facts import (
     NodeFacts,
     collect,
     compare,
     exit_code_of,
     summary,
 )
-from training.processes import Ranks
-from training.rendezvous import port_problem
+from training.ranks import process_group
+from training.ranks.exit_codes import end_on_signals_with
+from training.ranks.process_group import Ranks
+from training.ranks.rendezvous import port_problem
 from training.resume_points import newest_point
 
 FLOOR_VARIABLE = "MIN_NODE_GBPS"
@@ -219,7 +219,7 @@ def _hear_verdict(
     except RuntimeError as err:  # torch's DistStoreError and DistNetworkError
         if time.monotonic() - started < patience.total_seconds():
             # Rank 0 has left, and its exit code is what counts: the launcher ends this one.
-            time.sleep(processes.FOLLOWER_WAIT_SEC)
+            time.sleep(process_group.FOLLOWER_WAIT_SEC)
         raise PreflightError(no_answer()) from err
     return nodes, problems, text, exit_code
 
@@ -236,7 +236,7 @@ def exchange(
     Raises:
         PreflightError: an exchange failed or did not end.
     """
-    device = processes.select_accelerator(ranks)
+    device = process_group.select_accelerator(ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an exception instead of an abort
@@ -297,7 +297,7 @@ def report(
         end_on_signals_with(exit_code)
         with contextlib.suppress(RuntimeError):  # rank 0 no longer waits
             store.add("read", 1)
-        processes.wait_to_be_ended(exit_code)
+        process_group.wait_to_be_ended(exit_code)
     sys.exit(exit_code)
 
 
@@ -308,10 +308,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     started = time.monotonic()
     with exit_on_config_error():
-        ranks = processes.enter_job()
-        timeout, floor = processes.collective_timeout(), floor_gbps()
+        ranks = process_group.enter_job()
+        timeout, floor = process_group.collective_timeout(), floor_gbps()
     stage = Stage(ranks, timeout)
-    with processes.one_sentence(ranks):
+    with process_group.one_sentence(ranks):
         command = parse_command_line(argv)
     try:
         stage.begin("a connection to the first node", None if ranks.is_main else no_answer())

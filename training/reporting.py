@@ -17,12 +17,12 @@ from training.dashboard import dashboard
 from training.engine import learning_rate
 from training.expert_load import DEAD_INTERVALS, GateDrift, LoadHistory
 from training.gpu_peaks import peak_tflops
-from training.heartbeat import AGREEING, LOGGING, Heartbeat
 from training.metrics import MetricSums
 from training.monitor import Monitor
 from training.pictures import affinity_map, expert_map, load_history, load_map
 from training.progress import Progress
 from training.provenance import Start
+from training.ranks.heartbeat import AGREEING, LOGGING, Heartbeat
 from training.run_history import CheckpointNote, RunHistory, append_note
 from training.stability import SpikeDetector
 

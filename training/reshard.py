@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
 from training.partitions import EXPERTS, Fragment, fragments, masters, states, values_per_slot
-from training.processes import RunError
+from training.ranks.process_group import RunError
 from training.unpickling import unpickle
 from training.weights import base_optimizer, block_of, renew_weights
 

@@ -17,7 +17,7 @@ from training.checkpoint_manifest import (
     read_manifest,
     verify_file,
 )
-from training.processes import RunError, agreed_message, from_main
+from training.ranks.process_group import RunError, agreed_message, from_main
 from training.unpickling import foreign_objects
 
 PICKLE_SUFFIX = ".pt"

@@ -31,7 +31,7 @@ from data_tools.user_files.paths import expand
 from data_tools.user_files.user_text import read_text
 from training.config import location
 from training.config.location import preset_file
-from training.exit_codes import SAVED_EXIT_CODE
+from training.ranks.exit_codes import SAVED_EXIT_CODE
 
 RESTARTS_FILE = "restarts.json"  # in the run directory
 LIMIT_VARIABLE = "MAX_RESTARTS"

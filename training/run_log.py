@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from training.processes import RunError
+from training.ranks.process_group import RunError
 
 LOG_FILE = "log.txt"
 MAX_BYTES = 8 << 20

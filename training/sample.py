@@ -29,7 +29,7 @@ from training.class_choice import ClassChoice
 from training.config.tree import Config
 from training.objective import build_diffusion
 from training.pictures import save_png
-from training.processes import (
+from training.ranks.process_group import (
     Ranks,
     enter_job,
     one_sentence,

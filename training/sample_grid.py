@@ -12,7 +12,7 @@ from models.sampler import methods_for
 from training.config.tree import Config
 from training.monitor import Monitor
 from training.pictures import save_png
-from training.processes import Ranks
+from training.ranks.process_group import Ranks
 from training.run_directory import SAMPLES_DIR
 from training.sampling import (
     SamplerSettings,

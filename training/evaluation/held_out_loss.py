@@ -25,7 +25,7 @@ from models.switch_dit import SwitchDiT
 from training.config.tree import Config
 from training.config.validation import check_data
 from training.evaluation.drawing import fail_together
-from training.processes import Ranks
+from training.ranks.process_group import Ranks
 
 SEED = 0  # no option: another one would be another loss
 FLAG = "--validation-data"

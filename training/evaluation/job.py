@@ -18,7 +18,7 @@ from training.evaluation.drawing import DrawSettings, check_folder
 from training.evaluation.feature_flags import load_network
 from training.evaluation.held_out_loss import HeldOut, open_held_out
 from training.evaluation.scores import Reference, check_count
-from training.processes import Ranks
+from training.ranks.process_group import Ranks
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings
 from training.sampling_flags import DEFAULT_STEPS, WeakerRun, find_weaker_run, sampler_settings

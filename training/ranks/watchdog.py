@@ -20,10 +20,7 @@ from typing import Self
 
 import torch
 
-from training.failures import FAILED_EXIT_CODE, Failure, describe_failure
-from training.heartbeat import LONGEST_END_AFTER, Beat, Heartbeat
-from training.processes import TIMEOUT_VARIABLE, Ranks, RunError, collective_timeout
-from training.standstill import (
+from training.ranks.diagnosis import (
     AGAIN,
     Seen,
     describe_lost,
@@ -31,6 +28,9 @@ from training.standstill import (
     name_ranks,
     place,
 )
+from training.ranks.failures import FAILED_EXIT_CODE, Failure, describe_failure
+from training.ranks.heartbeat import LONGEST_END_AFTER, Beat, Heartbeat
+from training.ranks.process_group import TIMEOUT_VARIABLE, Ranks, RunError, collective_timeout
 
 BEAT_SEC = 1.0
 ALARMED_BEAT_SEC = 0.2

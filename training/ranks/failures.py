@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from data_tools.errors import ConfigError
-from training.standstill import AGAIN
+from training.ranks.diagnosis import AGAIN
 
 FAILED_EXIT_CODE = 1  # a crash: worth another try, a bounded number of times
 MAX_TRACEBACK_LINES = 60

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from training.heartbeat import PHASES, STARTING, Beat
+from training.ranks.heartbeat import PHASES, STARTING, Beat
 
 AGAIN = "run the same command again: it continues from the last checkpoint"
 

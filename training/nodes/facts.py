@@ -13,7 +13,6 @@ import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, some
 from data_tools.process.launcher import own_node, slurm_gpus
-from training.processes import Ranks, select_accelerator
 from training.provenance import (
     commit,
     hardware,
@@ -21,6 +20,7 @@ from training.provenance import (
     python_version,
     source_hash,
 )
+from training.ranks.process_group import Ranks, select_accelerator
 
 MIN_TEMPORARY_MIB = 256  # torch, Triton and data loaders write there
 SHORT_COMMIT = 10  # digits that a sentence shows

@@ -1,6 +1,6 @@
 """Processes: a rank's place in the job, the process group, stopping together.
 
-data_tools/process/launcher.py reads that place from the launcher's variables, training/rendezvous.py knows
+data_tools/process/launcher.py reads that place from the launcher's variables, training/ranks/rendezvous.py knows
 where the ranks meet.
 """
 
@@ -21,8 +21,8 @@ import torch
 from data_tools.errors import ConfigError
 from data_tools.process import launcher
 from data_tools.process.entry_point import minded_signals
-from training import rendezvous
-from training.exit_codes import end_on_signals_with, ignore_signals
+from training.ranks import rendezvous
+from training.ranks.exit_codes import end_on_signals_with, ignore_signals
 
 TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
 DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
