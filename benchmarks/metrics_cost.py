@@ -44,7 +44,7 @@ from models.switch_dit import MODEL_SIZES
 from training.checkpoint_manifest import TrainState
 from training.communication import CommunicationWatch
 from training.config.tree import Config
-from training.engine import build_model
+from training.engine.build import build_model
 from training.expert_load import LoadHistory, exchange_shape
 from training.metrics import NUM_TIMESTEP_BUCKETS, MetricSums
 from training.monitor import Monitor, read_metrics

@@ -119,8 +119,8 @@ def measure_steps(rank: int, world_size: int, jobs: list[StepJob], num_steps: in
 
 def _measure_job(rank: int, world_size: int, job: StepJob, num_steps: int) -> float:
     from training.config.deepspeed_config import merge_deepspeed
-    from training.engine import build_engine
-    from training.objective import Objective
+    from training.engine.build import build_engine
+    from training.engine.objective import Objective
 
     merged = merge_deepspeed(job.deepspeed, job.config, world_size)
     with redirect_stdout(StringIO()):  # DeepSpeed prints that it makes groups of ranks

@@ -19,7 +19,7 @@ from models.placement import chosen_experts, place
 from models.prior import diffusion_prior
 from models.switch_dit import MODEL_SIZES
 from training.config.tree import Config
-from training.objective import build_timestep_sampling
+from training.engine.objective import build_timestep_sampling
 
 NUM_SAMPLES = 4096  # of the timesteps' density, one from each of as many equal parts of it
 DEALT_TOGETHER = 256  # samples of a group among which timesteps are dealt

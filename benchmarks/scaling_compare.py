@@ -23,7 +23,7 @@ from training.config.command_line import parse_command_line
 from training.config.deepspeed_config import merge_deepspeed, stage_of
 from training.config.tree import Config
 from training.config.validation import validate
-from training.engine import build_model
+from training.engine.build import build_model
 
 # Small enough for two cores; what is typed comes after it and counts. Experts for four ranks.
 SMALL_RUN = ["--num-experts", "4", "--global-batch-size", "32"]

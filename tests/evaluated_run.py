@@ -22,7 +22,7 @@ from training.checkpoint_manifest import (
     record_of,
     tag_of,
 )
-from training.engine import build_model
+from training.engine.build import build_model
 from training.run_directory import CONFIG_FILE
 from training.weight_files import write_weights
 

@@ -24,13 +24,14 @@ import torch
 import training.assemble
 import training.loop  # noqa: F401
 from data_tools.process.entry_point import enter
-from training import engine, main
+from training import main
+from training.engine import build
 
 
 def prepare_to_fork():
     """Import what ranks would, and start no threads."""
     torch.set_num_threads(1)
-    engine.import_muon_uncompiled()
+    build.import_muon_uncompiled()
 
 
 def run_rank(rank, num_ranks, port, argv, output, file_kib, env):

@@ -14,7 +14,7 @@ from models.switch_dit import SwitchDiT
 from tests.launch import REPOSITORY
 from training.config.preset import load_preset
 from training.config.validation import check_data, validate
-from training.objective import Objective
+from training.engine.objective import Objective
 from training.sampling import SamplerSettings, sample_latents
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))

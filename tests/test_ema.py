@@ -8,7 +8,7 @@ import torch
 
 from tests.reference import exponential_average, power_function_average
 from training.config.preset import load_preset
-from training.ema import (
+from training.engine.average_profiles import (
     EMA_KEY,
     EMAAdamW,
     PowerProfile,

@@ -22,6 +22,7 @@ from tests.reference_scores import frechet_distance, precision_and_recall
 from tests.synthetic import make_dataset, random_moments
 from training import evaluate, reference_statistics, sample, score_images
 from training.checkpoint_manifest import CHECKPOINT_DIR, sha256_of
+from training.engine.objective import build_diffusion
 from training.evaluation.drawing import (
     LABEL_RULES,
     PARTS_DIR,
@@ -31,7 +32,6 @@ from training.evaluation.drawing import (
     labels_of,
 )
 from training.evaluation.networks import ScriptedNetwork
-from training.objective import build_diffusion
 from training.run_directory import load_config
 from training.sampling import SamplerSettings, sample_latents
 from training.weight_files import load_model

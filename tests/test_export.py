@@ -41,7 +41,7 @@ from training.checkpoint_manifest import (
     record_of,
     tag_of,
 )
-from training.engine import build_model
+from training.engine.build import build_model
 from training.export import main
 from training.export_bundle import bundle, file_name
 from training.export_code.transformer import SwitchDiTTransformer2DModel

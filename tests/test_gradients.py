@@ -15,8 +15,8 @@ from tests.ranks import run_ranks
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.precision import Hardware
 from training.config.preset import load_preset
-from training.engine import build_engine, build_model, set_learning_rate
-from training.objective import Objective
+from training.engine.build import build_engine, build_model, set_learning_rate
+from training.engine.objective import Objective
 
 LOCAL_BATCH = 4
 FP32_TOLERANCE = 1e-5  # largest difference, relative to the largest value of the gradient

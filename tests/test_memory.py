@@ -87,7 +87,7 @@ def train_micro_steps(engine, count):
 
 def compare_with_engines(_rank, world_size):
     os.chdir(ROOT)
-    from training.engine import build_engine
+    from training.engine.build import build_engine
 
     for stage, has_bf16, expert_parallel_size in LAYOUTS:
         config = configuration(expert_parallel_size)

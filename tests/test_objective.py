@@ -12,7 +12,7 @@ from models.switch_dit import SwitchDiTOutput
 from tests import reference_objectives
 from tests.configs import small
 from training.config.validation import validate
-from training.objective import Objective
+from training.engine.objective import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPTH, EXPERTS, TIMESTEPS = 6, 3, 1000  # of tests/small.yaml

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.reference import power_function_average
 from training import reconstruct_ema
-from training.ema import PowerProfile, gamma_of_std
 from training.ema_snapshots import SNAPSHOT_DIR, snapshot_file
-from training.posthoc_ema import fit_profile, inner_products
+from training.engine.average_fit import fit_profile, inner_products
+from training.engine.average_profiles import PowerProfile, gamma_of_std
 from training.weight_files import write_weights
 
 STDS = (0.05, 0.1)  # stored, as in EDM2

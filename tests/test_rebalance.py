@@ -15,10 +15,10 @@ from tests.ranks import run_ranks
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.preset import load_preset
-from training.engine import build_engine
+from training.engine.build import build_engine
+from training.engine.expert_placement import ExpertPlacement, gate_table, move_experts
+from training.engine.zero_weights import base_optimizer, consolidated_weights
 from training.monitor import read_metrics
-from training.rebalance import ExpertPlacement, gate_table, move_experts
-from training.weights import base_optimizer, consolidated_weights
 
 pytestmark = pytest.mark.ranks
 

@@ -12,7 +12,7 @@ from PIL import Image
 from data_tools.files import append_line
 from tests.configs import small
 from tests.launch import run
-from training.engine import build_model
+from training.engine.build import build_model
 from training.expert_load import load_metrics
 from training.monitor import Monitor
 from training.provenance import record_start

@@ -8,7 +8,7 @@ from models.experts import AffineExperts, MlpExperts
 from tests.launch import REPOSITORY
 from training.config.command_line import parse_command_line
 from training.config.validation import validate
-from training.engine import build_model
+from training.engine.build import build_model
 
 ZERO_2 = REPOSITORY / "ds_configs" / "zero2.json"
 

@@ -18,14 +18,14 @@ from tests.configs import FP32, stated
 from tests.launch import run
 from tests.synthetic import seal
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
-from training.monitor import read_metrics
-from training.objective import SampleLosses
-from training.stability import (
+from training.engine.non_finite import (
     MicroStepRecord,
     SpikeDetector,
     describe_non_finite,
     poison_non_finite,
 )
+from training.engine.objective import SampleLosses
+from training.monitor import read_metrics
 
 NAN_FLOAT16 = b"\x00\x7e"
 STEPS = 5

@@ -12,7 +12,7 @@ from tests.launch import run_jobs
 from tests.synthetic import make_dataset, random_moments
 from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.config.command_line import parse_command_line
-from training.engine import build_model
+from training.engine.build import build_model
 from training.main import dry_run
 from training.monitor import read_metrics
 from training.ranks.process_group import Ranks

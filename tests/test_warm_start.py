@@ -19,7 +19,7 @@ from data_tools.errors import ConfigError
 from tests.launch import REPOSITORY
 from training.config.preset import load_preset
 from training.config.tree import Config
-from training.engine import build_model
+from training.engine.build import build_model
 from training.run_directory import CONFIG_FILE
 from training.warm_start import (
     check_is_elsewhere,

@@ -32,15 +32,20 @@ from training.checkpoint_manifest import (
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.preset import load_preset
 from training.ema_snapshots import SnapshotWriter
-from training.engine import build_engine, build_model
-from training.rebalance import ExpertPlacement
+from training.engine.build import build_engine, build_model
+from training.engine.expert_placement import ExpertPlacement
+from training.engine.zero_weights import (
+    base_optimizer,
+    consolidated_weights,
+    ema_weights,
+    num_updates,
+)
 from training.weight_files import (
     NonFiniteWeightsError,
     check_weights,
     find_weights,
     write_weights,
 )
-from training.weights import base_optimizer, consolidated_weights, ema_weights, num_updates
 
 STDS = (0.05, 0.1)
 MOVED = "final_layer.linear.weight"  # by the first steps: adaLN-Zero passes no gradient on

@@ -13,18 +13,18 @@ from training.checkpoint import Checkpointer
 from training.checkpoint_manifest import TrainState
 from training.communication import CommunicationWatch
 from training.ema_snapshots import SnapshotWriter
-from training.engine import build_engine
+from training.engine.build import build_engine
+from training.engine.expert_placement import ExpertPlacement
+from training.engine.objective import Objective
 from training.expert_load import LoadHistory, exchange_shape
 from training.job import Job
 from training.loop import Training
 from training.metrics import MetricSums
 from training.monitor import Monitor, read_metrics
-from training.objective import Objective
 from training.progress import Progress
 from training.provenance import read_starts
 from training.ranks.heartbeat import READING, SAVING, Heartbeat
 from training.ranks.process_group import Ranks
-from training.rebalance import ExpertPlacement
 from training.reporting import Reporter
 from training.run_history import RunHistory, read_notes
 from training.sample_grid import SampleGrid

@@ -27,11 +27,11 @@ from training.checkpoint_publishing import TakenOverError
 from training.checkpoint_snapshot import load_verified, take_snapshot
 from training.checkpoint_writer import BackgroundWrite, Outcome, WritePlan
 from training.config.tree import RunConfig
-from training.objective import Objective
-from training.partitions import whole_shapes
-from training.rebalance import ExpertPlacement
+from training.engine.expert_placement import ExpertPlacement
+from training.engine.objective import Objective
+from training.engine.zero_fragments import whole_shapes
+from training.engine.zero_weights import base_optimizer
 from training.reshard import StoredPartitions, load_resharded
-from training.weights import base_optimizer
 
 
 class Checkpointer:

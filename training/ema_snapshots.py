@@ -15,10 +15,10 @@ from data_tools.files import MalformedError
 from data_tools.formats import FORMAT_KEY, Format
 from training.checkpoint_manifest import tag_of
 from training.checkpoint_writer import describe_disk_error
-from training.ema import PowerProfile
+from training.engine.average_profiles import PowerProfile
+from training.engine.zero_weights import base_optimizer, consolidated_weights, num_updates
 from training.ranks.process_group import agreed_message
 from training.weight_files import NonFiniteWeightsError, write_weights
-from training.weights import base_optimizer, consolidated_weights, num_updates
 
 SNAPSHOT_DIR = "ema_snapshots"
 SNAPSHOT = Format(newest=1)

@@ -27,6 +27,7 @@ from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
 from data_tools.user_files.paths import typed_data, typed_path, typed_text
+from training.engine.objective import build_diffusion
 from training.evaluation.card import (
     CARD,
     describe_images,
@@ -56,7 +57,6 @@ from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check,
 from training.evaluation.score_events import write_score_events
 from training.evaluation.scores import score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
-from training.objective import build_diffusion
 from training.pictures import save_png
 from training.ranks.process_group import (
     Ranks,

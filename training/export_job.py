@@ -23,8 +23,8 @@ from training.checkpoint_manifest import (
     sha256_of,
 )
 from training.config.tree import Config
-from training.ema import profiles_of
-from training.engine import build_model
+from training.engine.average_profiles import profiles_of
+from training.engine.build import build_model
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings, can_guide_without_classifier
 from training.sampling_flags import sampler_settings

@@ -14,12 +14,12 @@ from data_tools.files import as_json
 from data_tools.vae.vae_files import REPOSITORY
 from models.merged import merge_experts
 from models.sampler import visited_timesteps
-from training.engine import model_arguments
+from training.engine.build import model_arguments
+from training.engine.objective import build_diffusion
 from training.export_bundle import bundle, file_name
 from training.export_code.merged_transformer import MergedDiTTransformer2DModel
 from training.export_code.transformer import SwitchDiTTransformer2DModel
 from training.export_job import EXPORT, ExportJob, plain
-from training.objective import build_diffusion
 from training.weight_files import write_weights
 
 MODEL_FILE = "model.safetensors"

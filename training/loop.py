@@ -1,4 +1,4 @@
-"""The training loop: when things happen. What they compute is in objective.py and models/."""
+"""The training loop: when things happen. What they compute is in engine/objective.py and models/."""
 
 import sys
 import time
@@ -14,10 +14,17 @@ from training.checkpoint_writer import Outcome
 from training.communication import CommunicationWatch
 from training.config.tree import Config
 from training.ema_snapshots import SnapshotWriter
-from training.engine import learning_rate, set_learning_rate
+from training.engine.build import learning_rate, set_learning_rate
+from training.engine.expert_placement import ExpertPlacement
+from training.engine.non_finite import (
+    MicroStepRecord,
+    describe_non_finite,
+    drop_skipped_gradients,
+    poison_non_finite,
+)
+from training.engine.objective import Objective
 from training.metrics import MetricSums
 from training.monitor import Monitor
-from training.objective import Objective
 from training.ranks.heartbeat import (
     AGREEING,
     BACKWARD,
@@ -30,15 +37,8 @@ from training.ranks.heartbeat import (
     Heartbeat,
 )
 from training.ranks.process_group import RANK_FAILED, RunError, StopSignal, agreed_message
-from training.rebalance import ExpertPlacement
 from training.reporting import Reporter, StepTables
 from training.run_history import FAILED, SAVED, CheckpointNote
-from training.stability import (
-    MicroStepRecord,
-    describe_non_finite,
-    drop_skipped_gradients,
-    poison_non_finite,
-)
 
 
 class NonFiniteLossError(RunError):

@@ -21,8 +21,8 @@ from models.gate import build_plan
 from models.switch_dit import MODEL_NAMES, SwitchDiT
 from training.checkpoint_manifest import CHECKPOINT_DIR
 from training.config.option import EXPECTED
-from training.ema import profiles_of
-from training.objective import build_diffusion
+from training.engine.average_profiles import profiles_of
+from training.engine.objective import build_diffusion
 from training.pictures import active_experts, expert_map, mark_timestep
 from training.report_runs import read_gate_table
 from training.run_directory import load_config, load_manifest

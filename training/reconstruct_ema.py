@@ -25,9 +25,9 @@ from data_tools.user_files.paths import typed_path
 from training.checkpoint_writer import describe_disk_error
 from training.config.option import check_value, did_you_mean
 from training.config.tree import option_named
-from training.ema import PowerProfile
 from training.ema_snapshots import Snapshot, list_snapshots, snapshot_file
-from training.posthoc_ema import Fit, fit_profile
+from training.engine.average_fit import Fit, fit_profile
+from training.engine.average_profiles import PowerProfile
 from training.run_directory import load_config
 from training.weight_files import NonFiniteWeightsError, write_weights
 

@@ -14,7 +14,8 @@ from training.checkpoint_manifest import TrainState
 from training.config.tree import Config
 from training.count import is_merged_dispatch, shape_of
 from training.dashboard import dashboard
-from training.engine import learning_rate
+from training.engine.build import learning_rate
+from training.engine.non_finite import SpikeDetector
 from training.expert_load import DEAD_INTERVALS, GateDrift, LoadHistory
 from training.gpu_peaks import peak_tflops
 from training.metrics import MetricSums
@@ -24,7 +25,6 @@ from training.progress import Progress
 from training.provenance import Start
 from training.ranks.heartbeat import AGREEING, LOGGING, Heartbeat
 from training.run_history import CheckpointNote, RunHistory, append_note
-from training.stability import SpikeDetector
 
 TERA = 1e12
 

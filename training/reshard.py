@@ -1,6 +1,6 @@
 """Continue a run on another layout: other ranks, another expert-parallel size or ZeRO stage.
 
-Every rank's file of a checkpoint says which values of which parameters it holds (partitions.py).
+Every rank's file of a checkpoint says which values of which parameters it holds (engine/zero_fragments.py).
 Each rank of the new job reads the ranges that it needs itself, through memory maps: nothing is
 converted on the disk, and beside its own state a rank holds one range at a time.
 
@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
-from training.partitions import EXPERTS, Fragment, fragments, masters, states, values_per_slot
+from training.engine.zero_fragments import (
+    EXPERTS,
+    Fragment,
+    fragments,
+    masters,
+    states,
+    values_per_slot,
+)
+from training.engine.zero_weights import base_optimizer, block_of, renew_weights
 from training.ranks.process_group import RunError
 from training.unpickling import unpickle
-from training.weights import base_optimizer, block_of, renew_weights
 
 ENTRY = "partitions"  # of the files that hold optimizer state
 STEP = "step"  # the only optimizer state that is one number

@@ -27,7 +27,7 @@ from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import Vae, decode_pixels, load_decoder
 from training.class_choice import ClassChoice
 from training.config.tree import Config
-from training.objective import build_diffusion
+from training.engine.objective import build_diffusion
 from training.pictures import save_png
 from training.ranks.process_group import (
     Ranks,

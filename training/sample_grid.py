@@ -10,6 +10,7 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.sampler import methods_for
 from training.config.tree import Config
+from training.engine.zero_weights import ema_weights
 from training.monitor import Monitor
 from training.pictures import save_png
 from training.ranks.process_group import Ranks
@@ -20,7 +21,6 @@ from training.sampling import (
     image_grid,
     sample_latents,
 )
-from training.weights import ema_weights
 
 SAMPLE_SEED = 0  # the same images are drawn every time, so that progress can be seen
 

@@ -26,7 +26,7 @@ from training.checkpoint_manifest import (
     sha256_of,
 )
 from training.config.tree import Config
-from training.engine import build_model
+from training.engine.build import build_model
 from training.run_directory import CONFIG_FILE, load_config
 from training.state_dict_files import read_state_dict
 from training.weight_entries import Entry

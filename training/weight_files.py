@@ -26,8 +26,8 @@ from training.checkpoint_manifest import (
 from training.config.option import did_you_mean
 from training.config.tree import Config
 from training.config.validation import lacks_compiler
-from training.ema import profiles_of
-from training.engine import build_model
+from training.engine.average_profiles import profiles_of
+from training.engine.build import build_model
 from training.run_directory import checkpoints_are_gone
 from training.run_history import last_saved_step
 

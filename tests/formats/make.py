@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from tests.evaluated_run import save_network
 from training.config.preset import load_preset
-from training.engine import build_model
+from training.engine.build import build_model
 
 LARGE_BYTES = 40_000
 PRESET = """\

@@ -14,7 +14,7 @@ from data_tools.shards.manifest import VaeReference
 from data_tools.vae.autoencoder import Vae
 from training.checkpoint_manifest import MANIFEST_FILE, read_manifest, sha256_of
 from training.config.tree import Config
-from training.ema import profiles_of
+from training.engine.average_profiles import profiles_of
 from training.evaluation.drawing import LABEL_RULES, SEED_RULE, DrawSettings
 from training.evaluation.scores import Reference
 from training.provenance import commit, local_changes

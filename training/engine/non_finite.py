@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from models.diffusion import LossTerms
-from training.ema import EMAAdamW
-from training.objective import SampleLosses
+from training.engine.average_profiles import EMAAdamW
+from training.engine.objective import SampleLosses
 
 MAX_TIMESTEPS_SHOWN = 8
 SPIKE_MEMORY_STEPS = 100  # time constant of the recent mean and variance

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from training.weights import base_optimizer
+from training.engine.zero_weights import base_optimizer
 
 EXPERTS = ".deepspeed_moe.experts."  # in the name of every parameter of experts
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.ema import EMA_KEY, EMAAdamW
+from training.engine.average_profiles import EMA_KEY, EMAAdamW
 
 
 def base_optimizer(engine: Any) -> EMAAdamW:

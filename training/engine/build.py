@@ -9,9 +9,9 @@ from models.diffusion import learns_variance
 from models.switch_dit import MODEL_SIZES, SwitchDiT
 from training.config.deepspeed_config import MAX_STAGE, stage_of
 from training.config.tree import Config, OptimConfig
-from training.ema import EMAAdamW, profiles_of
-from training.stability import AgreeingEMAAdamW
-from training.weights import set_full_value
+from training.engine.average_profiles import EMAAdamW, profiles_of
+from training.engine.non_finite import AgreeingEMAAdamW
+from training.engine.zero_weights import set_full_value
 
 DENSE_GROUP = "dense"
 

@@ -2,7 +2,7 @@
 
 A new engine has expert e in slot e. Moving experts moves all that belongs to them, weights, Adam's
 moments and averages, bit for bit, so nothing that is computed changes. The map of slots is part of
-a checkpoint: DeepSpeed's files there go by slots, ours (training/weights.py) by experts.
+a checkpoint: DeepSpeed's files there go by slots, ours (training/engine/zero_weights.py) by experts.
 
 L blocks, E experts, S diffusion timesteps, R ranks of an expert-parallel group.
 """
@@ -17,8 +17,8 @@ from models.layers import TimestepEmbedder
 from models.placement import chosen_experts, place, rank_loads, worst_over_mean
 from models.switch_dit import MODEL_SIZES
 from training.config.tree import Config
-from training.objective import Objective
-from training.weights import (
+from training.engine.objective import Objective
+from training.engine.zero_weights import (
     base_optimizer,
     block_of,
     full_value,
