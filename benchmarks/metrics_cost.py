@@ -41,7 +41,7 @@ from data_tools.process.entry_point import enter
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan, build_plan
 from models.switch_dit import MODEL_SIZES
-from training.checkpoint_manifest import TrainState
+from training.checkpoints.manifest import TrainState
 from training.communication import CommunicationWatch
 from training.config.tree import Config
 from training.engine.build import build_model

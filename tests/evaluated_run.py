@@ -10,7 +10,7 @@ from data_tools.stream.order import ORDER_VERSION
 from data_tools.vae.autoencoder import DEMO_VAE, load_vae
 from tests.configs import small
 from tests.synthetic import make_dataset, random_moments
-from training.checkpoint_manifest import (
+from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
     LATEST_FILE,
@@ -22,9 +22,9 @@ from training.checkpoint_manifest import (
     record_of,
     tag_of,
 )
+from training.checkpoints.weight_files import write_weights
 from training.engine.build import build_model
 from training.run_directory import CONFIG_FILE
-from training.weight_files import write_weights
 
 STEP = 7
 IMAGE_SIZE = 32  # of latents of 8 x 8

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.launch import REPOSITORY
 from tests.local_slurm import wait_for
-from training.checkpoint_manifest import latest_checkpoint, read_manifest
+from training.checkpoints.manifest import latest_checkpoint, read_manifest
 
 LATENT_SIZE = 8
 STEPS, SAVE_EVERY = 120, 10

@@ -14,7 +14,7 @@ from data_tools.vae.autoencoder import DEMO_VAE
 from tests.configs import FP32
 from tests.launch import REPOSITORY, deepspeed, run
 from training import evaluate, export, main, report, sample
-from training.checkpoint_manifest import (
+from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
     LATEST_FILE,

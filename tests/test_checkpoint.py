@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 from data_tools.errors import ConfigError
 from tests.launch import run
-from training import checkpoint_writer
-from training.checkpoint_manifest import (
+from training.checkpoints import background_write
+from training.checkpoints.background_write import GIVEN_UP, BackgroundWrite, WritePlan
+from training.checkpoints.host_copy import HostCopies
+from training.checkpoints.manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
     IncompleteCheckpointError,
@@ -30,19 +32,17 @@ from training.checkpoint_manifest import (
     read_manifest,
     record_of,
 )
-from training.checkpoint_publishing import is_taken_over, name_latest, prune, publish
-from training.checkpoint_snapshot import HostCopies
-from training.checkpoint_writer import GIVEN_UP, BackgroundWrite, WritePlan
-from training.monitor import read_metrics
-from training.resume_points import (
+from training.checkpoints.publishing import is_taken_over, name_latest, prune, publish
+from training.checkpoints.resume_point import (
     ResumeError,
     ResumePoint,
     choose_together,
     newest_point,
     verify_together,
 )
+from training.checkpoints.unpickling import unpickle
+from training.monitor import read_metrics
 from training.run_lock import hold_run_directory, take_over
-from training.unpickling import unpickle
 
 KILLS = 20
 STEPS = 64
@@ -375,7 +375,7 @@ def test_a_signal_does_not_wait_for_a_checkpoint_that_is_being_written(
     tmp_path, monkeypatch, whose_signal
 ):
     # Else a quick disk has all files before the other ranks are asked again.
-    monkeypatch.setattr(checkpoint_writer, "OTHERS_SIGNAL_POLL_SEC", 0.0)
+    monkeypatch.setattr(background_write, "OTHERS_SIGNAL_POLL_SEC", 0.0)
     write, may_go_on = slow_write(tmp_path, monkeypatch)
     before = visible(tmp_path)
     if whose_signal == "another rank's":

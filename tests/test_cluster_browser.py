@@ -16,7 +16,7 @@ from PIL import Image
 from tests import evaluated_run, test_report
 from tests.browser import TIMEOUT_MS, visit
 from tests.launch import finish, run, start
-from training.checkpoint_manifest import CHECKPOINT_DIR, RAW_FILE, tag_of
+from training.checkpoints.manifest import CHECKPOINT_DIR, RAW_FILE, tag_of
 from training.playground import Playground
 
 pytestmark = pytest.mark.cluster

@@ -8,7 +8,7 @@ import pytest
 from tests.configs import FP32
 from tests.launch import TIMEOUT_SEC, deepspeed, finish, run, start
 from tests.synthetic import make_dataset, random_moments
-from training.checkpoint_manifest import latest_checkpoint, read_manifest, verify_file
+from training.checkpoints.manifest import latest_checkpoint, read_manifest, verify_file
 from training.monitor import read_metrics
 
 pytestmark = pytest.mark.cluster  # root mounts disks

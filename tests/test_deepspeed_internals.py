@@ -32,7 +32,11 @@ CALLED = [
     (ENGINE, "train_micro_batch_size_per_gpu", ""),
     (ENGINE, "save_checkpoint", "save_dir tag client_state save_latest"),
     (ENGINE, "load_checkpoint", "load_dir tag"),
-    (ENGINE, "_copy_recovery_script", "save_path"),  # replaced by nothing (checkpoint.py)
+    (
+        ENGINE,
+        "_copy_recovery_script",
+        "save_path",
+    ),  # replaced by nothing (checkpoints/checkpointer.py)
     (TORCH_WRITER, "save", "state_dict path"),
     (TORCH_WRITER, "load", "path map_location"),
     (TORCH_WRITER, "makedirs", "path exist_ok"),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.launch import deepspeed, finish, free_port, run, start
-from training.checkpoint_manifest import (
+from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     LATEST_FILE,
     latest_checkpoint,

@@ -21,7 +21,8 @@ from tests.launch import TIMEOUT_SEC, finish, free_port, run, start
 from tests.reference_scores import frechet_distance, precision_and_recall
 from tests.synthetic import make_dataset, random_moments
 from training import evaluate, reference_statistics, sample, score_images
-from training.checkpoint_manifest import CHECKPOINT_DIR, sha256_of
+from training.checkpoints.manifest import CHECKPOINT_DIR, sha256_of
+from training.checkpoints.weight_files import load_model
 from training.engine.objective import build_diffusion
 from training.evaluation.drawing import (
     LABEL_RULES,
@@ -34,7 +35,6 @@ from training.evaluation.drawing import (
 from training.evaluation.networks import ScriptedNetwork
 from training.run_directory import load_config
 from training.sampling import SamplerSettings, sample_latents
-from training.weight_files import load_model
 
 NUM_IMAGES, BATCH_SIZE, STEPS = 15, 2, 12  # slow enough to be killed in between
 DRAW = (

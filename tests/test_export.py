@@ -29,7 +29,7 @@ from tests.configs import small
 from tests.load_exports import foreign_modules
 from tests.synthetic import make_dataset, random_moments
 from training import sample
-from training.checkpoint_manifest import (
+from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
     LATEST_FILE,
@@ -41,13 +41,13 @@ from training.checkpoint_manifest import (
     record_of,
     tag_of,
 )
+from training.checkpoints.weight_files import write_weights
 from training.engine.build import build_model
 from training.export import main
 from training.export_bundle import bundle, file_name
 from training.export_code.transformer import SwitchDiTTransformer2DModel
 from training.export_pipeline import TRAINING_ONLY
 from training.sampling import SamplerSettings, sample_latents
-from training.weight_files import write_weights
 
 STEP = 7
 TAG = tag_of(STEP)

@@ -14,7 +14,7 @@ from tests.configs import FP32
 from tests.faulty_jobs import SLOW_DISK_SEC
 from tests.http_server import HttpServer
 from tests.launch import run
-from training.checkpoint_manifest import latest_checkpoint, read_manifest
+from training.checkpoints.manifest import latest_checkpoint, read_manifest
 
 pytestmark = pytest.mark.ranks
 

@@ -31,17 +31,17 @@ from data_tools.shards.manifest import (
 from data_tools.shards.sidecar import SIDECAR
 from data_tools.verification.verify import verify
 from tests.stored_files import FOLDER, VERSIONS
-from training.checkpoint_manifest import MANIFEST, read_manifest
+from training.checkpoints.average_snapshots import SNAPSHOT, list_snapshots
+from training.checkpoints.manifest import MANIFEST, read_manifest
+from training.checkpoints.resume_point import newest_point
 from training.config import preset
 from training.config.tree import CONFIG, options
-from training.ema_snapshots import SNAPSHOT, list_snapshots
 from training.evaluation.card import CARD, read_card
 from training.evaluation.drawing import DRAW, check_folder
 from training.evaluation.score_events import read_scores
 from training.export_job import EXPORT
 from training.monitor import METRICS, METRICS_FILE, Monitor, read_metrics
 from training.provenance import START, read_starts
-from training.resume_points import newest_point
 from training.retry import RESTARTS, Restarts, read_restarts
 from training.run_directory import INIT, load_config, load_manifest
 from training.run_history import NOTE, CheckpointNote, append_note, read_notes

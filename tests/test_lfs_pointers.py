@@ -12,7 +12,7 @@ from data_tools.sources.inputs import open_source
 from data_tools.vae.autoencoder import DEMO_VAE, load_vae
 from data_tools.verification.verify import verify
 from tests.encode_jobs import flags, make_pictures
-from training.state_dict_files import read_state_dict
+from training.checkpoints.foreign_weights import read_state_dict
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a1" * 32 + "\nsize 9\n"
 REASON = "is a git-lfs pointer and not the file itself; run git lfs pull in its folder"

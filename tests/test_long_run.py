@@ -10,7 +10,7 @@ import pytest
 
 from tests.launch import REPOSITORY, environment
 from tests.synthetic import make_dataset, random_moments
-from training.checkpoint_manifest import CHECKPOINT_DIR
+from training.checkpoints.manifest import CHECKPOINT_DIR
 from training.monitor import METRICS_FILE, TENSORBOARD_DIR, read_metrics
 from training.run_log import LOG_FILE
 

@@ -12,7 +12,7 @@ import pytest
 from data_tools.errors import ConfigError
 from tests.launch import deepspeed, finish, start
 from tests.ranks import run_ranks
-from training.checkpoint_manifest import latest_checkpoint
+from training.checkpoints.manifest import latest_checkpoint
 from training.ranks.process_group import collective_timeout
 from training.ranks.watchdog import SPARE_SEC, limit_all_groups
 

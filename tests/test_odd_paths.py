@@ -11,7 +11,7 @@ from data_tools.vae.autoencoder import DEMO_VAE
 from tests.encode_jobs import flags, make_pictures
 from tests.launch import REPOSITORY
 from training import evaluate, export, report, sample
-from training.checkpoint_manifest import latest_checkpoint
+from training.checkpoints.manifest import latest_checkpoint
 from training.monitor import read_metrics
 
 pytestmark = pytest.mark.ranks

@@ -18,7 +18,7 @@ from data_tools.process.entry_point import STOP_SIGNALS
 from tests.encode_jobs import flags, make_pictures
 from tests.launch import REPOSITORY, environment, finish, start
 from tests.synthetic import make_dataset
-from training.checkpoint_manifest import latest_checkpoint
+from training.checkpoints.manifest import latest_checkpoint
 from training.monitor import read_metrics
 from training.run_log import LOG_FILE
 

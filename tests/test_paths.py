@@ -12,11 +12,11 @@ from data_tools.user_files.paths import absence, expand, expand_data
 from tests.configs import small
 from tests.launch import REPOSITORY
 from training import evaluate, retry, sample
-from training.checkpoint_manifest import CHECKPOINT_DIR
+from training.checkpoints.manifest import CHECKPOINT_DIR
+from training.checkpoints.warm_start import check_warm_start
 from training.config.command_line import parse_command_line
 from training.config.location import CONFIG_FILE, DEEPSPEED_FILE
 from training.run_directory import check_run_directory
-from training.warm_start import check_warm_start
 
 TILDE, VARIABLE = "~/runs/a", "$SCRATCH/runs/a"
 PRESET = ("--preset", "tests/small.yaml")

@@ -13,16 +13,16 @@ from PIL import Image
 from data_tools.errors import ConfigError
 from tests.evaluated_run import IMAGE_SIZE, STEP, make_run
 from training import demo, sample
-from training.checkpoint_manifest import (
+from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
     MANIFEST_FILE,
     RAW_FILE,
     tag_of,
 )
+from training.checkpoints.weight_files import load_model
 from training.pictures import active_experts
 from training.playground import LATEST, MAX_IMAGES, RAW, DrawingStoppedError, Playground, Wish
-from training.weight_files import load_model
 
 CPU = torch.device("cpu")
 WISH = Wish(

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.reference import power_function_average
 from training import reconstruct_ema
-from training.ema_snapshots import SNAPSHOT_DIR, snapshot_file
+from training.checkpoints.average_snapshots import SNAPSHOT_DIR, snapshot_file
+from training.checkpoints.weight_files import write_weights
 from training.engine.average_fit import fit_profile, inner_products
 from training.engine.average_profiles import PowerProfile, gamma_of_std
-from training.weight_files import write_weights
 
 STDS = (0.05, 0.1)  # stored, as in EDM2
 STEPS = 400

@@ -8,7 +8,7 @@ import torch
 
 from data_tools.errors import ConfigError
 from tests.launch import run
-from training.checkpoint_manifest import latest_checkpoint, read_manifest
+from training.checkpoints.manifest import latest_checkpoint, read_manifest
 from training.config.precision import BF16_VARIABLE, detect_hardware
 from training.monitor import read_metrics
 

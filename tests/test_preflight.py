@@ -14,7 +14,7 @@ from tests.configs import FP32
 from tests.evaluated_run import STEP, make_run
 from tests.launch import run
 from training import preflight
-from training.checkpoint_manifest import tag_of
+from training.checkpoints.manifest import tag_of
 from training.config.command_line import CommandLine
 from training.nodes import bandwidth
 from training.nodes.bandwidth import Bandwidth

@@ -12,7 +12,7 @@ from models.switch_dit import MODEL_SIZES, ModelSize
 from tests.alike import assert_trained_alike
 from tests.launch import run_jobs
 from tests.ranks import run_ranks
-from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
+from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.preset import load_preset
 from training.engine.build import build_engine

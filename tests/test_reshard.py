@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.alike import assert_trained_alike
-from training.checkpoint_manifest import latest_checkpoint, read_manifest
+from training.checkpoints.manifest import latest_checkpoint, read_manifest
 from training.monitor import read_metrics
 
 pytestmark = pytest.mark.ranks

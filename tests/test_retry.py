@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.launch import run
-from training import checkpoint_manifest
+from training.checkpoints import manifest
 from training.config.command_line import parse_command_line
 from training.retry import Restarts, decide, newest_checkpoint, read_restarts, run_dir_of
 
@@ -90,7 +90,7 @@ def test_it_finds_the_run_directory_that_training_finds(flags):
 
 
 def test_it_knows_the_names_that_training_writes(tmp_path):
-    pointer = tmp_path / checkpoint_manifest.CHECKPOINT_DIR / checkpoint_manifest.LATEST_FILE
+    pointer = tmp_path / manifest.CHECKPOINT_DIR / manifest.LATEST_FILE
     assert newest_checkpoint(tmp_path) == ""
     pointer.parent.mkdir()
     pointer.write_text("step-0000010\n")

@@ -17,7 +17,7 @@ from tests.alike import assert_trained_alike
 from tests.configs import FP32, stated
 from tests.launch import run
 from tests.synthetic import seal
-from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
+from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.engine.non_finite import (
     MicroStepRecord,
     SpikeDetector,

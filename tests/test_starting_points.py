@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from data_tools.errors import ConfigError
 from tests.launch import run_jobs
 from tests.synthetic import make_dataset, random_moments
-from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
+from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
+from training.checkpoints.warm_start import check_warm_start
 from training.config.command_line import parse_command_line
 from training.engine.build import build_model
 from training.main import dry_run
 from training.monitor import read_metrics
 from training.ranks.process_group import Ranks
 from training.run_directory import INIT_FILE, load_config
-from training.warm_start import check_warm_start
 
 pytestmark = pytest.mark.ranks
 

@@ -22,14 +22,14 @@ from tests.configs import changed
 from tests.encode_jobs import content
 from tests.stored_files import VERSIONS, unpack
 from training import evaluate, export, reconstruct_ema, report, sample
-from training.checkpoint_manifest import EMA_FILE, latest_checkpoint, read_manifest
+from training.checkpoints.manifest import EMA_FILE, latest_checkpoint, read_manifest
+from training.checkpoints.warm_start import check_warm_start
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores, write_score_events
 from training.monitor import read_metrics
 from training.provenance import STARTS_FILE, read_starts
 from training.run_directory import load_config
 from training.run_history import read_notes
-from training.warm_start import check_warm_start
 
 # What checkpoints remember of the stored data.
 HASHES = {

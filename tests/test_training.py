@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tests.alike import assert_trained_alike
 from tests.configs import stated
 from tests.launch import run_jobs
-from training.checkpoint_manifest import EMA_FILE, RAW_FILE, latest_checkpoint
-from training.ema_snapshots import SNAPSHOT_DIR
+from training.checkpoints.average_snapshots import SNAPSHOT_DIR
+from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.monitor import read_metrics
 
 pytestmark = pytest.mark.ranks

@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 
 from data_tools.errors import ConfigError
 from tests.launch import REPOSITORY
-from training.config.preset import load_preset
-from training.config.tree import Config
-from training.engine.build import build_model
-from training.run_directory import CONFIG_FILE
-from training.warm_start import (
+from training.checkpoints.warm_start import (
     check_is_elsewhere,
     check_warm_start,
     initial_values,
     with_own_origin,
 )
+from training.config.preset import load_preset
+from training.config.tree import Config
+from training.engine.build import build_model
+from training.run_directory import CONFIG_FILE
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from data_tools.errors import ConfigError
 from data_tools.stream.order import ORDER_VERSION
 from tests.ranks import run_ranks
-from training.checkpoint import Checkpointer
-from training.checkpoint_manifest import (
+from training.checkpoints.average_snapshots import SnapshotWriter
+from training.checkpoints.checkpointer import Checkpointer
+from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
     LATEST_FILE,
@@ -29,9 +30,14 @@ from training.checkpoint_manifest import (
     record_of,
     tag_of,
 )
+from training.checkpoints.weight_files import (
+    NonFiniteWeightsError,
+    check_weights,
+    find_weights,
+    write_weights,
+)
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.preset import load_preset
-from training.ema_snapshots import SnapshotWriter
 from training.engine.build import build_engine, build_model
 from training.engine.expert_placement import ExpertPlacement
 from training.engine.zero_weights import (
@@ -39,12 +45,6 @@ from training.engine.zero_weights import (
     consolidated_weights,
     ema_weights,
     num_updates,
-)
-from training.weight_files import (
-    NonFiniteWeightsError,
-    check_weights,
-    find_weights,
-    write_weights,
 )
 
 STDS = (0.05, 0.1)

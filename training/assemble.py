@@ -9,10 +9,11 @@ import torch
 
 from data_tools.stream.loader import LatentStream
 from models.latents import scale_and_shift
-from training.checkpoint import Checkpointer
-from training.checkpoint_manifest import TrainState
+from training.checkpoints.average_snapshots import SnapshotWriter
+from training.checkpoints.checkpointer import Checkpointer
+from training.checkpoints.manifest import TrainState
+from training.checkpoints.warm_start import initial_values
 from training.communication import CommunicationWatch
-from training.ema_snapshots import SnapshotWriter
 from training.engine.build import build_engine
 from training.engine.expert_placement import ExpertPlacement
 from training.engine.objective import Objective
@@ -28,7 +29,6 @@ from training.ranks.process_group import Ranks
 from training.reporting import Reporter
 from training.run_history import RunHistory, read_notes
 from training.sample_grid import SampleGrid
-from training.warm_start import initial_values
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
 from data_tools.user_files.paths import typed_data, typed_path, typed_text
+from training.checkpoints.weight_files import load_model
 from training.engine.objective import build_diffusion
 from training.evaluation.card import (
     CARD,
@@ -66,7 +67,6 @@ from training.ranks.process_group import (
     start_drawing_group,
 )
 from training.sampling_flags import add_sampling_flags
-from training.weight_files import load_model
 
 DEFAULT_BATCH_SIZE = 64
 # A rank that is done waits for the slowest, who may draw for long; a dead one is noticed at once.

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
-from training.checkpoint_writer import describe_disk_error
+from training.checkpoints.background_write import describe_disk_error
 from training.export_card import model_card
 from training.export_dit import check_dit, write_dit
 from training.export_job import EXPORT, EXPORT_FILE, EXPORTS_DIR, ExportJob, check_job, check_output

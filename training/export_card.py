@@ -11,7 +11,7 @@ from data_tools.formats import NewerFormatError
 from data_tools.vae.autoencoder import DEMO_VAE
 from data_tools.vae.vae_files import REPOSITORY
 from models.switch_dit import MODEL_NAMES
-from training.checkpoint_manifest import MANIFEST_FILE, read_manifest
+from training.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from training.evaluation.card import CARD
 from training.export_job import ExportJob
 from training.monitor import METRICS_FILE, read_metrics

@@ -15,20 +15,20 @@ from data_tools.formats import Format
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.vae.autoencoder import Vae, load_decoder
 from models.switch_dit import SwitchDiT
-from training.checkpoint_manifest import (
+from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     MANIFEST_FILE,
     RAW_FILE,
     read_manifest,
     sha256_of,
 )
+from training.checkpoints.weight_files import find_weights
 from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
 from training.engine.build import build_model
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings, can_guide_without_classifier
 from training.sampling_flags import sampler_settings
-from training.weight_files import find_weights
 
 EXPORTS_DIR = "exports"
 EXPORT_FILE = "export.json"  # in every export; what has none is never replaced

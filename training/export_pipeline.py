@@ -14,13 +14,13 @@ from data_tools.files import as_json
 from data_tools.vae.vae_files import REPOSITORY
 from models.merged import merge_experts
 from models.sampler import visited_timesteps
+from training.checkpoints.weight_files import write_weights
 from training.engine.build import model_arguments
 from training.engine.objective import build_diffusion
 from training.export_bundle import bundle, file_name
 from training.export_code.merged_transformer import MergedDiTTransformer2DModel
 from training.export_code.transformer import SwitchDiTTransformer2DModel
 from training.export_job import EXPORT, ExportJob, plain
-from training.weight_files import write_weights
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

@@ -9,7 +9,14 @@ from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.stream.training_data import TrainingData, open_data
 from data_tools.vae.autoencoder import Vae, load_decoder
-from training.checkpoint_manifest import CheckpointManifest, Layout
+from training.checkpoints.manifest import CheckpointManifest, Layout
+from training.checkpoints.resume_point import check_resumable, newest_point
+from training.checkpoints.warm_start import (
+    WarmStart,
+    check_initial_weights,
+    check_is_elsewhere,
+    with_own_origin,
+)
 from training.config.command_line import CommandLine
 from training.config.deepspeed_config import merge_deepspeed, stage_of
 from training.config.precision import precision_of
@@ -17,14 +24,7 @@ from training.config.tree import Config
 from training.config.validation import check_data, validate
 from training.count import checkpoint_bytes, snapshot_bytes
 from training.ranks.process_group import Ranks
-from training.resume_points import check_resumable, newest_point
 from training.run_directory import check_free_space, check_run_directory
-from training.warm_start import (
-    WarmStart,
-    check_initial_weights,
-    check_is_elsewhere,
-    with_own_origin,
-)
 
 
 @dataclass(frozen=True)

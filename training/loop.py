@@ -8,12 +8,12 @@ from typing import Any
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, OutageError
 from data_tools.stream.loader import Batch, LatentStream
-from training.checkpoint import Checkpointer
-from training.checkpoint_manifest import TrainState
-from training.checkpoint_writer import Outcome
+from training.checkpoints.average_snapshots import SnapshotWriter
+from training.checkpoints.background_write import Outcome
+from training.checkpoints.checkpointer import Checkpointer
+from training.checkpoints.manifest import TrainState
 from training.communication import CommunicationWatch
 from training.config.tree import Config
-from training.ema_snapshots import SnapshotWriter
 from training.engine.build import learning_rate, set_learning_rate
 from training.engine.expert_placement import ExpertPlacement
 from training.engine.non_finite import (

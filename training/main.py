@@ -30,8 +30,9 @@ from data_tools.process.launcher import is_started_again
 from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.stream.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
-from training.checkpoint_manifest import TrainState
-from training.checkpoint_publishing import name_latest
+from training.checkpoints.manifest import TrainState
+from training.checkpoints.publishing import name_latest
+from training.checkpoints.resume_point import ResumePoint, choose_together
 from training.config.command_line import CommandLine, parse_command_line
 from training.config.deepspeed_config import load_deepspeed_json
 from training.config.precision import explain_precision
@@ -47,7 +48,6 @@ from training.ranks.exit_codes import SAVED_EXIT_CODE
 from training.ranks.heartbeat import LEAVING
 from training.ranks.process_group import Ranks
 from training.ranks.watchdog import Watchdog, limit_all_groups
-from training.resume_points import ResumePoint, choose_together
 from training.run_directory import CONFIG_FILE, create_run_directory, load_config
 from training.run_history import DAMAGED, CheckpointNote
 from training.run_lock import WAIT_SEC, hold_run_directory

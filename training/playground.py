@@ -19,7 +19,8 @@ from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.vae.autoencoder import decode_pixels, load_decoder
 from models.gate import build_plan
 from models.switch_dit import MODEL_NAMES, SwitchDiT
-from training.checkpoint_manifest import CHECKPOINT_DIR
+from training.checkpoints.manifest import CHECKPOINT_DIR
+from training.checkpoints.weight_files import find_checkpoint, find_weights, load_model
 from training.config.option import EXPECTED
 from training.engine.average_profiles import profiles_of
 from training.engine.objective import build_diffusion
@@ -28,7 +29,6 @@ from training.report_runs import read_gate_table
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings, sample_latents
 from training.sampling_flags import add_sampling_flags, sampler_settings
-from training.weight_files import find_checkpoint, find_weights, load_model
 
 LATEST = "latest"  # instead of a checkpoint's name
 RAW = "raw"  # instead of an average's name

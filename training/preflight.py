@@ -38,6 +38,7 @@ from data_tools.process.launcher import (
     own_node,
     written_meeting_point,
 )
+from training.checkpoints.resume_point import newest_point
 from training.config.command_line import CommandLine, parse_command_line
 from training.job import check, check_without_data
 from training.main import is_demo_missing
@@ -53,7 +54,6 @@ from training.ranks import process_group
 from training.ranks.exit_codes import end_on_signals_with
 from training.ranks.process_group import Ranks
 from training.ranks.rendezvous import port_problem
-from training.resume_points import newest_point
 
 FLOOR_VARIABLE = "MIN_NODE_GBPS"
 GRACE_SEC = 10.0  # beyond a time limit, for the rank that knows more to speak first

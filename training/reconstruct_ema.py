@@ -22,14 +22,14 @@ from torch import Tensor
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
-from training.checkpoint_writer import describe_disk_error
+from training.checkpoints.average_snapshots import Snapshot, list_snapshots, snapshot_file
+from training.checkpoints.background_write import describe_disk_error
+from training.checkpoints.weight_files import NonFiniteWeightsError, write_weights
 from training.config.option import check_value, did_you_mean
 from training.config.tree import option_named
-from training.ema_snapshots import Snapshot, list_snapshots, snapshot_file
 from training.engine.average_fit import Fit, fit_profile
 from training.engine.average_profiles import PowerProfile
 from training.run_directory import load_config
-from training.weight_files import NonFiniteWeightsError, write_weights
 
 POSTHOC_DIR = "posthoc"
 # Relative residuals of the fit: above the one it is warned of, above the other refused.

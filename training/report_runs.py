@@ -12,7 +12,7 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from models.gate import TimestepGate
 from models.layers import TimestepEmbedder
-from training.checkpoint_manifest import EMA_FILE, latest_checkpoint, read_manifest
+from training.checkpoints.manifest import EMA_FILE, latest_checkpoint, read_manifest
 from training.config.tree import Config
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores

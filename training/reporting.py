@@ -10,7 +10,7 @@ import torch
 
 from models.flops import training_flops
 from models.loss_weights import cluster_log_variances
-from training.checkpoint_manifest import TrainState
+from training.checkpoints.manifest import TrainState
 from training.config.tree import Config
 from training.count import is_merged_dispatch, shape_of
 from training.dashboard import dashboard

@@ -21,7 +21,7 @@ from data_tools.formats import Format, NewerFormatError
 from data_tools.shards.manifest import DATASET, MANIFEST_NAME, DatasetManifest
 from data_tools.shards.undescribed import held_data
 from data_tools.user_files.paths import absence, broken_link
-from training.checkpoint_manifest import CHECKPOINT_DIR, latest_checkpoint
+from training.checkpoints.manifest import CHECKPOINT_DIR, latest_checkpoint
 from training.config.location import CONFIG_FILE, DEEPSPEED_FILE
 from training.config.preset import load_preset
 from training.config.tree import Config, differences

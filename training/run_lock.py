@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from training.checkpoint_manifest import CHECKPOINT_DIR
+from training.checkpoints.manifest import CHECKPOINT_DIR
 
 LOCK_FILE = "lock"
 STAGING_PREFIX, REMOVED_PREFIX = ".staging-", ".removed-"

@@ -25,6 +25,7 @@ from data_tools.process.entry_point import enter
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import Vae, decode_pixels, load_decoder
+from training.checkpoints.weight_files import find_weights, load_model
 from training.class_choice import ClassChoice
 from training.config.tree import Config
 from training.engine.objective import build_diffusion
@@ -45,7 +46,6 @@ from training.sampling_flags import (
     find_weaker_run,
     sampler_settings,
 )
-from training.weight_files import find_weights, load_model
 
 DEFAULT_MAX_CLASSES = 10
 

@@ -9,6 +9,7 @@ from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_text
 from models.guidance import OFFICIAL_CHANNELS
 from models.sampler import SAMPLING_METHODS, methods_for
+from training.checkpoints.weight_files import find_weights, is_same_file
 from training.config.old_flags import OF_DRAWING
 from training.config.tree import Config
 from training.run_directory import load_config, load_manifest
@@ -20,7 +21,6 @@ from training.sampling_checks import (
     WrongValueError,
     checked_settings,
 )
-from training.weight_files import find_weights, is_same_file
 
 DEFAULT_SCALE = 2.0
 DEFAULT_STEPS = 50

@@ -20,7 +20,7 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 from data_tools.vae.autoencoder import resolve_device
-from training.checkpoint_manifest import sha256_of
+from training.checkpoints.manifest import sha256_of
 from training.evaluation.card import (
     CARD,
     describe_program,

@@ -2,7 +2,7 @@
 
 DeepSpeed 0.19.8 takes most of these and trains on wrong gradients, or stops in the middle with a
 traceback. What it gets wrong without expert parallelism too is refused in config/deepspeed_config.py, an
-expert-parallel size that changes on resume in checkpoint_manifest.py, unequal batches of the ranks
+expert-parallel size that changes on resume in checkpoints/manifest.py, unequal batches of the ranks
 in `plan_batch`.
 """
 

@@ -12,13 +12,13 @@ from data_tools.files import MalformedError
 from data_tools.formats import Format
 from data_tools.shards.manifest import VaeReference
 from data_tools.vae.autoencoder import Vae
-from training.checkpoint_manifest import MANIFEST_FILE, read_manifest, sha256_of
+from training.checkpoints.manifest import MANIFEST_FILE, read_manifest, sha256_of
+from training.checkpoints.weight_files import recorded_sha256
 from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
 from training.evaluation.drawing import LABEL_RULES, SEED_RULE, DrawSettings
 from training.evaluation.scores import Reference
 from training.provenance import commit, local_changes
-from training.weight_files import recorded_sha256
 
 CARD = Format(newest=1, key="card_version")
 

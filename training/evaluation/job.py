@@ -11,7 +11,8 @@ from data_tools.errors import ConfigError
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.vae.autoencoder import Vae, load_decoder
-from training.checkpoint_manifest import MANIFEST_FILE, read_manifest
+from training.checkpoints.manifest import MANIFEST_FILE, read_manifest
+from training.checkpoints.weight_files import find_weights
 from training.config.tree import Config
 from training.evaluation.card import weights_sha256
 from training.evaluation.drawing import DrawSettings, check_folder
@@ -22,7 +23,6 @@ from training.ranks.process_group import Ranks
 from training.run_directory import load_config, load_manifest
 from training.sampling import SamplerSettings
 from training.sampling_flags import DEFAULT_STEPS, WeakerRun, find_weaker_run, sampler_settings
-from training.weight_files import find_weights
 
 EVALUATION_DIR = "evaluation"
 

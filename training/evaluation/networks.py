@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from training.checkpoint_manifest import sha256_of
+from training.checkpoints.manifest import sha256_of
 from training.evaluation.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 
 INCEPTION_URL = (

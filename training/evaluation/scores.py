@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from training.checkpoint_manifest import sha256_of
+from training.checkpoints.manifest import sha256_of
 from training.evaluation.frechet import Gaussian, GaussianFit, frechet_distance
 from training.evaluation.image_npz import ImageNpz
 from training.evaluation.inception_score import inception_score

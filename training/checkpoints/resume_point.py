@@ -8,7 +8,7 @@ import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
 from data_tools.stream.order import ORDER_VERSION
-from training.checkpoint_manifest import (
+from training.checkpoints.manifest import (
     CheckpointManifest,
     IncompleteCheckpointError,
     Layout,
@@ -17,8 +17,8 @@ from training.checkpoint_manifest import (
     read_manifest,
     verify_file,
 )
+from training.checkpoints.unpickling import foreign_objects
 from training.ranks.process_group import RunError, agreed_message, from_main
-from training.unpickling import foreign_objects
 
 PICKLE_SUFFIX = ".pt"
 

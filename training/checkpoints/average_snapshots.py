@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
 from data_tools.formats import FORMAT_KEY, Format
-from training.checkpoint_manifest import tag_of
-from training.checkpoint_writer import describe_disk_error
+from training.checkpoints.background_write import describe_disk_error
+from training.checkpoints.manifest import tag_of
+from training.checkpoints.weight_files import NonFiniteWeightsError, write_weights
 from training.engine.average_profiles import PowerProfile
 from training.engine.zero_weights import base_optimizer, consolidated_weights, num_updates
 from training.ranks.process_group import agreed_message
-from training.weight_files import NonFiniteWeightsError, write_weights
 
 SNAPSHOT_DIR = "ema_snapshots"
 SNAPSHOT = Format(newest=1)

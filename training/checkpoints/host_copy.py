@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.checkpoint_manifest import CheckpointManifest
-from training.reshard import ENTRY, describe_partitions, holds_optimizer_state
-from training.resume_points import ResumeError
-from training.unpickling import unpickle
+from training.checkpoints.manifest import CheckpointManifest
+from training.checkpoints.other_layout import ENTRY, describe_partitions, holds_optimizer_state
+from training.checkpoints.resume_point import ResumeError
+from training.checkpoints.unpickling import unpickle
 
 FileContents = list[tuple[str, dict[str, Any]]]  # by file name
 

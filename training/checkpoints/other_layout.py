@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
+from training.checkpoints.unpickling import unpickle
 from training.engine.zero_fragments import (
     EXPERTS,
     Fragment,
@@ -25,7 +26,6 @@ from training.engine.zero_fragments import (
 )
 from training.engine.zero_weights import base_optimizer, block_of, renew_weights
 from training.ranks.process_group import RunError
-from training.unpickling import unpickle
 
 ENTRY = "partitions"  # of the files that hold optimizer state
 STEP = "step"  # the only optimizer state that is one number

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from data_tools.errors import ConfigError
 from data_tools.user_files.file_kinds import LFS_REASON, is_lfs_pointer_file
 from data_tools.user_files.paths import absence, broken_link
-from training.weight_entries import Entry, entries_of
+from training.checkpoints.weight_entries import Entry, entries_of
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 MAX_CLASSES = 100  # of objects in a file; a checkpoint has a few

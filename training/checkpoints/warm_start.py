@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from data_tools.errors import ConfigError
 from models.import_weights import ImportedWeights, check_positions, import_weights
-from training.checkpoint_manifest import (
+from training.checkpoints.foreign_weights import read_state_dict
+from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     LATEST_FILE,
     MANIFEST_FILE,
@@ -25,12 +26,11 @@ from training.checkpoint_manifest import (
     latest_checkpoint,
     sha256_of,
 )
+from training.checkpoints.weight_entries import Entry
+from training.checkpoints.weight_files import find_weights
 from training.config.tree import Config
 from training.engine.build import build_model
 from training.run_directory import CONFIG_FILE, load_config
-from training.state_dict_files import read_state_dict
-from training.weight_entries import Entry
-from training.weight_files import find_weights
 
 DEEPSPEED_FILES = re.compile(r".*mp_rank_\d+_(model|optim)_states\.pt")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"

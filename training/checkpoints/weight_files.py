@@ -15,7 +15,7 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from models.switch_dit import SwitchDiT
-from training.checkpoint_manifest import (
+from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     MANIFEST_FILE,
     RAW_FILE,

@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from training.checkpoint_manifest import (
+from training.checkpoints.host_copy import FileContents
+from training.checkpoints.manifest import (
     RAW_FILE,
     CheckpointManifest,
     FileRecord,
@@ -32,18 +33,17 @@ from training.checkpoint_manifest import (
     manifest_text,
     record_of,
 )
-from training.checkpoint_publishing import (
+from training.checkpoints.other_layout import StoredPartitions
+from training.checkpoints.publishing import (
     CheckpointError,
     TakenOverError,
     is_taken_over,
     prune,
     publish,
 )
-from training.checkpoint_snapshot import FileContents
+from training.checkpoints.weight_files import NonFiniteWeightsError, average_file, write_weights
 from training.ranks.heartbeat import LONGEST_END_AFTER
 from training.ranks.process_group import RunError, collective_timeout
-from training.reshard import StoredPartitions
-from training.weight_files import NonFiniteWeightsError, average_file, write_weights
 
 STORE_PREFIX = "checkpoint"
 SHORTEST_POLL_SEC, LONGEST_POLL_SEC = 0.01, 0.5

@@ -9,7 +9,7 @@
                                           sha256
 
 DeepSpeed loads a changed expert-parallel size as silent garbage: where the manifest has another
-layout than the job, training/reshard.py loads instead.
+layout than the job, training/checkpoints/other_layout.py loads instead.
 """
 
 import hashlib

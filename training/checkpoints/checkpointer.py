@@ -1,7 +1,7 @@
 """Checkpoints of a run: saved while it trains, and loaded on the same layout or another.
 
 A checkpoint is DeepSpeed's own files plus consolidated weights. Saving stops training only for a
-copy to host memory (checkpoint_snapshot.py); a thread writes it (checkpoint_writer.py). One copy
+copy to host memory (checkpoints/host_copy.py); a thread writes it (checkpoints/background_write.py). One copy
 exists at a time: a save that is due earlier waits for the one before. So beside training a rank
 needs host memory for its own part of a checkpoint, and rank 0 for one average of all weights.
 """
@@ -16,22 +16,22 @@ from typing import Any
 import torch
 
 from data_tools.stream.order import ORDER_VERSION
-from training.checkpoint_manifest import (
+from training.checkpoints.background_write import BackgroundWrite, Outcome, WritePlan
+from training.checkpoints.host_copy import load_verified, take_snapshot
+from training.checkpoints.manifest import (
     CheckpointManifest,
     FileRecord,
     Layout,
     TrainState,
     tag_of,
 )
-from training.checkpoint_publishing import TakenOverError
-from training.checkpoint_snapshot import load_verified, take_snapshot
-from training.checkpoint_writer import BackgroundWrite, Outcome, WritePlan
+from training.checkpoints.other_layout import StoredPartitions, load_resharded
+from training.checkpoints.publishing import TakenOverError
 from training.config.tree import RunConfig
 from training.engine.expert_placement import ExpertPlacement
 from training.engine.objective import Objective
 from training.engine.zero_fragments import whole_shapes
 from training.engine.zero_weights import base_optimizer
-from training.reshard import StoredPartitions, load_resharded
 
 
 class Checkpointer:
