@@ -21,7 +21,7 @@ from benchmarks.hardware import GIB, GIGA, MICRO, Machine, shared_machine
 from benchmarks.routing_shares import RoutingShares
 from models.experts import merging_is_cheaper
 from models.flops import NetworkShape, forward_flops, training_flops
-from training.memory import FP32_BYTES, WEIGHT_BYTES, activation_bytes, model_memory
+from training.cost.memory import FP32_BYTES, WEIGHT_BYTES, activation_bytes, model_memory
 
 # Crossings of the memory bus, in units of the bytes of what is updated or copied.
 ACCUMULATION_PASSES = 3  # read the sum and the new gradient, write the sum
@@ -142,7 +142,7 @@ def expert_flops(work: Workload, num_samples: int, routing: RoutingShares) -> tu
 
 
 def memory_bytes(work: Workload, layout: Layout, routing: RoutingShares) -> float:
-    """Return the bytes of a rank: training/memory.py's, and the slowest rank's exchanged rows."""
+    """Return the bytes of a rank: training/cost/memory.py's, and the slowest rank's exchanged rows."""
     model = model_memory(
         work.num_parameters,
         work.num_in_experts,

@@ -24,7 +24,7 @@ from training.checkpoints.manifest import (
 )
 from training.checkpoints.weight_files import write_weights
 from training.engine.build import build_model
-from training.run_directory import CONFIG_FILE
+from training.run.directory import CONFIG_FILE
 
 STEP = 7
 IMAGE_SIZE = 32  # of latents of 8 x 8

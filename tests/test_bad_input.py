@@ -29,9 +29,9 @@ from training.config.preset import load_preset
 from training.monitor import read_metrics
 from training.ranks import process_group
 from training.ranks.process_group import Ranks
-from training.run_directory import CONFIG_FILE
+from training.run.directory import CONFIG_FILE
+from training.run.lock import hold_run_directory
 from training.run_history import CHECKPOINTS_FILE, read_notes
-from training.run_lock import hold_run_directory
 
 STEPS = 4
 # One checkpoint of the demo on two ranks is 58 MiB, its largest file 17 MiB.

@@ -42,7 +42,7 @@ from training.checkpoints.resume_point import (
 )
 from training.checkpoints.unpickling import unpickle
 from training.monitor import read_metrics
-from training.run_lock import hold_run_directory, take_over
+from training.run.lock import hold_run_directory, take_over
 
 KILLS = 20
 STEPS = 64

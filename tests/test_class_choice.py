@@ -11,7 +11,7 @@ from data_tools.errors import ConfigError
 from tests.evaluated_run import make_run
 from training import sample
 from training.class_choice import ClassChoice
-from training.run_directory import load_config, load_manifest
+from training.run.directory import load_config, load_manifest
 from training.sampling_checks import WrongValueError
 
 # As encoding sorts folders 0 to 11 by name.

@@ -11,8 +11,8 @@ from training.config.deepspeed_config import merge_deepspeed
 from training.config.precision import Hardware
 from training.config.preset import load_preset
 from training.config.tree import CONFIG
+from training.cost.memory import model_memory
 from training.count import checkpoint_bytes, count_parameters, describe, main
-from training.memory import model_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,8 +6,8 @@ import pytest
 
 from tests.launch import run
 from training.config.command_line import parse_command_line
-from training.crash_loops import STARTS_FILE, count_vain_starts, describe_crash_loop
-from training.run_directory import CONFIG_FILE
+from training.run.directory import CONFIG_FILE
+from training.run.starts import STARTS_FILE, count_vain_starts, describe_crash_loop
 
 BY_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "4"}
 

@@ -33,7 +33,7 @@ from training.evaluation.drawing import (
     labels_of,
 )
 from training.evaluation.networks import ScriptedNetwork
-from training.run_directory import load_config
+from training.run.directory import load_config
 from training.sampling import SamplerSettings, sample_latents
 
 NUM_IMAGES, BATCH_SIZE, STEPS = 15, 2, 12  # slow enough to be killed in between

@@ -6,7 +6,7 @@ import torch
 from benchmarks.measure import counted_flops, saved_bytes
 from models.flops import NetworkShape, forward_flops, training_flops
 from models.switch_dit import SwitchDiT
-from training.memory import activation_bytes
+from training.cost.memory import activation_bytes
 
 NUM_TIMESTEPS = 100
 

@@ -12,7 +12,7 @@ from tests.launch import REPOSITORY, environment
 from tests.synthetic import make_dataset, random_moments
 from training.checkpoints.manifest import CHECKPOINT_DIR
 from training.monitor import METRICS_FILE, TENSORBOARD_DIR, read_metrics
-from training.run_log import LOG_FILE
+from training.run.console_log import LOG_FILE
 
 STEPS = 20_000
 LOG_EVERY, SAVE_EVERY, SAMPLE_EVERY = 20, 500, 2_000

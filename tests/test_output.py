@@ -20,7 +20,7 @@ from tests.launch import REPOSITORY, environment, finish, start
 from tests.synthetic import make_dataset
 from training.checkpoints.manifest import latest_checkpoint
 from training.monitor import read_metrics
-from training.run_log import LOG_FILE
+from training.run.console_log import LOG_FILE
 
 WORK = """
 import os, sys

@@ -16,7 +16,7 @@ from training.checkpoints.manifest import CHECKPOINT_DIR
 from training.checkpoints.warm_start import check_warm_start
 from training.config.command_line import parse_command_line
 from training.config.location import CONFIG_FILE, DEEPSPEED_FILE
-from training.run_directory import check_run_directory
+from training.run.directory import check_run_directory
 
 TILDE, VARIABLE = "~/runs/a", "$SCRATCH/runs/a"
 PRESET = ("--preset", "tests/small.yaml")

@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 
 from training.progress import Progress
-from training.run_log import LOG_FILE, log_to
+from training.run.console_log import LOG_FILE, log_to
 
 METRICS = {
     "loss/total": 0.1234,

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from data_tools.files import append_line
-from training import provenance
-from training.provenance import (
+from training.run import program as provenance
+from training.run.program import (
     PROVENANCE_DIR,
     STARTS_FILE,
     commit,

@@ -15,10 +15,10 @@ from tests.launch import run
 from training.engine.build import build_model
 from training.expert_load import load_metrics
 from training.monitor import Monitor
-from training.provenance import record_start
 from training.report import main
 from training.report_runs import gate_table, load_runs
-from training.run_directory import CONFIG_FILE
+from training.run.directory import CONFIG_FILE
+from training.run.program import record_start
 
 STEPS = (20, 40, 60)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from training.provenance import Start
+from training.run.program import Start
 from training.run_history import (
     BLUE,
     CHECKPOINTS_FILE,

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from training import run_log
 from training.ranks.process_group import RunError
-from training.run_log import LOG_FILE, NUM_OLDER, log_to
+from training.run import console_log
+from training.run.console_log import LOG_FILE, NUM_OLDER, log_to
 
 
 def messages(path):
@@ -49,7 +49,7 @@ def test_what_ends_a_run_is_its_last_line(tmp_path):
 
 
 def test_the_log_is_bounded_and_loses_its_oldest_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_log, "MAX_BYTES", 1000)
+    monkeypatch.setattr(console_log, "MAX_BYTES", 1000)
     with log_to(tmp_path):
         for number in range(1000):
             print(f"line {number}")

@@ -21,7 +21,7 @@ from models.flops import forward_flops
 from models.gate import build_plan
 from models.prior import diffusion_prior
 from training.config.preset import load_preset
-from training.memory import activation_bytes, model_memory
+from training.cost.memory import activation_bytes, model_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = MACHINES["h100"]

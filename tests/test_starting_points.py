@@ -17,7 +17,7 @@ from training.engine.build import build_model
 from training.main import dry_run
 from training.monitor import read_metrics
 from training.ranks.process_group import Ranks
-from training.run_directory import INIT_FILE, load_config
+from training.run.directory import INIT_FILE, load_config
 
 pytestmark = pytest.mark.ranks
 

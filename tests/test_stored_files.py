@@ -27,8 +27,8 @@ from training.checkpoints.warm_start import check_warm_start
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores, write_score_events
 from training.monitor import read_metrics
-from training.provenance import STARTS_FILE, read_starts
-from training.run_directory import load_config
+from training.run.directory import load_config
+from training.run.program import STARTS_FILE, read_starts
 from training.run_history import read_notes
 
 # What checkpoints remember of the stored data.

@@ -26,7 +26,7 @@ from training.checkpoints.warm_start import (
 from training.config.preset import load_preset
 from training.config.tree import Config
 from training.engine.build import build_model
-from training.run_directory import CONFIG_FILE
+from training.run.directory import CONFIG_FILE
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
 

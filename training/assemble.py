@@ -23,10 +23,10 @@ from training.loop import Training
 from training.metrics import MetricSums
 from training.monitor import Monitor, read_metrics
 from training.progress import Progress
-from training.provenance import read_starts
 from training.ranks.heartbeat import READING, SAVING, Heartbeat
 from training.ranks.process_group import Ranks
 from training.reporting import Reporter
+from training.run.program import read_starts
 from training.run_history import RunHistory, read_notes
 from training.sample_grid import SampleGrid
 

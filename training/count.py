@@ -30,8 +30,14 @@ from training.config.deepspeed_config import merge_deepspeed, plan_batch, stage_
 from training.config.precision import PRECISION_NAMES, Hardware, detect_hardware, precision_of
 from training.config.tree import Config
 from training.config.validation import Dataset, validate
+from training.cost.memory import (
+    FP32_BYTES,
+    NUM_ADAM_MOMENTS,
+    Memory,
+    activation_bytes,
+    model_memory,
+)
 from training.engine.build import build_model
-from training.memory import FP32_BYTES, NUM_ADAM_MOMENTS, Memory, activation_bytes, model_memory
 
 GIB = 2**30
 GIGA = 1e9

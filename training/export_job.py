@@ -26,7 +26,7 @@ from training.checkpoints.weight_files import find_weights
 from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
 from training.engine.build import build_model
-from training.run_directory import load_config, load_manifest
+from training.run.directory import load_config, load_manifest
 from training.sampling import SamplerSettings, can_guide_without_classifier
 from training.sampling_flags import sampler_settings
 

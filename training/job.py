@@ -24,7 +24,7 @@ from training.config.tree import Config
 from training.config.validation import check_data, validate
 from training.count import checkpoint_bytes, snapshot_bytes
 from training.ranks.process_group import Ranks
-from training.run_directory import check_free_space, check_run_directory
+from training.run.directory import check_free_space, check_run_directory
 
 
 @dataclass(frozen=True)

@@ -39,19 +39,19 @@ from training.config.precision import explain_precision
 from training.config.tree import Config, differences
 from training.config.validation import check_compiler
 from training.count import describe
-from training.crash_loops import describe_crash_loop
 from training.job import Job, check, check_without_data
 from training.progress import Progress
-from training.provenance import count_hosts, read_starts, record_start
 from training.ranks import process_group
 from training.ranks.exit_codes import SAVED_EXIT_CODE
 from training.ranks.heartbeat import LEAVING
 from training.ranks.process_group import Ranks
 from training.ranks.watchdog import Watchdog, limit_all_groups
-from training.run_directory import CONFIG_FILE, create_run_directory, load_config
+from training.run.console_log import log_to
+from training.run.directory import CONFIG_FILE, create_run_directory, load_config
+from training.run.lock import WAIT_SEC, hold_run_directory
+from training.run.program import count_hosts, read_starts, record_start
+from training.run.starts import describe_crash_loop
 from training.run_history import DAMAGED, CheckpointNote
-from training.run_lock import WAIT_SEC, hold_run_directory
-from training.run_log import log_to
 
 
 class CrashLoopError(process_group.RunError):

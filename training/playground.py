@@ -26,7 +26,7 @@ from training.engine.average_profiles import profiles_of
 from training.engine.objective import build_diffusion
 from training.pictures import active_experts, expert_map, mark_timestep
 from training.report_runs import read_gate_table
-from training.run_directory import load_config, load_manifest
+from training.run.directory import load_config, load_manifest
 from training.sampling import SamplerSettings, sample_latents
 from training.sampling_flags import add_sampling_flags, sampler_settings
 

@@ -29,7 +29,7 @@ from training.config.option import check_value, did_you_mean
 from training.config.tree import option_named
 from training.engine.average_fit import Fit, fit_profile
 from training.engine.average_profiles import PowerProfile
-from training.run_directory import load_config
+from training.run.directory import load_config
 
 POSTHOC_DIR = "posthoc"
 # Relative residuals of the fit: above the one it is warned of, above the other refused.

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.files import FIRST
 from data_tools.formats import Format
-from training.provenance import Start
+from training.run.program import Start
 
 CHECKPOINTS_FILE = "checkpoints.jsonl"
 SAVED, FAILED, DAMAGED = "saved", "failed", "damaged"

@@ -37,7 +37,7 @@ from training.ranks.process_group import (
     select_accelerator,
     start_drawing_group,
 )
-from training.run_directory import SAMPLES_DIR, load_config, load_manifest
+from training.run.directory import SAMPLES_DIR, load_config, load_manifest
 from training.sampling import SamplerSettings, image_grid, sample_latents
 from training.sampling_checks import WrongValueError
 from training.sampling_flags import (

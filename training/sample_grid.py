@@ -14,7 +14,7 @@ from training.engine.zero_weights import ema_weights
 from training.monitor import Monitor
 from training.pictures import save_png
 from training.ranks.process_group import Ranks
-from training.run_directory import SAMPLES_DIR
+from training.run.directory import SAMPLES_DIR
 from training.sampling import (
     SamplerSettings,
     can_guide_without_classifier,

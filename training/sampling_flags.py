@@ -12,7 +12,7 @@ from models.sampler import SAMPLING_METHODS, methods_for
 from training.checkpoints.weight_files import find_weights, is_same_file
 from training.config.old_flags import OF_DRAWING
 from training.config.tree import Config
-from training.run_directory import load_config, load_manifest
+from training.run.directory import load_config, load_manifest
 from training.sampling import SamplerSettings, can_guide_without_classifier
 from training.sampling_checks import (
     Asked,

@@ -44,7 +44,7 @@ class Checkpointer:
         data_hash: of the data set's manifest.
         objective: has a small state of its own, equal on all ranks.
         placement: likewise.
-        staging: this job's folder beside the checkpoints (run_lock.py).
+        staging: this job's folder beside the checkpoints (run/lock.py).
     """
 
     def __init__(

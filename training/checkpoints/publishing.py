@@ -1,6 +1,6 @@
 """How a complete checkpoint becomes visible, the newest, and one of a few.
 
-All is moved out of the job's staging folder, or into it (run_lock.py). Where another job has
+All is moved out of the job's staging folder, or into it (run/lock.py). Where another job has
 removed that folder, moving fails: nothing can be published, replaced or deleted any more.
 """
 

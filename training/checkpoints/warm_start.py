@@ -30,7 +30,7 @@ from training.checkpoints.weight_entries import Entry
 from training.checkpoints.weight_files import find_weights
 from training.config.tree import Config
 from training.engine.build import build_model
-from training.run_directory import CONFIG_FILE, load_config
+from training.run.directory import CONFIG_FILE, load_config
 
 DEEPSPEED_FILES = re.compile(r".*mp_rank_\d+_(model|optim)_states\.pt")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"

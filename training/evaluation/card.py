@@ -18,7 +18,7 @@ from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
 from training.evaluation.drawing import LABEL_RULES, SEED_RULE, DrawSettings
 from training.evaluation.scores import Reference
-from training.provenance import commit, local_changes
+from training.run.program import commit, local_changes
 
 CARD = Format(newest=1, key="card_version")
 

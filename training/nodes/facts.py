@@ -13,14 +13,14 @@ import torch
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, some
 from data_tools.process.launcher import own_node, slurm_gpus
-from training.provenance import (
+from training.ranks.process_group import Ranks, select_accelerator
+from training.run.program import (
     commit,
     hardware,
     installed_packages,
     python_version,
     source_hash,
 )
-from training.ranks.process_group import Ranks, select_accelerator
 
 MIN_TEMPORARY_MIB = 256  # torch, Triton and data loaders write there
 SHORT_COMMIT = 10  # digits that a sentence shows

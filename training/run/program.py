@@ -25,9 +25,9 @@ import torch
 from data_tools.files import replace_file
 from data_tools.formats import Format
 from data_tools.process.launcher import batch_job, own_node
-from training.crash_loops import STARTS_FILE
+from training.run.starts import STARTS_FILE
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("models", "data_tools", "training")
 COMPARED = (*SOURCES, "ds_configs", "requirements.txt")  # what decides a result
 PROVENANCE_DIR = "provenance"
