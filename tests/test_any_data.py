@@ -15,7 +15,7 @@ from tests.launch import REPOSITORY
 from training.config.preset import load_preset
 from training.config.validation import check_data, validate
 from training.engine.objective import Objective
-from training.sampling import SamplerSettings, sample_latents
+from training.sampling.latents import SamplerSettings, sample_latents
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
 DEEPSPEED = REPOSITORY / "ds_configs" / "zero2.json"

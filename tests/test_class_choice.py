@@ -10,9 +10,9 @@ import torch
 from data_tools.errors import ConfigError
 from tests.evaluated_run import make_run
 from training import sample
-from training.class_choice import ClassChoice
 from training.run.directory import load_config, load_manifest
-from training.sampling_checks import WrongValueError
+from training.sampling.checks import WrongValueError
+from training.sampling.class_choice import ClassChoice
 
 # As encoding sorts folders 0 to 11 by name.
 FOLDERS = ["0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9"]

@@ -34,7 +34,7 @@ from training.evaluation.drawing import (
 )
 from training.evaluation.networks import ScriptedNetwork
 from training.run.directory import load_config
-from training.sampling import SamplerSettings, sample_latents
+from training.sampling.latents import SamplerSettings, sample_latents
 
 NUM_IMAGES, BATCH_SIZE, STEPS = 15, 2, 12  # slow enough to be killed in between
 DRAW = (

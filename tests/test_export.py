@@ -47,7 +47,7 @@ from training.export import main
 from training.export_bundle import bundle, file_name
 from training.export_code.transformer import SwitchDiTTransformer2DModel
 from training.export_pipeline import TRAINING_ONLY
-from training.sampling import SamplerSettings, sample_latents
+from training.sampling.latents import SamplerSettings, sample_latents
 
 STEP = 7
 TAG = tag_of(STEP)

@@ -8,7 +8,7 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.sampler import SAMPLING_METHODS, methods_for
 from models.switch_dit import SwitchDiT
-from training.sampling import SamplerSettings, image_grid, sample_latents
+from training.sampling.latents import SamplerSettings, image_grid, sample_latents
 
 SHAPE = (4, 8, 8)
 # One way to draw per method: (objective, method).

@@ -8,8 +8,8 @@ from training.config.command_line import DEFAULT_DEEPSPEED, parse_command_line
 from training.config.validation import validate
 from training.run.directory import CONFIG_FILE, load_config
 from training.sample_grid import grid_settings
-from training.sampling import SamplerSettings
-from training.sampling_flags import add_sampling_flags, sampler_settings
+from training.sampling.flags import add_sampling_flags, sampler_settings
+from training.sampling.latents import SamplerSettings
 
 FLOW = ("--objective", "flow", "--timestep-shift", 3)
 UNCONDITIONAL = ("--num-classes", 0)

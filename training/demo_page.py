@@ -18,8 +18,8 @@ from training.playground import (
     Playground,
     Wish,
 )
-from training.sampling import can_guide_without_classifier
-from training.sampling_flags import DEFAULT_SCALE, DEFAULT_STEPS
+from training.sampling.flags import DEFAULT_SCALE, DEFAULT_STEPS
+from training.sampling.latents import can_guide_without_classifier
 
 DEFAULT_IMAGES = 8
 MAX_SEED = 2**53 - 1  # what a browser holds exactly

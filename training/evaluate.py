@@ -66,7 +66,7 @@ from training.ranks.process_group import (
     select_accelerator,
     start_drawing_group,
 )
-from training.sampling_flags import add_sampling_flags
+from training.sampling.flags import add_sampling_flags
 
 DEFAULT_BATCH_SIZE = 64
 # A rank that is done waits for the slowest, who may draw for long; a dead one is noticed at once.

@@ -39,7 +39,7 @@ from training.export_pipeline import (
     write_safetensors,
 )
 from training.export_program import write_program
-from training.sampling_flags import add_sampling_flags
+from training.sampling.flags import add_sampling_flags
 
 README_FILE = "README.md"
 

@@ -27,8 +27,8 @@ from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
 from training.engine.build import build_model
 from training.run.directory import load_config, load_manifest
-from training.sampling import SamplerSettings, can_guide_without_classifier
-from training.sampling_flags import sampler_settings
+from training.sampling.flags import sampler_settings
+from training.sampling.latents import SamplerSettings, can_guide_without_classifier
 
 EXPORTS_DIR = "exports"
 EXPORT_FILE = "export.json"  # in every export; what has none is never replaced

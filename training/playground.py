@@ -27,8 +27,8 @@ from training.engine.objective import build_diffusion
 from training.pictures import active_experts, expert_map, mark_timestep
 from training.report_runs import read_gate_table
 from training.run.directory import load_config, load_manifest
-from training.sampling import SamplerSettings, sample_latents
-from training.sampling_flags import add_sampling_flags, sampler_settings
+from training.sampling.flags import add_sampling_flags, sampler_settings
+from training.sampling.latents import SamplerSettings, sample_latents
 
 LATEST = "latest"  # instead of a checkpoint's name
 RAW = "raw"  # instead of an average's name

@@ -26,7 +26,6 @@ from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import Vae, decode_pixels, load_decoder
 from training.checkpoints.weight_files import find_weights, load_model
-from training.class_choice import ClassChoice
 from training.config.tree import Config
 from training.engine.objective import build_diffusion
 from training.pictures import save_png
@@ -38,14 +37,15 @@ from training.ranks.process_group import (
     start_drawing_group,
 )
 from training.run.directory import SAMPLES_DIR, load_config, load_manifest
-from training.sampling import SamplerSettings, image_grid, sample_latents
-from training.sampling_checks import WrongValueError
-from training.sampling_flags import (
+from training.sampling.checks import WrongValueError
+from training.sampling.class_choice import ClassChoice
+from training.sampling.flags import (
     WeakerRun,
     add_sampling_flags,
     find_weaker_run,
     sampler_settings,
 )
+from training.sampling.latents import SamplerSettings, image_grid, sample_latents
 
 DEFAULT_MAX_CLASSES = 10
 

@@ -15,7 +15,7 @@ from training.monitor import Monitor
 from training.pictures import save_png
 from training.ranks.process_group import Ranks
 from training.run.directory import SAMPLES_DIR
-from training.sampling import (
+from training.sampling.latents import (
     SamplerSettings,
     can_guide_without_classifier,
     image_grid,

@@ -37,7 +37,7 @@ from models.switch_dit import SwitchDiT
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
 from training.pictures import save_png
 from training.ranks.process_group import Ranks, agreed_message
-from training.sampling import SamplerSettings, sample_latents
+from training.sampling.latents import SamplerSettings, sample_latents
 
 SETTINGS_FILE = "settings.json"
 SAMPLES_FILE = "samples.npz"

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from data_tools.vae.autoencoder import Vae, decode_pixels
 from models.diffusion import Diffusion
-from training.class_choice import ClassChoice
 from training.config.option import either, shown
-from training.sampling import SamplerSettings, sample_latents
-from training.sampling_checks import (
+from training.sampling.checks import (
     Asked,
     Process,
     Spelling,
@@ -30,6 +28,8 @@ from training.sampling_checks import (
     checked_settings,
     whole_number,
 )
+from training.sampling.class_choice import ClassChoice
+from training.sampling.latents import SamplerSettings, sample_latents
 
 SCHEDULER = "SwitchDiTScheduler"
 OUTPUT_TYPES = ("pil", "np", "latent")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from training.config.option import did_you_mean, shown
-from training.sampling_checks import WrongValueError, whole_number
+from training.sampling.checks import WrongValueError, whole_number
 
 NAMES_SHOWN = 10
 LONGEST_NAME = 200  # of a name that is compared with others

@@ -13,14 +13,14 @@ from training.checkpoints.weight_files import find_weights, is_same_file
 from training.config.old_flags import OF_DRAWING
 from training.config.tree import Config
 from training.run.directory import load_config, load_manifest
-from training.sampling import SamplerSettings, can_guide_without_classifier
-from training.sampling_checks import (
+from training.sampling.checks import (
     Asked,
     Process,
     Spelling,
     WrongValueError,
     checked_settings,
 )
+from training.sampling.latents import SamplerSettings, can_guide_without_classifier
 
 DEFAULT_SCALE = 2.0
 DEFAULT_STEPS = 50
