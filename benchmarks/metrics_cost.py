@@ -42,18 +42,18 @@ from models.diffusion import LossTerms
 from models.gate import RoutingPlan, build_plan
 from models.switch_dit import MODEL_SIZES
 from training.checkpoints.manifest import TrainState
-from training.communication import CommunicationWatch
 from training.config.tree import Config
 from training.engine.build import build_model
-from training.expert_load import LoadHistory, exchange_shape
-from training.metrics import NUM_TIMESTEP_BUCKETS, MetricSums
-from training.monitor import Monitor, read_metrics
-from training.progress import Progress
+from training.monitoring.communication import CommunicationWatch
+from training.monitoring.event_files import Monitor, read_metrics
+from training.monitoring.expert_load import LoadHistory, exchange_shape
+from training.monitoring.interval_sums import NUM_TIMESTEP_BUCKETS, MetricSums
+from training.monitoring.progress import Progress
+from training.monitoring.reporter import Reporter, StepTables
+from training.monitoring.run_history import SAVED, CheckpointNote, RunHistory
 from training.ranks.heartbeat import FORWARD, Heartbeat
 from training.ranks.process_group import Ranks
 from training.ranks.watchdog import Watchdog
-from training.reporting import Reporter, StepTables
-from training.run_history import SAVED, CheckpointNote, RunHistory
 
 GROUP_SIZE = 2
 ADDS_PER_TIMING = 20

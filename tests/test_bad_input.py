@@ -26,12 +26,12 @@ from training.checkpoints.manifest import (
     verify_file,
 )
 from training.config.preset import load_preset
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
+from training.monitoring.run_history import CHECKPOINTS_FILE, read_notes
 from training.ranks import process_group
 from training.ranks.process_group import Ranks
 from training.run.directory import CONFIG_FILE
 from training.run.lock import hold_run_directory
-from training.run_history import CHECKPOINTS_FILE, read_notes
 
 STEPS = 4
 # One checkpoint of the demo on two ranks is 58 MiB, its largest file 17 MiB.

@@ -41,7 +41,7 @@ from training.checkpoints.resume_point import (
     verify_together,
 )
 from training.checkpoints.unpickling import unpickle
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 from training.run.lock import hold_run_directory, take_over
 
 KILLS = 20

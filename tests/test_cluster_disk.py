@@ -9,7 +9,7 @@ from tests.configs import FP32
 from tests.launch import TIMEOUT_SEC, deepspeed, finish, run, start
 from tests.synthetic import make_dataset, random_moments
 from training.checkpoints.manifest import latest_checkpoint, read_manifest, verify_file
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 
 pytestmark = pytest.mark.cluster  # root mounts disks
 

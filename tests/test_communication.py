@@ -13,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 from tests.ranks import run_ranks
 from tests.synthetic import make_dataset, random_moments
 from tests.test_monitor import scalars_in_tensorboard
-from training import assemble, communication
-from training.communication import CommunicationWatch, Shares, shares, shares_of, united
+from training import assemble
 from training.config.command_line import parse_command_line
 from training.job import check
 from training.main import train_job
-from training.monitor import Monitor, read_metrics
+from training.monitoring import communication
+from training.monitoring.communication import CommunicationWatch, Shares, shares, shares_of, united
+from training.monitoring.event_files import Monitor, read_metrics
 from training.ranks.process_group import Ranks
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from training.checkpoints.manifest import (
     latest_checkpoint,
     read_manifest,
 )
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 from training.ranks.exit_codes import SAVED_EXIT_CODE
 
 pytestmark = pytest.mark.ranks

@@ -9,7 +9,7 @@ from models.diffusion import LossTerms
 from models.gate import Dispatch, RoutingPlan
 from models.switch_dit import SwitchDiT
 from tests.ranks import run_ranks
-from training.expert_load import (
+from training.monitoring.expert_load import (
     DEAD_INTERVALS,
     ExchangeShape,
     ExchangeSums,
@@ -19,7 +19,7 @@ from training.expert_load import (
     exchange_shape,
     load_metrics,
 )
-from training.metrics import MetricSums
+from training.monitoring.interval_sums import MetricSums
 
 
 def test_even_loads_have_entropy_one_and_max_over_mean_one():

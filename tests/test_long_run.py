@@ -11,7 +11,7 @@ import pytest
 from tests.launch import REPOSITORY, environment
 from tests.synthetic import make_dataset, random_moments
 from training.checkpoints.manifest import CHECKPOINT_DIR
-from training.monitor import METRICS_FILE, TENSORBOARD_DIR, read_metrics
+from training.monitoring.event_files import METRICS_FILE, TENSORBOARD_DIR, read_metrics
 from training.run.console_log import LOG_FILE
 
 STEPS = 20_000

@@ -5,7 +5,7 @@ import torch
 
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan
-from training.metrics import MetricSums
+from training.monitoring.interval_sums import MetricSums
 
 CPU = torch.device("cpu")
 

@@ -11,15 +11,15 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from tests.configs import small
-from training.dashboard import dashboard
-from training.expert_load import load_metrics
-from training.monitor import (
+from training.monitoring.dashboard import dashboard
+from training.monitoring.event_files import (
     MAX_LOAD_TAGS,
     METRICS_FILE,
     TENSORBOARD_DIR,
     Monitor,
     read_metrics,
 )
+from training.monitoring.expert_load import load_metrics
 
 
 def scalars_in_tensorboard(run_dir):
@@ -44,7 +44,7 @@ def test_tensorboard_and_json_lines_hold_the_same_scalars(tmp_path):
 
 
 def test_tensorboards_files_are_bounded_and_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.monitor.MAX_EVENTS_BYTES", 2000)
+    monkeypatch.setattr("training.monitoring.event_files.MAX_EVENTS_BYTES", 2000)
     # Files of one second are ordered by the end of their names, as text: 100 comes before 99.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
     monitor = Monitor(tmp_path)

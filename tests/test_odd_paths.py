@@ -12,7 +12,7 @@ from tests.encode_jobs import flags, make_pictures
 from tests.launch import REPOSITORY
 from training import evaluate, export, report, sample
 from training.checkpoints.manifest import latest_checkpoint
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 
 pytestmark = pytest.mark.ranks
 

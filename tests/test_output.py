@@ -19,7 +19,7 @@ from tests.encode_jobs import flags, make_pictures
 from tests.launch import REPOSITORY, environment, finish, start
 from tests.synthetic import make_dataset
 from training.checkpoints.manifest import latest_checkpoint
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 from training.run.console_log import LOG_FILE
 
 WORK = """

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from training.pictures import (
+from training.monitoring.expert_pictures import (
     CELL_HEIGHT,
     CELL_WIDTH,
     HEAD_PIXELS,

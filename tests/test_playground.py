@@ -21,7 +21,7 @@ from training.checkpoints.manifest import (
     tag_of,
 )
 from training.checkpoints.weight_files import load_model
-from training.pictures import active_experts
+from training.monitoring.expert_pictures import active_experts
 from training.playground import LATEST, MAX_IMAGES, RAW, DrawingStoppedError, Playground, Wish
 
 CPU = torch.device("cpu")

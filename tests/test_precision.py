@@ -10,7 +10,7 @@ from data_tools.errors import ConfigError
 from tests.launch import run
 from training.checkpoints.manifest import latest_checkpoint, read_manifest
 from training.config.precision import BF16_VARIABLE, detect_hardware
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 
 pytestmark = pytest.mark.precision
 

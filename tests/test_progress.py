@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-from training.progress import Progress
+from training.monitoring.progress import Progress
 from training.run.console_log import LOG_FILE, log_to
 
 METRICS = {

@@ -18,7 +18,7 @@ from training.config.preset import load_preset
 from training.engine.build import build_engine
 from training.engine.expert_placement import ExpertPlacement, gate_table, move_experts
 from training.engine.zero_weights import base_optimizer, consolidated_weights
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 
 pytestmark = pytest.mark.ranks
 

@@ -13,8 +13,8 @@ from data_tools.files import append_line
 from tests.configs import small
 from tests.launch import run
 from training.engine.build import build_model
-from training.expert_load import load_metrics
-from training.monitor import Monitor
+from training.monitoring.event_files import Monitor
+from training.monitoring.expert_load import load_metrics
 from training.report import main
 from training.report_runs import gate_table, load_runs
 from training.run.directory import CONFIG_FILE

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from tests.alike import assert_trained_alike
 from training.checkpoints.manifest import latest_checkpoint, read_manifest
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 
 pytestmark = pytest.mark.ranks
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from training.run.program import Start
-from training.run_history import (
+from training.monitoring.run_history import (
     BLUE,
     CHECKPOINTS_FILE,
     CURVE_HEIGHT,
@@ -29,6 +28,7 @@ from training.run_history import (
     read_notes,
     thinned,
 )
+from training.run.program import Start
 
 LAST = 1000
 RECORDS = [{"step": step, "loss/mse": 50 / step} for step in range(10, LAST + 1, 10)]

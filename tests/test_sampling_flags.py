@@ -6,8 +6,8 @@ from data_tools.errors import ArgumentParser, ConfigError
 from models.guidance import Guidance
 from training.config.command_line import DEFAULT_DEEPSPEED, parse_command_line
 from training.config.validation import validate
+from training.monitoring.sample_grid import grid_settings
 from training.run.directory import CONFIG_FILE, load_config
-from training.sample_grid import grid_settings
 from training.sampling.flags import add_sampling_flags, sampler_settings
 from training.sampling.latents import SamplerSettings
 

@@ -12,7 +12,7 @@ from tests.evaluated_run import STEP, make_data, make_run, save_network
 from tests.test_monitor import scalars_in_tensorboard
 from training import evaluate
 from training.evaluation.score_events import read_scores, write_score_events
-from training.monitor import TENSORBOARD_DIR, Monitor
+from training.monitoring.event_files import TENSORBOARD_DIR, Monitor
 
 SWEEP = ("--num-images", 14, "--sweep-steps", "1,2", "--seed", 1)
 

@@ -25,7 +25,7 @@ from training.engine.non_finite import (
     poison_non_finite,
 )
 from training.engine.objective import SampleLosses
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 
 NAN_FLOAT16 = b"\x00\x7e"
 STEPS = 5

@@ -15,7 +15,7 @@ from training.checkpoints.warm_start import check_warm_start
 from training.config.command_line import parse_command_line
 from training.engine.build import build_model
 from training.main import dry_run
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 from training.ranks.process_group import Ranks
 from training.run.directory import INIT_FILE, load_config
 

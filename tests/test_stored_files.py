@@ -26,10 +26,10 @@ from training.checkpoints.manifest import EMA_FILE, latest_checkpoint, read_mani
 from training.checkpoints.warm_start import check_warm_start
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores, write_score_events
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
+from training.monitoring.run_history import read_notes
 from training.run.directory import load_config
 from training.run.program import STARTS_FILE, read_starts
-from training.run_history import read_notes
 
 # What checkpoints remember of the stored data.
 HASHES = {

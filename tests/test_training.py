@@ -11,7 +11,7 @@ from tests.configs import stated
 from tests.launch import run_jobs
 from training.checkpoints.average_snapshots import SNAPSHOT_DIR
 from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
-from training.monitor import read_metrics
+from training.monitoring.event_files import read_metrics
 
 pytestmark = pytest.mark.ranks
 

@@ -13,22 +13,22 @@ from training.checkpoints.average_snapshots import SnapshotWriter
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.manifest import TrainState
 from training.checkpoints.warm_start import initial_values
-from training.communication import CommunicationWatch
 from training.engine.build import build_engine
 from training.engine.expert_placement import ExpertPlacement
 from training.engine.objective import Objective
-from training.expert_load import LoadHistory, exchange_shape
 from training.job import Job
 from training.loop import Training
-from training.metrics import MetricSums
-from training.monitor import Monitor, read_metrics
-from training.progress import Progress
+from training.monitoring.communication import CommunicationWatch
+from training.monitoring.event_files import Monitor, read_metrics
+from training.monitoring.expert_load import LoadHistory, exchange_shape
+from training.monitoring.interval_sums import MetricSums
+from training.monitoring.progress import Progress
+from training.monitoring.reporter import Reporter
+from training.monitoring.run_history import RunHistory, read_notes
+from training.monitoring.sample_grid import SampleGrid
 from training.ranks.heartbeat import READING, SAVING, Heartbeat
 from training.ranks.process_group import Ranks
-from training.reporting import Reporter
 from training.run.program import read_starts
-from training.run_history import RunHistory, read_notes
-from training.sample_grid import SampleGrid
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_tools.errors import ConfigError
 from models.sampler import methods_for
-from training.pictures import save_png
+from training.monitoring.expert_pictures import save_png
 from training.playground import (
     LATEST,
     MAX_IMAGES,

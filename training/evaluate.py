@@ -58,7 +58,7 @@ from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check,
 from training.evaluation.score_events import write_score_events
 from training.evaluation.scores import score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
-from training.pictures import save_png
+from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import (
     Ranks,
     enter_job,

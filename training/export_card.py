@@ -14,7 +14,7 @@ from models.switch_dit import MODEL_NAMES
 from training.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from training.evaluation.card import CARD
 from training.export_job import ExportJob
-from training.monitor import METRICS_FILE, read_metrics
+from training.monitoring.event_files import METRICS_FILE, read_metrics
 
 EVALUATION_DIR = "evaluation"
 _LOSSES = ("loss/total", "loss/mse", "loss/vlb", "loss/prior")

@@ -12,7 +12,6 @@ from training.checkpoints.average_snapshots import SnapshotWriter
 from training.checkpoints.background_write import Outcome
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.manifest import TrainState
-from training.communication import CommunicationWatch
 from training.config.tree import Config
 from training.engine.build import learning_rate, set_learning_rate
 from training.engine.expert_placement import ExpertPlacement
@@ -23,8 +22,11 @@ from training.engine.non_finite import (
     poison_non_finite,
 )
 from training.engine.objective import Objective
-from training.metrics import MetricSums
-from training.monitor import Monitor
+from training.monitoring.communication import CommunicationWatch
+from training.monitoring.event_files import Monitor
+from training.monitoring.interval_sums import MetricSums
+from training.monitoring.reporter import Reporter, StepTables
+from training.monitoring.run_history import FAILED, SAVED, CheckpointNote
 from training.ranks.heartbeat import (
     AGREEING,
     BACKWARD,
@@ -37,8 +39,6 @@ from training.ranks.heartbeat import (
     Heartbeat,
 )
 from training.ranks.process_group import RANK_FAILED, RunError, StopSignal, agreed_message
-from training.reporting import Reporter, StepTables
-from training.run_history import FAILED, SAVED, CheckpointNote
 
 
 class NonFiniteLossError(RunError):

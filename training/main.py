@@ -40,7 +40,8 @@ from training.config.tree import Config, differences
 from training.config.validation import check_compiler
 from training.count import describe
 from training.job import Job, check, check_without_data
-from training.progress import Progress
+from training.monitoring.progress import Progress
+from training.monitoring.run_history import DAMAGED, CheckpointNote
 from training.ranks import process_group
 from training.ranks.exit_codes import SAVED_EXIT_CODE
 from training.ranks.heartbeat import LEAVING
@@ -51,7 +52,6 @@ from training.run.directory import CONFIG_FILE, create_run_directory, load_confi
 from training.run.lock import WAIT_SEC, hold_run_directory
 from training.run.program import count_hosts, read_starts, record_start
 from training.run.starts import describe_crash_loop
-from training.run_history import DAMAGED, CheckpointNote
 
 
 class CrashLoopError(process_group.RunError):

@@ -24,7 +24,7 @@ from training.checkpoints.weight_files import find_checkpoint, find_weights, loa
 from training.config.option import EXPECTED
 from training.engine.average_profiles import profiles_of
 from training.engine.objective import build_diffusion
-from training.pictures import active_experts, expert_map, mark_timestep
+from training.monitoring.expert_pictures import active_experts, expert_map, mark_timestep
 from training.report_runs import read_gate_table
 from training.run.directory import load_config, load_manifest
 from training.sampling.flags import add_sampling_flags, sampler_settings

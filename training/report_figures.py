@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from training.pictures import affinity_map, expert_map, load_history
+from training.monitoring.expert_pictures import affinity_map, expert_map, load_history
+from training.monitoring.run_history import RunHistory, thinned
 from training.report_runs import RunData
-from training.run_history import RunHistory, thinned
 
 mpl.use("agg")
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 5.2, 3.0, 110

@@ -16,11 +16,11 @@ from training.checkpoints.manifest import EMA_FILE, latest_checkpoint, read_mani
 from training.config.tree import Config
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores
-from training.monitor import METRICS_FILE, read_metrics
+from training.monitoring.event_files import METRICS_FILE, read_metrics
+from training.monitoring.run_history import CheckpointNote, read_notes
 from training.run.console_log import LOG_FILE, NUM_OLDER
 from training.run.directory import SAMPLES_DIR, load_config
 from training.run.program import Start, read_starts
-from training.run_history import CheckpointNote, read_notes
 
 NUM_GRIDS = 4
 LAST_SHARE = 0.05  # of the records, for numbers of a run's end

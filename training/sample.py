@@ -28,7 +28,7 @@ from data_tools.vae.autoencoder import Vae, decode_pixels, load_decoder
 from training.checkpoints.weight_files import find_weights, load_model
 from training.config.tree import Config
 from training.engine.objective import build_diffusion
-from training.pictures import save_png
+from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import (
     Ranks,
     enter_job,

@@ -18,10 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_tools.files import MalformedError
 from data_tools.formats import NewerFormatError
-from training.dashboard import evaluation_charts
 from training.evaluation.card import CARD
 from training.evaluation.job import EVALUATION_DIR
-from training.monitor import TENSORBOARD_DIR
+from training.monitoring.dashboard import evaluation_charts
+from training.monitoring.event_files import TENSORBOARD_DIR
 
 CARDS = ("*/score-*.json", "validation-*.json")  # in the folder of a run's evaluations
 OF_WEIGHTS = ("weights_sha256", "weaker_weights_sha256", "batch_size")  # no ways of measuring

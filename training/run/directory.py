@@ -25,8 +25,8 @@ from training.checkpoints.manifest import CHECKPOINT_DIR, latest_checkpoint
 from training.config.location import CONFIG_FILE, DEEPSPEED_FILE
 from training.config.preset import load_preset
 from training.config.tree import Config, differences
+from training.monitoring.run_history import last_saved_step
 from training.run.starts import STARTS_FILE
-from training.run_history import last_saved_step
 
 INIT_FILE = "init.json"
 METRICS_FILE = "metrics.jsonl"

@@ -14,17 +14,17 @@ from training.checkpoints.manifest import TrainState
 from training.config.tree import Config
 from training.cost.gpu_peaks import peak_tflops
 from training.count import is_merged_dispatch, shape_of
-from training.dashboard import dashboard
 from training.engine.build import learning_rate
 from training.engine.non_finite import SpikeDetector
-from training.expert_load import DEAD_INTERVALS, GateDrift, LoadHistory
-from training.metrics import MetricSums
-from training.monitor import Monitor
-from training.pictures import affinity_map, expert_map, load_history, load_map
-from training.progress import Progress
+from training.monitoring.dashboard import dashboard
+from training.monitoring.event_files import Monitor
+from training.monitoring.expert_load import DEAD_INTERVALS, GateDrift, LoadHistory
+from training.monitoring.expert_pictures import affinity_map, expert_map, load_history, load_map
+from training.monitoring.interval_sums import MetricSums
+from training.monitoring.progress import Progress
+from training.monitoring.run_history import CheckpointNote, RunHistory, append_note
 from training.ranks.heartbeat import AGREEING, LOGGING, Heartbeat
 from training.run.program import Start
-from training.run_history import CheckpointNote, RunHistory, append_note
 
 TERA = 1e12
 

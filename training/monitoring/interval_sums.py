@@ -3,7 +3,7 @@
 Sums are taken from what a micro-step returned, outside the model, so accumulation counts every
 micro-step and activation recomputation counts nothing twice.
 
-What the counts say of experts is in expert_load.py.
+What the counts say of experts is in monitoring/expert_load.py.
 
 N samples, L blocks, E experts, K experts per sample, B timestep buckets.
 """
@@ -18,7 +18,12 @@ from torch import Tensor
 
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan
-from training.expert_load import ExchangeShape, ExchangeSums, entropy_by_timestep, load_metrics
+from training.monitoring.expert_load import (
+    ExchangeShape,
+    ExchangeSums,
+    entropy_by_timestep,
+    load_metrics,
+)
 
 NUM_TIMESTEP_BUCKETS = 10
 

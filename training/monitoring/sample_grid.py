@@ -11,8 +11,8 @@ from models.guidance import Guidance
 from models.sampler import methods_for
 from training.config.tree import Config
 from training.engine.zero_weights import ema_weights
-from training.monitor import Monitor
-from training.pictures import save_png
+from training.monitoring.event_files import Monitor
+from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import Ranks
 from training.run.directory import SAMPLES_DIR
 from training.sampling.latents import (

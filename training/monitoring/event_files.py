@@ -15,7 +15,7 @@ from torch.utils.tensorboard.summary import hparams
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, append_whole, is_json, replace_file
 from data_tools.formats import Format
-from training.expert_load import by_block
+from training.monitoring.expert_load import by_block
 from training.run.directory import METRICS_FILE
 
 METRICS = Format(newest=1)  # a line of the first format says no number

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import profiler
 
-from training.monitor import Monitor
+from training.monitoring.event_files import Monitor
 
 FIRST_STEP = 10  # of a process: no kernel is compiled, no buffer allocated for the first time
 MAX_COST = 0.001  # of the time since the first step
