@@ -44,9 +44,9 @@ from training.checkpoints.manifest import (
 from training.checkpoints.weight_files import write_weights
 from training.engine.build import build_model
 from training.export import main
-from training.export_bundle import bundle, file_name
-from training.export_code.transformer import SwitchDiTTransformer2DModel
-from training.export_pipeline import TRAINING_ONLY
+from training.exports.bundle import bundle, file_name
+from training.exports.hub_code.transformer import SwitchDiTTransformer2DModel
+from training.exports.pipeline_folder import TRAINING_ONLY
 from training.sampling.latents import SamplerSettings, sample_latents
 
 STEP = 7
@@ -417,7 +417,7 @@ def test_a_file_of_weights_is_that_of_the_checkpoint(run, tmp_path):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_exported_code_needs_no_more_than_diffusers(module):
-    text = bundle(f"training.export_code.{module}")
+    text = bundle(f"training.exports.hub_code.{module}")
 
     imported = set()
     for node in ast.walk(ast.parse(text)):
@@ -442,7 +442,7 @@ def test_code_of_another_version_has_another_module_name(exports):
     names = [path.stem for path in exports["switch"][0].rglob("*.py")]
 
     assert len(names) == 3
-    text = bundle("training.export_code.transformer")
+    text = bundle("training.exports.hub_code.transformer")
     assert file_name("switch_dit", text) in names
     assert file_name("switch_dit", text.replace("top_k", "k")) not in names
 

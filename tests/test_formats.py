@@ -39,7 +39,7 @@ from training.config.tree import CONFIG, options
 from training.evaluation.card import CARD, read_card
 from training.evaluation.drawing import DRAW, check_folder
 from training.evaluation.score_events import read_scores
-from training.export_job import EXPORT
+from training.exports.job import EXPORT
 from training.monitoring.event_files import METRICS, METRICS_FILE, Monitor, read_metrics
 from training.monitoring.run_history import NOTE, CheckpointNote, append_note, read_notes
 from training.retry import RESTARTS, Restarts, read_restarts

@@ -29,16 +29,23 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
 from training.checkpoints.background_write import describe_disk_error
-from training.export_card import model_card
-from training.export_dit import check_dit, write_dit
-from training.export_job import EXPORT, EXPORT_FILE, EXPORTS_DIR, ExportJob, check_job, check_output
-from training.export_pipeline import (
+from training.exports.card import model_card
+from training.exports.dit import check_dit, write_dit
+from training.exports.job import (
+    EXPORT,
+    EXPORT_FILE,
+    EXPORTS_DIR,
+    ExportJob,
+    check_job,
+    check_output,
+)
+from training.exports.pipeline_folder import (
     check_merged,
     write_merged_pipeline,
     write_pipeline,
     write_safetensors,
 )
-from training.export_program import write_program
+from training.exports.torch_program import write_program
 from training.sampling.flags import add_sampling_flags
 
 README_FILE = "README.md"

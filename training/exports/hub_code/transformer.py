@@ -1,6 +1,6 @@
-"""The network with its experts merged at some timesteps, as a model of diffusers.
+"""The network as a model of diffusers: what an exported folder's transformer/ holds.
 
-With everything it uses, it is cut out of this repository into one file (training/export_bundle.py).
+With everything it uses, it is cut out of this repository into one file (training/exports/bundle.py).
 """
 
 import torch
@@ -9,17 +9,17 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from models.merged import MergedDiT
+from models.experts import StackedExperts
+from models.switch_dit import SwitchDiT
 
 
-class MergedDiTTransformer2DModel(ModelMixin, ConfigMixin):
-    """A Switch-DiT at the timesteps of one sampler: a plain DiT at each of them."""
+class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin):
+    """Switch-DiT, DTR or DiT: noisy latents, timesteps and labels in, a prediction out."""
 
     @register_to_config
     def __init__(
         self,
         *,
-        timesteps: list[int],
         input_size: tuple[int, int],
         patch_size: int,
         in_channels: int,
@@ -27,15 +27,23 @@ class MergedDiTTransformer2DModel(ModelMixin, ConfigMixin):
         depth: int,
         num_heads: int,
         num_classes: int,
+        num_experts: int,
+        top_k: int,
         num_timesteps: int,
         learned_variance: bool,
+        routing: str,
+        expert_kind: str,
+        expert_hidden_ratio: float,
+        expert_dispatch: str,
+        renormalize_gates: bool,
+        dtr_alpha: float,
+        dtr_beta: float,
         qk_norm: bool,
         mlp_ratio: float = 4.0,
     ) -> None:
-        """Build the network; the arguments are those of MergedDiT."""
+        """Build the network; the arguments are those of SwitchDiT."""
         super().__init__()
-        self.network = MergedDiT(
-            timesteps,
+        self.network = SwitchDiT(
             input_size=tuple(input_size),
             patch_size=patch_size,
             in_channels=in_channels,
@@ -43,11 +51,23 @@ class MergedDiTTransformer2DModel(ModelMixin, ConfigMixin):
             depth=depth,
             num_heads=num_heads,
             num_classes=num_classes,
+            num_experts=num_experts,
+            top_k=top_k,
             num_timesteps=num_timesteps,
             learned_variance=learned_variance,
+            routing=routing,
+            expert_kind=expert_kind,
+            expert_hidden_ratio=expert_hidden_ratio,
+            expert_dispatch=expert_dispatch,
+            renormalize_gates=renormalize_gates,
+            dtr_alpha=dtr_alpha,
+            dtr_beta=dtr_beta,
             qk_norm=qk_norm,
             mlp_ratio=mlp_ratio,
         )
+        for module in self.modules():
+            if isinstance(module, StackedExperts):
+                module.present_stacked()  # diffusers sets parameters by their own names
 
     def forward(
         self,
@@ -60,7 +80,8 @@ class MergedDiTTransformer2DModel(ModelMixin, ConfigMixin):
 
         Args:
             hidden_states: (N, C, H, W) noisy latents.
-            timestep: one of `config.timesteps`, for all samples: a number, (1,), or (N,) equal.
+            timestep: (N,) int64, or (1,) or a number for all samples, for which experts are merged
+                once.
             class_labels: (N,) int64; num_classes means "no label".
             return_dict: return an object with `sample` instead of a tuple.
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from models.switch_dit import SwitchDiT
-from training.export_job import ExportJob
-from training.export_pipeline import describe_latents, describe_process
+from training.exports.job import ExportJob
+from training.exports.pipeline_folder import describe_latents, describe_process
 
 PROGRAM_FILE = "denoiser.pt2"
 MAX_SAMPLES = 1 << 16

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("models", "data_tools", "training")
 NOT_COPIED = 'raise NotImplementedError("not part of this export")'
 DIGEST_DIGITS = 8
@@ -40,7 +40,7 @@ def bundle(module: str) -> str:
     """Return the text of one file with the definitions of a module and all that they use.
 
     Args:
-        module: such as "training.export_code.pipeline".
+        module: such as "training.exports.hub_code.pipeline".
     """
     reached = _reached(module)
     owners: dict[str, str] = {}

@@ -17,10 +17,10 @@ from models.sampler import visited_timesteps
 from training.checkpoints.weight_files import write_weights
 from training.engine.build import model_arguments
 from training.engine.objective import build_diffusion
-from training.export_bundle import bundle, file_name
-from training.export_code.merged_transformer import MergedDiTTransformer2DModel
-from training.export_code.transformer import SwitchDiTTransformer2DModel
-from training.export_job import EXPORT, ExportJob, plain
+from training.exports.bundle import bundle, file_name
+from training.exports.hub_code.merged_transformer import MergedDiTTransformer2DModel
+from training.exports.hub_code.transformer import SwitchDiTTransformer2DModel
+from training.exports.job import EXPORT, ExportJob, plain
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -155,7 +155,7 @@ def _write_folder(job: ExportJob, folder: Path, transformer: Any, module: str, s
 
 def _write_code(folder: Path, module: str, stem: str) -> str:
     """Write a self-contained file and return its name as a module."""
-    text = bundle(f"training.export_code.{module}")
+    text = bundle(f"training.exports.hub_code.{module}")
     name = file_name(stem, text)
     (folder / f"{name}.py").write_text(text, encoding="utf-8")
     return name

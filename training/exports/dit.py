@@ -22,8 +22,8 @@ from data_tools.files import as_json
 from models.layers import NORM_EPS, NUM_FREQUENCIES, timestep_features
 from training.engine.build import model_arguments
 from training.engine.objective import build_diffusion
-from training.export_job import ExportJob
-from training.export_pipeline import INDEX_FILE, write_vae
+from training.exports.job import ExportJob
+from training.exports.pipeline_folder import INDEX_FILE, write_vae
 
 PIPELINE_CLASSES = 1000  # DiTPipeline's "no label" is row 1000 of the table, whatever its length
 MAX_FEATURE_ERROR = 1e-4  # of a timestep feature, which lies between -1 and 1

@@ -13,7 +13,7 @@ from data_tools.vae.vae_files import REPOSITORY
 from models.switch_dit import MODEL_NAMES
 from training.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from training.evaluation.card import CARD
-from training.export_job import ExportJob
+from training.exports.job import ExportJob
 from training.monitoring.event_files import METRICS_FILE, read_metrics
 
 EVALUATION_DIR = "evaluation"
