@@ -21,8 +21,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import deepspeed  # noqa: F401 - before the forks
 import torch
 
-import training.assemble
 import training.loop  # noqa: F401
+import training.run_parts
 from data_tools.process.entry_point import enter
 from training import main
 from training.engine import build

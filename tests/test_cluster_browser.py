@@ -17,7 +17,7 @@ from tests import evaluated_run, test_report
 from tests.browser import TIMEOUT_MS, visit
 from tests.launch import finish, run, start
 from training.checkpoints.manifest import CHECKPOINT_DIR, RAW_FILE, tag_of
-from training.playground import Playground
+from training.playground.playground import Playground
 
 pytestmark = pytest.mark.cluster
 

@@ -13,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from tests.ranks import run_ranks
 from tests.synthetic import make_dataset, random_moments
 from tests.test_monitor import scalars_in_tensorboard
-from training import assemble
+from training import run_parts
+from training.checked_job import check
 from training.config.command_line import parse_command_line
-from training.job import check
 from training.main import train_job
 from training.monitoring import communication
 from training.monitoring.communication import CommunicationWatch, Shares, shares, shares_of, united
@@ -160,7 +160,7 @@ def train_three_times(rank, world_size, folder):
     """Look at a step, at none, and at one that another profiler looks at already."""
     ranks = Ranks(rank, world_size, rank)
     for name, first in (("watched", FIRST), ("unwatched", STEPS + 1), ("profiled", FIRST)):
-        assemble.CommunicationWatch = partial(CommunicationWatch, first=first)
+        run_parts.CommunicationWatch = partial(CommunicationWatch, first=first)
         argv = ["--data", folder / "data", "--run-dir", folder / name, "--size", "demo"]
         argv += ["--deepspeed", "ds_configs/zero2.json", "--global-batch-size", 4]
         argv += ["--max-steps", STEPS, "--log-every", 1, "--save-every", STEPS]

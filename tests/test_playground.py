@@ -22,7 +22,14 @@ from training.checkpoints.manifest import (
 )
 from training.checkpoints.weight_files import load_model
 from training.monitoring.expert_pictures import active_experts
-from training.playground import LATEST, MAX_IMAGES, RAW, DrawingStoppedError, Playground, Wish
+from training.playground.playground import (
+    LATEST,
+    MAX_IMAGES,
+    RAW,
+    DrawingStoppedError,
+    Playground,
+    Wish,
+)
 
 CPU = torch.device("cpu")
 WISH = Wish(

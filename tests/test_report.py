@@ -16,7 +16,7 @@ from training.engine.build import build_model
 from training.monitoring.event_files import Monitor
 from training.monitoring.expert_load import load_metrics
 from training.report import main
-from training.report_runs import gate_table, load_runs
+from training.reports.run_data import gate_table, load_runs
 from training.run.directory import CONFIG_FILE
 from training.run.program import record_start
 

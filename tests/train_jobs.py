@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from training.checked_job import check
 from training.config.command_line import parse_command_line
-from training.job import check
 from training.main import train_job
 from training.ranks import process_group
 

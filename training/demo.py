@@ -23,7 +23,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
-from training.playground import Playground
+from training.playground.playground import Playground
 from training.ranks.process_group import enter_job, select_accelerator
 
 REQUIREMENTS = "requirements-demo.txt"
@@ -98,7 +98,7 @@ def serve(playground: Playground, listener: socket.socket) -> None:
         from fastapi import FastAPI
         from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
-        from training.demo_page import CSS, build_page
+        from training.playground.page import CSS, build_page
 
         app = FastAPI(openapi_url=None)
         if is_private:  # else a web site whose name is made to point here could read the page

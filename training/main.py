@@ -30,6 +30,7 @@ from data_tools.process.launcher import is_started_again
 from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.stream.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
+from training.checked_job import Job, check, check_without_data
 from training.checkpoints.manifest import TrainState
 from training.checkpoints.publishing import name_latest
 from training.checkpoints.resume_point import ResumePoint, choose_together
@@ -39,7 +40,6 @@ from training.config.precision import explain_precision
 from training.config.tree import Config, differences
 from training.config.validation import check_compiler
 from training.count import describe
-from training.job import Job, check, check_without_data
 from training.monitoring.progress import Progress
 from training.monitoring.run_history import DAMAGED, CheckpointNote
 from training.ranks import process_group
@@ -116,8 +116,8 @@ def train_job(
     Raises:
         RunError: on all ranks, with what ended the run.
     """
-    from training.assemble import assemble  # DeepSpeed reads its environment when imported
     from training.loop import train
+    from training.run_parts import assemble  # DeepSpeed reads its environment when imported
 
     watchdog = watchdog or Watchdog(ranks, device)
     process_group.check_agreement(

@@ -38,9 +38,9 @@ from data_tools.process.launcher import (
     own_node,
     written_meeting_point,
 )
+from training.checked_job import check, check_without_data
 from training.checkpoints.resume_point import newest_point
 from training.config.command_line import CommandLine, parse_command_line
-from training.job import check, check_without_data
 from training.main import is_demo_missing
 from training.nodes.bandwidth import Bandwidth, measure
 from training.nodes.facts import (

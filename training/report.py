@@ -22,13 +22,13 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
-from training import report_figures
-from training.report_figures import FigureOf
-from training.report_runs import RunData, load_runs
+from training.reports import figures as report_figures
+from training.reports.figures import FigureOf
+from training.reports.run_data import RunData, load_runs
 
 PAGE_FILE = "report.html"
 DEFAULT_FOLDER = "report"
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("reports") / "template.html"
 
 
 def build_parser() -> ArgumentParser:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from training.monitoring.expert_pictures import affinity_map, expert_map, load_history
 from training.monitoring.run_history import RunHistory, thinned
-from training.report_runs import RunData
+from training.reports.run_data import RunData
 
 mpl.use("agg")
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 5.2, 3.0, 110

@@ -9,7 +9,7 @@ import numpy as np
 from data_tools.errors import ConfigError
 from models.sampler import methods_for
 from training.monitoring.expert_pictures import save_png
-from training.playground import (
+from training.playground.playground import (
     LATEST,
     MAX_IMAGES,
     MAX_SCALE,

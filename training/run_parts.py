@@ -9,6 +9,7 @@ import torch
 
 from data_tools.stream.loader import LatentStream
 from models.latents import scale_and_shift
+from training.checked_job import Job
 from training.checkpoints.average_snapshots import SnapshotWriter
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.manifest import TrainState
@@ -16,7 +17,6 @@ from training.checkpoints.warm_start import initial_values
 from training.engine.build import build_engine
 from training.engine.expert_placement import ExpertPlacement
 from training.engine.objective import Objective
-from training.job import Job
 from training.loop import Training
 from training.monitoring.communication import CommunicationWatch
 from training.monitoring.event_files import Monitor, read_metrics
