@@ -142,7 +142,7 @@ def expert_flops(work: Workload, num_samples: int, routing: RoutingShares) -> tu
 
 
 def memory_bytes(work: Workload, layout: Layout, routing: RoutingShares) -> float:
-    """Return the bytes of a rank: training/cost/memory.py's, and the slowest rank's exchanged rows."""
+    """Return the bytes of a rank: those of training/cost/memory.py and the rows exchanged."""
     model = model_memory(
         work.num_parameters,
         work.num_in_experts,

@@ -22,7 +22,7 @@ import deepspeed  # noqa: F401 - before the forks
 import torch
 
 import training.loop  # noqa: F401
-import training.run_parts
+import training.run_parts  # noqa: F401
 from data_tools.process.entry_point import enter
 from training import main
 from training.engine import build

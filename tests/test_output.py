@@ -91,7 +91,7 @@ def test_a_character_that_an_encoding_lacks_is_written_as_an_escape(tmp_path, en
 def test_names_of_files_are_read_in_any_locale(tmp_path):
     """Under ASCII and Latin-1 alike; what is printed is still what the terminal can show."""
     no_utf8 = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    script = "from data_tools.process.entry_point import enter; import sys; enter(lambda: print(sys.argv))"
+    script = "import sys\nfrom data_tools.process.entry_point import enter\nenter(lambda: print(sys.argv))"
     command = [sys.executable, "-c", script, "l\u00e4ufe", b"\xff"]
     said = subprocess.run(
         command,

@@ -243,7 +243,8 @@ def test_a_killed_process_is_continued_by_the_next(server, tmp_path):
     part = tmp_path / "part"
     server.spoil("a.tar", "stall")
     program = (
-        "import sys; from pathlib import Path; from data_tools.storage.locations import parse_location;"
+        "import sys; from pathlib import Path;"
+        "from data_tools.storage.locations import parse_location;"
         "from data_tools.storage.fetch import fetch;"
         "fetch(parse_location(sys.argv[1], '--data'), 'a.tar', Path(sys.argv[2]),"
         f" num_bytes={len(CONTENT)}, sha256={SHA256!r})"

@@ -1,4 +1,4 @@
-"""The training loop: when things happen. What they compute is in engine/objective.py and models/."""
+"""Run the training loop: when things happen. What is computed is in engine/ and models/."""
 
 import sys
 import time

@@ -1,9 +1,9 @@
 """The stream of batches that training consumes.
 
-Batch composition is arithmetic on the stream position (stream/order.py, stream/plan.py); samples are read
-by preadv at known offsets (stream/reader.py). One thread reads batches ahead, a few others make shards
-ready before they are needed (stream/shard_feed.py): preadv, sockets and checksums release the interpreter,
-and a thread needs no fork beside DeepSpeed, NCCL or MPI.
+Batch composition is arithmetic on the stream position (stream/order.py, stream/plan.py); samples
+are read by preadv at known offsets (stream/reader.py). One thread reads batches ahead, a few others
+make shards ready before they are needed (stream/shard_feed.py): preadv, sockets and checksums
+release the interpreter, and a thread needs no fork beside DeepSpeed, NCCL or MPI.
 
 N micro-batch, C latent channels, H W latent size.
 """

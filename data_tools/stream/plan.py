@@ -3,12 +3,11 @@
 Three rules, one inside the other, each a pure function of the stream position:
 
 streams   a global batch of G is cut into C equal chunks; chunk c takes the samples of part c of the
-          data, which has epochs and windows of its own (stream/order.py). A node that trains on some
-          chunks needs only their parts on its disk.
-mixture   in a stream, each block of 1,000 positions holds of every set exactly its weight in
-          thousandths, dealt by a permutation of (seed, stream, block).
-order     the n-th position of a set in a stream is the n-th of the order of that part of it, so
-          every set has its own exact epochs.
+data, which has epochs and windows of its own (stream/order.py). A node that trains on some chunks
+needs only their parts on its disk. mixture   in a stream, each block of 1,000 positions holds of
+every set exactly its weight in thousandths, dealt by a permutation of (seed, stream, block). order
+the n-th position of a set in a stream is the n-th of the order of that part of it, so every set has
+its own exact epochs.
 
 With one stream and one set this is that set's order.
 """

@@ -1,9 +1,10 @@
 """Checkpoints of a run: saved while it trains, and loaded on the same layout or another.
 
 A checkpoint is DeepSpeed's own files plus consolidated weights. Saving stops training only for a
-copy to host memory (checkpoints/host_copy.py); a thread writes it (checkpoints/background_write.py). One copy
-exists at a time: a save that is due earlier waits for the one before. So beside training a rank
-needs host memory for its own part of a checkpoint, and rank 0 for one average of all weights.
+copy to host memory (checkpoints/host_copy.py); a thread writes it
+(checkpoints/background_write.py). One copy exists at a time: a save that is due earlier waits for
+the one before. So beside training a rank needs host memory for its own part of a checkpoint, and
+rank 0 for one average of all weights.
 """
 
 import shutil

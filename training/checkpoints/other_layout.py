@@ -1,8 +1,9 @@
 """Continue a run on another layout: other ranks, another expert-parallel size or ZeRO stage.
 
-Every rank's file of a checkpoint says which values of which parameters it holds (engine/zero_fragments.py).
-Each rank of the new job reads the ranges that it needs itself, through memory maps: nothing is
-converted on the disk, and beside its own state a rank holds one range at a time.
+Every rank's file of a checkpoint says which values of which parameters it holds
+(engine/zero_fragments.py). Each rank of the new job reads the ranges that it needs itself, through
+memory maps: nothing is converted on the disk, and beside its own state a rank holds one range at a
+time.
 
 L blocks, E experts.
 """

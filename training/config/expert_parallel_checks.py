@@ -1,9 +1,9 @@
 """What expert parallelism cannot do, refused before a process group exists.
 
 DeepSpeed 0.19.8 takes most of these and trains on wrong gradients, or stops in the middle with a
-traceback. What it gets wrong without expert parallelism too is refused in config/deepspeed_config.py, an
-expert-parallel size that changes on resume in checkpoints/manifest.py, unequal batches of the ranks
-in `plan_batch`.
+traceback. What it gets wrong without expert parallelism too is refused in
+config/deepspeed_config.py, an expert-parallel size that changes on resume in
+checkpoints/manifest.py, unequal batches of the ranks in `plan_batch`.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The README's table of options, generated from the configuration: python -m training.config.options_table
+"""Generate the table of options from the configuration: python -m training.config.options_table
 
 With --write, the table in README.md is replaced.
 """

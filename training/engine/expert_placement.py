@@ -2,7 +2,8 @@
 
 A new engine has expert e in slot e. Moving experts moves all that belongs to them, weights, Adam's
 moments and averages, bit for bit, so nothing that is computed changes. The map of slots is part of
-a checkpoint: DeepSpeed's files there go by slots, ours (training/engine/zero_weights.py) by experts.
+a checkpoint: DeepSpeed's files there go by slots, ours (training/engine/zero_weights.py) by
+experts.
 
 L blocks, E experts, S diffusion timesteps, R ranks of an expert-parallel group.
 """

@@ -1,7 +1,8 @@
 """What this rank is doing: a note that costs nothing, and a look at the main thread's stack.
 
 The training loop notes each phase that it enters; nothing is sent, and no device is asked. Only
-when somebody wants to know (ranks/watchdog.py), the stack says in which collective the main thread waits.
+when somebody wants to know (ranks/watchdog.py), the stack says in which collective the main thread
+waits.
 """
 
 import sys

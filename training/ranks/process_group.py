@@ -1,7 +1,7 @@
 """Processes: a rank's place in the job, the process group, stopping together.
 
-data_tools/process/launcher.py reads that place from the launcher's variables, training/ranks/rendezvous.py knows
-where the ranks meet.
+data_tools/process/launcher.py reads that place from the launcher's variables,
+training/ranks/rendezvous.py knows where the ranks meet.
 """
 
 import os

@@ -1,6 +1,7 @@
 """The network with its experts merged at some timesteps, as a model of diffusers.
 
-With everything it uses, it is cut out of this repository into one file (training/exports/bundle.py).
+With everything it uses, it is cut out of this repository into one file
+(training/exports/bundle.py).
 """
 
 import torch

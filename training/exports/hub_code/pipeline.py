@@ -1,6 +1,7 @@
 """Images from an exported model: what an exported folder's pipeline file holds.
 
-With everything it uses, it is cut out of this repository into one file (training/exports/bundle.py).
+With everything it uses, it is cut out of this repository into one file
+(training/exports/bundle.py).
 """
 
 import inspect

@@ -1,6 +1,7 @@
 """The network as a model of diffusers: what an exported folder's transformer/ holds.
 
-With everything it uses, it is cut out of this repository into one file (training/exports/bundle.py).
+With everything it uses, it is cut out of this repository into one file
+(training/exports/bundle.py).
 """
 
 import torch
