@@ -14,7 +14,7 @@ VENV := .venv
 INSTALLED := $(VENV)/installed.stamp
 DEMO_INSTALLED := $(VENV)/installed-demo.stamp
 RUN := runs/demo
-ODD_TESTS := tests/test_precision.py tests/test_cache.py tests/test_exit_codes.py tests/test_claims.py
+ODD_TESTS := tests/training/config/test_precision.py tests/data_tools/storage/test_cache.py tests/commands/test_exit_codes.py tests/data_tools/encoding/test_claims.py
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c

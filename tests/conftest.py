@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from tests.launch import REPOSITORY, TIMEOUT_SEC, environment, run
+from tests.support.launch import REPOSITORY, TIMEOUT_SEC, environment, run
 from training.config.precision import BF16_VARIABLE
 
 # No test depends on what this machine multiplies: "auto" means fp32 where a test says nothing else.
@@ -40,7 +40,7 @@ def train_forked(tmp_path_factory):
     variables of theirs.
     """
     server = subprocess.Popen(
-        [sys.executable, "tests/forked_jobs.py"],
+        [sys.executable, "tests/support/forked_jobs.py"],
         cwd=REPOSITORY,
         env=environment(DS_ACCELERATOR="cpu"),
         stdin=subprocess.PIPE,

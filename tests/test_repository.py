@@ -126,7 +126,7 @@ def test_imports_go_one_way(path):
 
 def test_no_module_hides_one_of_the_standard_library_or_of_a_requirement():
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
-    files = [*CODE, *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    files = [*CODE, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
 
     hiding = [relative(path) for path in files if path.stem in taken - {"__init__", "conftest"}]
 

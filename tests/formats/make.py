@@ -26,7 +26,7 @@ import webdataset
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.evaluated_run import save_network
+from tests.support.evaluated_run import save_network
 from training.config.preset import load_preset
 from training.engine.build import build_model
 

@@ -1,0 +1,201 @@
+"""The page on runs: complete, self-contained, harmless, and true to the records."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from data_tools.files import append_line
+from tests.support.configs import small
+from tests.support.launch import run
+from training.engine.build import build_model
+from training.monitoring.event_files import Monitor
+from training.monitoring.expert_load import load_metrics
+from training.report import main
+from training.reports.run_data import gate_table, load_runs
+from training.run.directory import CONFIG_FILE
+from training.run.program import record_start
+
+STEPS = (20, 40, 60)
+
+
+def make_run(folder, **values):
+    """A run directory of three intervals and two starts, without a checkpoint."""
+    folder.mkdir(parents=True)
+    (folder / CONFIG_FILE).write_text(small(**values).to_yaml())
+    common = {"layout": "1 rank(s)", "hosts": {"n<1>": 1}, "data_hash": "0", "config_changes": []}
+    record_start(folder, step=0, checkpoint="", **common)
+    record_start(folder, step=40, checkpoint="step-0000040", **common)
+    monitor = Monitor(folder)
+    for step in STEPS:
+        counts = torch.rand(6, 3, generator=torch.Generator().manual_seed(step)) + 0.1
+        losses = {"loss/total": 1 / step, "loss/mse": 0.5 / step, "mse_by_timestep/000-099": 0.1}
+        monitor.scalars(step, losses | load_metrics(counts, 3.0))
+    monitor.close()
+    (folder / "samples").mkdir()
+    for step in STEPS:
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(folder / f"samples/{step:07d}.png")
+    append_line(folder / "log.txt", "2026-01-01T00:00:00Z warning: loss spike <b>at</b> step 3")
+    append_line(folder / "log.txt", "2026-01-01T00:00:01Z step 20/60  loss 1")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would show, and what it would load."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.links, self.tags = "", [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [value for key, value in attrs if key in ("src", "href", "srcset")]
+
+    def handle_data(self, data):
+        self.text += f" {data}"
+
+
+def test_the_page_of_a_run_holds_everything_and_loads_nothing(tmp_path):
+    folder = make_run(tmp_path / "a")
+
+    output = run("python", "training/report.py", folder)
+
+    path = folder / "report/report.html"
+    assert output.startswith(f"{path} (")
+    page = Page(path)
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "script" not in page.tags and "b" in page.tags
+    assert "warning: loss spike <b>at</b> step 3" in page.text, "texts are no markup"
+    for text in ("demo/2, 3 experts, 2 per timestep", "60 of 3,000", "n<1>", "Loads over time"):
+        assert text in page.text
+    names = {file.name for file in path.parent.glob("*.png")}
+    assert len(names) == len(page.links)
+    assert {"loss-total.png", "history-a.png", "loads-a.png", "samples-a-0000060.png"} <= names
+
+
+def write_scores(folder, losses):
+    """Cards of held-out losses by step, and one of drawn images."""
+    cards = {
+        f"validation-step-{step:07d}-ema-abc-t8-9-data.json": {
+            "weights": {"step": step},
+            "validation_loss": {"mse": {"mean": loss}},
+        }
+        for step, loss in losses.items()
+    }
+    cards["ddim50/score-1.json"] = {
+        "weights": {"step": 60, "average": "ema"},
+        "images": {"sampler": "ddim"},
+        **{name: {"sha256": "0"} for name in ("reference", "features")},
+        "metrics": {"fid": 12.345678, "precision": 0.75},
+    }
+    for name, card in cards.items():
+        path = folder / "evaluation" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(card))
+
+
+def test_scores_are_curves_over_checkpoints_and_a_table(tmp_path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    write_scores(folders[0], {20: 0.5, 40: 0.25})
+
+    main([*map(str, folders), "--output", str(tmp_path / "both")])
+
+    text = re.sub(r"\s+", " ", Page(tmp_path / "both/report.html").text)
+    assert "loss mse Lower is better." in text and "precision Higher" not in text
+    assert re.search(r"a ddim50-\w{8} 60 fid 12.35, precision 0.75 a loss-", text)
+    assert text.count("loss mse 0.5 ") == text.count("loss mse 0.25 ") == 1
+    assert [path.name for path in (tmp_path / "both").glob("eval-*")] == ["eval-loss_mse.png"]
+    main([str(folders[1])])
+    assert "How good" not in (folders[1] / "report/report.html").read_text()
+
+
+def test_several_runs_are_compared(tmp_path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", lr=0.5)]
+
+    main([*map(str, folders), "--output", str(tmp_path / "both")])
+
+    text = re.sub(r"\s+", " ", Page(tmp_path / "both/report.html").text)
+    assert "What was set differently a b lr 0.001 0.5 Over" in text
+
+
+def test_runs_of_one_name_keep_their_pictures_apart(tmp_path):
+    folders = [make_run(tmp_path / "a/XL"), make_run(tmp_path / "b/XL", lr=0.5)]
+
+    main([*map(str, folders), "--output", str(tmp_path / "both")])
+
+    text = Page(tmp_path / "both/report.html").text
+    assert all(str(folder) in text for folder in folders)
+    names = {file.name for file in (tmp_path / "both").glob("*.png")}
+    assert {"loads-1-XL.png", "loads-2-XL.png", "samples-2-XL-0000060.png"} <= names
+
+
+def test_numbers_are_those_of_the_records(tmp_path):
+    (found,) = load_runs([make_run(tmp_path / "a")])
+
+    assert found.series("loss/mse") == (list(STEPS), [0.5 / step for step in STEPS])
+    assert found.final("loss/mse") == 0.5 / 60
+    assert found.final("loss/vlb") is None
+    steps, loads = found.loads()
+    assert steps == list(STEPS)
+    assert loads.shape == (3, 6, 3)
+    assert loads[2, 5, 1] == found.records[2]["moe_load/block_05/expert_1"]
+    assert found.events == [("2026-01-01T00:00:00Z", "warning: loss spike <b>at</b> step 3")]
+
+
+def test_the_gates_are_the_models():
+    model = build_model(small())
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith(("t_embedder", "gate"))}
+    x_t, t = torch.zeros(2, 4, 16, 16), torch.tensor([0, 999])
+
+    with torch.no_grad():
+        expected = model(x_t, t, torch.zeros(2, dtype=torch.int64)).gate_table
+
+    assert torch.equal(gate_table(weights, 1000), expected)
+
+
+FAULTS = ("no run", "no records", "card", "vanished", "twice", "no output")
+
+
+def test_damaged_records_are_left_out_with_a_warning(tmp_path, capsys):
+    folder = make_run(tmp_path / "a")
+    append_line(folder / "metrics.jsonl", "{")
+
+    main([str(folder)])
+
+    warning = f"warning: {folder / 'metrics.jsonl'}: 1 line(s), damaged or of a newer program"
+    assert capsys.readouterr().err.startswith(warning)
+    assert "60 of 3,000" in Page(folder / "report/report.html").text
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_mistakes_are_one_sentence_and_write_nothing(fault, tmp_path, capsys):
+    folder = make_run(tmp_path / "a")
+    arguments, message = [folder], "nothing was recorded yet; train first."
+    if fault == "no run":
+        arguments, message = [tmp_path], "is no run directory"
+    elif fault == "no records":
+        (folder / "metrics.jsonl").unlink()
+    elif fault in ("card", "vanished"):
+        card = folder / "evaluation/way/score-1.json"
+        card.parent.mkdir(parents=True)
+        card.mkdir() if fault == "card" else card.symlink_to("nowhere")
+        message = f"error: {folder}: {card} cannot be read ("
+    elif fault == "twice":
+        arguments, message = [folder, folder, "--output", tmp_path / "b"], "a run is named twice"
+    else:
+        shutil.copytree(folder, tmp_path / "b")
+        arguments, message = [folder, tmp_path / "b"], "--output: name a folder"
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+
+    output = capsys.readouterr().err
+    assert left.value.code == 2
+    assert output.count("\n") == 1 and message in output
+    assert sorted(tmp_path.rglob("*")) == before
