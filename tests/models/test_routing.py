@@ -6,8 +6,8 @@ from torch._dynamo.utils import counters
 
 from models.routing import ChannelRouter
 from models.switch_dit import MODEL_SIZES, SwitchDiT
-from tests.models.test_switch_dit import batch, loss_of, tiny_model
 from tests.support import reference_routing
+from tests.support.tiny_models import batch, loss_of, tiny_model
 
 KINDS = {
     "dense": {"routing": "dense"},

@@ -1,7 +1,7 @@
 """Run scripts with --help, each in a process of its own, and print what they print as JSON.
 
-Started from any folder: python tests/support/answer_help.py SCRIPT... Every script runs as `python SCRIPT
---help` does, with its own folder first on sys.path and nothing of this repository imported. Torch
+Started from any folder: answer_help.py SCRIPT... Every script runs as `python SCRIPT --help`
+does, with its own folder first on sys.path and nothing of this repository imported. Torch
 and diffusers, which take seconds, are imported once and inherited by fork.
 """
 

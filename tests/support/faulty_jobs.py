@@ -1,6 +1,6 @@
 """Train commands in which something goes wrong on one rank, and say how each of them ended.
 
-Started as: python tests/support/faulty_jobs.py --jobs FILE, where FILE is a JSON list of jobs: name,
+Started as: faulty_jobs.py --jobs FILE, where FILE is a JSON list of jobs: name,
 num_ranks, argv (of training/main.py), env, and fault, with the rank that has it and the step. Every
 rank is forked from this process, which has imported everything: the tests pay for the imports once.
 As a launcher would, it kills ranks that are left when the others have ended. Prints a line of JSON

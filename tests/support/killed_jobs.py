@@ -1,6 +1,6 @@
 """Train one command to its end through many kill -9, each at a random moment.
 
-Started as: python tests/support/killed_jobs.py --jobs FILE, where FILE is JSON: argv (of training/main.py),
+Started as: killed_jobs.py --jobs FILE, where FILE is JSON: argv (of training/main.py),
 num_ranks, kills and seed. Every attempt is a job of its own, forked from this process, which has
 imported everything already: the tests pay for the imports once. Prints a line of JSON for every
 kill: the newest checkpoint before and after, and whether one was being written.

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -69,3 +70,11 @@ def run_jobs(num_ranks, jobs, folder):
     path = folder / f"jobs-{num_ranks}.json"
     path.write_text(json.dumps([[str(part) for part in job] for job in jobs]))
     return run(*deepspeed(num_ranks, "tests/support/train_jobs.py", "--jobs", path))
+
+
+def wait_until(condition) -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)

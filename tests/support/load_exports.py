@@ -1,6 +1,6 @@
 """Load exports where this repository does not exist, and keep what they compute.
 
-python -I tests/support/load_exports.py JOBS RESULTS THREADS: JOBS is JSON, a list of {"kind", "folder",
+python -I load_exports.py JOBS RESULTS THREADS: JOBS is JSON, a list of {"kind", "folder",
 ...}. Fails if something was imported that an installation of NEEDED does not bring.
 """
 

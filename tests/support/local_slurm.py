@@ -1,7 +1,7 @@
 """A real Slurm on this machine: a login node and virtual nodes with fake GPUs, each in its own
 network, process and host-name namespace, joined by a bridge. The nodes also run sshd.
 
-    python -m tests.support.local_slurm --nodes 2     # a shell on the login node; everything ends with it
+    python -m tests.support.local_slurm --nodes 2  # a shell on the login node; all ends with it
 
 Needs root and the packages of tests/install_cluster.sh. Nodes share this machine's files. A node is
 one process tree: killing its first process is a power cut, taking its link down cuts its cable.

@@ -1,4 +1,4 @@
-"""Training jobs on tests/support/local_slurm.py, submitted as a user does, and what is done to them."""
+"""Training jobs on local_slurm.py, submitted as a user does, and what is done to them."""
 
 import json
 import re

@@ -1,6 +1,6 @@
 """Run several training commands in one process group, so that tests pay its start once.
 
-Started by the real launcher: deepspeed --num_gpus N tests/support/train_jobs.py --jobs FILE, where FILE is
+Started by the real launcher: deepspeed --num_gpus N train_jobs.py --jobs FILE, where FILE is
 a JSON list of argument lists of training/main.py. Each job is checked and trained as main does.
 """
 

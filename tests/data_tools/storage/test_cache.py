@@ -23,8 +23,8 @@ from data_tools.storage.cache import ShardCache, default_cache_folder, open_cach
 from data_tools.storage.locations import parse_location
 from data_tools.storage.locks import StoppedError
 from data_tools.stream.shard_store import ShardStore
-from tests.data_tools.storage.test_remote import wait_until
 from tests.support.http_server import HttpServer
+from tests.support.launch import wait_until
 from tests.support.synthetic import make_dataset
 
 ROOT = Path(__file__).resolve().parents[3]

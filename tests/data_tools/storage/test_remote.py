@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from data_tools.storage.locations import Location, parse_location
 from data_tools.storage.locks import StoppedError
 from data_tools.stream.training_data import open_data
 from tests.support.http_server import HttpServer
+from tests.support.launch import wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 CONTENT = random.Random(0).randbytes(300_000)
@@ -55,14 +55,6 @@ def bring(location: Location | str, path: Path, patience: Patience = FAST, **opt
     options = {"num_bytes": len(CONTENT), "sha256": SHA256} | options
     fetch(location, "a.tar", path, patience=patience, **options)
     return path.read_bytes()
-
-
-def wait_until(condition) -> None:
-    """Wait for something that another process does."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("fault", ["", "moved", *ORDINARY_FAULTS])

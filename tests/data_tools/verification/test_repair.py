@@ -12,7 +12,7 @@ from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.vae.autoencoder import DEMO_VAE
 from data_tools.verify_shards import main
-from tests.data_tools.verification.test_verify import (
+from tests.support.damage import (
     SHARD,
     change_label,
     copy_shard,

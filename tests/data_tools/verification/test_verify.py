@@ -14,14 +14,25 @@ import pytest
 from PIL import Image
 
 from data_tools.errors import ConfigError
-from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
+from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.shards.records import RecordLayout, Sample
 from data_tools.verification.verify import verify
 from data_tools.verify_shards import main
+from tests.support.damage import (
+    SHARD,
+    change_label,
+    change_npy_header,
+    copy_shard,
+    cut,
+    edit,
+    flip_header,
+    flip_value,
+    layout_of,
+    lengthen,
+    overwrite,
+)
 from tests.support.launch import run
 from tests.support.synthetic import make_dataset
-
-SHARD = "00001.tar"
 
 
 def check(folder, is_quick=False):
@@ -40,64 +51,8 @@ def folder(demo_latents, tmp_path):
     return tmp_path / "set"
 
 
-def layout_of(folder):
-    return DatasetManifest.load(folder, check_shards=False).layout
-
-
-def overwrite(path, offset, data):
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
-def edit(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def cut(folder):
-    path = folder / SHARD
-    path.write_bytes(path.read_bytes()[: 3 * layout_of(folder).stride + 900])
-
-
-def lengthen(folder):
-    with (folder / SHARD).open("ab") as file:
-        file.write(bytes(10240))
-
-
-def flip_header(folder):
-    layout = layout_of(folder)
-    overwrite(folder / SHARD, 3 * layout.stride + layout.moments_offset + 105, b"\xff")  # its mode
-
-
 def flip_key(folder):
     overwrite(folder / SHARD, 3 * layout_of(folder).stride + 2, b"9")
-
-
-def flip_value(of_mirrored):
-    def apply(folder):
-        layout = layout_of(folder)
-        path = folder / SHARD
-        place = 3 * layout.stride + 1001
-        place += layout.flip_offset if of_mirrored else layout.moments_offset
-        overwrite(path, place, bytes([path.read_bytes()[place] ^ 1]))
-
-    return apply
-
-
-def change_npy_header(folder):
-    layout = layout_of(folder)
-    path = folder / SHARD
-    place = 3 * layout.stride + layout.moments_offset + 512
-    overwrite(path, place, path.read_bytes()[place:][:128].replace(b"<f2", b"<i2"))
-
-
-def change_label(label):
-    def apply(folder):
-        overwrite(folder / SHARD, 3 * layout_of(folder).stride + 512, label)
-
-    return apply
 
 
 def write_values(value):
@@ -132,10 +87,6 @@ def insert_member(folder):
     with tarfile.open(folder / SHARD, "a") as tar:
         tar.add(stolen, "00000001.txt")
     stolen.unlink()
-
-
-def copy_shard(other):
-    return lambda folder: shutil.copy(folder / other, folder / SHARD)
 
 
 def twist_to_directory(folder):

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from tests.support.evaluated_run import STEP, make_data, make_run, save_network
-from tests.training.monitoring.test_monitor import scalars_in_tensorboard
+from tests.support.events import scalars_in_tensorboard
 from training import evaluate
 from training.evaluation.score_events import read_scores, write_score_events
 from training.monitoring.event_files import TENSORBOARD_DIR, Monitor

@@ -26,6 +26,7 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.switch_dit import SwitchDiT
 from tests.support.configs import small
+from tests.support.launch import REPOSITORY
 from tests.support.load_exports import foreign_modules
 from tests.support.synthetic import make_dataset, random_moments
 from training import sample

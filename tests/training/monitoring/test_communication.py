@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from tests.support.events import scalars_in_tensorboard
 from tests.support.ranks import run_ranks
 from tests.support.synthetic import make_dataset, random_moments
-from tests.training.monitoring.test_monitor import scalars_in_tensorboard
 from training import run_parts
 from training.checked_job import check
 from training.config.command_line import parse_command_line

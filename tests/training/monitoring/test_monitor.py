@@ -11,6 +11,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from tests.support.configs import small
+from tests.support.events import scalars_in_tensorboard
 from training.monitoring.dashboard import dashboard
 from training.monitoring.event_files import (
     MAX_LOAD_TAGS,
@@ -20,15 +21,6 @@ from training.monitoring.event_files import (
     read_metrics,
 )
 from training.monitoring.expert_load import load_metrics
-
-
-def scalars_in_tensorboard(run_dir):
-    events = EventAccumulator(str(run_dir / TENSORBOARD_DIR))
-    events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
 
 
 def test_tensorboard_and_json_lines_hold_the_same_scalars(tmp_path):

@@ -1,6 +1,6 @@
 """What goes wrong on one rank ends all of them, with one report that says what and where.
 
-Every job below is trained for real by tests/support/faulty_jobs.py, with a fault on one of its ranks.
+Every job below is trained for real by faulty_jobs.py, with a fault on one of its ranks.
 """
 
 import json
