@@ -9,10 +9,11 @@ import torch
 from models.diffusion import Diffusion
 from models.guidance import Guidance, classifier_free
 from models.import_weights import import_weights
-from models.prior import diffusion_prior, match_units, prior_loss
+from models.prior import diffusion_prior, prior_loss
 from models.routing import ChannelRouter
 from models.sampler import respaced, sample
 from models.switch_dit import SwitchDiT
+from models.unit_matching import match_units
 
 OPTIONS = {
     "switch_tiny": {"depth": 3, "num_experts": 4, "top_k": 2},
