@@ -86,7 +86,9 @@ class ExportJob:
         """How the result guides unless told otherwise."""
         guidance = self.settings.guidance
         return {
-            "is_possible": can_guide_without_classifier(self.config),
+            "is_possible": can_guide_without_classifier(
+                self.config.model.num_classes, self.config.data.class_dropout_prob
+            ),
             "scale": guidance.scale,
             "num_channels": guidance.num_channels,
             "interval": self.guidance_interval,

@@ -1,7 +1,6 @@
-"""Images from an exported model: what an exported folder's pipeline file holds.
+"""The pipeline of an exported model: draws images by class.
 
-With everything it uses, it is cut out of this repository into one file
-(training/exports/bundle.py).
+An exported folder carries this module after those that it imports (code_files.py).
 """
 
 import inspect
@@ -18,9 +17,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from data_tools.vae.autoencoder import Vae, decode_pixels
 from models.diffusion import Diffusion
-from training.config.option import either, shown
+from models.latents import decode, scale_and_shift
+from training.config.wording import either, shown
 from training.sampling.checks import (
     Asked,
     Process,
@@ -214,18 +213,14 @@ class SwitchDiTPipeline(DiffusionPipeline):
             return latents
         config = self.vae.config
         self.vae.to(memory_format=torch.channels_last)  # as when samples are drawn in training
-        vae = Vae(
-            self.vae.eval(),
-            source_id="",
-            sha256="",
-            scaling_factor=float(config.scaling_factor),
-            shift_factor=float(config.get("shift_factor") or 0.0),
-            latents_mean=tuple(config.get("latents_mean") or ()),
-            latents_std=tuple(config.get("latents_std") or ()),
-            latent_channels=int(config.latent_channels),
-            downsample=2 ** (len(config.block_out_channels) - 1),
+        normalisation = scale_and_shift(
+            float(config.scaling_factor),
+            float(config.get("shift_factor") or 0.0),
+            config.get("latents_mean") or (),
+            config.get("latents_std") or (),
+            latents.device,
         )
-        pixels = decode_pixels(vae, latents)
+        pixels = decode(self.vae.eval(), latents, *normalisation).numpy()
         return pixels if output_type == "np" else [Image.fromarray(picture) for picture in pixels]
 
 
