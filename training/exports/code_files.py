@@ -13,6 +13,7 @@ from pathlib import Path
 from data_tools.vae.vae_files import REPOSITORY
 
 NETWORK = (
+    "models.network_options",
     "models.gate",
     "models.layers",
     "models.experts",

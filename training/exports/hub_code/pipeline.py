@@ -67,7 +67,7 @@ class SwitchDiTPipeline(DiffusionPipeline):
         names = {int(number): name for number, name in (id2label or {}).items()}
         self.labels = {name: number for number, name in names.items()}
         self._classes = ClassChoice(
-            transformer.config.num_classes, names, "class_labels", "the number {}"
+            transformer.config.options["num_classes"], names, "class_labels", "the number {}"
         )
 
     def get_label_ids(self, label: str | Iterable[str]) -> list[int]:
@@ -112,6 +112,7 @@ class SwitchDiTPipeline(DiffusionPipeline):
         """
         _check_scheduler(self.scheduler)
         process, device = self.scheduler.config, self._execution_device
+        network = self.transformer.config.options
         labels = self._numbers_of(class_labels)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise WrongValueError(
@@ -148,8 +149,8 @@ class SwitchDiTPipeline(DiffusionPipeline):
                 settings,
                 indices=torch.tensor(numbers, device=device),
                 labels=torch.tensor(labels, device=device),
-                latent_shape=(self.transformer.config.in_channels, *self._latent_size()),
-                null_class=self.transformer.config.num_classes,
+                latent_shape=(network["in_channels"], *network["input_size"]),
+                null_class=network["num_classes"],
                 on_step=lambda _step: progress.update(),
             )
         images = self._decoded(latents, output_type)
@@ -159,15 +160,12 @@ class SwitchDiTPipeline(DiffusionPipeline):
     def _predict(self, x_t: Tensor, t: Tensor, y: Tensor) -> SimpleNamespace:
         return SimpleNamespace(prediction=self.transformer(x_t, t, y).sample)
 
-    def _latent_size(self) -> tuple[int, int]:
-        return tuple(self.transformer.config.input_size)
-
     def _numbers_of(self, class_labels: Sequence[int | str] | Tensor | int | str) -> list[int]:
         """Turn names to numbers and check them."""
         given = _listed(class_labels, "class_labels")
         if not given:
             raise WrongValueError("class_labels is empty; give at least one class.")
-        if self.transformer.config.num_classes == 0:
+        if self.transformer.config.options["num_classes"] == 0:
             return [0] * len(given)
         return [self._classes.find(label) for label in given]
 
@@ -186,7 +184,7 @@ class SwitchDiTPipeline(DiffusionPipeline):
         about = Process(
             process.objective,
             process.num_timesteps,
-            self.transformer.config.in_channels,
+            self.transformer.config.options["in_channels"],
             "" if can_guide else "this model was not trained with both",
         )
         return checked_settings(asked, default, about, Spelling())
