@@ -26,6 +26,7 @@ from models.guidance import Guidance
 from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from tests.support.configs import small
+from tests.support.fake_hub import REPOSITORY_ID, fake_hub
 from tests.support.launch import REPOSITORY
 from tests.support.load_exports import foreign_modules
 from tests.support.synthetic import make_dataset, random_moments
@@ -149,6 +150,23 @@ def our_latents(
     )
 
 
+def loaded(jobs, folder, environment):
+    """What exports compute in a process that lacks this repository; see load_exports.py."""
+    wanted, results = folder / "jobs.json", folder / "results.pt"
+    wanted.write_text(json.dumps(jobs))
+    script = REPOSITORY / "tests/support/load_exports.py"
+    finished = subprocess.run(
+        [sys.executable, "-I", script, wanted, results, str(torch.get_num_threads())],
+        cwd=folder,
+        env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return torch.load(results, weights_only=False)
+
+
 @pytest.fixture(scope="module")
 def exports(runs, tmp_path_factory):
     """Folders of exports, and what they compute in a process that lacks this repository."""
@@ -230,19 +248,7 @@ def exports(runs, tmp_path_factory):
             "timesteps": [0, 500, 999],
         },
     }
-    wanted, results = folder / "jobs.json", folder / "results.pt"
-    wanted.write_text(json.dumps(list(jobs.values())))
-    script = REPOSITORY / "tests/support/load_exports.py"
-    finished = subprocess.run(
-        [sys.executable, "-I", script, wanted, results, str(torch.get_num_threads())],
-        cwd=folder,
-        env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    found = torch.load(results, weights_only=False)
+    found = loaded([*jobs.values()], folder, {"HF_HUB_OFFLINE": "1"})
     return {
         name: (Path(job["folder"]), result)
         for (name, job), result in zip(jobs.items(), found, strict=True)
@@ -345,6 +351,21 @@ def test_what_would_be_drawn_wrong_is_refused(exports):
     )
     assert used["another scheduler"] == sentence.format("DPMSolverMultistepScheduler")
     assert used["another scheduler later"] == sentence.format("DDIMScheduler")
+
+
+@pytest.mark.parametrize("name", ["raw", "merged"])
+def test_a_pipeline_is_loaded_from_the_hub(exports, tmp_path, name):
+    """It downloads no Python files but those that the index names."""
+    folder, found = exports[name]
+    job = {"kind": "pipeline", "folder": REPOSITORY_ID, "refused": []}
+    job["calls"] = [{"class_labels": LABELS}]
+
+    with fake_hub(folder) as address:
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+        (from_hub,) = loaded([job], tmp_path, environment)
+
+    assert torch.equal(from_hub["latents"][0], found["latents"][0])
+    assert torch.equal(from_hub["pixels"], found["pixels"])
 
 
 def test_merged_experts_draw_our_images_bit_for_bit_at_their_steps_only(exports, runs):
