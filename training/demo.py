@@ -3,7 +3,8 @@
     pip install -r requirements-demo.txt
     python -m training.demo runs/demo
 
-It is served to this machine alone, loads nothing from elsewhere and tells nobody.
+Unless --host says otherwise, only this machine can open it. The page loads nothing from elsewhere
+and reports nothing to anybody.
 """
 
 import argparse

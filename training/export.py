@@ -50,8 +50,8 @@ from training.sampling.flags import add_sampling_flags
 README_FILE = "README.md"
 
 
-class Format(NamedTuple):
-    """A kind of export."""
+class ExportFormat(NamedTuple):
+    """What --format names."""
 
     check: Callable[[ExportJob], None] | None  # refuse what it cannot express exactly
     write: Callable[[ExportJob, Path], str]  # into an empty folder; returns how it is used
@@ -59,10 +59,10 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "safetensors": Format(None, write_safetensors, False),
-    "diffusers": Format(None, write_pipeline, True),
-    "merged": Format(check_merged, write_merged_pipeline, True),
-    "torch-export": Format(None, write_program, False),
+    "safetensors": ExportFormat(None, write_safetensors, False),
+    "diffusers": ExportFormat(None, write_pipeline, True),
+    "merged": ExportFormat(check_merged, write_merged_pipeline, True),
+    "torch-export": ExportFormat(None, write_program, False),
 }
 
 

@@ -9,7 +9,6 @@ import torch
 
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
-from data_tools.formats import Format
 from data_tools.shards.manifest import VaeReference
 from data_tools.vae.autoencoder import Vae
 from training.checkpoints.manifest import MANIFEST_FILE, read_manifest, sha256_of
@@ -18,9 +17,8 @@ from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
 from training.evaluation.drawing import LABEL_RULES, SEED_RULE, DrawSettings
 from training.evaluation.scores import Reference
+from training.run.directory import CARD
 from training.run.program import commit, local_changes
-
-CARD = Format(newest=1, key="card_version")
 
 
 def read_card(path: Path) -> dict[str, Any]:

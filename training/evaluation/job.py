@@ -20,11 +20,9 @@ from training.evaluation.feature_flags import load_network
 from training.evaluation.held_out_loss import HeldOut, open_held_out
 from training.evaluation.scores import Reference, check_count
 from training.ranks.process_group import Ranks
-from training.run.directory import load_config, load_manifest
+from training.run.directory import EVALUATION_DIR, load_config, load_manifest
 from training.sampling.flags import DEFAULT_STEPS, WeakerRun, find_weaker_run, sampler_settings
 from training.sampling.latents import SamplerSettings
-
-EVALUATION_DIR = "evaluation"
 
 
 @dataclass(frozen=True)

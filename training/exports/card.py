@@ -1,4 +1,4 @@
-"""The card of an exported model: the numbers that exist about it, and none that don't."""
+"""Write the card of an exported model, with the numbers that its run has and no others."""
 
 import sys
 from pathlib import Path
@@ -12,11 +12,10 @@ from data_tools.vae.autoencoder import DEMO_VAE
 from data_tools.vae.vae_files import REPOSITORY
 from models.switch_dit import MODEL_NAMES
 from training.checkpoints.manifest import MANIFEST_FILE, read_manifest
-from training.evaluation.card import CARD
 from training.exports.job import ExportJob
 from training.monitoring.event_files import METRICS_FILE, read_metrics
+from training.run.directory import CARD, EVALUATION_DIR
 
-EVALUATION_DIR = "evaluation"
 _LOSSES = ("loss/total", "loss/mse", "loss/vlb", "loss/prior")
 
 

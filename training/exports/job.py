@@ -1,4 +1,4 @@
-"""What is exported, checked: which weights of which run, and how the result draws images."""
+"""Check an export command: find the run and its weights, decide how the result draws images."""
 
 import argparse
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Exports that carry this program's names: one file of weights, and pipelines with custom code."""
+"""Write a file of weights under this program's names, or a pipeline folder with custom code."""
 
 import json
 import shutil

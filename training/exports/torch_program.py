@@ -1,4 +1,4 @@
-"""The denoiser as a program of torch.export, which torch runs without any of its Python code."""
+"""Export the denoiser as a program of torch.export, which needs no Python code of ours to run."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MAX_SAMPLES = 1 << 16
 
 
 class Denoiser(nn.Module):
-    """A network without anything but its prediction."""
+    """A network that returns its prediction and nothing else."""
 
     def __init__(self, network: SwitchDiT) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def write_program(job: ExportJob, folder: Path) -> str:
     """Write the program."""
     example = torch.zeros(3, *job.config.model.latent_shape)
     t, y = torch.zeros(1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-    # With one sample the network takes another way, so a program of any number cannot have one.
+    # One sample takes another way through the network, which a program of many cannot follow.
     samples = torch.export.Dim("samples", min=2, max=MAX_SAMPLES)
     with torch.no_grad():
         program = torch.export.export(

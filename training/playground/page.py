@@ -1,4 +1,4 @@
-"""The page of training/demo.py, made with gradio, which only this needs."""
+"""Build the page of training/demo.py with gradio, which no other module needs."""
 
 import shutil
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""What the page of training/demo.py does: draw what a visitor asks for, show the experts at work.
+"""Draw what a visitor of the demo's page asks for, and show which experts are at work.
 
-Nothing here knows how the page is served. Whatever a visitor sends is checked here, since a page
-cannot keep a visitor from sending something else than it offers.
+Nothing here knows how the page is served. Every request is checked here, since a visitor can send
+other values than the page offers.
 
 L blocks, E experts, S timesteps.
 """
@@ -37,7 +37,7 @@ MAX_SCALE = 10.0
 
 
 class DrawingStoppedError(RuntimeError):
-    """Somebody has stopped the drawing before it was done."""
+    """Somebody stopped the drawing before its last step."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DrawingRequest:
 
 @dataclass
 class _Loaded:
-    """What is in memory of one file of weights; the network and the gates only once used."""
+    """One file of weights; its network and its gates are loaded when they are first used."""
 
     folder: Path  # of the checkpoint
     weights: str
@@ -131,7 +131,7 @@ class Playground:
             (N, H, W, 3) uint8.
 
         Raises:
-            ConfigError: the request asks for what there is not.
+            ConfigError: a value is out of range, or the run has no such weights.
             DrawingStoppedError: by `stop` or `close`.
         """
         self._is_stopping.clear()
@@ -165,7 +165,7 @@ class Playground:
         self._is_stopping.set()
 
     def close(self) -> None:
-        """End it, and every later one."""
+        """End the drawing that goes on, and every later one at its first step."""
         self._is_closed = True
 
     def experts_at(

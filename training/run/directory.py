@@ -7,6 +7,7 @@ init.json        where the initial weights came from, if they are another model'
 starts.jsonl     a line per start; what it refers to is in provenance/
 checkpoints.jsonl    a line per checkpoint: saved, failed or found damaged
 checkpoints/  tensorboard/  metrics.jsonl  log.txt  samples/  ema_snapshots/  posthoc/
+evaluation/  exports/
 """
 
 import json
@@ -31,7 +32,9 @@ from training.run.starts import STARTS_FILE
 INIT_FILE = "init.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_DIR = "samples"
+EVALUATION_DIR = "evaluation"  # cards of scores and losses, and the images that were scored
 INIT = Format(newest=1)
+CARD = Format(newest=1, key="card_version")  # of a score or a loss
 
 
 def check_run_directory(run_dir: Path, config: Config) -> None:
