@@ -30,12 +30,7 @@ from training.checkpoints.manifest import (
     record_of,
     tag_of,
 )
-from training.checkpoints.weight_files import (
-    NonFiniteWeightsError,
-    check_weights,
-    find_weights,
-    write_weights,
-)
+from training.checkpoints.weight_files import NonFiniteWeightsError, check_weights, write_weights
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.preset import load_preset
 from training.engine.build import build_engine, build_model
@@ -46,6 +41,7 @@ from training.engine.zero_weights import (
     ema_weights,
     num_updates,
 )
+from training.run.weights import find_weights
 
 STDS = (0.05, 0.1)
 MOVED = "final_layer.linear.weight"  # by the first steps: adaLN-Zero passes no gradient on
