@@ -16,8 +16,9 @@ from models.prior import diffusion_prior, match_units, prior_loss
 from models.switch_dit import MODEL_SIZES, SwitchDiT
 from training.config.preset import load_preset
 from training.config.tree import Config
-from training.engine.average_profiles import EMAAdamW, profiles_of
+from training.engine.average_profiles import profiles_of
 from training.engine.build import build_model
+from training.engine.optimizer import EMAAdamW
 
 PARAMETER_STD = 0.02  # of all parameters: a fresh model multiplies zeros
 OFFICIAL = "official way"

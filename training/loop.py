@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, OutageError
 from data_tools.stream.loader import Batch, LatentStream
@@ -14,11 +13,12 @@ from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.manifest import TrainState
 from training.config.tree import Config
 from training.engine.build import learning_rate, set_learning_rate
+from training.engine.deepspeed_internals import drop_skipped_gradients
 from training.engine.expert_placement import ExpertPlacement
+from training.engine.interface import Engine
 from training.engine.non_finite import (
     MicroStepRecord,
     describe_non_finite,
-    drop_skipped_gradients,
     poison_non_finite,
 )
 from training.engine.objective import Objective
@@ -67,7 +67,7 @@ class Training:
     """The parts of one run, put together by main.py."""
 
     config: Config
-    engine: Any
+    engine: Engine
     stream: LatentStream
     objective: Objective
     sums: MetricSums

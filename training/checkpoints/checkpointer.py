@@ -29,10 +29,11 @@ from training.checkpoints.manifest import (
 from training.checkpoints.other_layout import StoredPartitions, load_resharded
 from training.checkpoints.publishing import TakenOverError
 from training.config.tree import RunConfig
+from training.engine.deepspeed_internals import base_optimizer
 from training.engine.expert_placement import ExpertPlacement
+from training.engine.interface import Engine
 from training.engine.objective import Objective
 from training.engine.zero_fragments import whole_shapes
-from training.engine.zero_weights import base_optimizer
 
 
 class Checkpointer:
@@ -50,7 +51,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         run: RunConfig,
         layout: Layout,
         data_hash: str,
@@ -65,8 +66,6 @@ class Checkpointer:
         self._write: BackgroundWrite | None = None
         self._taken_over: str | None = None
         self._saved_at = time.monotonic()
-        # DeepSpeed copies two scripts beside the tags that cannot read experts.
-        engine._copy_recovery_script = lambda save_path: None
 
     def is_due_by_clock(self) -> bool:
         """Tell whether `save_every_minutes` have passed; ranks' clocks differ."""

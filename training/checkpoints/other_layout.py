@@ -17,15 +17,10 @@ from torch import Tensor
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
 from training.checkpoints.unpickling import unpickle
-from training.engine.zero_fragments import (
-    EXPERTS,
-    Fragment,
-    fragments,
-    masters,
-    states,
-    values_per_slot,
-)
-from training.engine.zero_weights import base_optimizer, block_of, renew_weights
+from training.engine.deepspeed_internals import base_optimizer, masters, renew_weights
+from training.engine.interface import Engine
+from training.engine.zero_fragments import EXPERTS, Fragment, fragments, states, values_per_slot
+from training.engine.zero_weights import block_of
 from training.ranks.process_group import RunError
 
 ENTRY = "partitions"  # of the files that hold optimizer state
@@ -51,7 +46,7 @@ def holds_optimizer_state(state_dict: dict[str, Any]) -> bool:
     return any(state_dict.get(key) for key in ("optimizer_state_dict", "optimizer"))
 
 
-def describe_partitions(engine: Any, client_state: dict[str, Any]) -> dict[str, Any]:
+def describe_partitions(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any]:
     """Return what a file with optimizer state needs beside DeepSpeed's own entries.
 
     The tensors are those that DeepSpeed writes, so they take no more room in the file.
@@ -156,7 +151,7 @@ class StoredPartitions:
 
 @torch.no_grad()
 def load_resharded(
-    engine: Any, stored: StoredPartitions, source_slots: Tensor, target_slots: Tensor
+    engine: Engine, stored: StoredPartitions, source_slots: Tensor, target_slots: Tensor
 ) -> None:
     """Give an engine the weights and optimizer state of a checkpoint. All ranks must call this.
 

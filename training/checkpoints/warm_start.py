@@ -21,6 +21,7 @@ from training.checkpoints.manifest import sha256_of
 from training.checkpoints.weight_entries import Entry
 from training.config.tree import Config
 from training.engine.build import build_model
+from training.engine.deepspeed_internals import unsharded_shape
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 NAMES_SHOWN = 8
@@ -133,7 +134,7 @@ def initial_values(
         if name in is_fresh:
             continue
         value = imported.weights[name]
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves it empty
+        shape = unsharded_shape(parameter)
         if value.shape != shape:  # experts, stacked: this rank holds some of them
             share = shape[0]
             value = value[rank * share % len(value) :][:share]

@@ -9,9 +9,14 @@ from models.diffusion import learns_variance
 from models.switch_dit import MODEL_SIZES, SwitchDiT
 from training.config.deepspeed_config import MAX_STAGE, stage_of
 from training.config.tree import Config, OptimConfig
-from training.engine.average_profiles import EMAAdamW, profiles_of
-from training.engine.non_finite import AgreeingEMAAdamW
-from training.engine.zero_weights import set_full_value
+from training.engine.average_profiles import profiles_of
+from training.engine.deepspeed_internals import (
+    base_optimizer,
+    import_muon_uncompiled,
+    set_full_value,
+)
+from training.engine.interface import Engine
+from training.engine.optimizer import AgreeingEMAAdamW, EMAAdamW
 
 DENSE_GROUP = "dense"
 
@@ -72,7 +77,7 @@ def build_engine(
     config: Config,
     deepspeed_config: dict[str, Any],
     initial_values: InitialValues | None = None,
-) -> Any:
+) -> Engine:
     """Wrap the model for training. All ranks must call this, after the process group exists.
 
     Args:
@@ -120,22 +125,6 @@ def build_engine(
     return engine
 
 
-def import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon, which it wants to know of and we never use, without Inductor.
-
-    Muon compiles functions when it is imported. That imports the whole compiler: seconds at the
-    start of every process.
-    """
-    from deepspeed.runtime import compiler
-
-    compile_as_usual = compiler.compile
-    compiler.compile = lambda *_args, **_kwargs: lambda function: function
-    try:
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    finally:
-        compiler.compile = compile_as_usual
-
-
 def learning_rate(optim: OptimConfig, step: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then constant.
 
@@ -146,7 +135,7 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
     return optim.lr
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
+def set_learning_rate(engine: Engine, lr: float) -> None:
     """Set the rate of all parameter groups for the next step."""
-    for group in engine.optimizer.param_groups:
+    for group in base_optimizer(engine).param_groups:
         group["lr"] = lr
