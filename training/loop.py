@@ -64,7 +64,7 @@ class DataOutageError(DataError):
 
 @dataclass
 class Training:
-    """The parts of one run, put together by main.py."""
+    """The parts of one run, put together by run_parts.py."""
 
     config: Config
     engine: Engine
@@ -225,7 +225,13 @@ def train_step(training: Training, data: StepData, step: int) -> StepTables:
         engine.step()
         records.append(MicroStepRecord(terms, samples, micro_batch.t))
         training.sums.add(
-            *(step, terms, samples.mse, micro_batch.t, output.plan, wait_sec), len(data.batches)
+            step,
+            terms,
+            mse=samples.mse,
+            t=micro_batch.t,
+            plan=output.plan,
+            wait_sec=wait_sec,
+            num_micro_steps=len(data.batches),
         )
     if engine.skipped_steps > skipped_before:  # the gradient's norm is reduced, so all ranks agree
         training.skipped_in_a_row += 1

@@ -1,4 +1,4 @@
-"""Snapshots of the power-function averages, from which averages of other widths are made later.
+"""Store the power-function averages at steps, to make averages of other widths later.
 
 `ema_snapshots/std0.050-step-0001000.safetensors` holds one average at one step, in fp32.
 """

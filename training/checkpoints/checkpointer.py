@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved while it trains, and loaded on the same layout or another.
+"""Save the checkpoints of a run while it trains; load one on the same layout or another.
 
 A checkpoint is DeepSpeed's own files plus consolidated weights. Saving stops training only for a
 copy to host memory (checkpoints/host_copy.py); a thread writes it
@@ -44,8 +44,8 @@ class Checkpointer:
         run: where to save, and what to keep.
         layout: of this job.
         data_hash: of the data set's manifest.
-        objective: has a small state of its own, equal on all ranks.
-        placement: likewise.
+        objective: its state, which is small and equal on all ranks, is saved.
+        placement: its state is saved, too.
         staging: this job's folder beside the checkpoints (run/lock.py).
     """
 
@@ -120,7 +120,7 @@ class Checkpointer:
         return self.finish() if self._write is not None and self._write.is_done() else None
 
     def awaits(self) -> str:
-        """Say what the write that was begun is at; any thread may ask."""
+        """Say what the write in progress is doing; any thread may ask."""
         write = self._write
         return "" if write is None else write.doing
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of this rank will hold, copied to host memory while training stands still."""
+"""Copy this rank's part of a checkpoint to host memory; load such a part."""
 
 import copy
 from collections.abc import Iterable

@@ -33,8 +33,8 @@ class NotReshardableError(RunError):
     exit_code = CONFIG_ERROR_EXIT_CODE
 
 
-class Progress(NamedTuple):
-    """What DeepSpeed's engine counts; its own loading restores the same."""
+class EngineCounters(NamedTuple):
+    """What DeepSpeed's engine counts, as its own way of loading restores it."""
 
     global_steps: int
     global_samples: int
@@ -55,7 +55,7 @@ def describe_partitions(engine: Engine, client_state: dict[str, Any]) -> dict[st
         "fragments": [tuple(fragment) for fragment in fragments(engine)],
         "masters": [master.detach() for master in masters(engine)],
         "states": states(engine),
-        "progress": tuple(getattr(engine, name) for name in Progress._fields),
+        "progress": tuple(getattr(engine, name) for name in EngineCounters._fields),
         "client_state": client_state,
     }
 
@@ -81,7 +81,7 @@ class StoredPartitions:
                     "version of this program wrote it; continue on the layout that it names."
                 )
             self.parts.append(stored[ENTRY])
-        self.progress = Progress(*self.parts[0]["progress"])
+        self.counters = EngineCounters(*self.parts[0]["progress"])
         self.client_state: dict[str, Any] = self.parts[0]["client_state"]
         self._found: dict[str, list[tuple[Fragment, int]]] = {}
         for i, part in enumerate(self.parts):
@@ -181,7 +181,7 @@ def load_resharded(
                 offset = fragment.offset + here - fragment.start
                 stored.read(name, key, there, numel, flat[offset : offset + numel])
     renew_weights(engine)
-    for field, value in stored.progress._asdict().items():
+    for field, value in stored.counters._asdict().items():
         setattr(engine, field, value)
 
 

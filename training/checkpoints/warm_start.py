@@ -1,8 +1,8 @@
-"""Warm start: a new run that begins with the weights of another model (--init-from).
+"""Begin a new run with the weights of another model (--init-from): a warm start.
 
 Not to be confused with resuming, which continues a run where it was: a warm start has weights from
 elsewhere and everything else new: step 0, a fresh optimizer, averages that begin at these weights.
-What matched by name and shape is loaded, the rest stays freshly initialised, and both are said.
+What matches by name and shape is loaded; the rest stays freshly initialised; both are reported.
 """
 
 import re

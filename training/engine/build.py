@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: model, optimizer groups, ZeRO, learning rate."""
+"""Build the DeepSpeed engine of a run: model, optimizer groups, ZeRO; set its learning rate."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,7 +20,7 @@ from training.engine.optimizer import AgreeingEMAAdamW, EMAAdamW
 
 DENSE_GROUP = "dense"
 
-# Gives a model's parameters, or some of them, the values to start with, this rank's share of each.
+# Lists a model's parameters, or some of them, each with this rank's share of its first value.
 InitialValues = Callable[[torch.nn.Module], Iterable[tuple[torch.nn.Parameter, torch.Tensor]]]
 
 
@@ -84,7 +84,7 @@ def build_engine(
         config: the run's configuration.
         deepspeed_config: the resolved DeepSpeed JSON; it names no optimizer, because the averages
             of the weights are state of ours.
-        initial_values: what replaces the fresh initialisation.
+        initial_values: list the parameters that do not start freshly initialised.
     """
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer

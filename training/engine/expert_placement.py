@@ -1,9 +1,8 @@
-"""Where a run's experts sit (models/placement.py): placed at the start, moved when asked for.
+"""Place a run's experts on ranks (models/placement.py), at the start and when asked again.
 
 A new engine has expert e in slot e. Moving experts moves all that belongs to them, weights, Adam's
 moments and averages, bit for bit, so nothing that is computed changes. The map of slots is part of
-a checkpoint: DeepSpeed's files there go by slots, ours (training/engine/zero_weights.py) by
-experts.
+a checkpoint: there DeepSpeed's files are in the order of slots, ours in the order of experts.
 
 L blocks, E experts, S diffusion timesteps, R ranks of an expert-parallel group.
 """

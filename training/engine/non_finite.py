@@ -1,4 +1,4 @@
-"""Steps that must not count: losses and gradients that are not finite, and losses that jump."""
+"""Find losses and gradients that are not finite, and losses that jump."""
 
 import math
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ def poison_non_finite(loss: Tensor) -> Tensor:
 
 
 class MicroStepRecord(NamedTuple):
-    """What is needed to say why a step was left out; on the device."""
+    """Losses and timesteps of one micro-step, on the device, to say why its step was left out."""
 
     terms: LossTerms
     samples: SampleLosses
