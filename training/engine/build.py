@@ -13,10 +13,10 @@ from training.engine.average_profiles import profiles_of
 from training.engine.deepspeed_internals import (
     base_optimizer,
     import_muon_uncompiled,
-    set_full_value,
 )
 from training.engine.interface import Engine
 from training.engine.optimizer import AgreeingEMAAdamW, EMAAdamW
+from training.engine.zero_weights import set_full_value
 
 DENSE_GROUP = "dense"
 

@@ -45,18 +45,12 @@ def import_muon_uncompiled() -> None:
         compiler.compile = compile_as_usual
 
 
-# Experts that ranks share out
-
-
 def expert_group(param: Tensor) -> ProcessGroup | None:
     """Return the ranks that share a parameter's experts out; None if every rank has all of it."""
     from deepspeed.moe.utils import is_moe_param
     from deepspeed.utils import groups
 
     return groups._get_expert_parallel_group(param.group_name) if is_moe_param(param) else None
-
-
-# Masters
 
 
 class Part(NamedTuple):
@@ -125,6 +119,11 @@ def unsharded_shape(param: Tensor) -> torch.Size:
     return getattr(param, "ds_shape", param.shape)
 
 
+def sharding_group(param: Tensor) -> ProcessGroup | None:
+    """Return the ranks that hold the parts of a parameter; None if this rank holds all of it."""
+    return getattr(param, "ds_process_group", None) or getattr(param, "_dp_group", None)
+
+
 @torch.no_grad()
 def renew_weights(engine: Engine) -> None:
     """Make all weights from their fp32 masters, which were set. All ranks must call this."""
@@ -148,76 +147,6 @@ def drop_skipped_gradients(engine: Engine) -> None:
     if partitions and hasattr(engine.optimizer, "accumulated_grads_in_cpu"):
         for group in partitions:
             partitions[group] = None
-
-
-# Whole parameters
-
-
-def link_states(engine: Engine) -> None:
-    """Let `full_value` find the optimizer state of every parameter.
-
-    DeepSpeed links states to parameters once, after the first group's step, and so leaves later
-    groups (the experts) unlinked; linking again is harmless.
-    """
-    optimizer = engine.optimizer
-    if base_optimizer(engine).has_averages and hasattr(optimizer, "_hp_optimizer_states_linked"):
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def full_value(engine: Engine, param: Tensor, key: str | None) -> Tensor:
-    """Put together what ZeRO has taken apart, in fp32. All ranks must call this.
-
-    Args:
-        engine: the DeepSpeed engine, after `link_states`.
-        param: of its module.
-        key: of the optimizer's state; None = the parameter itself.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if engine.zero_optimization_stage() == 0:
-        value = param if key is None else engine.optimizer.state[param].get(key, param)
-    elif key is None:
-        value = safe_get_full_fp32_param(param)
-    else:
-        value = safe_get_full_optimizer_state(param, key)
-    return value.detach().float().contiguous()
-
-
-@torch.no_grad()
-def set_full_value(engine: Engine, param: Tensor, key: str | None, value: Tensor) -> None:
-    """Set this rank's part of what `full_value` puts together; weights follow `renew_weights`.
-
-    Args:
-        engine: the DeepSpeed engine, after `link_states`.
-        param: of its module.
-        key: of the optimizer's state; None = the fp32 master.
-        value: whole, fp32.
-    """
-    from deepspeed import utils
-
-    if engine.zero_optimization_stage() == 0:
-        (param if key is None else engine.optimizer.state[param][key]).copy_(value)
-        return
-    set_master, set_state = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
-    if hasattr(param, "ds_id"):
-        # Under ZeRO 3 the last rank's part is padded, which DeepSpeed's own split does not do.
-        share = param.ds_tensor.ds_numel
-        # Experts that are shared out are sharded over the ranks that hold the same ones.
-        rank = torch.distributed.get_rank(group=param.ds_process_group)
-        flat = value.flatten()[rank * share :][:share]
-        value = torch.nn.functional.pad(flat, (0, share - len(flat)))
-        set_master, set_state = (
-            utils.safe_set_local_fp32_param,
-            utils.safe_set_local_optimizer_state,
-        )
-    if key is None:
-        set_master(param, value)
-    else:
-        set_state(param, value, key)
-
-
-# Checkpoints
 
 
 def save_through(

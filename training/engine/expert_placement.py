@@ -20,14 +20,11 @@ from training.config.tree import Config
 from training.engine.deepspeed_internals import (
     base_optimizer,
     expert_group,
-    full_value,
-    link_states,
     renew_weights,
-    set_full_value,
 )
 from training.engine.interface import Engine
 from training.engine.objective import Objective
-from training.engine.zero_weights import block_of, gathered_slots
+from training.engine.zero_weights import block_of, full_value, gathered_slots, set_full_value
 
 NEW_ENGINE = "contiguous"  # how a new engine has placed its experts
 
@@ -108,7 +105,6 @@ def gate_table(engine: Engine, config: Config) -> Tensor:
             "t_embedder": TimestepEmbedder(hidden_size),
             "gate": TimestepGate(depth, hidden_size, config.model.num_experts),
         }
-    link_states(engine)
     values: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
     for name, param in engine.module.named_parameters():
         part, _, rest = name.partition(".")
@@ -130,7 +126,6 @@ def move_experts(engine: Engine, slot_of_expert: Tensor) -> None:
         engine: the DeepSpeed engine; its module's slots are replaced.
         slot_of_expert: (L, E), equal on all ranks.
     """
-    link_states(engine)
     slots = engine.module.gate.slots
     source = slots.gather(1, slot_of_expert.argsort(1))  # (L, E) where each slot's expert was
     is_moved = (source != torch.arange(source.shape[1], device=source.device)).any(1).tolist()

@@ -5,6 +5,7 @@ training/engine/deepspeed_internals.py knows the rest of DeepSpeed.
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from models.switch_dit import SwitchDiT, SwitchDiTOutput
@@ -16,6 +17,7 @@ class Engine(Protocol):
     Attributes:
         module: the network; under ZeRO 3 its parameters are empty between forwards.
         optimizer: ours inside of ZeRO's; only deepspeed_internals looks into it.
+        device: of this rank.
         skipped_steps: optimizer steps that were left out, since step 0 of the run.
         global_steps: optimizer steps, with those that were left out.
         global_samples: samples of these steps.
@@ -23,6 +25,7 @@ class Engine(Protocol):
 
     module: SwitchDiT
     optimizer: Any
+    device: torch.device
     skipped_steps: int
     global_steps: int
     global_samples: int

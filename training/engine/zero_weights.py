@@ -14,10 +14,11 @@ from training.engine.average_profiles import EMA_KEY
 from training.engine.deepspeed_internals import (
     base_optimizer,
     expert_group,
-    full_value,
-    link_states,
     masters,
+    parts,
     renew_weights,
+    sharding_group,
+    unsharded_shape,
 )
 from training.engine.interface import Engine
 
@@ -68,7 +69,6 @@ def consolidated_weights(engine: Engine, key: str | None = None) -> dict[str, Te
     """
     if not base_optimizer(engine).has_averages:
         key = None
-    link_states(engine)
     weights = {}
     is_main = torch.distributed.get_rank() == 0
     for name, param in engine.module.named_parameters():
@@ -97,3 +97,51 @@ def gathered_slots(value: Tensor, param: Tensor) -> Tensor:
     slots = [torch.empty_like(value) for _ in range(group.size())]
     torch.distributed.all_gather(slots, value, group=group)
     return torch.cat(slots)
+
+
+@torch.no_grad()
+def full_value(engine: Engine, param: Tensor, key: str | None) -> Tensor:
+    """Put this rank's values of a parameter together, in fp32. All ranks must call this.
+
+    Args:
+        engine: the DeepSpeed engine.
+        param: of its module.
+        key: of the optimizer's state; None = the fp32 master.
+
+    Returns:
+        A copy, of the parameter's shape before ZeRO took it apart: under expert parallelism the
+        experts of this rank.
+    """
+    state = base_optimizer(engine).state
+    value = torch.zeros(unsharded_shape(param), dtype=torch.float32, device=engine.device)
+    for whole, master, place in _pieces(engine, param, value):
+        stored = master if key is None else state[master].get(key, master)
+        whole.copy_(stored.view(-1)[place])
+    if (group := sharding_group(param)) is not None:
+        # All ranks but one have zeros at a place. As bits: added to 0.0, -0.0 would be lost.
+        torch.distributed.all_reduce(value.view(torch.int32), group=group)
+    return value
+
+
+@torch.no_grad()
+def set_full_value(engine: Engine, param: Tensor, key: str | None, value: Tensor) -> None:
+    """Set this rank's part of what `full_value` puts together; weights follow `renew_weights`."""
+    state = base_optimizer(engine).state
+    for whole, master, place in _pieces(engine, param, value):
+        stored = master if key is None else state[master][key]
+        stored.view(-1)[place].copy_(whole)
+
+
+def _pieces(engine: Engine, param: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """List what this rank stores of a parameter: values, and the master and place that hold them.
+
+    Args:
+        engine: the DeepSpeed engine.
+        param: of its module.
+        value: the whole parameter, of which views are given.
+    """
+    own, flat = masters(engine), value.flatten()  # a view where it is to be written to
+    for part in parts(engine):
+        if part.param is param:
+            whole = flat[part.start : part.start + part.numel]
+            yield whole, own[part.master], slice(part.offset, part.offset + part.numel)

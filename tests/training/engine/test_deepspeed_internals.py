@@ -56,15 +56,8 @@ CALLED = [
         *("deepspeed.moe.utils", "split_params_into_different_moe_groups_for_optimizer"),
         "param_groups",
     ),
-    ("deepspeed.utils", "safe_get_full_fp32_param", "param"),
-    ("deepspeed.utils", "safe_get_full_optimizer_state", "param optim_state_key"),
     ("deepspeed.utils", "safe_get_full_grad", "param"),
-    ("deepspeed.utils", "safe_set_full_fp32_param", "param value"),
-    ("deepspeed.utils", "safe_set_full_optimizer_state", "param value optim_state_key"),
-    ("deepspeed.utils", "safe_set_local_fp32_param", "param value"),
-    ("deepspeed.utils", "safe_set_local_optimizer_state", "param value optim_state_key"),
     (ZERO_12, "update_lp_params", ""),
-    (ZERO_12, "_lazy_init_hp_params_optimizer_state", ""),
     (BF16, "update_lp_params", ""),
     ("deepspeed.runtime.compiler", "compile", ""),
     (ZERO_3, "checkpoint_event_prologue", ""),
@@ -80,7 +73,6 @@ ATTRIBUTES = [
     (ENGINE, "checkpoint_engine"),
     (ZERO_12, "single_partition_of_fp32_groups"),
     (ZERO_12, "bit16_groups"),
-    (ZERO_12, "_hp_optimizer_states_linked"),
     (ZERO_12, "averaged_gradients"),
     (ZERO_12, "accumulated_grads_in_cpu"),
     (BF16, "fp32_groups_flat_partition"),
@@ -176,7 +168,7 @@ FACTS = {
 
 # Marks that DeepSpeed leaves on parameters.
 MARKS = {
-    *("_hp_mapping", "ds_id", "ds_numel", "ds_process_group", "ds_shape", "ds_tensor"),
+    *("_dp_group", "_hp_mapping", "ds_numel", "ds_process_group", "ds_shape", "ds_tensor"),
     "group_name",
 }
 PRIVATE = MARKS | {
