@@ -22,11 +22,11 @@ from training.checkpoints.manifest import (
     read_manifest,
     sha256_of,
 )
-from training.checkpoints.weight_files import find_weights
 from training.config.network import network_options
 from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
 from training.run.directory import load_config, load_manifest
+from training.run.weights import find_weights
 from training.sampling.flags import sampler_settings
 from training.sampling.latents import SamplerSettings, can_guide_without_classifier
 
