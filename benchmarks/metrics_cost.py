@@ -50,10 +50,11 @@ from training.monitoring.expert_load import LoadHistory, exchange_shape
 from training.monitoring.interval_sums import NUM_TIMESTEP_BUCKETS, MetricSums
 from training.monitoring.progress import Progress
 from training.monitoring.reporter import Reporter, StepTables
-from training.monitoring.run_history import SAVED, CheckpointNote, RunHistory
+from training.monitoring.run_history import RunHistory
 from training.ranks.heartbeat import FORWARD, Heartbeat
 from training.ranks.process_group import Ranks
 from training.ranks.watchdog import Watchdog
+from training.run.checkpoint_notes import SAVED, CheckpointNote
 
 GROUP_SIZE = 2
 ADDS_PER_TIMING = 20
@@ -103,7 +104,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--experts must be an even number, not {args.experts}.")
 
 
-def gate_table(config: Config, device: torch.device) -> torch.Tensor:
+def random_gates(config: Config, device: torch.device) -> torch.Tensor:
     """Draw gates (L, S, E)."""
     E, S = config.model.num_experts, config.diffusion.num_timesteps
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +131,7 @@ def measure_reporter(
     progress = Progress(config.run.max_steps, lambda _: None, False, io.StringIO())
     parts = (config, engine, sums, loads, history, monitor, progress, device, Heartbeat(device))
     reporter = Reporter(*parts, is_main=True)
-    gates = gate_table(config, device)
+    gates = random_gates(config, device)
     plan, terms = group_plan(config, gates, t), LossTerms(*torch.ones(4, device=device))
     mse, counts = torch.ones(N, device=device), torch.ones(depth, E, NUM_TIMESTEP_BUCKETS)
     last = config.run.max_steps

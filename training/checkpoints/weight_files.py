@@ -28,7 +28,7 @@ from training.config.tree import Config
 from training.config.validation import lacks_compiler
 from training.engine.average_profiles import profiles_of
 from training.engine.build import build_model
-from training.monitoring.run_history import last_saved_step
+from training.run.checkpoint_notes import last_saved_step
 from training.run.directory import checkpoints_are_gone
 
 
