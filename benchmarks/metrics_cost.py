@@ -47,7 +47,8 @@ from training.engine.build import build_model
 from training.monitoring.communication import CommunicationWatch
 from training.monitoring.event_files import Monitor, read_metrics
 from training.monitoring.expert_load import LoadHistory, exchange_shape
-from training.monitoring.interval_sums import NUM_TIMESTEP_BUCKETS, MetricSums
+from training.monitoring.interval_sums import MetricSums
+from training.monitoring.metric import NUM_RANGES
 from training.monitoring.progress import Progress
 from training.monitoring.reporter import Reporter, StepTables
 from training.monitoring.run_history import RunHistory
@@ -133,7 +134,7 @@ def measure_reporter(
     reporter = Reporter(*parts, is_main=True)
     gates = random_gates(config, device)
     plan, terms = group_plan(config, gates, t), LossTerms(*torch.ones(4, device=device))
-    mse, counts = torch.ones(N, device=device), torch.ones(depth, E, NUM_TIMESTEP_BUCKETS)
+    mse, counts = torch.ones(N, device=device), torch.ones(depth, E, NUM_RANGES)
     last = config.run.max_steps
     for step in range(every, last, every):
         loads.add(step, counts)
