@@ -5,6 +5,7 @@ L blocks, E experts, B timestep buckets, R ranks of an expert-parallel group, T 
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -140,10 +141,9 @@ def add_exchanges(sums: Tensor, plan: RoutingPlan, num_samples: int, shape: Exch
         num_samples: of the micro-step.
         shape: of what is sent.
     """
-    rows = torch.tensor([dispatch.send_splits for dispatch in plan.dispatch])  # (L, R)
-    sums[:-2] += rows.flatten()
-    sums[-2] += rows[:, shape.group_rank].sum()
-    sums[-1] += num_samples
+    rows = [dispatch.send_splits for dispatch in plan.dispatch]  # (L, R)
+    num_kept = sum(of_block[shape.group_rank] for of_block in rows)
+    sums += torch.tensor([*chain.from_iterable(rows), num_kept, num_samples])
 
 
 def exchange_metrics(

@@ -26,9 +26,10 @@ LOSS_TERMS = Sum(
 
 
 def _add_errors(place: Tensor, micro: MicroStep) -> None:
-    error, count = place.view(2, NUM_RANGES)
-    error.index_add_(0, micro.timestep_range, micro.mse)
-    count.index_add_(0, micro.timestep_range, micro.is_finite.expand(micro.num_samples))
+    place[:NUM_RANGES].index_add_(0, micro.timestep_range, micro.mse)
+    place[NUM_RANGES:].index_add_(
+        0, micro.timestep_range, micro.is_finite.expand(micro.num_samples)
+    )
 
 
 def _mean_errors(place: Tensor, totals: Totals) -> dict[str, float]:
