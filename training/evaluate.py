@@ -58,7 +58,6 @@ from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check,
 from training.evaluation.score_events import write_score_events
 from training.evaluation.scores import score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
-from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import (
     Ranks,
     enter_job,
@@ -67,6 +66,7 @@ from training.ranks.process_group import (
     start_drawing_group,
 )
 from training.sampling.flags import add_sampling_flags
+from training.sampling.image_files import save_png
 
 DEFAULT_BATCH_SIZE = 64
 # A rank that is done waits for the slowest, who may draw for long; a dead one is noticed at once.

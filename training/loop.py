@@ -26,7 +26,6 @@ from training.monitoring.communication import CommunicationWatch
 from training.monitoring.event_files import Monitor
 from training.monitoring.interval_sums import MetricSums
 from training.monitoring.reporter import Reporter, StepTables
-from training.monitoring.run_history import FAILED, SAVED, CheckpointNote
 from training.ranks.heartbeat import (
     AGREEING,
     BACKWARD,
@@ -39,6 +38,7 @@ from training.ranks.heartbeat import (
     Heartbeat,
 )
 from training.ranks.process_group import RANK_FAILED, RunError, StopSignal, agreed_message
+from training.run.checkpoint_notes import FAILED, SAVED, CheckpointNote
 
 
 class NonFiniteLossError(RunError):

@@ -41,12 +41,12 @@ from training.config.tree import Config, differences
 from training.config.validation import check_compiler
 from training.count import describe
 from training.monitoring.progress import Progress
-from training.monitoring.run_history import DAMAGED, CheckpointNote
 from training.ranks import process_group
 from training.ranks.exit_codes import SAVED_EXIT_CODE
 from training.ranks.heartbeat import LEAVING
 from training.ranks.process_group import Ranks
 from training.ranks.watchdog import Watchdog, limit_all_groups
+from training.run.checkpoint_notes import DAMAGED, CheckpointNote
 from training.run.console_log import log_to
 from training.run.directory import CONFIG_FILE, create_run_directory, load_config
 from training.run.lock import WAIT_SEC, hold_run_directory

@@ -28,7 +28,6 @@ from data_tools.vae.autoencoder import Vae, decode_pixels, load_decoder
 from training.checkpoints.weight_files import load_model
 from training.config.tree import Config
 from training.engine.objective import build_diffusion
-from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import (
     Ranks,
     enter_job,
@@ -46,7 +45,8 @@ from training.sampling.flags import (
     find_weaker_run,
     sampler_settings,
 )
-from training.sampling.latents import SamplerSettings, image_grid, sample_latents
+from training.sampling.image_files import image_grid, save_png
+from training.sampling.latents import SamplerSettings, sample_latents
 
 DEFAULT_MAX_CLASSES = 10
 

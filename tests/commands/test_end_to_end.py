@@ -19,6 +19,7 @@ from training.checkpoints.manifest import (
     read_manifest,
 )
 from training.monitoring.event_files import read_metrics
+from training.monitoring.metrics import METRICS, PICTURES
 from training.ranks.exit_codes import SAVED_EXIT_CODE
 
 pytestmark = pytest.mark.ranks
@@ -246,6 +247,9 @@ def test_a_real_tensorboard_serves_the_run(trained):
     }
     assert len(layout["category"]) == 5
     assert not empty
+    patterns = [re.sub("{.*?}", "[^/]+", metric.tag) for metric in METRICS]
+    undocumented = [tag for tag in tags if not any(re.fullmatch(p, tag) for p in patterns)]
+    assert not undocumented and set(images) <= set(PICTURES)
 
 
 def finish_tensorboard(process):

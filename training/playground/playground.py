@@ -23,9 +23,9 @@ from training.checkpoints.manifest import CHECKPOINT_DIR
 from training.checkpoints.weight_files import load_model
 from training.config.option import EXPECTED
 from training.engine.average_profiles import profiles_of
+from training.engine.gate_table import read_gate_table
 from training.engine.objective import build_diffusion
 from training.monitoring.expert_pictures import active_experts, expert_map, mark_timestep
-from training.reports.run_data import read_gate_table
 from training.run.directory import load_config, load_manifest
 from training.run.weights import find_checkpoint, find_weights
 from training.sampling.flags import add_sampling_flags, sampler_settings
