@@ -23,7 +23,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
-from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
+from data_tools.encode_latents import prepare_demo
+from data_tools.encoding.output import DEMO_LATENTS
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again

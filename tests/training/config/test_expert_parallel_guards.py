@@ -9,8 +9,7 @@ from data_tools.errors import ConfigError
 from models.expert_parallel import ShardedExpertParallelMixture
 from models.moe import ExpertOptions
 from tests.support.configs import small
-from training.config.expert_parallel_checks import expert_values
-from training.config.validation import validate
+from training.config.validation import expert_values, validate
 from training.count import count_parameters
 
 STAGES = (0, 1, 2, 3)
