@@ -50,7 +50,7 @@ from data_tools.process.entry_point import enter
 from models.flops import training_flops
 from training.config.precision import detect_hardware
 from training.config.tree import Config
-from training.count import shape_of
+from training.cost.closed_forms import shape_of
 
 GIGA, GIB = 1e9, 2**30
 LARGEST_BATCH = 1024

@@ -22,7 +22,7 @@ from training.config.deepspeed_config import merge_deepspeed, stage_of
 from training.config.precision import precision_of
 from training.config.tree import Config
 from training.config.validation import check_data, validate
-from training.count import checkpoint_bytes, snapshot_bytes
+from training.cost.closed_forms import checkpoint_bytes, snapshot_bytes
 from training.ranks.process_group import Ranks
 from training.run.directory import check_free_space, check_run_directory
 

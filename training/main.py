@@ -40,7 +40,7 @@ from training.config.deepspeed_config import load_deepspeed_json
 from training.config.precision import explain_precision
 from training.config.tree import Config, differences
 from training.config.validation import check_compiler
-from training.count import describe
+from training.cost.closed_forms import describe
 from training.monitoring.progress import Progress
 from training.monitoring.run_history import DAMAGED, CheckpointNote
 from training.ranks import process_group

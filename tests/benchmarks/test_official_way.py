@@ -10,7 +10,7 @@ from benchmarks.official_way import match_by_differences
 from benchmarks.sides import config_of, make_batch, official_side, our_side
 from models.flops import training_flops
 from models.prior import diffusion_prior, match_units
-from training.count import shape_of
+from training.cost.closed_forms import shape_of
 
 BATCH_SIZE = 6
 

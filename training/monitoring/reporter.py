@@ -12,8 +12,8 @@ from models.flops import training_flops
 from models.loss_weights import cluster_log_variances
 from training.checkpoints.manifest import TrainState
 from training.config.tree import Config
+from training.cost.closed_forms import is_merged_dispatch, shape_of
 from training.cost.gpu_peaks import peak_tflops
-from training.count import is_merged_dispatch, shape_of
 from training.engine.build import learning_rate
 from training.engine.non_finite import SpikeDetector
 from training.monitoring.dashboard import dashboard

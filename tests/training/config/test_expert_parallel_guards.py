@@ -10,7 +10,7 @@ from models.expert_parallel import ShardedExpertParallelMixture
 from models.moe import ExpertOptions
 from tests.support.configs import small
 from training.config.validation import expert_values, validate
-from training.count import count_parameters
+from training.cost.closed_forms import count_parameters
 
 STAGES = (0, 1, 2, 3)
 
