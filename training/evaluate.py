@@ -43,18 +43,18 @@ from training.evaluation.card import (
 from training.evaluation.drawing import (
     CARD_FILE,
     LABEL_RULES,
-    Artist,
+    DrawingPipeline,
     as_rank_0_says,
-    assemble,
     disk_errors,
     draw,
     fail_together,
+    merge_parts,
     prepare_folder,
     write_pngs,
 )
-from training.evaluation.feature_flags import add_network_flags
 from training.evaluation.held_out_loss import SEED, held_out_loss
 from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check, name_of_weights
+from training.evaluation.networks import add_network_flags
 from training.evaluation.score_events import write_score_events
 from training.evaluation.scores import score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
@@ -135,14 +135,14 @@ def draw_images(
 ) -> None:
     """Draw what is missing of all points. All ranks must call this."""
     weaker = job.weaker_run
-    artist = Artist(
-        load_model(job.config, job.weights, device),
-        None if weaker is None else load_model(weaker.config, weaker.weights, device),
-        build_diffusion(job.config).to(device),
-        job.vae,
-        job.config.model.latent_shape,
-        job.class_counts,
-        device,
+    pipeline = DrawingPipeline(
+        model=load_model(job.config, job.weights, device),
+        weak_model=None if weaker is None else load_model(weaker.config, weaker.weights, device),
+        diffusion=build_diffusion(job.config).to(device),
+        vae=job.vae,
+        latent_shape=job.config.model.latent_shape,
+        class_counts=job.class_counts,
+        device=device,
     )
     for point in job.points:
         error = None
@@ -159,7 +159,7 @@ def draw_images(
             desc=f"drawing {point.folder.name}",
             disable=not ranks.is_main,
         ) as progress:
-            draw(artist, point.settings, point.sampler, point.folder, ranks, progress.update)
+            draw(pipeline, point.settings, point.sampler, point.folder, ranks, progress.update)
 
 
 def finish_point(
@@ -170,7 +170,7 @@ def finish_point(
     Returns:
         The card; without "metrics" if there is nothing to compare with.
     """
-    samples = assemble(point.folder, point.settings, job.class_counts)
+    samples = merge_parts(point.folder, point.settings, job.class_counts)
     if args.png:
         write_pngs(samples, point.folder)
     path, reference = point.folder / CARD_FILE, job.reference

@@ -27,10 +27,14 @@ from data_tools.stream.order import permutation
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import resolve_device
 from training.evaluation.drawing import disk_errors
-from training.evaluation.feature_flags import add_network_flags, load_network
 from training.evaluation.image_npz import LABELS, write_npz
-from training.evaluation.networks import BATCH_SIZE, InceptionNetwork
-from training.evaluation.scores import NETWORK_SHA256, arrays_of, check_count, look_at
+from training.evaluation.networks import (
+    BATCH_SIZE,
+    InceptionNetwork,
+    add_network_flags,
+    load_network,
+)
+from training.evaluation.scores import NETWORK_SHA256, arrays_of, check_count, feature_statistics
 
 DEFAULT_SIZE, DEFAULT_KEEP = 256, 10_000  # those of ADM's ImageNet files
 KEEP_SEED = 0
@@ -103,13 +107,13 @@ def run(args: argparse.Namespace) -> None:
     chosen = np.sort(permutation(len(source), KEEP_SEED)[: args.keep]).tolist()
     kept: dict[int, np.ndarray | None] = dict.fromkeys(chosen)
     with tqdm(total=len(source), unit="image", desc="looking") as progress:
-        looked = look_at(
+        statistics = feature_statistics(
             network, _batches(source, args.size, kept), lambda _: False, progress.update
         )
     arrays = {LABELS: source.labels[chosen].astype(np.int64)}
     for layer, (mean, covariance) in arrays_of(network).items():
-        arrays[mean] = looked.gaussians[layer].mean.numpy()
-        arrays[covariance] = looked.gaussians[layer].covariance.numpy()
+        arrays[mean] = statistics.gaussians[layer].mean.numpy()
+        arrays[covariance] = statistics.gaussians[layer].covariance.numpy()
     if not isinstance(network, InceptionNetwork):
         arrays[NETWORK_SHA256] = np.array(network.sha256)
     pictures = (kept[i][None] for i in chosen)

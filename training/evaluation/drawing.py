@@ -86,8 +86,8 @@ DRAW = Format(newest=1, kind=DrawSettings)
 
 
 @dataclass(frozen=True)
-class Artist:
-    """What images are drawn with."""
+class DrawingPipeline:
+    """Everything that turns the number of an image into pixels."""
 
     model: SwitchDiT
     weak_model: SwitchDiT | None
@@ -185,7 +185,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def draw(
-    artist: Artist,
+    pipeline: DrawingPipeline,
     settings: DrawSettings,
     sampler: SamplerSettings,
     folder: Path,
@@ -195,7 +195,7 @@ def draw(
     """Draw the parts that are missing, shared among the ranks. All ranks must call this.
 
     Args:
-        artist: what is drawn with.
+        pipeline: that draws.
         settings: of the images.
         sampler: the same, as the sampler takes it.
         folder: prepared by rank 0.
@@ -207,7 +207,7 @@ def draw(
     try:
         for part in missing[ranks.rank :: ranks.world_size]:
             indices = settings.indices(part)
-            pixels = _pictures(artist, settings, sampler, indices)
+            pixels = _pictures(pipeline, settings, sampler, indices)
             with disk_errors(folder):
                 _write_part(folder / PARTS_DIR, part, pixels)
             on_images(len(indices))
@@ -248,26 +248,26 @@ def _part_name(part: int) -> str:
 
 
 def _pictures(
-    artist: Artist, settings: DrawSettings, sampler: SamplerSettings, indices: range
+    pipeline: DrawingPipeline, settings: DrawSettings, sampler: SamplerSettings, indices: range
 ) -> np.ndarray:
     """Draw images, uint8 (N, H, W, 3)."""
-    numbers = torch.tensor(indices, device=artist.device)
+    numbers = torch.tensor(indices, device=pipeline.device)
     latents = sample_latents(
-        artist.model,
-        artist.diffusion,
+        pipeline.model,
+        pipeline.diffusion,
         sampler,
         indices=numbers,
-        labels=labels_of(settings, numbers, artist.class_counts),
-        latent_shape=artist.latent_shape,
-        null_class=artist.model.num_classes,
-        weak_model=artist.weak_model,
+        labels=labels_of(settings, numbers, pipeline.class_counts),
+        latent_shape=pipeline.latent_shape,
+        null_class=pipeline.model.num_classes,
+        weak_model=pipeline.weak_model,
     )
     if not latents.isfinite().all():
         raise ConfigError(
             f"--checkpoint: its weights draw images {indices[0]} to {indices[-1]} that are not "
             "finite; choose another checkpoint or more --steps."
         )
-    return decode_pixels(artist.vae, latents)
+    return decode_pixels(pipeline.vae, latents)
 
 
 def _write_part(folder: Path, part: int, pixels: np.ndarray) -> None:
@@ -276,7 +276,7 @@ def _write_part(folder: Path, part: int, pixels: np.ndarray) -> None:
     replace_file(path, lambda file: np.save(file, pixels), temporary)
 
 
-def assemble(folder: Path, settings: DrawSettings, class_counts: list[int]) -> ImageNpz:
+def merge_parts(folder: Path, settings: DrawSettings, class_counts: list[int]) -> ImageNpz:
     """Make samples.npz of the parts, and remove them. Only rank 0 calls this."""
     path, parts = folder / SAMPLES_FILE, folder / PARTS_DIR
     shape = (settings.num_images, *settings.image_size, 3)

@@ -16,8 +16,8 @@ from training.checkpoints.weight_files import find_weights
 from training.config.tree import Config
 from training.evaluation.card import weights_sha256
 from training.evaluation.drawing import DrawSettings, check_folder
-from training.evaluation.feature_flags import load_network
 from training.evaluation.held_out_loss import HeldOut, open_held_out
+from training.evaluation.networks import load_network
 from training.evaluation.scores import Reference, check_count
 from training.ranks.process_group import Ranks
 from training.run.directory import load_config, load_manifest
