@@ -26,7 +26,7 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
-from data_tools.user_files.paths import typed_data, typed_path, typed_text
+from data_tools.user_files.paths import typed_data, typed_path
 from training.checkpoints.weight_files import load_model
 from training.engine.objective import build_diffusion
 from training.evaluation.card import (
@@ -66,7 +66,7 @@ from training.ranks.process_group import (
     select_accelerator,
     start_drawing_group,
 )
-from training.sampling.flags import add_sampling_flags
+from training.sampling.flags import add_sampling_flags, add_vae_flag, add_weight_flags
 
 DEFAULT_BATCH_SIZE = 64
 # A rank that is done waits for the slowest, who may draw for long; a dead one is noticed at once.
@@ -77,14 +77,8 @@ def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
-    add("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
-    add("--raw", action="store_true", help="raw weights instead of averaged ones")
-    add("--ema", metavar="NAME", help="an average by name, e.g. 0.9999 (default: first)")
-    add("--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
-    add(
-        "--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="that decodes (default: the run's)"
-    )
+    add_weight_flags(parser)
+    add_vae_flag(parser)
     add("--output", type=typed_path, metavar="FOLDER", help=f"default: RUN/{EVALUATION_DIR}")
     add("--force", action="store_true", help="draw and score anew what is there already")
     add = parser.add_argument_group("images").add_argument

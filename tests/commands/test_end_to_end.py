@@ -175,8 +175,8 @@ class TestSampling:
         )
 
         names = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert len(names) == 5
-        assert names[-1] == "grid.png"
+        assert len(names) == 6
+        assert names[-2:] == ["grid.png", "settings.json"]
         assert f"grid of samples: {tmp_path / 'out' / 'grid.png'}" in output
         assert Image.open(tmp_path / "out" / names[0]).size == (64, 64)
 

@@ -36,7 +36,7 @@ from models.randomness import Stream, integers, uniform
 from models.switch_dit import SwitchDiT
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
 from training.monitoring.expert_pictures import save_png
-from training.ranks.process_group import Ranks, agreed_message
+from training.ranks.process_group import Ranks, agreed_message, from_main
 from training.sampling.latents import SamplerSettings, sample_latents
 
 SETTINGS_FILE = "settings.json"
@@ -57,7 +57,7 @@ class DrawSettings:
 
     num_images: int
     seed: int
-    labels: str  # of LABEL_RULES; "none" without classes
+    labels: str  # of LABEL_RULES, or the numbers of classes; "none" without classes
     sampler: str
     steps: int
     shift: float
@@ -155,7 +155,7 @@ def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> 
     they are what it has drawn so far, or the same ones.
     """
     with disk_errors(folder):
-        if is_forced and folder.exists() and not (is_started_again() and _holds(folder, settings)):
+        if is_forced and folder.exists() and not (is_started_again() and holds(folder, settings)):
             for name in (PARTS_DIR, PNG_DIR):
                 shutil.rmtree(folder / name, ignore_errors=True)
             for path in (folder / SAMPLES_FILE, folder / CARD_FILE, *folder.glob("score-*.json")):
@@ -165,7 +165,8 @@ def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> 
         (folder / PARTS_DIR).mkdir(exist_ok=True)
 
 
-def _holds(folder: Path, settings: DrawSettings) -> bool:
+def holds(folder: Path, settings: DrawSettings) -> bool:
+    """Tell whether a folder was begun with these very settings."""
     try:
         return DRAW.loads((folder / SETTINGS_FILE).read_bytes(), str(folder)) == settings
     except (FileNotFoundError, ValueError, MalformedError):
@@ -180,7 +181,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as err:
         raise ConfigError(
             f"--output {folder}: cannot write {err.filename or 'a file'} ({err.strerror}); free "
-            "some space or choose another and run the same command again, finished parts stay."
+            "some space or choose another, and run the same command again."
         ) from err
 
 
@@ -221,10 +222,7 @@ def as_rank_0_says(value: Any, ranks: Ranks) -> Any:
 
     One rank looks at what is on the disk: a network disk may show the others an older state.
     """
-    shared = [value]
-    if ranks.world_size > 1:
-        torch.distributed.broadcast_object_list(shared)
-    return shared[0]
+    return from_main(value) if ranks.world_size > 1 else value
 
 
 def fail_together(error: ConfigError | None, ranks: Ranks) -> None:
