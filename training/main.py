@@ -174,9 +174,11 @@ def train_job(
             if ranks.is_main:
                 print(_start_text(job, ranks, state, point), flush=True)
                 progress.begin(state.step, len(read_starts(run_dir)))
+            first_step = state.step
             state = train(training, state, stop)
             if ranks.is_main:
-                print(_end_line(job.config, state, time.monotonic() - started), flush=True)
+                elapsed_sec = time.monotonic() - started
+                print(_end_line(job.config, first_step, state, elapsed_sec), flush=True)
         stop.restore()
     return state
 
@@ -235,9 +237,14 @@ def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | 
     return "\n".join(lines)
 
 
-def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
-    run_dir = config.run.run_dir
-    if state.step < config.run.max_steps:
+def _end_line(config: Config, first_step: int, state: TrainState, elapsed_sec: float) -> str:
+    run_dir, max_steps = config.run.run_dir, config.run.max_steps
+    if first_step >= max_steps:
+        return (
+            f"done: nothing was trained, {run_dir} is already at step {first_step} and --max-steps "
+            f"is {max_steps}; raise it to go on"
+        )
+    if state.step < max_steps:
         return (
             f"stopped by a signal after step {state.step}; the checkpoint is saved and the same "
             "command continues from it"
