@@ -146,9 +146,7 @@ def test_running_a_finished_run_again_changes_nothing(trained, demo_latents):
     output = run(*train_command(demo_latents, run_dir, "--max-steps", 8, num_ranks=2))
 
     assert "resuming" in output
-    assert (
-        f"done: nothing was trained, {run_dir} is already at step 12 and" in output
-    )
+    assert f"done: nothing was trained, {run_dir} is already at step 12 and" in output
     after = {path: path.stat().st_mtime_ns for path in (run_dir / CHECKPOINT_DIR).rglob("*.pt")}
     assert after == before
 
