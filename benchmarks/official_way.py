@@ -42,7 +42,9 @@ class OfficialWay(nn.Module):
         """
         model = self.model
         t_emb = model.t_embedder(t)  # (N, D)
-        every_t = model.t_embedder(torch.arange(model.num_timesteps, device=t.device))  # (S, D)
+        every_t = model.t_embedder(
+            torch.arange(model.options.num_timesteps, device=t.device)
+        )  # (S, D)
         x = model.x_embedder(x_t) + model.pos_embed
         c = t_emb + model.y_embedder(y)
         tables = []

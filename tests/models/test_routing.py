@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from models.network_options import NetworkOptions
 from models.routing import ChannelRouter
 from models.switch_dit import MODEL_SIZES, SwitchDiT
 from tests.support import reference_routing
@@ -38,7 +39,9 @@ def test_a_dense_model_has_the_parameters_of_dit(size, millions):
     shape = {"input_size": (32, 32), "patch_size": 2, "in_channels": 4, "num_classes": 1000}
     with torch.device("meta"):
         model = SwitchDiT(
-            **shape, num_experts=3, top_k=2, routing="dense", **MODEL_SIZES[size]._asdict()
+            NetworkOptions(
+                **shape, num_experts=3, top_k=2, routing="dense", **MODEL_SIZES[size]._asdict()
+            )
         )
 
     count = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()  # DiT counts both

@@ -17,12 +17,12 @@ import torch
 
 from data_tools.errors import ConfigError
 from models.loss_weights import FLOW_ONLY, NUM_CLUSTERS
-from models.moe import mlp_expert_width
 from models.sampler import methods_for
 from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+from training.config.network import network_options
 from training.config.option import either
 from training.config.tree import Config
 
@@ -211,12 +211,10 @@ def _check_expert_sizes(config: Config, world_size: int) -> None:
 
 def expert_values(config: Config) -> int:
     """Count the parameters of all experts of all blocks."""
-    model = config.model
-    depth, width, _ = MODEL_SIZES[model.size]
-    if model.expert_kind == "mlp":
-        hidden = mlp_expert_width(width, model.expert_hidden_ratio)
-        return depth * model.num_experts * (2 * width * hidden + hidden + width)
-    return depth * model.num_experts * (width * width + width)
+    network = network_options(config)
+    D, H = network.hidden_size, network.expert_hidden_size
+    of_one = D * D + D if network.expert_kind == "affine" else 2 * D * H + H + D
+    return network.depth * network.num_experts * of_one
 
 
 def _check_expert_zero(config: Config, deepspeed_json: dict[str, Any], path: Path) -> None:

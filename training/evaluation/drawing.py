@@ -257,7 +257,7 @@ def _pictures(
         indices=numbers,
         labels=labels_of(settings, numbers, pipeline.class_counts),
         latent_shape=pipeline.latent_shape,
-        null_class=pipeline.model.num_classes,
+        null_class=pipeline.model.options.num_classes,
         weak_model=pipeline.weak_model,
     )
     if not latents.isfinite().all():

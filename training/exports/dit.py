@@ -20,7 +20,7 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from data_tools.files import as_json
 from models.layers import NORM_EPS, NUM_FREQUENCIES, timestep_features
-from training.engine.build import model_arguments
+from training.config.network import network_options
 from training.engine.objective import build_diffusion
 from training.exports.job import ExportJob
 from training.exports.pipeline_folder import INDEX_FILE, write_vae
@@ -192,15 +192,15 @@ the network's predictions are the same to the rounding of float32.
 
 def build_transformer(job: ExportJob) -> DiTTransformer2DModel:
     """Build the network of diffusers with the run's weights."""
-    ours = model_arguments(job.config)
+    ours = network_options(job.config)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=ours["num_heads"],
-        attention_head_dim=ours["hidden_size"] // ours["num_heads"],
-        in_channels=ours["in_channels"],
-        out_channels=ours["in_channels"] * (2 if ours["learned_variance"] else 1),
-        num_layers=ours["depth"],
-        sample_size=ours["input_size"][0],
-        patch_size=ours["patch_size"],
+        num_attention_heads=ours.num_heads,
+        attention_head_dim=ours.hidden_size // ours.num_heads,
+        in_channels=ours.in_channels,
+        out_channels=ours.out_channels,
+        num_layers=ours.depth,
+        sample_size=ours.input_size[0],
+        patch_size=ours.patch_size,
         num_embeds_ada_norm=PIPELINE_CLASSES,
         norm_eps=NORM_EPS,
     )

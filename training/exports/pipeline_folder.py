@@ -1,8 +1,8 @@
 """Exports that carry this program's names: one file of weights, and pipelines with custom code."""
 
-import inspect
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from data_tools.vae.vae_files import REPOSITORY
 from models.merged import merge_experts
 from models.sampler import visited_timesteps
 from training.checkpoints.weight_files import write_weights
-from training.engine.build import model_arguments
+from training.config.network import network_options
 from training.engine.objective import build_diffusion
 from training.exports.bundle import bundle, file_name
 from training.exports.hub_code.merged_transformer import MergedDiTTransformer2DModel
@@ -25,8 +25,6 @@ from training.exports.job import EXPORT, ExportJob, plain
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model_index.json"
-# Arguments of SwitchDiT that change nothing about predictions.
-TRAINING_ONLY = ("activation_checkpointing", "compile_blocks", "has_loss_uncertainty")
 _LOADING = """\
     from diffusers import DiffusionPipeline
 
@@ -44,7 +42,7 @@ loads in the same way.
 def write_safetensors(job: ExportJob, folder: Path) -> str:
     """Write the weights as they are, and what they belong to."""
     described = {
-        "model": model_arguments(plain(job.config)),
+        "model": asdict(network_options(plain(job.config))),
         "diffusion": describe_process(job),
         "latents": describe_latents(job),
         "id2label": job.id2label,
@@ -55,7 +53,7 @@ def write_safetensors(job: ExportJob, folder: Path) -> str:
     (folder / CONFIG_FILE).write_text(EXPORT.dumps(described) + "\n", encoding="utf-8")
     return f"""\
 `{MODEL_FILE}` holds float32 tensors under the names of this program's `models/switch_dit.py`, the
-experts of a block stacked. `{CONFIG_FILE}` holds the arguments of that class, the diffusion
+experts of a block stacked. `{CONFIG_FILE}` holds the options of the network, the diffusion
 process, and how latents are scaled. The file can be given to `training/sample.py --weights`, and to
 `training/main.py --init-from`.
 """
@@ -63,13 +61,9 @@ process, and how latents are scaled. The file can be given to `training/sample.p
 
 def write_pipeline(job: ExportJob, folder: Path) -> str:
     """Write a pipeline folder with the network as it was trained."""
-    arguments = {
-        name: value
-        for name, value in model_arguments(job.config).items()
-        if name not in TRAINING_ONLY
-    }
+    options = asdict(network_options(job.config).for_prediction())
     with torch.device("meta"):  # its weights are replaced, not copied
-        transformer = SwitchDiTTransformer2DModel(**arguments)
+        transformer = SwitchDiTTransformer2DModel(options=options)
     weights = {f"network.{name}": value for name, value in job.load_weights().items()}
     kept = transformer.state_dict().keys()
     transformer.load_state_dict({name: weights[name] for name in kept}, assign=True)
@@ -95,10 +89,10 @@ def write_merged_pipeline(job: ExportJob, folder: Path) -> str:
     diffusion = build_diffusion(job.config)
     timesteps = visited_timesteps(diffusion, settings.num_steps, settings.method, settings.shift)
     merged = merge_experts(job.load_model(), timesteps)
-    wanted = inspect.signature(MergedDiTTransformer2DModel).parameters
-    arguments = {k: v for k, v in model_arguments(job.config).items() if k in wanted}
     with torch.device("meta"):
-        transformer = MergedDiTTransformer2DModel(timesteps=timesteps, **arguments)
+        transformer = MergedDiTTransformer2DModel(
+            timesteps=timesteps, options=asdict(merged.options)
+        )
     weights = {f"network.{name}": value for name, value in merged.state_dict().items()}
     transformer.load_state_dict(weights, assign=True)
     usage = _write_folder(job, folder, transformer, "merged_transformer", "merged_dit")

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import inspect
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from data_tools.stream.order import ORDER_VERSION
 from data_tools.vae.autoencoder import DEMO_VAE, decode_pixels, load_decoder, load_vae
 from models.diffusion import Diffusion
 from models.guidance import Guidance
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from tests.support.configs import small
 from tests.support.launch import REPOSITORY
@@ -43,18 +43,15 @@ from training.checkpoints.manifest import (
     tag_of,
 )
 from training.checkpoints.weight_files import write_weights
+from training.config.network import network_options
 from training.engine.build import build_model
 from training.export import main
 from training.exports.bundle import bundle, file_name
-from training.exports.hub_code.transformer import SwitchDiTTransformer2DModel
-from training.exports.pipeline_folder import TRAINING_ONLY
 from training.sampling.latents import SamplerSettings, sample_latents
 
 STEP = 7
 TAG = tag_of(STEP)
 MODULES = ("transformer", "merged_transformer", "scheduler", "pipeline")
-# An optimiser needs them, a network that draws images does not.
-LAYOUT = {"expert_parallel_size", "shards_weights"}
 RUNS = {
     "switch": {},
     "mlp": {
@@ -409,7 +406,7 @@ def test_a_file_of_weights_is_that_of_the_checkpoint(run, tmp_path):
     assert weights.keys() == original.keys()
     assert all(torch.equal(weights[name], original[name]) for name in weights)
     described = json.loads((tmp_path / "x" / "config.json").read_text())
-    SwitchDiT(**described["model"]).load_state_dict(weights)
+    SwitchDiT(NetworkOptions(**described["model"])).load_state_dict(weights)
     with safe_open(file, framework="pt") as opened:
         assert json.loads(opened.metadata()["origin"])["step"] == STEP
     config = sample.load_config(run)
@@ -448,12 +445,11 @@ def test_code_of_another_version_has_another_module_name(exports):
     assert file_name("switch_dit", text.replace("top_k", "k")) not in names
 
 
-def test_no_argument_of_the_network_is_forgotten():
-    ours = set(inspect.signature(SwitchDiT).parameters)
+def test_a_folder_states_the_options_of_its_network(exports):
+    described = json.loads((exports["mlp"][0] / "transformer" / "config.json").read_text())
 
-    exported = set(inspect.signature(SwitchDiTTransformer2DModel).parameters)
-
-    assert ours == exported | LAYOUT | set(TRAINING_ONLY)
+    options = NetworkOptions(**described["options"])
+    assert options == network_options(config_of(**RUNS["mlp"])).for_prediction()
 
 
 def test_the_card_has_the_numbers_that_exist(run, tmp_path):

@@ -4,6 +4,8 @@ With everything it uses, it is cut out of this repository into one file
 (training/exports/bundle.py).
 """
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -11,44 +13,17 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from models.merged import MergedDiT
+from models.network_options import NetworkOptions
 
 
 class MergedDiTTransformer2DModel(ModelMixin, ConfigMixin):
     """A Switch-DiT at the timesteps of one sampler: a plain DiT at each of them."""
 
     @register_to_config
-    def __init__(
-        self,
-        *,
-        timesteps: list[int],
-        input_size: tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        num_timesteps: int,
-        learned_variance: bool,
-        qk_norm: bool,
-        mlp_ratio: float = 4.0,
-    ) -> None:
-        """Build the network; the arguments are those of MergedDiT."""
+    def __init__(self, *, timesteps: list[int], options: dict[str, Any]) -> None:
+        """Build the network; `options` holds the fields of NetworkOptions."""
         super().__init__()
-        self.network = MergedDiT(
-            timesteps,
-            input_size=tuple(input_size),
-            patch_size=patch_size,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            num_classes=num_classes,
-            num_timesteps=num_timesteps,
-            learned_variance=learned_variance,
-            qk_norm=qk_norm,
-            mlp_ratio=mlp_ratio,
-        )
+        self.network = MergedDiT(timesteps, NetworkOptions(**options))
 
     def forward(
         self,

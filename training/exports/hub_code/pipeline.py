@@ -68,7 +68,7 @@ class SwitchDiTPipeline(DiffusionPipeline):
         names = {int(number): name for number, name in (id2label or {}).items()}
         self.labels = {name: number for number, name in names.items()}
         self._classes = ClassChoice(
-            transformer.config.num_classes, names, "class_labels", "the number {}"
+            transformer.config.options["num_classes"], names, "class_labels", "the number {}"
         )
 
     def get_label_ids(self, label: str | Iterable[str]) -> list[int]:
@@ -149,8 +149,8 @@ class SwitchDiTPipeline(DiffusionPipeline):
                 settings,
                 indices=torch.tensor(numbers, device=device),
                 labels=torch.tensor(labels, device=device),
-                latent_shape=(self.transformer.config.in_channels, *self._latent_size()),
-                null_class=self.transformer.config.num_classes,
+                latent_shape=(self.transformer.config.options["in_channels"], *self._latent_size()),
+                null_class=self.transformer.config.options["num_classes"],
                 on_step=lambda _step: progress.update(),
             )
         images = self._decoded(latents, output_type)
@@ -161,14 +161,14 @@ class SwitchDiTPipeline(DiffusionPipeline):
         return SimpleNamespace(prediction=self.transformer(x_t, t, y).sample)
 
     def _latent_size(self) -> tuple[int, int]:
-        return tuple(self.transformer.config.input_size)
+        return tuple(self.transformer.config.options["input_size"])
 
     def _numbers_of(self, class_labels: Sequence[int | str] | Tensor | int | str) -> list[int]:
         """Turn names to numbers and check them."""
         given = _listed(class_labels, "class_labels")
         if not given:
             raise WrongValueError("class_labels is empty; give at least one class.")
-        if self.transformer.config.num_classes == 0:
+        if self.transformer.config.options["num_classes"] == 0:
             return [0] * len(given)
         return [self._classes.find(label) for label in given]
 
@@ -187,7 +187,7 @@ class SwitchDiTPipeline(DiffusionPipeline):
         about = Process(
             process.objective,
             process.num_timesteps,
-            self.transformer.config.in_channels,
+            self.transformer.config.options["in_channels"],
             "" if can_guide else "this model was not trained with both",
         )
         return checked_settings(asked, default, about, Spelling())

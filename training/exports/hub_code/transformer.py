@@ -4,6 +4,8 @@ With everything it uses, it is cut out of this repository into one file
 (training/exports/bundle.py).
 """
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -11,6 +13,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from models.experts import StackedExperts
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 
 
@@ -18,54 +21,10 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin):
     """Switch-DiT, DTR or DiT: noisy latents, timesteps and labels in, a prediction out."""
 
     @register_to_config
-    def __init__(
-        self,
-        *,
-        input_size: tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        num_experts: int,
-        top_k: int,
-        num_timesteps: int,
-        learned_variance: bool,
-        routing: str,
-        expert_kind: str,
-        expert_hidden_ratio: float,
-        expert_dispatch: str,
-        renormalize_gates: bool,
-        dtr_alpha: float,
-        dtr_beta: float,
-        qk_norm: bool,
-        mlp_ratio: float = 4.0,
-    ) -> None:
-        """Build the network; the arguments are those of SwitchDiT."""
+    def __init__(self, *, options: dict[str, Any]) -> None:
+        """Build the network; `options` holds the fields of NetworkOptions."""
         super().__init__()
-        self.network = SwitchDiT(
-            input_size=tuple(input_size),
-            patch_size=patch_size,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            num_classes=num_classes,
-            num_experts=num_experts,
-            top_k=top_k,
-            num_timesteps=num_timesteps,
-            learned_variance=learned_variance,
-            routing=routing,
-            expert_kind=expert_kind,
-            expert_hidden_ratio=expert_hidden_ratio,
-            expert_dispatch=expert_dispatch,
-            renormalize_gates=renormalize_gates,
-            dtr_alpha=dtr_alpha,
-            dtr_beta=dtr_beta,
-            qk_norm=qk_norm,
-            mlp_ratio=mlp_ratio,
-        )
+        self.network = SwitchDiT(NetworkOptions(**options))
         for module in self.modules():
             if isinstance(module, StackedExperts):
                 module.present_stacked()  # diffusers sets parameters by their own names
