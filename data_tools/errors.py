@@ -26,6 +26,14 @@ class ConfigError(Exception):
         super().__init__(seen)
 
 
+def refuse_below_one(given: argparse.Namespace, *names: str) -> None:
+    """Refuse the first flag of `names` below 1; None is a flag that was not given."""
+    for name in names:
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+
+
 def one_line(text: str) -> str:
     """Write what cannot be shown, or would end the line, with escapes."""
     return "".join(

@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, exit_on_config_error, refuse_below_one
 from data_tools.process.entry_point import enter
 from training.config.command_line import parse_command_line
 from training.config.deepspeed_config import merge_deepspeed
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with exit_on_config_error():
         own, rest = parser.parse_known_args(argv)
-        if own.world_size < 1:
-            raise ConfigError(f"--world-size must be at least 1, not {own.world_size}.")
+        refuse_below_one(own, "world_size")
         command = parse_command_line(rest)
         hardware = detect_hardware()
         if own.bf16 is not None:

@@ -43,7 +43,6 @@ from training.evaluation.card import (
 from training.evaluation.drawing import (
     CARD_FILE,
     LABEL_RULES,
-    DrawingPipeline,
     as_rank_0_says,
     disk_errors,
     draw,
@@ -67,6 +66,7 @@ from training.ranks.process_group import (
     start_drawing_group,
 )
 from training.sampling.flags import add_sampling_flags, add_vae_flag, add_weight_flags
+from training.sampling.pipeline import load_pipeline
 
 DEFAULT_BATCH_SIZE = 64
 # A rank that is done waits for the slowest, who may draw for long; a dead one is noticed at once.
@@ -128,16 +128,7 @@ def draw_images(
     args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
 ) -> None:
     """Draw what is missing of all points. All ranks must call this."""
-    weaker = job.weaker_run
-    pipeline = DrawingPipeline(
-        model=load_model(job.config, job.weights, device),
-        weak_model=None if weaker is None else load_model(weaker.config, weaker.weights, device),
-        diffusion=build_diffusion(job.config).to(device),
-        vae=job.vae,
-        latent_shape=job.config.model.latent_shape,
-        class_counts=job.class_counts,
-        device=device,
-    )
+    pipeline = load_pipeline(job.config, job.weights, job.weaker_run, job.vae, device)
     for point in job.points:
         error = None
         if ranks.is_main:
@@ -153,7 +144,15 @@ def draw_images(
             desc=f"drawing {point.folder.name}",
             disable=not ranks.is_main,
         ) as progress:
-            draw(pipeline, point.settings, point.sampler, point.folder, ranks, progress.update)
+            draw(
+                pipeline,
+                point.settings,
+                point.sampler,
+                job.class_counts,
+                point.folder,
+                ranks,
+                progress.update,
+            )
 
 
 def finish_point(

@@ -18,7 +18,12 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import (
+    ArgumentParser,
+    ConfigError,
+    exit_on_config_error,
+    refuse_below_one,
+)
 from data_tools.process.entry_point import enter
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.inputs import open_source
@@ -93,9 +98,7 @@ def _batches(
 
 def run(args: argparse.Namespace) -> None:
     """Make the file that the command line asks for."""
-    for flag, value in (("--size", args.size), ("--keep", args.keep)):
-        if value < 1:
-            raise ConfigError(f"{flag} must be at least 1, not {value}.")
+    refuse_below_one(args, "size", "keep")
     if args.output.exists() and not args.force:
         raise ConfigError(f"--output {args.output}: exists; choose another or add --force.")
     if args.output.suffix != ".npz" or not args.output.absolute().parent.is_dir():

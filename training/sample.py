@@ -21,14 +21,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import (
+    ArgumentParser,
+    ConfigError,
+    exit_on_config_error,
+    refuse_below_one,
+)
 from data_tools.process.entry_point import enter
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_path
-from data_tools.vae.autoencoder import Vae, decode_pixels, load_decoder
-from training.checkpoints.weight_files import load_model
+from data_tools.vae.autoencoder import Vae, load_decoder
 from training.config.tree import Config
-from training.engine.objective import build_diffusion
 from training.evaluation.drawing import (
     DRAW,
     SETTINGS_FILE,
@@ -60,7 +63,8 @@ from training.sampling.flags import (
     open_run,
     sampler_settings,
 )
-from training.sampling.latents import SamplerSettings, image_grid, sample_latents
+from training.sampling.latents import SamplerSettings, image_grid
+from training.sampling.pipeline import draw_batch, load_pipeline
 
 DEFAULT_MAX_CLASSES = 10
 GRID_FILE = "grid.png"
@@ -141,19 +145,11 @@ def plan_images(args: argparse.Namespace, config: Config, manifest: DatasetManif
     return ImagePlan(labels, [choice.name_of(index) for index in chosen], args.per_class)
 
 
-def check_counts(args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be meant."""
-    for name in ("per_class", "batch_size"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} must be at least 1, not {getattr(args, name)}.")
-
-
 def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
     """Check everything before a process group exists; then, last, make the output folder."""
     run = open_run(args)
     config, manifest = run.config, run.manifest
-    check_counts(args)
+    refuse_below_one(args, "per_class", "batch_size")
     settings = sampler_settings(args, config)
     plan = plan_images(args, config, manifest)
     weights = run.find_weights(args)
@@ -242,29 +238,18 @@ def _pictures(
     args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.device
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Draw this rank's images: the number of each, and its pixels (H, W, 3) uint8."""
-    config, labels = job.config, job.plan.labels
-    model = load_model(config, job.weights, device)
-    weaker = job.weaker_run
-    weak_model = None if weaker is None else load_model(weaker.config, weaker.weights, device)
-    diffusion = build_diffusion(config).to(device)
-    mine = list(range(ranks.rank, len(labels), ranks.world_size))
-    batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    pipeline = load_pipeline(job.config, job.weights, job.weaker_run, job.vae, device)
+    labels = torch.tensor(job.plan.labels, device=device)
+    mine = torch.arange(ranks.rank, len(labels), ranks.world_size, device=device)
+    batches = mine.split(args.batch_size) if len(mine) else ()
     with tqdm(
         total=len(batches) * args.steps, unit="step", disable=not ranks.is_main, desc="sampling"
     ) as progress:
         for batch in batches:
-            latents = sample_latents(
-                model,
-                diffusion,
-                job.settings,
-                indices=torch.tensor(batch, device=device),
-                labels=torch.tensor([labels[i] for i in batch], device=device),
-                latent_shape=config.model.latent_shape,
-                null_class=config.model.num_classes,
-                weak_model=weak_model,
-                on_step=lambda _step: progress.update(),
+            pictures = draw_batch(
+                pipeline, job.settings, batch, labels[batch], lambda _step: progress.update()
             )
-            yield from zip(batch, decode_pixels(job.vae, latents), strict=True)
+            yield from zip(batch.tolist(), pictures, strict=True)
 
 
 def _file_name(i: int, plan: ImagePlan) -> str:

@@ -30,14 +30,12 @@ from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, replace_file
 from data_tools.formats import Format
 from data_tools.process.launcher import is_started_again
-from data_tools.vae.autoencoder import Vae, decode_pixels
-from models.diffusion import Diffusion
 from models.randomness import Stream, integers, uniform
-from models.switch_dit import SwitchDiT
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
 from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import Ranks, agreed_message, from_main
-from training.sampling.latents import SamplerSettings, sample_latents
+from training.sampling.latents import SamplerSettings
+from training.sampling.pipeline import DrawingPipeline, draw_batch
 
 SETTINGS_FILE = "settings.json"
 SAMPLES_FILE = "samples.npz"
@@ -83,19 +81,6 @@ class DrawSettings:
 
 
 DRAW = Format(newest=1, kind=DrawSettings)
-
-
-@dataclass(frozen=True)
-class DrawingPipeline:
-    """Everything that turns the number of an image into pixels."""
-
-    model: SwitchDiT
-    weak_model: SwitchDiT | None
-    diffusion: Diffusion
-    vae: Vae
-    latent_shape: tuple[int, int, int]
-    class_counts: list[int]  # of the data set, by class; empty without classes
-    device: torch.device
 
 
 def labels_of(settings: DrawSettings, indices: Tensor, class_counts: list[int]) -> Tensor:
@@ -189,6 +174,7 @@ def draw(
     pipeline: DrawingPipeline,
     settings: DrawSettings,
     sampler: SamplerSettings,
+    class_counts: list[int],
     folder: Path,
     ranks: Ranks,
     on_images: Callable[[int], None] = lambda _: None,
@@ -199,6 +185,7 @@ def draw(
         pipeline: that draws.
         settings: of the images.
         sampler: the same, as the sampler takes it.
+        class_counts: of the data set, by class; empty without classes.
         folder: prepared by rank 0.
         ranks: this process's place.
         on_images: called with the number of images of each part of this rank.
@@ -208,7 +195,9 @@ def draw(
     try:
         for part in missing[ranks.rank :: ranks.world_size]:
             indices = settings.indices(part)
-            pixels = _pictures(pipeline, settings, sampler, indices)
+            numbers = torch.tensor(indices, device=pipeline.device)
+            labels = labels_of(settings, numbers, class_counts)
+            pixels = draw_batch(pipeline, sampler, numbers, labels)
             with disk_errors(folder):
                 _write_part(folder / PARTS_DIR, part, pixels)
             on_images(len(indices))
@@ -243,29 +232,6 @@ def _missing_parts(folder: Path, settings: DrawSettings) -> list[int]:
 
 def _part_name(part: int) -> str:
     return f"{part:06d}.npy"
-
-
-def _pictures(
-    pipeline: DrawingPipeline, settings: DrawSettings, sampler: SamplerSettings, indices: range
-) -> np.ndarray:
-    """Draw images, uint8 (N, H, W, 3)."""
-    numbers = torch.tensor(indices, device=pipeline.device)
-    latents = sample_latents(
-        pipeline.model,
-        pipeline.diffusion,
-        sampler,
-        indices=numbers,
-        labels=labels_of(settings, numbers, pipeline.class_counts),
-        latent_shape=pipeline.latent_shape,
-        null_class=pipeline.model.options.num_classes,
-        weak_model=pipeline.weak_model,
-    )
-    if not latents.isfinite().all():
-        raise ConfigError(
-            f"--checkpoint: its weights draw images {indices[0]} to {indices[-1]} that are not "
-            "finite; choose another checkpoint or more --steps."
-        )
-    return decode_pixels(pipeline.vae, latents)
 
 
 def _write_part(folder: Path, part: int, pixels: np.ndarray) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, refuse_below_one
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.vae.autoencoder import Vae, load_decoder
@@ -121,10 +121,7 @@ def check(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Evalu
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant, and flags that do nothing together."""
-    for name in ("num_images", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+    refuse_below_one(args, "num_images", "batch_size", "validation_samples")
     needed = {"--reference": args.num_images, "--png": args.num_images}
     needed |= {f"--sweep-{name}": args.num_images for name in ("cfg-scale", "steps", "sampler")}
     for flag, other in needed.items():
