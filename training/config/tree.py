@@ -15,7 +15,7 @@ import yaml
 
 from data_tools.errors import ConfigError
 from data_tools.formats import Format
-from training.config.option import Option, check_value, did_you_mean, shown
+from training.config.option import Option, check_value
 from training.config.sections import (
     DataConfig,
     DiffusionConfig,
@@ -23,6 +23,7 @@ from training.config.sections import (
     OptimConfig,
     RunConfig,
 )
+from training.config.wording import did_you_mean, shown
 
 
 @dataclass(frozen=True, kw_only=True)

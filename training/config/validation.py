@@ -23,8 +23,8 @@ from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
 from training.config.network import network_options
-from training.config.option import either
 from training.config.tree import Config
+from training.config.wording import either
 
 # With fewer values a rank may hold none of a group, and its optimizer state does not load again.
 MIN_EXPERT_VALUES_PER_RANK = 2

@@ -82,7 +82,7 @@ def _drawing_fields(playground: Playground) -> dict[str, gr.components.Component
     found = {}
     if classes := playground.classes():
         found["class_index"] = gr.Dropdown(classes, value=0, label="Class", elem_id="class")
-    if can_guide_without_classifier(config):
+    if can_guide_without_classifier(config.model.num_classes, config.data.class_dropout_prob):
         found["cfg_scale"] = gr.Slider(
             *(0, MAX_SCALE, DEFAULT_SCALE),
             step=0.1,

@@ -1,7 +1,6 @@
 """The network as a model of diffusers: what an exported folder's transformer/ holds.
 
-With everything it uses, it is cut out of this repository into one file
-(training/exports/bundle.py).
+An exported folder carries this module after those that it imports (code_files.py).
 """
 
 from typing import Any
