@@ -20,13 +20,14 @@ from data_tools.vae.autoencoder import decode_pixels, load_decoder
 from models.gate import build_plan
 from models.switch_dit import MODEL_NAMES, SwitchDiT
 from training.checkpoints.manifest import CHECKPOINT_DIR
-from training.checkpoints.weight_files import find_checkpoint, find_weights, load_model
+from training.checkpoints.weight_files import load_model
 from training.config.option import EXPECTED
 from training.engine.average_profiles import profiles_of
 from training.engine.objective import build_diffusion
 from training.monitoring.expert_pictures import active_experts, expert_map, mark_timestep
 from training.reports.run_data import read_gate_table
 from training.run.directory import load_config, load_manifest
+from training.run.weights import find_checkpoint, find_weights
 from training.sampling.flags import add_sampling_flags, class_names, sampler_settings
 from training.sampling.latents import SamplerSettings, sample_latents
 

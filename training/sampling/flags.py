@@ -13,10 +13,11 @@ from data_tools.user_files.paths import typed_path, typed_text
 from models.guidance import OFFICIAL_CHANNELS
 from models.sampler import SAMPLING_METHODS, methods_for
 from training.checkpoints.manifest import CHECKPOINT_DIR
-from training.checkpoints.weight_files import find_weights, is_same_file
+from training.checkpoints.weight_files import is_same_file
 from training.config.old_flags import OF_DRAWING
 from training.config.tree import Config
 from training.run.directory import load_config, load_manifest
+from training.run.weights import find_weights
 from training.sampling.checks import (
     Asked,
     Process,
