@@ -25,7 +25,7 @@ from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.files import MalformedError, replace_file
 from data_tools.process.entry_point import enter
 from data_tools.shards.foreign_arrays import channels_last, doubts
-from data_tools.shards.foreign_index import NOTES, ScannedShard, Wanted, scan
+from data_tools.shards.foreign_index import NOTES, ScannedShard, WantedMembers, scan
 from data_tools.shards.manifest import (
     DATASET,
     MANIFEST_NAME,
@@ -113,7 +113,7 @@ def split_input(words: list[str]) -> tuple[Location, list[str]]:
 
 
 def scan_shard(
-    location: Location, name: str, wanted: Wanted, output: Path, vae: Vae
+    location: Location, name: str, wanted: WantedMembers, output: Path, vae: Vae
 ) -> ScannedShard:
     """Index a tar, unless that was done before; of one that is refused nothing is written."""
     stem = name.removesuffix(".tar")
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_vae(args.vae)
     DATASET.refuse_newer(output / MANIFEST_NAME)
     label = "" if args.label == "none" else args.label
-    wanted = Wanted(args.array, args.flip, label, args.kind)
+    wanted = WantedMembers(args.array, args.flip, label, args.kind)
     try:
         found = [
             scan_shard(location, name, wanted, output, vae)

@@ -28,7 +28,7 @@ from data_tools.verification.verify import default_workers, verify
 PLAIN_PROGRESS_SEC = 10.0  # between lines where the output is no terminal
 
 
-class _Progress:
+class _CheckedBytes:
     """Counts checked bytes on a terminal's bar, or in plain lines (a batch job's log)."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class _Progress:
 
 def check(args: argparse.Namespace, known: Verification | None = None) -> Verification:
     """Verify as the flags say; take over from `known` the shards that were sound."""
-    progress = _Progress()
+    progress = _CheckedBytes()
     result = verify(
         args.data,
         is_quick=args.quick,

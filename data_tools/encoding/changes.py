@@ -8,8 +8,8 @@ from data_tools.encoding.encoder import SPLIT
 from data_tools.encoding.output import EncodingOutput
 from data_tools.encoding.settings import EncodingSettings
 from data_tools.errors import ConfigError, some
+from data_tools.permutations import permutation
 from data_tools.sources.source import FileSource, ImageSource
-from data_tools.stream.order import permutation
 
 _NAMES_SHOWN = 5
 

@@ -16,7 +16,7 @@ from data_tools.encoding.claims import Claims
 from data_tools.encoding.encoder import ShardEncoder
 from data_tools.encoding.input_summary import refuse_mostly_empty, summary
 from data_tools.encoding.output import CLAIMS_NAME, INDEXES_NAME, EncodingOutput, claim_name
-from data_tools.encoding.progress import Progress, duration
+from data_tools.encoding.progress import EncodingProgress, duration
 from data_tools.encoding.settings import (
     POLL_SEC,
     PRECISIONS,
@@ -270,7 +270,7 @@ class EncodingRun:
         encoder = self.encoder(folder.settings)
         encoder.stated = {name: shard.sha256 for name, shard in folder.stated_shards().items()}
         # Closed whatever happens: what is said then is not written into the bar.
-        with closing(Progress(folder, claims, self.is_quiet)) as progress:
+        with closing(EncodingProgress(folder, claims, self.is_quiet)) as progress:
             self._share_shards(encoder, folder, claims, progress)
         self.busy_share = encoder.busy_share
         if encoder.wall_sec:
@@ -280,7 +280,11 @@ class EncodingRun:
             )
 
     def _share_shards(
-        self, encoder: ShardEncoder, folder: EncodingOutput, claims: Claims, progress: Progress
+        self,
+        encoder: ShardEncoder,
+        folder: EncodingOutput,
+        claims: Claims,
+        progress: EncodingProgress,
     ) -> None:
         """Encode what no other process does, until all is done."""
         is_waiting = False

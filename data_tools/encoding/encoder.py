@@ -34,12 +34,12 @@ from data_tools.encoding.output import finished_sidecar, shard_name
 from data_tools.encoding.settings import EncodingSettings
 from data_tools.errors import ConfigError
 from data_tools.files import replace_file
+from data_tools.permutations import permutation
 from data_tools.shards.manifest import Shard
 from data_tools.shards.records import Sample, sample_key
 from data_tools.shards.sidecar import SIDECAR, ShardTotals, Sidecar, add_samples
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.source import ImageSource
-from data_tools.stream.order import permutation
 from data_tools.vae.autoencoder import Vae, tensor_moments
 
 SPLIT = 3  # key of the permutation that deals images to shards

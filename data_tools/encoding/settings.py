@@ -23,7 +23,7 @@ from data_tools.shards.manifest import (
     LatentFormat,
     VaeReference,
 )
-from data_tools.shards.records import RecordLayout
+from data_tools.shards.records import KEY_DIGITS, RecordLayout
 from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources.class_names import number_difference
 from data_tools.sources.reading import Reading
@@ -110,7 +110,16 @@ def make_settings(
     precision: str,
     reading: Reading,
 ) -> EncodingSettings:
-    """Collect the settings of a run."""
+    """Collect the settings of a run.
+
+    Raises:
+        ConfigError: there are more images than a shard's keys can number.
+    """
+    if len(source) > 10**KEY_DIGITS:
+        raise ConfigError(
+            f"--input {source.text}: {len(source):,} images; one data set holds "
+            f"{10**KEY_DIGITS:,}, make several."
+        )
     side = size // vae.downsample
     return EncodingSettings(
         vae=vae.reference,

@@ -35,7 +35,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedMembers:
     """Which members of a sample are what, by the suffix after its key and a dot."""
 
     array: str
@@ -48,7 +48,7 @@ class Wanted:
 class ScannedShard:
     """What one pass over a tar found; kept beside its index, so that a scan can be continued."""
 
-    wanted: Wanted
+    wanted: WantedMembers
     num_samples: int
     bytes: int
     sha256: str
@@ -71,7 +71,7 @@ class _RefusedError(Exception):
     """Something in a tar that cannot be used; the caller names the tar."""
 
 
-def scan(location: Location, name: str, wanted: Wanted) -> tuple[ScannedShard, bytes]:
+def scan(location: Location, name: str, wanted: WantedMembers) -> tuple[ScannedShard, bytes]:
     """Read a tar from its beginning to its end.
 
     Returns:
@@ -92,7 +92,7 @@ def scan(location: Location, name: str, wanted: Wanted) -> tuple[ScannedShard, b
         raise ConfigError(f"--input {where}: {err}.") from err
 
 
-def _scan(file: BinaryIO, wanted: Wanted) -> tuple[ScannedShard, bytes]:
+def _scan(file: BinaryIO, wanted: WantedMembers) -> tuple[ScannedShard, bytes]:
     hashing, left_out = _HashingReader(file), Tally()
     sums = _Sums(wanted.kind)
     rows: list[tuple[int, int, int]] = []
@@ -134,7 +134,7 @@ def _scan(file: BinaryIO, wanted: Wanted) -> tuple[ScannedShard, bytes]:
 
 
 def _read_arrays(
-    file: "_HashingReader", sample: TarParts, wanted: Wanted, sums: "_Sums"
+    file: "_HashingReader", sample: TarParts, wanted: WantedMembers, sums: "_Sums"
 ) -> tuple[int, int]:
     """Check and add up a sample's arrays; return the offsets of the array and the mirrored one."""
     offsets = [-1, -1]

@@ -19,9 +19,9 @@ from data_tools.sources.sample_names import (
     companion_key,
     is_hidden,
     is_image,
-    kind_of,
     split_last,
     split_name,
+    suffix_kind,
 )
 from data_tools.sources.source import MAX_CLASSES, FileSource, Names, numbered_classes
 from data_tools.user_files.paths import absence
@@ -32,7 +32,7 @@ _WITHOUT_IMAGES = "folders without images, which are no classes"
 
 
 @dataclass
-class _Found:
+class _BesideImages:
     """What a walk meets beside images.
 
     Attributes:
@@ -66,7 +66,7 @@ class _Found:
 
 
 def _walk(
-    folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: "_Found"
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: "_BesideImages"
 ) -> Iterator[str]:
     """Yield image paths relative to the root, in the order of the whole strings."""
     status = os.stat(folder)
@@ -86,7 +86,7 @@ def _walk(
             elif is_image(split_last(entry.name)[1]):
                 listed.append(entry.name)
             else:
-                others.append((entry.name, kind_of(entry.name)))
+                others.append((entry.name, suffix_kind(entry.name)))
     for name, kind in sorted(others):
         if prefix or name != LABELS_NAME:
             found.left_out.add(kind, prefix + name)
@@ -114,7 +114,7 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
     reading.refuse_others(str(root), "a folder of images", "class_from")
     if reading.class_from == "tar":
         raise ConfigError(f"--class-from tar: {flag} {root} holds no tars; leave it out.")
-    found, walked = ClassFolders(reading), _Found(flag)
+    found, walked = ClassFolders(reading), _BesideImages(flag)
     left_out = walked.left_out
 
     def paths() -> Iterator[bytes]:
@@ -143,7 +143,7 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
         classes = _stored_classes(f"{flag} {labels_file}", stored, names, left_out)
     if classes is None:
         if stored:
-            left_out.add(kind_of(LABELS_NAME), LABELS_NAME)
+            left_out.add(suffix_kind(LABELS_NAME), LABELS_NAME)
         with_images = found.first_folders()
         for folder in folders:
             if not is_hidden(folder) and os.fsencode(folder) not in with_images:

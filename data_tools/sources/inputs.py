@@ -5,14 +5,13 @@ from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.files import parse_json
-from data_tools.shards.records import KEY_DIGITS
 from data_tools.sources.huggingface import is_saved_dataset, open_saved_dataset
 from data_tools.sources.image_folders import scan_folder
 from data_tools.sources.image_list import read_list
 from data_tools.sources.image_tars import open_tars
 from data_tools.sources.left_out import Tally
 from data_tools.sources.reading import Reading
-from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, kind_of
+from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, suffix_kind
 from data_tools.sources.source import ImageClass, ImageSource
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from data_tools.user_files.place_names import is_address, places_of
@@ -78,11 +77,6 @@ def open_source(
         )
     else:
         source = _scan_images(path, reading)
-    if len(source) > 10**KEY_DIGITS:
-        raise ConfigError(
-            f"--input {text}: {len(source):,} images; one data set holds {10**KEY_DIGITS:,}, make "
-            "several."
-        )
     return source
 
 
@@ -97,7 +91,7 @@ def _tars_in(folder: Path) -> tuple[list[Path], Tally]:
         elif entry.is_dir():
             beside.add("folders beside the tars", entry.name)
         else:
-            beside.add(kind_of(entry.name), entry.name)
+            beside.add(suffix_kind(entry.name), entry.name)
     return tars, beside
 
 

@@ -54,7 +54,7 @@ def is_hidden(part: str) -> bool:
     return (part.startswith(".") and part not in (".", "..")) or part in _JUNK_FOLDERS
 
 
-def kind_of(name: str) -> str:
+def suffix_kind(name: str) -> str:
     """Name the kind of a file that is not used: its suffix, where it has one."""
     suffix = split_last(name)[1]
     return f".{suffix}" if _SUFFIX.fullmatch(suffix) else "files without a suffix"

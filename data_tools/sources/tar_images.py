@@ -24,9 +24,9 @@ from data_tools.sources.sample_names import (
     companion_key,
     is_hidden_path,
     is_image,
-    kind_of,
     split_last,
     split_name,
+    suffix_kind,
 )
 from data_tools.sources.source import MAX_CLASSES, Names
 from data_tools.sources.tar_members import SHOWN_NAME, BadTarError, Member, content_of, walk
@@ -145,7 +145,7 @@ class _Scan:
             return key, suffix, ""
         if self.is_cut_first and suffix:
             return "", "", f".{suffix}"
-        return "", "", TARS_INSIDE if _TAR.search(name) else kind_of(name)
+        return "", "", TARS_INSIDE if _TAR.search(name) else suffix_kind(name)
 
     def _label(self, member: Member, file: BinaryIO) -> int:
         try:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from data_tools.sources.left_out import Tally
-from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, kind_of, split_name
+from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, split_name, suffix_kind
 from data_tools.sources.tar_members import SHOWN_NAME, BadTarError, Member
 
 
@@ -80,7 +80,7 @@ def _look(member: Member) -> tuple[str, str, str]:
     # The last part only: sets that are in use may have samples in hidden folders.
     if is_hidden(member.name.rpartition("/")[2]):
         return HIDDEN_KIND, key, suffix
-    return unusable_kind(member) or ("" if suffix else kind_of(member.name)), key, suffix
+    return unusable_kind(member) or ("" if suffix else suffix_kind(member.name)), key, suffix
 
 
 def unusable_kind(member: Member) -> str:

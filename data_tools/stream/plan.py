@@ -17,7 +17,8 @@ from itertools import count
 
 import numpy as np
 
-from data_tools.stream.order import StreamOrder, derived_seed, permutation
+from data_tools.permutations import derived_seed, permutation
+from data_tools.stream.order import StreamOrder
 
 BLOCK = 1000  # positions that hold exactly the weights of a mixture
 _SET, _MIXTURE = 5, 6  # keep what is drawn apart, from stream/order.py's kinds too

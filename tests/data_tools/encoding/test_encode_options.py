@@ -17,7 +17,7 @@ from data_tools.encoding import trial
 from data_tools.encoding.command import reopen
 from data_tools.encoding.encoder import ShardEncoder
 from data_tools.encoding.output import INDEXES_NAME, EncodingOutput
-from data_tools.encoding.progress import Progress, duration
+from data_tools.encoding.progress import EncodingProgress, duration
 from data_tools.encoding.settings import load_settings
 from data_tools.encoding.trial import check_precision, choose_batch_size, precision_error
 from data_tools.errors import ConfigError
@@ -265,7 +265,7 @@ def test_progress_counts_what_all_did_and_times_what_was_done_since(
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     claims = OtherProcesses(**{"00001": 3})
     output = EncodingOutput(tmp_path, load_settings(tmp_path))
-    progress = Progress(output, claims, is_quiet=False)
+    progress = EncodingProgress(output, claims, is_quiet=False)
     assert progress.done == 8 + 3
     clock[0] += 2.0
     claims.done["00001"] = 6
