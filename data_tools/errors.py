@@ -39,6 +39,21 @@ def some(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+def count_of(number: int | str, noun: str, verb: str = "") -> str:
+    """Write a number of things, and what they do: "1 shard is", "12 shards are", "2 classes".
+
+    Args:
+        number: of things; a text where it is to be written otherwise, as "1,234".
+        noun: for one thing.
+        verb: for several.
+    """
+    if str(number) == "1":
+        verb = {"are": "is", "were": "was", "have": "has"}.get(verb, verb and f"{verb}s")
+    else:
+        noun += "es" if noun.endswith("s") else "s"
+    return f"{number} {noun} {verb}".rstrip()
+
+
 def first_line(err: Exception) -> str:
     """Return what an error of a library says, as a part of a sentence."""
     return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.encoding.input_summary import class_lines
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, count_of
 from data_tools.files import MalformedError, replace_file
 from data_tools.process.entry_point import enter
 from data_tools.shards.foreign_arrays import channels_last, doubts
@@ -277,8 +277,9 @@ def main(argv: list[str] | None = None) -> None:
     manifest = DatasetManifest.load(output, check_shards=output == location.folder)
     shape = "x".join(map(str, manifest.latent.shape))
     sys.stdout.write(
-        f"{output}: {manifest.num_samples} samples in {len(names)} tars, {manifest.latent.kind} "
-        f"{shape} {manifest.latent.dtype}, {manifest.num_classes} classes\n"
+        f"{output}: {count_of(manifest.num_samples, 'sample')} in {count_of(len(names), 'tar')}, "
+        f"{manifest.latent.kind} {shape} {manifest.latent.dtype}, "
+        f"{count_of(manifest.num_classes, 'class')}\n"
     )
     shown = "  ".join(f"{std:.3f}" for std in manifest.scaled_std)
     lines = [f"scaled std {shown}  per channel, what the model sees, 1 is usual"]

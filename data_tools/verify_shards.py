@@ -18,7 +18,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, count_of
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.verification.findings import SHARD_PARTS, Verification
@@ -96,7 +96,7 @@ def write_preview_picture(result: Verification, args: argparse.Namespace) -> Non
     number = write_preview(
         args.preview, result.manifest, vae=args.vae, device=device, without=without
     )
-    print(f"{args.preview}: {number} samples", flush=True)
+    print(f"{args.preview}: {count_of(number, 'sample')}", flush=True)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

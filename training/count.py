@@ -19,7 +19,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import torch
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, count_of, exit_on_config_error
 from data_tools.process.entry_point import enter
 from models.experts import merging_is_cheaper
 from models.flops import NetworkShape, forward_flops, training_flops
@@ -167,9 +167,8 @@ def _describe_model(config: Config, count: ParameterCount) -> str:
         f"parameters, {count.trainable:,} of them trainable, {count.experts:,} in experts"
     ]
     if count.experts:
-        lines.append(
-            f"active per sample ({model.top_k} of {model.num_experts} experts): {count.active:,}"
-        )
+        experts = count_of(model.num_experts, "expert")
+        lines.append(f"active per sample ({model.top_k} of {experts}): {count.active:,}")
     lines += [f"  {part:<12} {number:>13,}" for part, number in count.parts.items()]
     return "\n".join(lines)
 
@@ -270,7 +269,7 @@ def _describe_data(config: Config, manifest: Dataset | None) -> str:
         return f"{config.data.data} is not there yet: steps per epoch unknown, {max_steps:,} steps"
     steps = manifest.num_samples / batch
     return (
-        f"together {manifest.num_samples:,} samples, {manifest.num_classes} classes; "
+        f"together {manifest.num_samples:,} samples, {count_of(manifest.num_classes, 'class')}; "
         f"{steps:,.1f} steps of {batch} per epoch, {max_steps:,} steps = "
         f"{max_steps / steps:,.1f} epochs"
     )

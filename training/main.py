@@ -24,7 +24,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 
 from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, count_of, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
 from data_tools.shards.manifest import MANIFEST_NAME
@@ -241,7 +241,10 @@ def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
             f"stopped by a signal after step {state.step}; the checkpoint is saved and the same "
             "command continues from it"
         )
-    return f"done: {state.step} steps, {elapsed_sec:.0f} s in this process; results in {run_dir}"
+    return (
+        f"done: {count_of(state.step, 'step')}, {elapsed_sec:.0f} s in this process; "
+        f"results in {run_dir}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

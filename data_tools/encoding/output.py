@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_tools.encoding.claims import Claims
 from data_tools.encoding.settings import SETTINGS_NAME, EncodingSettings
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.files import MalformedError, parse_json
 from data_tools.formats import FORMAT_KEY
 from data_tools.shards.manifest import (
@@ -165,10 +165,10 @@ class EncodingOutput:
             finished_sidecar(self.folder, index) for index in range(self.settings.num_shards)
         ]
         complete = [sidecar for sidecar in sidecars if sidecar is not None]
-        if len(complete) < len(sidecars):
+        if num_lost := len(sidecars) - len(complete):
             raise ConfigError(
-                f"--output {self.folder}: {len(sidecars) - len(complete)} finished shards were "
-                "removed or changed meanwhile; run the same command again."
+                f"--output {self.folder}: {count_of(num_lost, 'finished shard', 'were')} removed "
+                "or changed meanwhile; run the same command again."
             )
         manifest = _manifest(self.settings, source, class_names, complete)
         path = self.folder / MANIFEST_NAME

@@ -1,5 +1,6 @@
 """What decides the bytes of a data set's shards: encoding.json in the output folder."""
 
+import argparse
 import dataclasses
 import errno
 import math
@@ -98,29 +99,29 @@ def disk_errors_as_config_errors(output: Path) -> Iterator[None]:
         ) from err
 
 
-def make_settings(
-    source: ImageSource,
-    vae: Vae,
-    *,
-    size: int,
-    flip: bool,
-    seed: int,
-    shard_size: int,
-    batch_size: int,
-    precision: str,
-    reading: Reading,
-) -> EncodingSettings:
-    """Collect the settings of a run.
+def make_settings(source: ImageSource, vae: Vae, args: argparse.Namespace) -> EncodingSettings:
+    """Collect what decides the bytes of a data set.
+
+    Args:
+        source: the images.
+        vae: that encodes them.
+        args: of encode_latents.py; a batch size that is still open becomes 0.
 
     Raises:
-        ConfigError: there are more images than a shard's keys can number.
+        ConfigError: the VAE cannot reduce images of this size, or there are more of them than a
+            shard's keys can number.
     """
+    if args.size % vae.downsample:
+        raise ConfigError(
+            f"--size {args.size}: is not divisible by {vae.downsample}, the factor by which "
+            f"--vae {args.vae} reduces images; use a multiple of {vae.downsample}."
+        )
     if len(source) > 10**KEY_DIGITS:
         raise ConfigError(
             f"--input {source.text}: {len(source):,} images; one data set holds "
             f"{10**KEY_DIGITS:,}, make several."
         )
-    side = size // vae.downsample
+    side = args.size // vae.downsample
     return EncodingSettings(
         vae=vae.reference,
         latent=LatentFormat(
@@ -128,17 +129,17 @@ def make_settings(
             shape=[2 * vae.latent_channels, side, side],
             dtype="float16",
             layout="mean | log-variance on axis 0, unscaled",
-            flip=flip,
-            precision=precision,
+            flip=not args.no_flip,
+            precision=args.precision,
         ),
-        image=ImageFormat(size=size, crop=CROP),
+        image=ImageFormat(size=args.size, crop=CROP),
         source=source.fingerprint(),
         sizes=source.sizes(),
         num_files=len(source),
-        seed=seed,
-        shard_size=shard_size,
-        batch_size=batch_size,
-        reading=reading,
+        seed=args.seed,
+        shard_size=args.shard_size,
+        batch_size=args.batch_size or 0,
+        reading=args.reading,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_tools.encoding.device import is_out_of_memory
 from data_tools.encoding.encoder import ShardEncoder
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.source import ImageSource
 from data_tools.vae.autoencoder import Vae, tensor_moments
@@ -94,12 +94,13 @@ def check_precision(exact: Vae, reduced: Vae, pixels: np.ndarray, name: str) -> 
     error = precision_error(exact, reduced, pixels)
     if error > MAX_PRECISION_ERROR:
         raise ConfigError(
-            f"--precision {name}: the latents of {len(pixels)} images differ from those in fp32 by "
+            f"--precision {name}: the latents of {count_of(len(pixels), 'image')} differ from "
+            "those in fp32 by "
             f"{error:.2g} of their standard deviation, more than {MAX_PRECISION_ERROR}; use fp32."
         )
     return (
         f"--precision {name}: rms error {error:.2g} of the latents' standard deviation on "
-        f"{len(pixels)} images, at most {MAX_PRECISION_ERROR} is accepted"
+        f"{count_of(len(pixels), 'image')}, at most {MAX_PRECISION_ERROR} is accepted"
     )
 
 

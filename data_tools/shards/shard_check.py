@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data_tools.errors import count_of
 from data_tools.shards.foreign_tar import first_foreign_member, index_name, walk_samples
 from data_tools.shards.manifest import DatasetManifest, Shard
 from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
@@ -138,7 +139,7 @@ class _StridedCheck:
     def _report(self, num_rows: int) -> None:
         problems = self.content.problems
         if num_rows < self.shard.num_samples:
-            problems.append(f"holds {num_rows} samples, not {self.shard.num_samples}")
+            problems.append(f"holds {count_of(num_rows, 'sample')}, not {self.shard.num_samples}")
         for what, rows in self.faults.items():
             others = f" and {len(rows) - 1} others" if len(rows) > 1 else ""
             problems.append(f"holds {what} in sample {rows[0]}{others}")
@@ -154,7 +155,9 @@ class _StridedCheck:
             digest.update(chunk)
             is_clean = is_clean and not np.frombuffer(chunk, np.uint8).any()
         if not is_clean and not self.faults:
-            self.content.problems.append(f"holds more than {self.shard.num_samples} samples")
+            self.content.problems.append(
+                f"holds more than {count_of(self.shard.num_samples, 'sample')}"
+            )
 
     def _fault(self, what: str, is_bad: np.ndarray, first_row: int) -> None:
         if is_bad.any():
@@ -190,7 +193,7 @@ class _StridedCheck:
         self._fault("a damaged header", is_damaged, first_row)
         self._fault("a label that is not a number", ~is_label & ~is_damaged, first_row)
         is_beyond = is_label & (labels >= max(1, self.manifest.num_classes))
-        what = f"a label beyond the {max(1, self.manifest.num_classes)} classes"
+        what = f"a label beyond the {count_of(max(1, self.manifest.num_classes), 'class')}"
         self._fault(what, is_beyond & ~is_damaged, first_row)
         is_good &= ~is_damaged
         arrays = moments[is_good].reshape(-1, *latent.shape)
@@ -252,7 +255,8 @@ def _check_foreign(
                 content.problems.append(f"a value that is no number in sample {sample.key!r}")
             if not 0 <= sample.label < num_classes:
                 content.problems.append(
-                    f"label {sample.label} of {sample.key!r} is beyond the {num_classes} classes"
+                    f"label {sample.label} of {sample.key!r} is beyond the "
+                    f"{count_of(num_classes, 'class')}"
                 )
             add_samples(content.totals, [sample.label], sample.values[None], latent.kind)
     except DamagedRecordError as err:
@@ -260,7 +264,7 @@ def _check_foreign(
     found.sort()  # as an index has them; labels that stand elsewhere complete samples late
     content.num_samples = len(found)
     if len(found) != shard.num_samples:
-        content.problems.append(f"holds {len(found)} samples, not {shard.num_samples}")
+        content.problems.append(f"holds {count_of(len(found), 'sample')}, not {shard.num_samples}")
     content.problems += _index_problems(folder / index_name(shard.name), shard, np.array(found))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.files import parse_json
 from data_tools.sources.class_names import Classes, ClassFolders
 from data_tools.sources.images import IMAGE_SUFFIXES
@@ -59,8 +59,8 @@ class _BesideImages:
     def notes(self) -> list[str]:
         """Say what may not be meant."""
         return [
-            f"{entry.count} images are called as {entry.examples[0]} is, beside one without "
-            f".{entry.kind}: if they are masks or the like, name the images in a list"
+            f"{count_of(entry.count, 'image', 'are')} called as {entry.examples[0]} is, beside "
+            f"one without .{entry.kind}: if they are masks or the like, name the images in a list"
             for entry in self.companions.entries()[:_COMPANIONS_SHOWN]
         ]
 
@@ -165,8 +165,8 @@ def _folder_classes(found: ClassFolders, root: Path, flag: str, num_images: int)
     if 0 < found.num_loose < num_images and found.reading.class_from != "none":
         loose = found.first_loose.decode("utf-8", "backslashreplace")
         raise ConfigError(
-            f"{flag} {root}: {found.num_loose} images ({loose}, ...) lie beside class folders; "
-            "move them into a class folder, or all images into one flat folder."
+            f"{flag} {root}: {count_of(found.num_loose, 'image', 'lie')} beside class folders "
+            f"({loose}, ...); move them into a class folder, or all images into one flat folder."
         )
     return found.classes(f"{flag} {root}", lambda part: f"give {flag} {root / part}")
 

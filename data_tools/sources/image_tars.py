@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.files import MalformedError, from_json, replace_file
 from data_tools.sources.class_names import Classes, ClassFolders
 from data_tools.sources.images import BadImageError
@@ -187,14 +187,15 @@ def _no_images_error(text: str, paths: list[Path], entries: list[LeftOut]) -> Co
     inside = next((entry for entry in entries if entry.kind == TARS_INSIDE), None)
     if inside is not None:
         return ConfigError(
-            f"--input {text}: holds {inside.count} tars ({inside.examples[0]}, ...) and no images; "
+            f"--input {text}: holds {count_of(inside.count, 'tar')} ({inside.examples[0]}, ...) "
+            "and no images; "
             f"unpack it once, tar -xf {paths[0]} -C FOLDER, and give --input FOLDER (with "
             "--class-from tar if each tar in it is a class)."
         )
     instead = f"; left out: {sentence(entries)}" if entries else ""
     return ConfigError(
-        f"--input {text}: no images (KEY.jpg, .png, ...) in its {len(paths)} tars{instead}; give "
-        "tars of images."
+        f"--input {text}: no images (KEY.jpg, .png, ...) in its "
+        f"{count_of(len(paths), 'tar')}{instead}; give tars of images."
     )
 
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.sources.left_out import LeftOut, Tally
 from data_tools.sources.reading import Reading
 from data_tools.sources.sample_labels import (
@@ -265,10 +265,10 @@ class _Scan:
         if self.companions:
             suffix = split_name(self._name(min(self.companions)))[1]
             hint = f", for example --image-suffix {suffix}{self._label_hint()}"
-        first = self.orphans[0][:SHOWN_NAME]
+        first, num_bare = self.orphans[0][:SHOWN_NAME], int((labels == _NO_LABEL).sum())
         return self._error(
             f"{len(self.orphans)} .{self.label_suffix} ({first}, ...) have no image "
-            f"beside them, and {int((labels == _NO_LABEL).sum())} images have no label; give both "
+            f"beside them, and {count_of(num_bare, 'image', 'have')} no label; give both "
             f"one KEY, or say what follows KEY and a dot with --image-suffix and --label-suffix"
             f"{hint}"
         )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.shards.manifest import (
     MANIFEST_NAME,
     ChannelStatistics,
@@ -97,8 +97,8 @@ class TrainingData:
         fewest = min(map(sum, self._set_sizes()))
         if fewest < num_streams:
             raise ConfigError(
-                f"--data-streams {num_streams} is more than the {fewest} samples of the smallest "
-                "data set; use fewer streams."
+                f"--data-streams {num_streams} is more than the {count_of(fewest, 'sample')} of "
+                "the smallest data set; use fewer streams."
             )
 
     def _set_sizes(self) -> list[list[int]]:
@@ -132,10 +132,11 @@ class TrainingData:
                 shape = "x".join(map(str, found.latent.shape))
                 flip = " with mirrored images" if found.has_flip else ""
                 lines.append(
-                    f"{share}{part.location.text}: {found.num_samples:,} samples, "
-                    f"{len(found.shards):,} shards, {size / 2**30:,.2f} GiB, "
+                    f"{share}{part.location.text}: "
+                    f"{count_of(f'{found.num_samples:,}', 'sample')}, "
+                    f"{count_of(f'{len(found.shards):,}', 'shard')}, {size / 2**30:,.2f} GiB, "
                     f"{found.latent.kind} {shape} {found.latent.dtype}{flip}, "
-                    f"{found.num_classes} classes"
+                    f"{count_of(found.num_classes, 'class')}"
                 )
         return "\n".join(lines)
 
@@ -210,8 +211,8 @@ def open_data(
         elsewhere = [place for one in places for place in one.locations]
         if len(elsewhere) != len(named):
             raise ConfigError(
-                f"--data-shards {data_shards} names {len(elsewhere)} places but --data "
-                f"{len(named)} data sets; give one for each, in the same order."
+                f"--data-shards {data_shards} names {count_of(len(elsewhere), 'place')} but --data "
+                f"{count_of(len(named), 'data set')}; give one for each, in the same order."
             )
     found = []
     for place, tars in zip(named, elsewhere, strict=True):

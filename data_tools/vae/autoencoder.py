@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.shards.manifest import VaeReference
 from data_tools.vae.vae_files import REPOSITORY, load_model
 from models.latents import scale_and_shift, vae_latents
@@ -238,8 +238,8 @@ def resolve_device(name: str | None) -> torch.device:
         found = torch.cuda.device_count()
         if (device.index or 0) >= found:
             raise ConfigError(
-                f"--device {name}: this machine has {found} CUDA devices; use --device cpu"
-                + (f" or cuda:0 to cuda:{found - 1}." if found else ".")
+                f"--device {name}: this machine has {count_of(found, 'CUDA device')}; use "
+                "--device cpu" + (f" or cuda:0 to cuda:{found - 1}." if found else ".")
             )
     elif device.type != "cpu":
         raise ConfigError(f"--device {name}: only cpu and cuda are supported; use one of them.")

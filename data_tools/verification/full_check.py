@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.errors import count_of
 from data_tools.shards.manifest import MANIFEST_NAME, ChannelStatistics, DatasetManifest, Shard
 from data_tools.shards.records import sample_key
 from data_tools.shards.shard_check import OTHER_BYTES, ShardContent, read_shard
@@ -54,13 +55,13 @@ def run_full(
         result.findings += found
     num_shards, num_bad = len(manifest.shards), len(result.damaged("shard"))
     result.num_bytes = sum(shard.bytes for shard in manifest.shards)
-    good = f"{num_shards - num_bad} of {num_shards} shards"
+    good = f"{num_shards - num_bad} of {count_of(num_shards, 'shard')}"
     result.checked.append(("size, sha256, members, shapes, finite values, labels", good))
     if with_sidecars:
         num_odd = len(result.damaged("sidecar"))
         result.checked.append(("sidecars", f"{num_shards - num_odd} of {num_shards}"))
     if num_bad:
-        why = f"{num_bad} shards are damaged; verify again after the repair"
+        why = f"{count_of(num_bad, 'shard', 'are')} damaged; verify again after the repair"
         result.skipped.append(("keys, labels and statistics of the whole set", why))
         return
     for compare in (_compare_keys, _compare_counts, _compare_statistics):

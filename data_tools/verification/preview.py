@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.files import replace_file
 from data_tools.shards.foreign_tar import index_name
 from data_tools.shards.manifest import DatasetManifest
@@ -117,8 +117,10 @@ def write_preview(
     scaled = frozen_latents(latents, *autoencoder.scale_and_shift("cpu"))
     pixels = decode_pixels(autoencoder, scaled.to(device))
     title = (
-        f"{manifest.folder.resolve().name}: {len(samples)} of {manifest.num_samples} samples, "
-        f"{manifest.num_classes or 'no'} classes, {pixels.shape[2]}x{pixels.shape[1]} pixels, "
+        f"{manifest.folder.resolve().name}: {len(samples)} of "
+        f"{count_of(manifest.num_samples, 'sample')}, "
+        f"{count_of(manifest.num_classes or 'no', 'class')}, "
+        f"{pixels.shape[2]}x{pixels.shape[1]} pixels, "
         f"decoded by {reference.id}"
     )
     picture = draw_grid(pixels, [sample.caption for sample in samples], title)

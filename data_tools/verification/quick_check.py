@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.errors import count_of
 from data_tools.shards.foreign_tar import index_name
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest, Shard
 from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
@@ -44,7 +45,7 @@ def run_quick(
     for found in pool.map(lambda piece: [f for shard in piece for f in look(shard)], pieces):
         result.findings += found
     num_bad, num_shards = len(result.damaged("shard", "index")), len(manifest.shards)
-    good = f"{num_shards - num_bad} of {num_shards} shards"
+    good = f"{num_shards - num_bad} of {count_of(num_shards, 'shard')}"
     result.checked.append(("presence, size, first and last sample", good))
     if with_sidecars:
         num_bad = len(result.damaged("sidecar"))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_tools.encode_latents import main
 from data_tools.encoding import trial
-from data_tools.encoding.command import reopen
+from data_tools.encoding.command import PRESETS_PATCH, reopen
 from data_tools.encoding.encoder import ShardEncoder
 from data_tools.encoding.output import INDEXES_NAME, EncodingOutput
 from data_tools.encoding.progress import EncodingProgress, duration
@@ -25,6 +25,7 @@ from data_tools.inspect_dataset import page
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.inputs import open_source
 from data_tools.vae.autoencoder import DEMO_VAE, encode_moments, load_vae, with_dtype
+from data_tools.vae.vae_files import REPOSITORY
 from data_tools.verification.preview import write_preview
 from tests.support.encode_jobs import content, flags, make_pictures
 
@@ -241,6 +242,21 @@ def test_a_dry_run_counts_and_estimates(images, encoded, tmp_path, capsys):
     assert not (tmp_path / "set").exists()
     main(flags(images, encoded, **{"--dry-run": True}))
     assert re.search(r"23 images are done; .*, 0 s for one process\n", capsys.readouterr().out)
+
+
+def test_latents_that_no_preset_can_cut_into_patches_are_told_before_they_are_encoded(
+    images, tmp_path, capsys
+):
+    main(flags(images, tmp_path / "odd", **{"--dry-run": True, "--size": "36"}))
+    said = capsys.readouterr().out
+    assert (
+        "latents of 9 x 9 cannot be cut into patches of 2, as every preset's network does: " in said
+    )
+    assert "encode with --size 32 or 40, or train with a --patch-size that divides 9\n" in said
+    for preset in (REPOSITORY / "training" / "presets").glob("*.yaml"):
+        assert f"patch_size: {PRESETS_PATCH}\n" in preset.read_text(), preset
+    main(flags(images, tmp_path / "even", **{"--dry-run": True}))
+    assert "patches" not in capsys.readouterr().out
 
 
 class OtherProcesses:

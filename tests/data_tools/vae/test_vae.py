@@ -333,7 +333,7 @@ def test_wrong_flags_of_train_vae_are_named(argv, sentence):
 
 def test_too_few_or_damaged_pictures_are_refused(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    with pytest.raises(ConfigError, match=r"^--images: 1 images give 1 for training and 0 held ou"):
+    with pytest.raises(ConfigError, match=r"^--images: 1 image gives 1 for training and 0 held ou"):
         folder_pictures([tmp_path], 16)
     (tmp_path / "b.png").touch()
     with pytest.raises(
