@@ -95,6 +95,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 @contextmanager
+def told_as(problem: str, advice: str) -> Iterator[None]:
+    """Turn what the system refuses into a ConfigError: "PROBLEM (No such file); ADVICE."."""
+    try:
+        yield
+    except OSError as err:
+        raise ConfigError(f"{problem} ({err.strerror}); {advice}.") from err
+
+
+@contextmanager
 def exit_on_config_error() -> Iterator[None]:
     """Turn a ConfigError into one line on stderr and its exit code."""
     try:

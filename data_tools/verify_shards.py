@@ -18,7 +18,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, count_of
+from data_tools.errors import ArgumentParser, ConfigError, count_of, told_as
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.verification.findings import SHARD_PARTS, Verification
@@ -164,14 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.monotonic() - started
     print(report(result, seconds, done), end="", flush=True)
     if args.report:
-        try:
-            args.report.write_text(
-                report(result, seconds, done, max_findings=None), "utf-8", "backslashreplace"
-            )
-        except OSError as err:
-            raise ConfigError(
-                f"--report {args.report}: cannot be written ({err.strerror}); name another file."
-            ) from err
+        text = report(result, seconds, done, max_findings=None)
+        with told_as(f"--report {args.report}: cannot be written", "name another file"):
+            args.report.write_text(text, "utf-8", "backslashreplace")
     if args.preview:
         write_preview_picture(result, args)
     if result.damaged():

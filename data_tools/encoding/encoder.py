@@ -32,7 +32,7 @@ from torch import Tensor
 from data_tools.encoding.device import BusyClock, EncodedBatch, is_out_of_memory
 from data_tools.encoding.output import finished_sidecar, shard_name
 from data_tools.encoding.settings import EncodingSettings
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, told_as
 from data_tools.files import replace_file
 from data_tools.permutations import permutation
 from data_tools.shards.manifest import Shard
@@ -224,13 +224,9 @@ class ShardEncoder:
         good = []
         for row, (place, future) in enumerate(zip(batch.places, batch.read, strict=True)):
             name = self.source.name(place)
-            try:
+            problem = f"--input {self.source.text}: {name} cannot be read"
+            with told_as(problem, "make it readable and run the same command again"):
                 damage = future.result()
-            except OSError as err:
-                raise ConfigError(
-                    f"--input {self.source.text}: {name} cannot be read ({err.strerror}); make it "
-                    "readable and run the same command again."
-                ) from err
             if damage is None:
                 good.append(row)
                 continue
@@ -286,7 +282,7 @@ class ShardEncoder:
 
         def write(file: IO[bytes]) -> None:
             nonlocal num_bytes
-            self.settings.layout.write(_Hashing(file, digest), samples())
+            self.settings.latent.layout.write(_Hashing(file, digest), samples())
             num_bytes = file.tell()
             self._check_stated(tar.name, digest.hexdigest())
 
@@ -296,7 +292,7 @@ class ShardEncoder:
                 num_samples=len(keys),
                 bytes=num_bytes,
                 sha256=digest.hexdigest(),
-                stride=self.settings.layout.stride,
+                stride=self.settings.latent.layout.stride,
                 index_sha256="",
                 first_key=keys[0] if keys else "",
                 skipped=sorted(shard.skipped),

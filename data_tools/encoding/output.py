@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +28,7 @@ from data_tools.shards.manifest import (
     SourceList,
 )
 from data_tools.shards.shard_check import read_shard
-from data_tools.shards.sidecar import SIDECAR, Sidecar, statistics_of
+from data_tools.shards.sidecar import SIDECAR, Sidecar, label_counts, statistics_of
 from data_tools.sources.source import ImageSource
 
 CLAIMS_NAME = ".claims"  # folder with the claims of processes at work
@@ -199,9 +198,8 @@ def _manifest(
     class_names: dict[str, tuple[str, str]],
     sidecars: list[Sidecar],
 ) -> Manifest:
-    counts: Counter[int] = Counter()
-    for sidecar in sidecars:
-        counts.update({int(name): n for name, n in sidecar.totals.class_counts.items()})
+    totals = [sidecar.totals for sidecar in sidecars]
+    counts = label_counts(totals)
     shards = [sidecar.shard for sidecar in sidecars]
     num_samples = sum(shard.num_samples for shard in shards)
     num_skipped = sum(len(shard.skipped) for shard in shards)
@@ -217,9 +215,7 @@ def _manifest(
         latent=settings.latent,
         members=Members("moments.npy", "flip.npy" if settings.latent.flip else "", "cls"),
         vae=settings.vae,
-        statistics=statistics_of(
-            [sidecar.totals for sidecar in sidecars], num_samples, height * width
-        ),
+        statistics=statistics_of(totals, num_samples, height * width),
         image=settings.image,
         source=SourceList(settings.num_files, num_skipped, settings.source),
         order_seed=settings.seed,

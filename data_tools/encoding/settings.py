@@ -24,7 +24,7 @@ from data_tools.shards.manifest import (
     LatentFormat,
     VaeReference,
 )
-from data_tools.shards.records import KEY_DIGITS, RecordLayout
+from data_tools.shards.records import KEY_DIGITS
 from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources.class_names import number_difference
 from data_tools.sources.reading import Reading
@@ -69,12 +69,6 @@ class EncodingSettings:
     def num_shards(self) -> int:
         """How many shards the images fill."""
         return math.ceil(self.num_files / self.shard_size)
-
-    @property
-    def layout(self) -> RecordLayout:
-        """The bytes of a sample."""
-        channels, height, width = self.latent.shape
-        return RecordLayout((channels, height, width), self.latent.flip)
 
     def files_in(self, index: int) -> int:
         """How many images a shard has, damaged ones included."""

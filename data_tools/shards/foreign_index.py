@@ -15,19 +15,19 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, told_as
 from data_tools.files import SINCE
 from data_tools.formats import Format
 from data_tools.shards.foreign_arrays import channels_last, not_npy, unusable
 from data_tools.shards.manifest import Members
 from data_tools.shards.records import NPY_HEADER_ERRORS
+from data_tools.shards.sidecar import ShardTotals, add_samples
 from data_tools.sources.left_out import LeftOut, Tally, sentence
-from data_tools.sources.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
+from data_tools.sources.sample_labels import LabelError
 from data_tools.sources.tar_members import BadTarError, content_of, walk
 from data_tools.sources.tar_samples import IncompleteSampleError, TarParts, grouped
 from data_tools.storage.fetch import read_small
 from data_tools.storage.locations import Location
-from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
 _MAX_HEADER_BYTES = 4096  # of an npy file; numpy's own have 128
 _MAX_REMOTE_BYTES = 1 << 33  # of one tar, which is held in memory while it is scanned
@@ -63,6 +63,11 @@ class ScannedShard:
     # Least of all moments; else, or where it is unknown, -1.
     log_variance_min: float = field(default=-1.0, metadata={SINCE: 2})
 
+    @property
+    def totals(self) -> ShardTotals:
+        """The sums that a sidecar would hold."""
+        return ShardTotals(self.label_counts, self.channel_sum, self.channel_square_sum)
+
 
 NOTES = Format(newest=2, kind=ScannedShard)
 
@@ -82,29 +87,28 @@ def scan(location: Location, name: str, wanted: WantedMembers) -> tuple[ScannedS
     try:
         if location.folder is None:
             return _scan(io.BytesIO(read_small(location, name, _MAX_REMOTE_BYTES)), wanted)
-        with (location.folder / name).open("rb") as file:
+        with (
+            told_as(f"--input {where}: cannot be read", "give tars that are there"),
+            (location.folder / name).open("rb") as file,
+        ):
             return _scan(file, wanted)
-    except OSError as err:
-        raise ConfigError(
-            f"--input {where}: cannot be read ({err.strerror}); give tars that are there."
-        ) from err
     except (BadTarError, _RefusedError) as err:
         raise ConfigError(f"--input {where}: {err}.") from err
 
 
 def _scan(file: BinaryIO, wanted: WantedMembers) -> tuple[ScannedShard, bytes]:
     hashing, left_out = _HashingReader(file), Tally()
-    sums = _Sums(wanted.kind)
+    uniform, totals = _Uniform(wanted.kind), ShardTotals()
     rows: list[tuple[int, int, int]] = []
-    counts, first_key = {}, ""
+    first_key = ""
     suffixes = Members(wanted.array, wanted.flip, wanted.label).suffixes
     try:
         for sample in grouped(walk(hashing), suffixes, left_out):
-            offset, flip_offset = _read_arrays(hashing, sample, wanted, sums)
+            array, flip_offset = _read_arrays(hashing, sample, wanted, uniform)
             label = _label(hashing, sample, wanted.label)
+            add_samples(totals, [label], array[None], wanted.kind)
             first_key = first_key or sample.key
-            rows.append((offset, flip_offset, label))
-            counts[str(label)] = counts.get(str(label), 0) + 1
+            rows.append((sample.by_suffix[wanted.array].offset_data, flip_offset, label))
     except IncompleteSampleError as err:
         there = f"; the tar has {sentence(left_out.entries())}" if left_out else ""
         raise _RefusedError(f"{err}{there}") from err
@@ -122,37 +126,33 @@ def _scan(file: BinaryIO, wanted: WantedMembers) -> tuple[ScannedShard, bytes]:
         sha256=hashing.digest.hexdigest(),
         index_sha256=hashlib.sha256(index.getvalue()).hexdigest(),
         first_key=first_key,
-        shape=list(sums.shape),
-        dtype=sums.dtype,
-        label_counts=counts,
-        channel_sum=sums.total.tolist(),
-        channel_square_sum=sums.squares.tolist(),
+        shape=list(uniform.shape),
+        dtype=uniform.dtype,
+        label_counts=totals.class_counts,
+        channel_sum=totals.channel_sum,
+        channel_square_sum=totals.channel_square_sum,
         left_out=left_out.entries(),
-        log_variance_min=sums.log_variance_min,
+        log_variance_min=uniform.log_variance_min,
     )
     return found, index.getvalue()
 
 
 def _read_arrays(
-    file: "_HashingReader", sample: TarParts, wanted: WantedMembers, sums: "_Sums"
-) -> tuple[int, int]:
-    """Check and add up a sample's arrays; return the offsets of the array and the mirrored one."""
-    offsets = [-1, -1]
-    for place, suffix in enumerate((wanted.array, wanted.flip)):
-        if suffix:
-            member = sample.by_suffix[suffix]
-            name = f"{sample.shown}.{suffix}"
-            sums.add(_array(content_of(file, member), name), name, suffix == wanted.array)
-            offsets[place] = member.offset_data
-    return offsets[0], offsets[1]
+    file: "_HashingReader", sample: TarParts, wanted: WantedMembers, uniform: "_Uniform"
+) -> tuple[np.ndarray, int]:
+    """Read and check a sample's arrays; return the first, and the offset of the mirrored one."""
+    found = []
+    for suffix in filter(None, (wanted.array, wanted.flip)):
+        name = f"{sample.shown}.{suffix}"
+        found.append(_array(content_of(file, sample.by_suffix[suffix]), name))
+        uniform.check(found[-1], name)
+    uniform.note_log_variance(found[0])
+    return found[0], sample.by_suffix[wanted.flip].offset_data if wanted.flip else -1
 
 
 def _label(file: "_HashingReader", sample: TarParts, label: str) -> int:
-    if not label:
-        return 0
-    suffix, field = split_label(label)
     try:
-        number = parse_label(content_of(file, sample.by_suffix[suffix], LABEL_BYTES), field)
+        number = sample.label(file, label)
     except LabelError as err:
         raise _RefusedError(
             f"sample {sample.shown} has {err} as its {label}, which gives no whole number; "
@@ -192,16 +192,15 @@ def _array(content: bytes, name: str) -> np.ndarray:
     return np.frombuffer(content, dtype, offset=start).reshape(shape)
 
 
-class _Sums:
-    """Sums over posterior draws per channel, and the shape and dtype that all arrays have."""
+class _Uniform:
+    """The shape and dtype that all arrays of a tar must have, and their least log-variance."""
 
     def __init__(self, kind: str) -> None:
         self.kind, self.shape, self.dtype = kind, (), ""
-        self.total = self.squares = np.zeros(0)
         self.log_variance_min = np.inf if kind == "moments" else -1.0
 
-    def add(self, array: np.ndarray, name: str, is_counted: bool) -> None:
-        """Check an array (C, H, W) or (2C, H, W); mirrored ones are not counted."""
+    def check(self, array: np.ndarray, name: str) -> None:
+        """Refuse an array (C, H, W) or (2C, H, W) that is not as the others, or not finite."""
         if not self.shape:
             self.shape, self.dtype = array.shape, array.dtype.name
             if self.kind == "moments" and array.shape[0] % 2:
@@ -219,17 +218,12 @@ class _Sums:
             raise _RefusedError(
                 f"{name} holds a value that is no number; write the tar without that sample"
             )
-        if not is_counted:
-            return
-        values, variance = array.astype(np.float64), 0.0
+
+    def note_log_variance(self, array: np.ndarray) -> None:
+        """Take the least log-variance of an array into account, where it has any."""
         if self.kind == "moments":
-            values, log_variance = np.split(values, 2)
-            self.log_variance_min = min(self.log_variance_min, float(log_variance.min()))
-            variance = np.exp(log_variance.clip(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX))
-        if not len(self.total):
-            self.total = self.squares = np.zeros(len(values))
-        self.total = self.total + values.sum(axis=(1, 2))
-        self.squares = self.squares + (values**2 + variance).sum(axis=(1, 2))
+            least = float(array[len(array) // 2 :].astype(np.float64).min())
+            self.log_variance_min = min(self.log_variance_min, least)
 
 
 class _HashingReader:

@@ -8,9 +8,9 @@ import numpy as np
 
 from data_tools.shards.manifest import LatentFormat, Members
 from data_tools.shards.records import NPY_HEADER_ERRORS, DamagedRecordError
-from data_tools.sources.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
+from data_tools.sources.sample_labels import LabelError
 from data_tools.sources.sample_names import split_name
-from data_tools.sources.tar_members import BadTarError, Member, content_of, walk
+from data_tools.sources.tar_members import BadTarError, Member, walk
 from data_tools.sources.tar_samples import TarParts, grouped
 
 
@@ -71,13 +71,10 @@ def _sample(file: BinaryIO, sample: TarParts, members: Members, latent: LatentFo
         flip_offset, flipped = _array(file, parts[members.flip], shown, latent)
         if not np.isfinite(flipped).all():
             raise DamagedRecordError(f"a value that is no number in the mirrored {shown!r}")
-    label = 0
-    if members.label:
-        suffix, field = split_label(members.label)
-        try:
-            label = parse_label(content_of(file, parts[suffix], LABEL_BYTES), field)
-        except LabelError as err:
-            raise DamagedRecordError(f"the label of sample {shown!r} is not a number") from err
+    try:
+        label = sample.label(file, members.label)
+    except LabelError as err:
+        raise DamagedRecordError(f"the label of sample {shown!r} is not a number") from err
     return TarSample(sample.key, array_offset, flip_offset, label, values)
 
 

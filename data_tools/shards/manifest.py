@@ -54,6 +54,16 @@ class LatentFormat:
     flip: bool  # those of the mirrored images are stored too
     precision: str  # of the VAE's arithmetic: fp32, bf16, fp16, or unknown
 
+    @property
+    def layout(self) -> RecordLayout:
+        """The bytes of a sample in shards that this project wrote."""
+        return RecordLayout(self.shape, self.flip)
+
+    @property
+    def indexed_layout(self) -> IndexedLayout:
+        """How samples are read from tars of others."""
+        return IndexedLayout(self.shape, self.dtype)
+
 
 @dataclass(frozen=True)
 class Members:
@@ -243,18 +253,6 @@ class DatasetManifest(Manifest):
         """Whether others wrote the tars, so that an index beside each says where samples lie."""
         return self.shards[0].stride == 0
 
-    @property
-    def layout(self) -> RecordLayout:
-        """The bytes of a sample in shards that this project wrote."""
-        channels, height, width = self.latent.shape
-        return RecordLayout((channels, height, width), self.latent.flip)
-
-    @property
-    def indexed_layout(self) -> IndexedLayout:
-        """How samples are read from tars of others."""
-        channels, height, width = self.latent.shape
-        return IndexedLayout((channels, height, width), self.latent.dtype)
-
 
 def content_hash(manifest: Manifest) -> str:
     """Return the sha256 of all that decides what training reads.
@@ -328,7 +326,7 @@ def _check_own_layout(manifest: Manifest) -> None:
     latent = manifest.latent
     if (latent.kind, latent.dtype) != ("moments", "float16"):
         raise MalformedError(f"shards with a stride hold float16 moments, not {latent.dtype}")
-    stride = RecordLayout((latent.shape[0], latent.shape[1], latent.shape[2]), latent.flip).stride
+    stride = latent.layout.stride
     for shard in manifest.shards:
         if shard.stride not in (0, stride):  # 0: a union with tars of others
             raise MalformedError(f"{shard.name} has stride {shard.stride}, its shape asks {stride}")

@@ -13,7 +13,7 @@ import io
 import math
 import os
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -61,9 +61,9 @@ def _padded(num_bytes: int) -> int:
 class RecordLayout:
     """Where the parts of a sample lie, in bytes from its start; follows from shape and flip."""
 
-    def __init__(self, shape: tuple[int, int, int], has_flip: bool) -> None:
+    def __init__(self, shape: Sequence[int], has_flip: bool) -> None:
         """Compute the layout for raw latents of `shape` (2C, H, W)."""
-        self.shape, self.has_flip = shape, has_flip
+        self.shape, self.has_flip = tuple(shape), has_flip
         self.array_bytes = math.prod(shape) * 2  # float16
         empty = _npy(np.zeros(shape, np.float16))
         self.npy_header = np.frombuffer(empty[: len(empty) - self.array_bytes], np.uint8)
@@ -164,9 +164,8 @@ class IndexedLayout:
     image's (-1: none), and the label.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: str) -> None:
+    def __init__(self, shape: Sequence[int], dtype: str) -> None:
         """Compute the layout for arrays of `shape` and `dtype` (float16 or float32)."""
-        self.shape = shape
         self.array_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         empty = _npy(np.zeros(shape, dtype))
         self.npy_header = np.frombuffer(empty[: len(empty) - self.array_bytes], np.uint8)

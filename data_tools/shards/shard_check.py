@@ -18,7 +18,7 @@ import numpy as np
 from data_tools.errors import count_of
 from data_tools.shards.foreign_tar import first_foreign_member, index_name, walk_samples
 from data_tools.shards.manifest import DatasetManifest, Shard
-from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
+from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError
 from data_tools.shards.sidecar import ShardTotals, add_samples
 from data_tools.user_files.file_kinds import LFS_REASON, is_lfs_pointer_file
 
@@ -110,8 +110,7 @@ class _StridedCheck:
 
     def __init__(self, shard: Shard, manifest: DatasetManifest, content: ShardContent) -> None:
         self.shard, self.manifest, self.content = shard, manifest, content
-        shape = manifest.latent.shape
-        self.layout = RecordLayout((shape[0], shape[1], shape[2]), manifest.latent.flip)
+        self.layout = manifest.latent.layout
         self.faults: dict[str, list[int]] = {}  # what: rows
         self.keys: list[np.ndarray] = []
 

@@ -6,6 +6,8 @@ last digit, so that a lost sidecar can be written anew from its shard, byte for 
 N samples, C latent channels, H W latent size.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +68,14 @@ def add_samples(
     totals.channel_square_sum = np.cumsum(np.vstack([square_before, square_sums]), axis=0)[
         -1
     ].tolist()
+
+
+def label_counts(totals: Iterable[ShardTotals]) -> Counter[int]:
+    """Count the samples of each label in all shards."""
+    counts: Counter[int] = Counter()
+    for part in totals:
+        counts.update({int(label): count for label, count in part.class_counts.items()})
+    return counts
 
 
 def statistics_of(

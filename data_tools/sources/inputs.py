@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, told_as
 from data_tools.files import parse_json
 from data_tools.sources.huggingface import is_saved_dataset, open_saved_dataset
 from data_tools.sources.image_folders import scan_folder
@@ -44,7 +44,7 @@ def open_source(
     places = [place for word in words for place in places_of(word, "--input")]
     path = Path(places[0])
     is_saved, is_list, tars, beside = False, False, [], Tally()
-    try:
+    with told_as(f"--input {text}: cannot be read", "give a path that can be"):
         if len(places) > 1 or (path.suffix.lower() == ".tar" and not path.is_dir()):
             tars = _tars(places, text)
         elif not (is_saved := is_saved_dataset(path)):
@@ -52,10 +52,6 @@ def open_source(
             is_list = path.is_file() and path.suffix.lower() in _LIST_SUFFIXES
             if not path.is_dir():
                 _refuse_packed(places[0])
-    except OSError as err:
-        raise ConfigError(
-            f"--input {text}: cannot be read ({err.strerror}); give a path that can be."
-        ) from err
     if is_saved:
         source = open_saved_dataset(path, reading)
     elif tars:
@@ -163,12 +159,9 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
         id and name for the manifest, by the input's id.
     """
     try:
-        text = read_text(path)
+        with told_as(f"--class-names {path}: cannot be read", "give a JSON or TSV file"):
+            text = read_text(path)
         pairs = parse_json(text) if path.suffix.lower() == ".json" else _from_lines(text)
-    except OSError as err:
-        raise ConfigError(
-            f"--class-names {path}: cannot be read ({err.strerror}); give a JSON or TSV file."
-        ) from err
     except ValueError as err:
         raise ConfigError(
             f"--class-names {path}: is no JSON object and no lines of id, tab, name ({err}); "

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.errors import ConfigError
+from data_tools.shards.foreign_tar import index_name
 from data_tools.shards.manifest import Manifest
 from data_tools.storage.byte_stream import Patience
 from data_tools.storage.cache import ShardCache, default_cache_folder
@@ -117,13 +118,14 @@ class ShardStore:
             int64 (n, 3): offset of the array, of the mirrored one or -1, label.
         """
         entry = self.manifest.shards[shard]
-        name = entry.name.removesuffix(".tar") + ".index.npy"
+        name = index_name(entry.name)
         num_bytes = _index_bytes(entry.num_samples)
         if self._index_location.folder is None:
             descriptor = self._open_remote(
                 self._index_location, name, entry.index_sha256, num_bytes
             )
-            content = _read_and_close(descriptor, num_bytes)
+            with open(descriptor, "rb") as file:
+                content = file.read(num_bytes)
         else:
             content = read_small(self._index_location, name, num_bytes)
         if hashlib.sha256(content).hexdigest() != entry.index_sha256:
@@ -194,8 +196,3 @@ def _index_bytes(num_samples: int) -> int:
         header, {"shape": shape, "fortran_order": False, "descr": "<i8"}
     )
     return header.tell() + num_samples * INDEX_COLUMNS * np.dtype(np.int64).itemsize
-
-
-def _read_and_close(descriptor: int, num_bytes: int) -> bytes:
-    with open(descriptor, "rb") as file:
-        return file.read(num_bytes)

@@ -12,7 +12,7 @@ from data_tools.errors import count_of
 from data_tools.shards.manifest import MANIFEST_NAME, ChannelStatistics, DatasetManifest, Shard
 from data_tools.shards.records import sample_key
 from data_tools.shards.shard_check import OTHER_BYTES, ShardContent, read_shard
-from data_tools.shards.sidecar import statistics_of
+from data_tools.shards.sidecar import label_counts, statistics_of
 from data_tools.verification.findings import Finding, Verification, expects_sidecars, read_sidecar
 
 # dataset.json keeps 6 decimals; the order of additions costs less.
@@ -129,10 +129,7 @@ def _compare_counts(result: Verification, manifest: DatasetManifest) -> None:
 
 def class_counts(result: Verification) -> Counter[int]:
     """Count the samples of each label in all shards."""
-    counts: Counter[int] = Counter()
-    for content in result.contents.values():
-        counts.update({int(label): n for label, n in content.totals.class_counts.items()})
-    return counts
+    return label_counts(content.totals for content in result.contents.values())
 
 
 def computed_statistics(result: Verification) -> ChannelStatistics:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.errors import ConfigError, count_of
+from data_tools.errors import ConfigError, count_of, told_as
 from data_tools.files import replace_file
 from data_tools.shards.foreign_tar import index_name
 from data_tools.shards.manifest import DatasetManifest
@@ -124,13 +124,9 @@ def write_preview(
         f"decoded by {reference.id}"
     )
     picture = draw_grid(pixels, [sample.caption for sample in samples], title)
-    try:
+    with told_as(f"--preview {path}: cannot be written", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda file: picture.save(file, "png"))
-    except OSError as err:
-        raise ConfigError(
-            f"--preview {path}: cannot be written ({err.strerror}); name another file."
-        ) from err
     return len(samples)
 
 
@@ -235,7 +231,7 @@ def _read(manifest: DatasetManifest, place: int, row: int) -> PreviewSample:
 def _read_strided(
     descriptor: int, manifest: DatasetManifest, row: int
 ) -> tuple[int, str, np.ndarray]:
-    layout = manifest.layout
+    layout = manifest.latent.layout
     head = np.empty((1, layout.head_bytes), np.uint8)
     array = np.empty(layout.array_bytes, np.uint8)
     layout.read_rows(descriptor, [row], [False], [memoryview(head[0])], [memoryview(array)])

@@ -27,7 +27,7 @@ def run_quick(
     """Look at sizes, at both ends of every shard and at the sidecars."""
     with_sidecars = expects_sidecars(result, manifest)
     # Tars of others have no common layout; then no shard below asks for it.
-    layout = manifest.layout if all(shard.stride for shard in manifest.shards) else None
+    layout = manifest.latent.layout if all(shard.stride for shard in manifest.shards) else None
     first_keys = {shard.first_key: shard.name for shard in manifest.shards if shard.num_samples}
 
     def look(shard: Shard) -> list[Finding]:

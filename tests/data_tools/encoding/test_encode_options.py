@@ -235,7 +235,7 @@ def test_a_dry_run_counts_and_estimates(images, encoded, tmp_path, capsys):
     main(flags(images, tmp_path / "set", **{"--dry-run": True, "--precision": "fp16"}))
     text = capsys.readouterr().out
     assert "images per class: blue_cars 8, red_cars 15\n" in text
-    stride = DatasetManifest.load(encoded).layout.stride
+    stride = DatasetManifest.load(encoded).latent.layout.stride
     assert f"{23 * stride:,} bytes in all, {stride:,} a sample, {8 * stride:,} a shard of 8" in text
     assert "--precision fp16: rms error 0.00" in text
     assert re.search(r"0 images are done; about [\d.]+ images/s here \(decoding [\d.]+ ms on", text)
