@@ -1,4 +1,4 @@
-"""The one exception that means "the user gave something wrong", and how entry points report it."""
+"""ConfigError, which means that the user gave something wrong, and the words of messages."""
 
 import argparse
 import sys
@@ -60,7 +60,7 @@ def first_line(err: Exception) -> str:
 
 
 class OutageError(ConfigError):
-    """Nobody's mistake, though said like one: a server failed for longer than we wait for it.
+    """A server failed for longer than we wait for it: nobody's mistake, but told in one sentence.
 
     It may come back by itself, so another start is worth trying, a bounded number of times.
     """

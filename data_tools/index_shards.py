@@ -1,4 +1,4 @@
-"""Index tars of latents that others wrote, so that training reads them in place.
+"""Index tars of latents that other programs wrote, so that training reads them in place.
 
     python data_tools/index_shards.py --input 'tars/{000..099}.tar' --array latent.npy --label cls \
         --vae stabilityai/sd-vae-ft-ema
@@ -113,7 +113,7 @@ def split_input(words: list[str]) -> tuple[Location, list[str]]:
 def scan_shard(
     location: Location, name: str, wanted: WantedMembers, output: Path, vae: Vae
 ) -> ScannedShard:
-    """Index a tar, unless that was done before; of one that is refused nothing is written."""
+    """Index a tar, unless that was done before; nothing is written of a tar that is refused."""
     stem = name.removesuffix(".tar")
     index, notes = output / f"{stem}.index.npy", output / f"{stem}.index.json"
     known = _known(notes)
@@ -143,7 +143,7 @@ def _known(notes: Path) -> ScannedShard | None:
 
 
 def check_latents(name: str, shard: ScannedShard, vae: Vae) -> None:
-    """Refuse, after the first tar already, what is not of this VAE or no log-variance."""
+    """Refuse latents of another VAE, and standard deviations in the place of log-variances."""
     shape, kind = shard.shape, shard.wanted.kind
     channels = shape[0] // (2 if kind == "moments" else 1)
     if channels != vae.latent_channels:

@@ -1,4 +1,4 @@
-"""Say what is in an encoded data set: samples, sizes, VAE, statistics, classes, and a picture.
+"""Describe an encoded data set: samples, sizes, VAE, statistics and classes; draw a preview.
 
     python data_tools/inspect_dataset.py latents/imagenet256
     python data_tools/inspect_dataset.py latents/imagenet256 --preview preview.png
@@ -59,7 +59,7 @@ def describe(manifest: DatasetManifest) -> dict[str, Any]:
         "vae": vars(manifest.vae),
         "image": vars(manifest.image),
         "statistics": vars(manifest.statistics),
-        "has_own_layout": all(shard.stride for shard in manifest.shards),
+        "has_own_layout": manifest.has_own_layout,
         "source": vars(manifest.source),
         "skipped": [name for shard in manifest.shards for name in shard.skipped],
         "left_out": [vars(entry) for entry in manifest.left_out],

@@ -1,4 +1,4 @@
-"""Permutations and seeds that follow from their key alone, on any machine and any version.
+"""Make permutations and seeds that depend on a key alone, on any machine and in any version.
 
 They are argsorts of 64-bit hashes (the finaliser of splitmix64, Steele et al., OOPSLA 2014) and not
 draws from a library's random stream, which may change with its version.

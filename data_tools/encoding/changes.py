@@ -1,4 +1,4 @@
-"""Images that are not there, or not what they were when an earlier command encoded them."""
+"""Compare the input with what is encoded already: missing files, and images edited since."""
 
 from pathlib import Path
 

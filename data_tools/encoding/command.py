@@ -1,4 +1,4 @@
-"""One command that encodes: alone or among other processes over the same output folder."""
+"""Run one encoding command: alone, or beside others that write into the same output folder."""
 
 import argparse
 import dataclasses
@@ -113,7 +113,7 @@ class EncodingRun:
     def describe(self) -> None:
         """Say what will be encoded into what."""
         settings, source = self.settings, self.source
-        num_bytes = settings.num_files * settings.latent.layout.stride
+        num_bytes = settings.num_files * settings.latent.record_layout.stride
         self.say(
             f"{source.text}: {count_of(len(source), 'image')} in "
             f"{count_of(len(source.classes), 'class')} -> {self.output}: "
@@ -176,7 +176,7 @@ class EncodingRun:
     def estimate(self) -> None:
         """Say what encoding would take."""
         settings = self.begun or self.complete(self.settings)
-        stride = settings.latent.layout.stride
+        stride = settings.latent.record_layout.stride
         self.say(
             f"{settings.num_files * stride:,} bytes in all, {stride:,} a sample, "
             f"{settings.shard_size * stride:,} a shard of {settings.shard_size}"

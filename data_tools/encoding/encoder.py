@@ -1,4 +1,4 @@
-"""Encoding images into shards of raw latents, so that the VAE never waits where the cores allow.
+"""Encode images into shards of raw latents, reading ahead so that the VAE does not wait.
 
 The shard is the unit of work. Which images form a shard, and which of them form a batch, follows
 from the settings alone; so an interrupted run that is repeated, or several processes that share
@@ -40,7 +40,7 @@ from data_tools.shards.records import Sample, sample_key
 from data_tools.shards.sidecar import SIDECAR, ShardTotals, Sidecar, add_samples
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.source import ImageSource
-from data_tools.vae.autoencoder import Vae, tensor_moments
+from data_tools.vae.autoencoder import Vae, encode_moments
 
 SPLIT = 3  # key of the permutation that deals images to shards
 _WRITTEN_BEHIND = 2  # batches encoded and not written yet, per shard
@@ -254,8 +254,8 @@ class ShardEncoder:
         """
         try:
             pixels = pixels.to(self.device, non_blocking=True)
-            flips = tensor_moments(self.vae, pixels.flip(2)) if self.settings.latent.flip else None
-            return EncodedBatch(tensor_moments(self.vae, pixels), flips)
+            flips = encode_moments(self.vae, pixels.flip(2)) if self.settings.latent.flip else None
+            return EncodedBatch(encode_moments(self.vae, pixels), flips)
         except RuntimeError as err:
             if not is_out_of_memory(err):
                 raise
@@ -282,7 +282,7 @@ class ShardEncoder:
 
         def write(file: IO[bytes]) -> None:
             nonlocal num_bytes
-            self.settings.latent.layout.write(_Hashing(file, digest), samples())
+            self.settings.latent.record_layout.write(_Hashing(file, digest), samples())
             num_bytes = file.tell()
             self._check_stated(tar.name, digest.hexdigest())
 
@@ -292,7 +292,7 @@ class ShardEncoder:
                 num_samples=len(keys),
                 bytes=num_bytes,
                 sha256=digest.hexdigest(),
-                stride=self.settings.latent.layout.stride,
+                stride=self.settings.latent.record_layout.stride,
                 index_sha256="",
                 first_key=keys[0] if keys else "",
                 skipped=sorted(shard.skipped),

@@ -1,4 +1,4 @@
-"""The folder that encoding fills: which shards are whole, what describes them, what is left over.
+"""Look after the output folder: find finished shards, remove leftovers, write dataset.json.
 
 Each shard 00012.tar has a sidecar 00012.json, written after it; dataset.json is written last.
 """

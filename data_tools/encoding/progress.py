@@ -1,4 +1,4 @@
-"""How far encoding is, over all processes and restarts, on a terminal's bar or in plain lines."""
+"""Report encoding's progress over all processes and restarts: a bar, or lines in a log."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""What decides the bytes of a data set's shards: encoding.json in the output folder."""
+"""The settings that decide the bytes of a data set's shards, kept as encoding.json beside them."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Latents as other programs store them: what is usual elsewhere and cannot be used, and what to do.
+"""Recognise latents that other programs stored in a way that cannot be used, and say what to do.
 
 C latent channels, H W latent size.
 """

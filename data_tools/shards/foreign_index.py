@@ -1,4 +1,4 @@
-"""Tars of latents that others wrote: what is in them and where, found in one pass.
+"""Index a tar of latents that another program wrote, in one pass over it.
 
 A sample's members share a key, see sources/tar_samples.py. What a run needs to read any of them at
 once is the offset of its arrays and its label, which go into an index beside dataset.json. Arrays

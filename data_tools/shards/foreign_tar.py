@@ -1,4 +1,4 @@
-"""Walking the members of a tar of latents that may have been written by others."""
+"""Read the samples of a tar of latents that another program may have written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Reading one shard in full and saying, in the user's words, what is wrong with it.
+"""Check every byte of one shard, and say what is wrong with it.
 
 Headers are checked by the tar format's own sums, so a damaged one is found and its sample named;
 the values have no sum but the shard's sha256. Where a shard does not look as it should, its members
@@ -110,7 +110,7 @@ class _StridedCheck:
 
     def __init__(self, shard: Shard, manifest: DatasetManifest, content: ShardContent) -> None:
         self.shard, self.manifest, self.content = shard, manifest, content
-        self.layout = manifest.latent.layout
+        self.layout = manifest.latent.record_layout
         self.faults: dict[str, list[int]] = {}  # what: rows
         self.keys: list[np.ndarray] = []
 

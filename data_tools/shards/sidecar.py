@@ -1,4 +1,4 @@
-"""The file 00012.json beside the shard 00012.tar, and the sums in it.
+"""Sidecars: 00012.json beside the shard 00012.tar, with sums over its samples.
 
 Encoding adds them up as it writes a shard, verification as it reads one; both must come to the same
 last digit, so that a lost sidecar can be written anew from its shard, byte for byte.

@@ -1,4 +1,4 @@
-"""What a place that should be a data set is, where it has no dataset.json, and what to do."""
+"""Explain a place that was named as a data set and has no dataset.json: what it is, what to do."""
 
 import os
 import re

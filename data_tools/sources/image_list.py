@@ -102,11 +102,11 @@ def _mended(text: bytes, mends: Iterable[_Mend]) -> bytes:
 
 
 class _Mending:
-    """How the texts of a list become names of files: alike for all that look alike."""
+    """How the texts of a list become names of files; texts that look alike are treated alike."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, os.fsencode(path.parent)
-        # By what could be done to a text, what is done.
+        # What could be done to a text: what is done to it.
         self._chosen: dict[tuple[_Mend, ...], tuple[_Mend, ...]] = {(): ()}
 
     def of(self, text: bytes) -> tuple[_Mend, ...]:

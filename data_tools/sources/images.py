@@ -1,4 +1,4 @@
-"""Image files: decoding them whatever their mode, and one square crop of each.
+"""Decode image files of any colour mode into RGB, and cut one square crop of each.
 
 Raw pixels are uint8 (size, size, 3) RGB throughout the project.
 """

@@ -1,4 +1,4 @@
-"""What --input and --class-names may be, and which source each is."""
+"""Open what --input names as a source of images, and read --class-names."""
 
 import os
 from pathlib import Path

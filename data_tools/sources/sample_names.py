@@ -1,4 +1,4 @@
-"""What the name of a file or of a tar's member says: KEY, SUFFIX, image, label, or nothing of ours.
+"""Split names of files and tar members into KEY and SUFFIX, and tell images from other files.
 
 A sample's files share a KEY. It ends at the first dot of the last part of the path, as webdataset
 has it; photographs have dots in their names, so where nobody names suffixes the last dot counts.
@@ -50,7 +50,7 @@ def companion_key(key: str) -> str | None:
 
 
 def is_hidden(part: str) -> bool:
-    """Tell a file or folder that nobody means: .x, ._x, __MACOSX, @eaDir and their like."""
+    """Tell files and folders that systems make and nobody means as data: .x, ._x, __MACOSX, ..."""
     return (part.startswith(".") and part not in (".", "..")) or part in _JUNK_FOLDERS
 
 

@@ -1,4 +1,4 @@
-"""The images of one tar and their labels, found in one pass over its headers."""
+"""Find the images of one tar and their labels, in one pass over its headers."""
 
 import re
 from array import array

@@ -1,4 +1,4 @@
-"""The members of a tar, one after the other: the only reader of tars by others in this project.
+"""Walk the members of a tar: this project's only reader of tars that others wrote.
 
 It reads headers only, goes on into archives that were joined (cat a.tar b.tar), and refuses a tar
 of which something may be lost: damaged headers, cut ends, compression.

@@ -1,4 +1,4 @@
-"""The samples of a tar of latents: members that share a KEY, wherever they stand in the tar."""
+"""Group the members of a tar of latents into samples by their KEY, wherever they stand."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
-"""The files that this node has fetched, shared by all processes on it.
+"""The node's cache of fetched shards, shared by all processes on it.
 
-A file is called by the sha256 of its content, so copies of a data set share it and nothing that a
+A file's name is the sha256 of its content. So copies of a data set share it, and nothing that a
 manifest or a URL says decides where it lies. All locks are flocks, which end with the process:
 
     SHA.tar         a whole file; shared lock: in use, exclusive lock: being evicted

@@ -1,4 +1,4 @@
-"""Fetching files from a location: repeated on failure, resumed where possible, always checked."""
+"""Fetch files from a location: try again on failure, resume where possible, always check."""
 
 import os
 import random

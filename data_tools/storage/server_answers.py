@@ -1,4 +1,4 @@
-"""What servers send in the place of a file: login pages, error messages, pointers to it."""
+"""Recognise what servers send in the place of a file: login pages, error messages, pointers."""
 
 import re
 

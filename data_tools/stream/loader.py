@@ -1,4 +1,4 @@
-"""The stream of batches that training consumes.
+"""Read the batches that training consumes, ahead of their use.
 
 Batch composition is arithmetic on the stream position (stream/order.py, stream/plan.py); samples
 are read by preadv at known offsets (stream/reader.py). One thread reads batches ahead, a few others

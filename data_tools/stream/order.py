@@ -6,8 +6,8 @@ permuted together. So every sample occurs exactly once per epoch whatever the sh
 `window` shards are in use at a time, any position is found without walking to it, and the state of
 a job is one integer.
 
-A part of the data has such an order of its own: the shards in a seeded order, cut into equal parts
-wherever the cuts fall.
+For several streams the data is cut into equal parts, each with such an order of its own. What is
+cut is the row of shards in a seeded order, and a cut may fall inside a shard.
 """
 
 import numpy as np

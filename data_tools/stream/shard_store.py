@@ -1,4 +1,4 @@
-"""Opens the shards of one data set, wherever they lie, if they are what dataset.json says."""
+"""Open the shards of one data set, wherever they lie, after checking them with dataset.json."""
 
 import hashlib
 import io
@@ -82,7 +82,7 @@ class ShardStore:
             os.close(descriptor)
 
     def release(self, shard: int) -> None:
-        """Let the cache evict a prepared shard; one that was not prepared is none of its business.
+        """Let the cache evict a prepared shard; does nothing for one that was not prepared.
 
         Descriptors from open() keep it until they are closed.
         """

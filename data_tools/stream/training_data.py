@@ -1,4 +1,4 @@
-"""The data that a run trains on: one or several data sets, as --data names them.
+"""Open what --data names: one data set, a union of several, or a mixture with weights.
 
     datasets/a                    one data set
     datasets/{a,b}  or  a,b       one union: each sample once per epoch of all together
@@ -297,7 +297,7 @@ def _united(
     counts: tuple[int, ...],
     weights: tuple[int, ...],
 ) -> DatasetManifest:
-    """Describe all data sets as one; of what may differ and is only told, the first counts."""
+    """Describe all data sets as one; what is only told to people is that of the first."""
     first = manifests[0]
     if len(manifests) == 1:
         return first

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says: for the reason why it is not used."""
+"""Tell what a file is by its first bytes, so that a message can say why it is not used."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a user's text names: files and folders by name, by braces and by wildcards.
+"""Expand a user's text into the places that it names: by name, by braces, by wildcards.
 
 What exists under the text as it was typed is meant, whatever letters it has; only then do letters
 such as {, *, a comma or = mean something.

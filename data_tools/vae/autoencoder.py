@@ -1,4 +1,4 @@
-"""The image autoencoder: pixels to moments, latents to pixels, and what a manifest says of it.
+"""Encode pixels to moments and decode latents to pixels, with the image autoencoder.
 
 Raw pixels are uint8 (N, H, W, 3). Raw latents are the posterior's moments, mean | log-variance on
 the channel axis, unscaled. Final latents are what the model sees (models/latents.py).
@@ -184,26 +184,15 @@ def _weights_sha256(model: "AutoencoderKL") -> str:
 
 
 @torch.no_grad()
-def encode_moments(vae: Vae, pixels: np.ndarray) -> Tensor:
-    """Encode pixels to raw latents.
-
-    Args:
-        vae: the autoencoder.
-        pixels: uint8 (N, H, W, 3).
-
-    Returns:
-        float16 (N, 2C, H / downsample, W / downsample) on the VAE's device.
-    """
-    return tensor_moments(vae, torch.from_numpy(np.ascontiguousarray(pixels)))
-
-
-@torch.no_grad()
-def tensor_moments(vae: Vae, pixels: Tensor) -> Tensor:
-    """Encode pixels to raw latents, as encode_moments, without waiting for a GPU.
+def encode_moments(vae: Vae, pixels: Tensor) -> Tensor:
+    """Encode pixels to raw latents, without waiting for a GPU.
 
     Args:
         vae: the autoencoder.
         pixels: uint8 (N, H, W, 3), contiguous, on any device.
+
+    Returns:
+        float16 (N, 2C, H / downsample, W / downsample) on the VAE's device.
     """
     assert pixels.dtype == torch.uint8 and pixels.shape[-1] == 3, "pixels must be uint8 NHWC"
     parameter = next(vae.model.parameters())

@@ -1,4 +1,4 @@
-"""Finding and loading an autoencoder: a diffusers folder, one file of weights, or the hub."""
+"""Find and load an autoencoder: from a diffusers folder, one file of weights, or the hub."""
 
 import contextlib
 import difflib

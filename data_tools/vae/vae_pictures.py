@@ -1,4 +1,4 @@
-"""The pictures that train_vae.py learns from, and those it holds out."""
+"""Collect the pictures that train_vae.py learns from, and those that it holds out."""
 
 import hashlib
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
-"""What a verification looks at and finds; the small files beside the shards."""
+"""The result of a verification: its findings; and the check of the sidecars."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_tools.files import MalformedError, from_json, parse_json
-from data_tools.formats import said
+from data_tools.formats import stored_values
 from data_tools.shards.manifest import DatasetManifest, Shard
 from data_tools.shards.shard_check import ShardContent
 from data_tools.shards.sidecar import SIDECAR, ShardTotals
@@ -62,7 +62,7 @@ class Verification:
 
 def expects_sidecars(result: Verification, manifest: DatasetManifest) -> bool:
     """Whether sidecars are to be expected: a copy for training only may come without."""
-    if any(not shard.stride for shard in manifest.shards):
+    if not manifest.has_own_layout:
         return False
     if (result.folder / SETTINGS_NAME).exists():
         return True
@@ -91,7 +91,7 @@ def read_sidecar(
         if with_totals:
             from_json(ShardTotals, content["totals"])
         found = content["shard"]
-        differs = [name for name, value in said(shard).items() if found[name] != value]
+        differs = [name for name, value in stored_values(shard).items() if found[name] != value]
     except FileNotFoundError:
         return None, "is missing"
     except OSError as err:

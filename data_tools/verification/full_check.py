@@ -1,4 +1,4 @@
-"""Every byte of every shard, and what they hold together against dataset.json."""
+"""Check every byte of every shard, and compare the whole set with dataset.json."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A picture of what a data set holds: some samples, decoded, with the names of their classes.
+"""Draw a picture of a data set: some samples, decoded, with the names of their classes.
 
 C latent channels, H W latent size.
 """
@@ -231,7 +231,7 @@ def _read(manifest: DatasetManifest, place: int, row: int) -> PreviewSample:
 def _read_strided(
     descriptor: int, manifest: DatasetManifest, row: int
 ) -> tuple[int, str, np.ndarray]:
-    layout = manifest.latent.layout
+    layout = manifest.latent.record_layout
     head = np.empty((1, layout.head_bytes), np.uint8)
     array = np.empty(layout.array_bytes, np.uint8)
     layout.read_rows(descriptor, [row], [False], [memoryview(head[0])], [memoryview(array)])

@@ -1,4 +1,4 @@
-"""Making a damaged data set what it was: shards from the images, small files from the shards.
+"""Repair a damaged data set: make shards from the images, and small files from the shards.
 
 A shard is encoded into a scratch folder first and takes its place only if it has the bytes that
 dataset.json asks for; so a repair on another machine, or from changed images, harms nothing.
@@ -58,7 +58,7 @@ def repair_shards(
     broken = result.damaged(*SHARD_PARTS)
     if manifest is not None and not broken:
         return []
-    if manifest is not None and not all(shard.stride for shard in manifest.shards):
+    if manifest is not None and not manifest.has_own_layout:
         raise ConfigError(
             f"--repair: {', '.join(broken[:3])} of {folder} were written by others and cannot be "
             "encoded again; fetch them again from where they came."

@@ -1,4 +1,4 @@
-"""A verification in one page of text."""
+"""Write the result of a verification as one page of text."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,7 +81,7 @@ def _verdict(result: Verification) -> list[str]:
 
 def _advice(result: Verification) -> list[str]:
     command = f"python data_tools/verify_shards.py --data {result.folder} --repair"
-    is_foreign = result.manifest is not None and not all(s.stride for s in result.manifest.shards)
+    is_foreign = result.manifest is not None and not result.manifest.has_own_layout
     lines = []
     if result.manifest is None:
         lines.append(f"{MANIFEST_NAME}: copy it again, or write it anew from the sidecars:")

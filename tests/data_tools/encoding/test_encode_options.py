@@ -56,7 +56,8 @@ def smooth_pixels(count=4):
 def test_the_error_of_a_precision_is_that_of_its_means(vae):
     pixels = smooth_pixels()
     half = with_dtype(vae, torch.float16)
-    means = [encode_moments(v, pixels).double().chunk(2, 1)[0].numpy() for v in (vae, half)]
+    images = torch.from_numpy(pixels)
+    means = [encode_moments(v, images).double().chunk(2, 1)[0].numpy() for v in (vae, half)]
     expected = np.sqrt(np.mean((means[1] - means[0]) ** 2)) / means[0].std(ddof=1)
     assert precision_error(vae, half, pixels) == pytest.approx(expected, rel=1e-4)
     assert precision_error(vae, vae, pixels) == 0
@@ -109,10 +110,10 @@ def test_a_lack_of_memory_is_one_sentence(images, tmp_path, monkeypatch):
     def full(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("data_tools.encoding.encoder.tensor_moments", full)
+    monkeypatch.setattr("data_tools.encoding.encoder.encode_moments", full)
     with pytest.raises(ConfigError, match=r"^--batch-size 4: out of memory on cpu; end what else"):
         main(flags(images, tmp_path))
-    monkeypatch.setattr("data_tools.encoding.trial.tensor_moments", full)
+    monkeypatch.setattr("data_tools.encoding.trial.encode_moments", full)
     with pytest.raises(ConfigError, match=r"^--batch-size auto: not even 3 images of 32 pixels"):
         main(flags(images, tmp_path / "auto", **{"--batch-size": "auto"}))
     assert not (tmp_path / "auto").exists()
@@ -235,7 +236,7 @@ def test_a_dry_run_counts_and_estimates(images, encoded, tmp_path, capsys):
     main(flags(images, tmp_path / "set", **{"--dry-run": True, "--precision": "fp16"}))
     text = capsys.readouterr().out
     assert "images per class: blue_cars 8, red_cars 15\n" in text
-    stride = DatasetManifest.load(encoded).latent.layout.stride
+    stride = DatasetManifest.load(encoded).latent.record_layout.stride
     assert f"{23 * stride:,} bytes in all, {stride:,} a sample, {8 * stride:,} a shard of 8" in text
     assert "--precision fp16: rms error 0.00" in text
     assert re.search(r"0 images are done; about [\d.]+ images/s here \(decoding [\d.]+ ms on", text)

@@ -73,7 +73,7 @@ def test_held_out_emoji_are_reconstructed_at_30_decibels_as_the_card_says(vae, p
 
 def test_pixels_survive_the_way_through_moments_and_final_latents(vae, pictures):
     pixels = pictures.held_out[:64]
-    raw = encode_moments(vae, pixels)
+    raw = encode_moments(vae, torch.from_numpy(pixels))
     assert raw.shape == (64, 8, 16, 16) and raw.dtype == torch.float16
     final = final_latents(raw, torch.randn(64, 4, 16, 16), vae.scaling_factor, vae.shift_factor)
     decoded = decode_pixels(vae, final)
