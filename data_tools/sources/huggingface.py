@@ -51,12 +51,7 @@ class HuggingFaceSource(ImageSource):
     An image is called ROW/PATH, with the path that its row has beside the bytes; it only names.
     """
 
-    def __init__(
-        self,
-        text: str,
-        images: "pa.ChunkedArray",
-        classes: Classes,
-    ) -> None:
+    def __init__(self, text: str, images: "pa.ChunkedArray", classes: Classes) -> None:
         """Describe a column of structs {bytes, path}."""
         super().__init__(text, classes.labels, classes.classes, notes=classes.notes)
         self.images = images

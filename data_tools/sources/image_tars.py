@@ -195,11 +195,7 @@ def _no_images_error(text: str, paths: list[Path], entries: list[LeftOut]) -> Co
 
 
 def _classes(
-    text: str,
-    paths: list[Path],
-    indexes: list[TarIndex],
-    labels: np.ndarray,
-    reading: Reading,
+    text: str, paths: list[Path], indexes: list[TarIndex], labels: np.ndarray, reading: Reading
 ) -> Classes:
     num_labelled = int((labels >= 0).sum())
     if reading.class_from == "tar":

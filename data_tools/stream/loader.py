@@ -80,10 +80,7 @@ class BatchReader:
             )
         self.data, self.seed, self.horizontal_flip = data, seed, horizontal_flip
         self.plan = data.plan(
-            seed=seed,
-            window=window,
-            global_batch_size=global_batch_size,
-            num_streams=num_streams,
+            seed=seed, window=window, global_batch_size=global_batch_size, num_streams=num_streams
         )
         self._dtype = getattr(torch, data.manifest.latent.dtype)
         self._global_batch_size, self._own = global_batch_size, global_batch_size // world_size

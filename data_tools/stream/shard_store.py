@@ -46,7 +46,8 @@ class ShardStore:
             index_location: where the indexes of tars of others lie; default there too.
             check: of local shards before their first use: "sha256", or "size" alone. What is
                 fetched is always checked in full.
-            cache: keeps what is fetched, and remembers which local shards were checked.
+            cache: keeps what is fetched, and remembers which local shards were checked; for these
+                alone, that of the node by default.
             patience: with the other side; default from the environment.
         """
         assert check in CHECKS
@@ -57,7 +58,9 @@ class ShardStore:
         self.manifest, self.location, self.check = manifest, location, check
         self.num_downloads = 0
         self._index_location = index_location or location
-        self._cache = cache or ShardCache(default_cache_folder())
+        if cache is None and check == "sha256":
+            cache = ShardCache(default_cache_folder())
+        self._cache = cache
         self._patience = patience or Patience.from_environment()
         is_local = location.folder is not None
         self._paths = [location.path(shard.name) for shard in manifest.shards if is_local]

@@ -70,18 +70,12 @@ class Vae:
     def scale_and_shift(self, device: torch.device | str) -> tuple[float | Tensor, float | Tensor]:
         """Return what normalises its latents, see models/latents.py."""
         return scale_and_shift(
-            self.scaling_factor,
-            self.shift_factor,
-            self.latents_mean,
-            self.latents_std,
-            device,
+            self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std, device
         )
 
 
 def load_vae(
-    source: str | Path,
-    device: str | torch.device = "cpu",
-    expected_sha256: str | None = None,
+    source: str | Path, device: str | torch.device = "cpu", expected_sha256: str | None = None
 ) -> Vae:
     """Load an autoencoder from a diffusers folder, one .safetensors file, or the hub.
 
