@@ -148,7 +148,7 @@ def check_latents(name: str, shard: ScannedShard, vae: Vae) -> None:
     channels = shape[0] // (2 if kind == "moments" else 1)
     if channels != vae.latent_channels:
         raise ConfigError(
-            f"--vae {vae.source_id}: has {vae.latent_channels} latent channels, {name} {channels} "
+            f"--vae {vae.id}: has {vae.latent_channels} latent channels, {name} {channels} "
             f"in its {kind} of shape {tuple(shape)}; give the VAE that made them, or see --kind"
             f"{channels_last(shape)}."
         )

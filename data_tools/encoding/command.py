@@ -118,7 +118,7 @@ class EncodingRun:
             f"{source.text}: {count_of(len(source), 'image')} in "
             f"{count_of(len(source.classes), 'class')} -> {self.output}: "
             f"{count_of(settings.num_shards, 'shard')}, {num_bytes / 2**20:.0f} MiB, latents "
-            f"{settings.latent.shape} of {self.exact.source_id}"
+            f"{settings.latent.shape} of {self.exact.id}"
         )
         side, step = settings.latent.shape[1], self.exact.downsample
         if side % PRESETS_PATCH:

@@ -326,7 +326,7 @@ class ShardEncoder:
         for part in (moments, flips):
             if part is not None and not np.isfinite(part).all():
                 raise ConfigError(
-                    f"--vae {self.vae.source_id}: its moments do not fit into float16 "
+                    f"--vae {self.vae.id}: its moments do not fit into float16 "
                     f"(--precision {self.settings.latent.precision}); use another VAE or precision."
                 )
 

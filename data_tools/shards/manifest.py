@@ -81,13 +81,21 @@ class Members:
 
 @dataclass(frozen=True)
 class VaeReference:
-    """Which VAE made the latents, and its numbers."""
+    """Which VAE made the latents, and its numbers.
+
+    Attributes:
+        id: finds it again: a hub id, or a path; inside this repository relative to it.
+        sha256: of the weights (names, shapes and fp32 values), whatever file they came from.
+        scaling_factor: final = (latent - shift_factor) * scaling_factor.
+        shift_factor: 0 where the VAE's configuration has none.
+        latents_mean: (C,), which replaces shift_factor; most VAEs have none.
+        latents_std: (C,), by which final latents are divided; most VAEs have none.
+    """
 
     id: str
     sha256: str
     scaling_factor: float
     shift_factor: float
-    # (C,); most VAEs have none.
     latents_mean: list[float] = field(default_factory=list, metadata={SINCE: 3})
     latents_std: list[float] = field(default_factory=list, metadata={SINCE: 3})
 

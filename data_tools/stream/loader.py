@@ -11,7 +11,6 @@ N micro-batch, C latent channels, H W latent size.
 import queue
 import threading
 import time
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -201,12 +200,7 @@ class LatentStream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _prefetch(self) -> None:

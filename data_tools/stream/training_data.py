@@ -79,18 +79,9 @@ class TrainingData:
         """Samples in each shard of all parts."""
         return [shard.num_samples for part in self.parts for shard in part.manifest.shards]
 
-    def plan(
-        self, *, seed: int, window: int, global_batch_size: int, num_streams: int = 1
-    ) -> StreamPlan:
-        """Return the order of this data's samples; see there for the arguments."""
-        return StreamPlan(
-            self._set_sizes(),
-            seed=seed,
-            window=window,
-            global_batch_size=global_batch_size,
-            weights=self.weights,
-            num_streams=num_streams,
-        )
+    def plan(self, **settings: int) -> StreamPlan:
+        """Return the order of this data's samples; `settings` are arguments of StreamPlan."""
+        return StreamPlan(self._set_sizes(), weights=self.weights, **settings)
 
     def check_streams(self, num_streams: int) -> None:
         """Refuse more streams than a set has samples."""

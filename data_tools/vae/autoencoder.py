@@ -29,49 +29,28 @@ DECODE_BATCH_SIZE = 16  # bounds the memory of decode_pixels; at 512 pixels abou
 _PIXEL_CENTRE = 127.5  # uint8 0..255 to -1..1
 
 
-@dataclass(frozen=True)
-class Vae:
-    """An autoencoder and what a manifest says of it.
+@dataclass(frozen=True, kw_only=True)
+class Vae(VaeReference):
+    """An autoencoder, and what a manifest says of it.
 
     Attributes:
         model: in evaluation mode, on its device.
-        source_id: finds it again: a hub id, or a path; inside this repository relative to it.
-        sha256: of the weights (names, shapes and fp32 values), whatever file they came from.
-        scaling_factor: final = (latent - shift_factor) * scaling_factor.
-        shift_factor: 0 where the VAE's configuration has none.
-        latents_mean: (C,), which replaces shift_factor; empty where the configuration has none.
-        latents_std: (C,), by which final latents are divided; likewise.
         latent_channels: C.
         downsample: image side over latent side.
     """
 
     model: "AutoencoderKL"
-    source_id: str
-    sha256: str
-    scaling_factor: float
-    shift_factor: float
     latent_channels: int
     downsample: int
-    latents_mean: tuple[float, ...] = ()
-    latents_std: tuple[float, ...] = ()
 
     @property
     def reference(self) -> VaeReference:
         """What a manifest says of it."""
-        return VaeReference(
-            self.source_id,
-            self.sha256,
-            self.scaling_factor,
-            self.shift_factor,
-            list(self.latents_mean),
-            list(self.latents_std),
-        )
+        return VaeReference(self.id, self.sha256, *self.normalisation)
 
     def scale_and_shift(self, device: torch.device | str) -> tuple[float | Tensor, float | Tensor]:
         """Return what normalises its latents, see models/latents.py."""
-        return scale_and_shift(
-            self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std, device
-        )
+        return scale_and_shift(*self.normalisation, device)
 
 
 def load_vae(
@@ -97,28 +76,28 @@ def load_vae(
         )
     # The plain method: that of diffusers warns of modules to keep in fp32, of which this has none.
     torch.nn.Module.to(model, device=device, memory_format=torch.channels_last)
+    mean, std = _statistics(source, config)
     return Vae(
-        model.eval().requires_grad_(False),
-        source_id,
-        digest,
-        float(config.scaling_factor),
-        float(config.get("shift_factor") or 0.0),
-        int(config.latent_channels),
-        2 ** (len(config.block_out_channels) - 1),
-        *_statistics(source, config),
+        id=source_id,
+        sha256=digest,
+        scaling_factor=float(config.scaling_factor),
+        shift_factor=float(config.get("shift_factor") or 0.0),
+        latents_mean=mean,
+        latents_std=std,
+        model=model.eval().requires_grad_(False),
+        latent_channels=int(config.latent_channels),
+        downsample=2 ** (len(config.block_out_channels) - 1),
     )
 
 
-def _statistics(
-    source: str | Path, config: Mapping[str, Any]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(source: str | Path, config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """Return latents_mean and latents_std of a VAE's configuration, both empty or both (C,)."""
-    mean, std = (config.get(name) or () for name in ("latents_mean", "latents_std"))
+    mean, std = (list(config.get(name) or ()) for name in ("latents_mean", "latents_std"))
     if not mean and not std:
-        return (), ()
+        return [], []
     if len(mean) != config["latent_channels"] or len(std) != len(mean) or min(std) <= 0:
         raise ConfigError(
-            f"--vae {source}: latents_mean {list(mean)} and latents_std {list(std)} of its "
+            f"--vae {source}: latents_mean {mean} and latents_std {std} of its "
             f"config.json are not {config['latent_channels']} numbers each, the latter positive; "
             "give both or neither."
         )
@@ -127,7 +106,7 @@ def _statistics(
             f"--vae {source}: its config.json has a shift_factor ({config['shift_factor']}) and "
             "latents_mean, which both shift the latents; leave one of them out."
         )
-    return tuple(map(float, mean)), tuple(map(float, std))
+    return list(map(float, mean)), list(map(float, std))
 
 
 def with_dtype(vae: Vae, dtype: torch.dtype) -> Vae:
@@ -164,8 +143,8 @@ def load_decoder(
         vae,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
-        latents_mean=tuple(mean),
-        latents_std=tuple(std),
+        latents_mean=mean,
+        latents_std=std,
     )
 
 

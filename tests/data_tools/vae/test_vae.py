@@ -107,11 +107,11 @@ def test_a_folder_and_a_single_file_are_the_same_vae(vae, tmp_path, monkeypatch)
         assert other.sha256 == vae.sha256
         assert other.scaling_factor == vae.scaling_factor
         assert (other.latent_channels, other.downsample) == (4, 4)
-        assert other.source_id == str(source)
-    assert vae.source_id == "data_tools/demo_vae"
+        assert other.id == str(source)
+    assert vae.id == "data_tools/demo_vae"
     monkeypatch.chdir(tmp_path)
     assert load_vae("data_tools/demo_vae").sha256 == vae.sha256  # found from the repository
-    assert load_vae("vae").source_id == str(folder)
+    assert load_vae("vae").id == str(folder)
 
 
 def test_a_vae_that_did_not_encode_the_data_is_refused(vae):

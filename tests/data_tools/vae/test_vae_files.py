@@ -126,7 +126,7 @@ from data_tools.vae.autoencoder import load_vae
 for name in sys.argv[1:]:
     try:
         vae = load_vae(name)
-        print("loaded", vae.source_id, vae.sha256)
+        print("loaded", vae.id, vae.sha256)
     except ConfigError as err:
         print("error:", err)
 """
