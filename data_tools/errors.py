@@ -19,7 +19,7 @@ class ConfigError(Exception):
     exit_code = CONFIG_ERROR_EXIT_CODE
 
     def __init__(self, message: str) -> None:
-        """Keep the message on one line: names of files may hold line ends and bytes of no text."""
+        """Keep the message on one line: names of files may hold line ends and odd bytes."""
         seen = one_line(message)
         if len(seen) > MAX_MESSAGE:  # somebody gave a long value
             seen = f"{seen[: MAX_MESSAGE // 2]} [...] {seen[-MAX_MESSAGE // 4 :]}"

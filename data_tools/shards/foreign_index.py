@@ -1,9 +1,9 @@
 """Index a tar of latents that another program wrote, in one pass over it.
 
-A sample's members share a key, see sources/tar_samples.py. What a run needs to read any of them at
-once is the offset of its arrays and its label, which go into an index beside dataset.json. Arrays
-must all be of one shape and dtype and stored as numpy.save stores them; their headers are parsed
-without ever loading a pickle.
+A sample's members share a key, see sources/tar_samples.py. To read any sample at once, a run needs
+the offsets of its arrays and its label; these go into an index beside dataset.json. All arrays must
+have one shape and dtype and be stored as numpy.save stores them. Their headers are parsed without
+ever loading a pickle.
 
 C latent channels, H W latent size.
 """

@@ -35,9 +35,8 @@ class Shard:
     num_samples: int
     bytes: int
     sha256: str
-    stride: (
-        int  # bytes from one sample to the next; 0: the index beside the tar says where they lie
-    )
+    # Bytes from one sample to the next; 0: the index beside the tar says where they lie.
+    stride: int
     index_sha256: str  # of that index, which only tars written by others need; else ""
     first_key: str
     skipped: list[str]  # image files that could not be decoded, relative to the input folder

@@ -48,7 +48,7 @@ _NUMBER_COLUMNS = ("label", "labels", "cls")  # of class numbers, where no colum
 class HuggingFaceSource(ImageSource):
     """Images in a column of an Arrow table.
 
-    An image is called ROW/PATH, with the path that its row has beside the bytes; it only names.
+    An image is called ROW/PATH. PATH is what its row says beside the bytes, and is never opened.
     """
 
     def __init__(self, text: str, images: "pa.ChunkedArray", classes: Classes) -> None:

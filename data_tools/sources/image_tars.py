@@ -1,6 +1,6 @@
 """Images in webdataset tars, read at the places that a scan of the tars' headers found.
 
-Nothing is extracted: names in a tar only name samples.
+Nothing is extracted: a name in a tar is never used as a path.
 """
 
 import contextlib

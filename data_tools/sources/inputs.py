@@ -11,7 +11,7 @@ from data_tools.sources.image_list import read_list
 from data_tools.sources.image_tars import open_tars
 from data_tools.sources.left_out import Tally
 from data_tools.sources.reading import Reading
-from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, suffix_kind
+from data_tools.sources.sample_names import HIDDEN_KIND, TAR_NAME, is_hidden, suffix_kind
 from data_tools.sources.source import ImageClass, ImageSource
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from data_tools.user_files.place_names import is_address, places_of
@@ -19,10 +19,6 @@ from data_tools.user_files.user_text import read_text
 
 _LIST_SUFFIXES = (".txt", ".tsv")
 _TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".xls", ".xlsx")
-_PACKED_TARS = tuple(
-    f".{name}"
-    for name in ("tgz", "tbz", "tbz2", "txz", "tar.gz", "tar.bz2", "tar.xz", "tar.zst", "tar.lz4")
-)
 
 
 def open_source(
@@ -94,7 +90,7 @@ def _tars_in(folder: Path) -> tuple[list[Path], Tally]:
 def _refuse_packed(text: str) -> None:
     """Refuse an archive of another kind, saying how to unpack it."""
     name = text.lower()
-    if name.endswith(_PACKED_TARS):
+    if TAR_NAME.search(name) and not name.endswith(".tar"):
         raise ConfigError(
             f"--input {text}: is a compressed tar, so that no single image can be read from it; "
             f"unpack it once, tar -xf {text} -C FOLDER, and give --input FOLDER."

@@ -13,6 +13,7 @@ HIDDEN_KIND = "hidden or system files"  # as one kind of what is left out
 _JUNK_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 )
+TAR_NAME = re.compile(r"(?i)[.](tar|tgz|tbz2?|txz|tar[.](gz|bz2|xz|zst|lz4))$")  # packed, too
 _SUFFIX = re.compile(r"[a-z0-9]{1,9}")
 _WORD = re.compile(r"[A-Za-z_]")
 

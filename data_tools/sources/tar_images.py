@@ -1,6 +1,5 @@
 """Find the images of one tar and their labels, in one pass over its headers."""
 
-import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from data_tools.sources.sample_labels import (
 )
 from data_tools.sources.sample_names import (
     HIDDEN_KIND,
+    TAR_NAME,
     companion_key,
     is_hidden_path,
     is_image,
@@ -33,7 +33,6 @@ from data_tools.sources.tar_members import SHOWN_NAME, BadTarError, Member, cont
 from data_tools.sources.tar_samples import unusable_kind
 
 TARS_INSIDE = "tars in the tar"
-_TAR = re.compile(r"(?i)[.](tar|tgz|tbz2?|txz|tar[.](gz|bz2|xz|zst|lz4))$")
 _NO_LABEL = -1
 
 
@@ -145,7 +144,7 @@ class _Scan:
             return key, suffix, ""
         if self.is_cut_first and suffix:
             return "", "", f".{suffix}"
-        return "", "", TARS_INSIDE if _TAR.search(name) else suffix_kind(name)
+        return "", "", TARS_INSIDE if TAR_NAME.search(name) else suffix_kind(name)
 
     def _label(self, member: Member, file: BinaryIO) -> int:
         try:

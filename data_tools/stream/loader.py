@@ -27,7 +27,7 @@ from models.randomness import Stream, uniform
 
 QUEUE_DEPTH = 4  # micro-batches ready ahead of the consumer
 FLIP_PROBABILITY = 0.5
-# Ranks that share a stream: beyond them, each reads too little of a shard to have it read whole.
+# If more ranks than this share a stream, each reads too little of a shard to read all of it ahead.
 _MAX_SHARING_RANKS = 8
 _CLOSE_POLL_SEC = 0.1  # how long the thread may take to notice close()
 _CLOSE_SEC = 2.0  # how long close() waits for threads that wait for a server

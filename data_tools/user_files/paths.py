@@ -127,7 +127,7 @@ def broken_link(wanted: Path) -> Path | None:
 
 
 def absence(wanted: Path, named: Path | None = None) -> str:
-    """Say of a path that is not there how that is: a link to nothing, or nothing at all.
+    """Say in what way a path is not there: it is a link to nothing, or nothing at all.
 
     Args:
         wanted: the path.
