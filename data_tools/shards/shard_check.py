@@ -16,10 +16,16 @@ from typing import BinaryIO
 import numpy as np
 
 from data_tools.errors import count_of
-from data_tools.shards.foreign_tar import first_foreign_member, index_name, walk_samples
+from data_tools.shards.foreign_tar import (
+    RefusedTarError,
+    first_foreign_member,
+    index_name,
+    walk_samples,
+)
 from data_tools.shards.manifest import DatasetManifest, Shard
-from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError
+from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK
 from data_tools.shards.sidecar import ShardTotals, add_samples
+from data_tools.sources.tar_members import BadTarError
 from data_tools.user_files.file_kinds import LFS_REASON, is_lfs_pointer_file
 
 OTHER_BYTES = "its sha256 is not that of dataset.json"
@@ -247,19 +253,26 @@ def _check_foreign(
     """Walk a tar that others wrote, and compare the index beside it with what was found."""
     found: list[tuple[int, int, int]] = []
     latent, num_classes = manifest.latent, max(1, manifest.num_classes)
+    wanted = (tuple(latent.shape), latent.dtype)
     try:
-        for sample in walk_samples(file, manifest.members, latent):
-            found.append((sample.array_offset, sample.flip_offset, sample.label))
-            if not np.isfinite(sample.values).all():
-                content.problems.append(f"a value that is no number in sample {sample.key!r}")
-            if not 0 <= sample.label < num_classes:
+        for sample in walk_samples(file, manifest.members):
+            for name, array in sample.arrays.items():
+                if (array.shape, array.dtype.name) != wanted:
+                    raise RefusedTarError(
+                        f"{name} is {array.dtype} {list(array.shape)}, dataset.json says "
+                        f"{latent.dtype} {latent.shape}; copy it again"
+                    )
+                if not np.isfinite(array).all():
+                    content.problems.append(f"a value that is no number in {name}")
+            found.append(sample.row)
+            if sample.label >= num_classes:
                 content.problems.append(
                     f"label {sample.label} of {sample.key!r} is beyond the "
                     f"{count_of(num_classes, 'class')}"
                 )
-            add_samples(content.totals, [sample.label], sample.values[None], latent.kind)
-    except DamagedRecordError as err:
-        content.problems.append(str(err))
+            add_samples(content.totals, [sample.label], sample.array[None], latent.kind)
+    except BadTarError as err:
+        content.problems.append(str(err).rpartition("; ")[0])
     found.sort()  # as an index has them; labels that stand elsewhere complete samples late
     content.num_samples = len(found)
     if len(found) != shard.num_samples:
