@@ -95,7 +95,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def told_as(problem: str, advice: str) -> Iterator[None]:
+def os_errors_as(problem: str, advice: str) -> Iterator[None]:
     """Turn what the system refuses into a ConfigError: "PROBLEM (No such file); ADVICE."."""
     try:
         yield

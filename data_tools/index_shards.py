@@ -19,7 +19,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from tqdm import tqdm
 
 from data_tools.encoding.input_summary import class_lines
-from data_tools.errors import ArgumentParser, ConfigError, count_of, told_as
+from data_tools.errors import ArgumentParser, ConfigError, count_of, os_errors_as
 from data_tools.files import MalformedError, replace_file
 from data_tools.process.entry_point import enter
 from data_tools.shards.foreign_arrays import channels_last, doubts
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     label = "" if args.label == "none" else args.label
     wanted = WantedMembers(args.array, args.flip, label, args.kind)
     advice = "choose another folder or make room, and run the same command again (it continues)"
-    with told_as(f"--output {output}: cannot be written", advice):
+    with os_errors_as(f"--output {output}: cannot be written", advice):
         found = [
             scan_shard(location, name, wanted, output, vae)
             for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty())

@@ -18,7 +18,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, count_of, told_as
+from data_tools.errors import ArgumentParser, ConfigError, count_of, os_errors_as
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.verification.findings import SHARD_PARTS, Verification
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     print(report(result, seconds, done), end="", flush=True)
     if args.report:
         text = report(result, seconds, done, max_findings=None)
-        with told_as(f"--report {args.report}: cannot be written", "name another file"):
+        with os_errors_as(f"--report {args.report}: cannot be written", "name another file"):
             args.report.write_text(text, "utf-8", "backslashreplace")
     if args.preview:
         write_preview_picture(result, args)

@@ -32,7 +32,7 @@ from torch import Tensor
 from data_tools.encoding.device import BusyClock, EncodedBatch, is_out_of_memory
 from data_tools.encoding.output import finished_sidecar, shard_name
 from data_tools.encoding.settings import EncodingSettings
-from data_tools.errors import ConfigError, told_as
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.files import replace_file
 from data_tools.permutations import permutation
 from data_tools.shards.manifest import Shard
@@ -225,7 +225,7 @@ class ShardEncoder:
         for row, (place, future) in enumerate(zip(batch.places, batch.read, strict=True)):
             name = self.source.name(place)
             problem = f"--input {self.source.text}: {name} cannot be read"
-            with told_as(problem, "make it readable and run the same command again"):
+            with os_errors_as(problem, "make it readable and run the same command again"):
                 damage = future.result()
             if damage is None:
                 good.append(row)

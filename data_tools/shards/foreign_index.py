@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.errors import ConfigError, told_as
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.files import SINCE
 from data_tools.formats import Format
 from data_tools.shards.foreign_arrays import channels_last
@@ -81,7 +81,7 @@ def scan(location: Location, name: str, wanted: WantedMembers) -> tuple[ScannedS
         if location.folder is None:
             return _scan(io.BytesIO(read_small(location, name, _MAX_REMOTE_BYTES)), wanted)
         with (
-            told_as(f"--input {where}: cannot be read", "give tars that are there"),
+            os_errors_as(f"--input {where}: cannot be read", "give tars that are there"),
             (location.folder / name).open("rb") as file,
         ):
             return _scan(file, wanted)

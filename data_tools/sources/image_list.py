@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.errors import ConfigError, told_as
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.sources.source import FileSource, Names, classes_of, numbered_classes
 from data_tools.user_files.user_text import TextError, text_lines
 
@@ -66,7 +66,7 @@ def read_list(path: Path) -> FileSource:
             yield name
 
     try:
-        with told_as(f"--input {path}: cannot be read", "give a list of images"):
+        with os_errors_as(f"--input {path}: cannot be read", "give a list of images"):
             mending.refuse_other_lists()
             names = Names(found())
     except TextError as err:

@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from data_tools.errors import ConfigError, count_of, told_as
+from data_tools.errors import ConfigError, count_of, os_errors_as
 from data_tools.files import MalformedError, from_json, replace_file
 from data_tools.sources.class_names import Classes, ClassFolders
 from data_tools.sources.images import BadImageError
@@ -37,7 +37,7 @@ _INDEX_VERSION = 2
 
 def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
     """Scan a tar, or read what an earlier scan wrote while the tar was the same."""
-    readable = partial(told_as, f"--input {path}: cannot be read", "give tars of images")
+    readable = partial(os_errors_as, f"--input {path}: cannot be read", "give tars of images")
     if cache is None:
         with readable():
             return scan_tar(path, reading)

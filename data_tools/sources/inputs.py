@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from data_tools.errors import ConfigError, told_as
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.files import parse_json
 from data_tools.sources.huggingface import is_saved_dataset, open_saved_dataset
 from data_tools.sources.image_folders import scan_folder
@@ -40,7 +40,7 @@ def open_source(
     places = [place for word in words for place in places_of(word, "--input")]
     path = Path(places[0])
     is_saved, is_list, tars, beside = False, False, [], Tally()
-    with told_as(f"--input {text}: cannot be read", "give a path that can be"):
+    with os_errors_as(f"--input {text}: cannot be read", "give a path that can be"):
         if len(places) > 1 or (path.suffix.lower() == ".tar" and not path.is_dir()):
             tars = _tars(places, text)
         elif not (is_saved := is_saved_dataset(path)):
@@ -155,7 +155,7 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
         id and name for the manifest, by the input's id.
     """
     try:
-        with told_as(f"--class-names {path}: cannot be read", "give a JSON or TSV file"):
+        with os_errors_as(f"--class-names {path}: cannot be read", "give a JSON or TSV file"):
             text = read_text(path)
         pairs = parse_json(text) if path.suffix.lower() == ".json" else _from_lines(text)
     except ValueError as err:

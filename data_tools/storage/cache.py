@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.errors import ConfigError, told_as
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.storage.checksums import RememberedChecksums
 from data_tools.storage.locks import StoppedError, lock, lock_file, try_lock, try_lock_file
 from data_tools.user_files.paths import expand
@@ -106,7 +106,7 @@ class ShardCache:
         if not _SHA256.fullmatch(sha256):
             raise ConfigError(f"sha256 {sha256!r}: is none; correct the dataset.json that says so.")
         problem = f"{_FLAG} {self.folder}: a file of {num_bytes} bytes cannot be kept there"
-        with told_as(problem, "free space or name another folder, then start again"):
+        with os_errors_as(problem, "free space or name another folder, then start again"):
             while True:
                 descriptor = self._open_whole(sha256, num_bytes, cancel)
                 if descriptor is None:
@@ -253,7 +253,7 @@ class ShardCache:
 
 
 def _make_private(folder: Path) -> None:
-    with told_as(f"{_FLAG} {folder}: cannot be made", "name a folder on the node's disk"):
+    with os_errors_as(f"{_FLAG} {folder}: cannot be made", "name a folder on the node's disk"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from data_tools.errors import ConfigError, count_of, told_as
+from data_tools.errors import ConfigError, count_of, os_errors_as
 from data_tools.files import replace_file
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.locations import Location
@@ -130,7 +130,7 @@ def write_preview(
         f"decoded by {reference.id}"
     )
     picture = draw_grid(pixels, [sample.caption for sample in samples], title)
-    with told_as(f"--preview {path}: cannot be written", "name another file"):
+    with os_errors_as(f"--preview {path}: cannot be written", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as boxes
         replace_file(path, lambda file: picture.savefig(file, format="png"))
