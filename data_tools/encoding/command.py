@@ -88,12 +88,11 @@ class EncodingRun:
         self.class_names = read_class_names(args.class_names, classes) if args.class_names else {}
         self.exact = load_vae(args.vae, device=choose_device(args.device))
         self.num_threads = choose_threads(args.workers)
-        self.is_batch_free = args.batch_size is None
         self._encoder: ShardEncoder | None = None
         self.busy_share = 0.0  # of the time spent encoding, that of the VAE's computing
         self.settings = make_settings(self.source, self.exact, args)
         with disk_errors_as_config_errors(args.output):
-            self.begun = begun_settings(args.output, self.settings, self.is_batch_free, self.source)
+            self.begun = begun_settings(args.output, self.settings, self.source)
         sizes = self.settings.sizes
         if self.begun is None:
             check_files_exist(self.source, sizes)
@@ -206,14 +205,7 @@ class EncodingRun:
                     return folder.write_manifest(self.source, self.class_names)
             self.output.mkdir(parents=True, exist_ok=True)
             with Claims(self.output / CLAIMS_NAME) as claims:
-                settings = settle(
-                    self.output,
-                    self.settings,
-                    self.is_batch_free,
-                    self.source,
-                    self.complete,
-                    claims,
-                )
+                settings = settle(self.output, self.settings, self.source, self.complete, claims)
                 folder = EncodingOutput(self.output, settings)
                 folder.remove_leftovers(claims)
                 folder.restore_sidecars()

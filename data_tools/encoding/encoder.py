@@ -137,20 +137,15 @@ class ShardEncoder:
         size = self.settings.shard_size
         return self.order[index * size : (index + 1) * size]
 
-    def encode(
-        self, index: int, on_images: Callable[[int], object] = lambda count: None
-    ) -> Sidecar:
-        """Write one shard and its sidecar, each whole or not at all, over what may be there.
-
-        Args:
-            index: of the shard.
-            on_images: called with the number of image files just finished.
-        """
-        (sidecar,) = self.encode_all(iter([index]), lambda _, count: on_images(count))
+    def encode(self, index: int) -> Sidecar:
+        """Write one shard and its sidecar, each whole or not at all, over what may be there."""
+        (sidecar,) = self.encode_all(iter([index]))
         return sidecar
 
     def encode_all(
-        self, indices: Iterator[int], on_images: Callable[[int, int], object]
+        self,
+        indices: Iterator[int],
+        on_images: Callable[[int, int], object] = lambda index, count: None,
     ) -> Iterator[Sidecar]:
         """Write shards as `encode`, yielding each sidecar; close the generator if it is left early.
 

@@ -151,14 +151,13 @@ def load_settings(output: Path) -> EncodingSettings | None:
 
 
 def begun_settings(
-    output: Path, settings: EncodingSettings, is_batch_free: bool, source: ImageSource
+    output: Path, settings: EncodingSettings, source: ImageSource
 ) -> EncodingSettings | None:
     """Return the settings of a folder that these may continue; None if it is new.
 
     Args:
         output: may not exist yet.
-        settings: of this command.
-        is_batch_free: take over the folder's batch size.
+        settings: of this command; without a batch size, that of the folder is taken over.
         source: the images of this command.
     """
     DATASET.refuse_newer(output / MANIFEST_NAME)  # before hours of work that would replace it
@@ -170,7 +169,7 @@ def begun_settings(
                 "unknown; give a new folder."
             )
         return None
-    if is_batch_free:
+    if not settings.batch_size:
         settings = dataclasses.replace(settings, batch_size=found.batch_size)
     old, new = _leaves(asdict(found)), _leaves(asdict(settings))
     different = [
@@ -220,7 +219,6 @@ def as_begun(output: Path, source: ImageSource) -> ImageSource:
 def settle(
     output: Path,
     settings: EncodingSettings,
-    is_batch_free: bool,
     source: ImageSource,
     complete: Callable[[EncodingSettings], EncodingSettings],
     claims: Claims,
@@ -229,13 +227,12 @@ def settle(
 
     Args:
         output: exists.
-        settings: of this command.
-        is_batch_free: take over the folder's batch size.
+        settings: of this command; without a batch size, that of the folder is taken over.
         source: the images of this command.
         complete: chooses what is free, in the first process only.
         claims: of this process.
     """
-    while (found := begun_settings(output, settings, is_batch_free, source)) is None:
+    while (found := begun_settings(output, settings, source)) is None:
         if not claims.take(SETTINGS_NAME):
             time.sleep(POLL_SEC)
             continue

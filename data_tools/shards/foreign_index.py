@@ -20,6 +20,7 @@ from data_tools.formats import Format
 from data_tools.shards.foreign_arrays import channels_last
 from data_tools.shards.foreign_tar import RefusedTarError, TarSample, walk_samples
 from data_tools.shards.manifest import Members
+from data_tools.shards.records import npy_bytes
 from data_tools.shards.sidecar import ShardTotals, add_samples
 from data_tools.sources.left_out import LeftOut, Tally, sentence
 from data_tools.sources.tar_members import BadTarError
@@ -109,14 +110,13 @@ def _scan(file: BinaryIO, wanted: WantedMembers) -> tuple[ScannedShard, bytes]:
         there = f" (it has {sentence(left_out.entries())})" if left_out else ""
         raise RefusedTarError(f"holds no samples{there}; see --array")
     rows.sort()  # labels that stand elsewhere complete samples late
-    index = io.BytesIO()
-    np.save(index, np.array(rows, np.dtype("<i8")))
+    index = npy_bytes(np.array(rows, np.dtype("<i8")))
     found = ScannedShard(
         wanted=wanted,
         num_samples=len(rows),
         bytes=hashing.count,
         sha256=hashing.digest.hexdigest(),
-        index_sha256=hashlib.sha256(index.getvalue()).hexdigest(),
+        index_sha256=hashlib.sha256(index).hexdigest(),
         first_key=first_key,
         shape=list(uniform.shape),
         dtype=uniform.dtype,
@@ -126,7 +126,7 @@ def _scan(file: BinaryIO, wanted: WantedMembers) -> tuple[ScannedShard, bytes]:
         left_out=left_out.entries(),
         log_variance_min=uniform.log_variance_min,
     )
-    return found, index.getvalue()
+    return found, index
 
 
 class _Uniform:

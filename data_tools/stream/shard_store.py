@@ -12,6 +12,7 @@ import numpy as np
 from data_tools.errors import ConfigError
 from data_tools.shards.foreign_tar import index_name
 from data_tools.shards.manifest import Manifest
+from data_tools.shards.records import npy_bytes
 from data_tools.storage.byte_stream import Patience
 from data_tools.storage.cache import ShardCache, default_cache_folder
 from data_tools.storage.fetch import fetch, read_small
@@ -122,7 +123,8 @@ class ShardStore:
         """
         entry = self.manifest.shards[shard]
         name = index_name(entry.name)
-        num_bytes = _index_bytes(entry.num_samples)
+        # Its size follows from its shape.
+        num_bytes = len(npy_bytes(np.zeros((entry.num_samples, INDEX_COLUMNS), np.int64)))
         if self._index_location.folder is None:
             descriptor = self._open_remote(
                 self._index_location, name, entry.index_sha256, num_bytes
@@ -189,13 +191,3 @@ class ShardStore:
             )
 
         return self._cache.open(sha256, num_bytes, bring, self._closing)
-
-
-def _index_bytes(num_samples: int) -> int:
-    """Return the size of an index file, which follows from its shape."""
-    header = io.BytesIO()
-    shape = (num_samples, INDEX_COLUMNS)
-    np.lib.format.write_array_header_1_0(
-        header, {"shape": shape, "fortran_order": False, "descr": "<i8"}
-    )
-    return header.tell() + num_samples * INDEX_COLUMNS * np.dtype(np.int64).itemsize

@@ -42,7 +42,6 @@ class Verification:
         contents: of the shards, full checks only.
         checked: what was compared, and with what outcome, for the report.
         skipped: what could not be compared, and why.
-        num_bytes: read.
     """
 
     folder: Path
@@ -52,7 +51,6 @@ class Verification:
     contents: dict[str, ShardContent] = field(default_factory=dict)
     checked: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    num_bytes: int = 0
 
     def damaged(self, *parts: str) -> list[str]:
         """Name the files with findings of these parts, all but notes if none is given."""

@@ -54,7 +54,6 @@ def run_full(
         result.contents[shard.name] = content
         result.findings += found
     num_shards, num_bad = len(manifest.shards), len(result.damaged("shard"))
-    result.num_bytes = sum(shard.bytes for shard in manifest.shards)
     good = f"{num_shards - num_bad} of {count_of(num_shards, 'shard')}"
     result.checked.append(("size, sha256, members, shapes, finite values, labels", good))
     if with_sidecars:

@@ -209,7 +209,7 @@ def test_one_shard_is_encoded_again_to_the_same_bytes(images, encoded, tmp_path)
     (tmp_path / "00001.json").unlink()
     seen = []
     encoder = reopen(tmp_path, [str(images)], "data_tools/demo_vae", "cpu")
-    sidecar = encoder.encode(1, seen.append)
+    (sidecar,) = encoder.encode_all(iter([1]), lambda _, count: seen.append(count))
     assert content(tmp_path) == content(encoded)
     assert sidecar.shard == DatasetManifest.load(encoded).shards[1]
     assert sum(seen) == 8
