@@ -25,7 +25,7 @@ import torch
 
 from data_tools.encode_latents import prepare_demo
 from data_tools.encoding.output import DEMO_LATENTS
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, count_of, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
 from data_tools.shards.manifest import MANIFEST_NAME
@@ -249,7 +249,10 @@ def _end_line(config: Config, first_step: int, state: TrainState, elapsed_sec: f
             f"stopped by a signal after step {state.step}; the checkpoint is saved and the same "
             "command continues from it"
         )
-    return f"done: {state.step} steps, {elapsed_sec:.0f} s in this process; results in {run_dir}"
+    return (
+        f"done: {count_of(state.step, 'step')}, {elapsed_sec:.0f} s in this process; "
+        f"results in {run_dir}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

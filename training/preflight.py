@@ -30,7 +30,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import torch
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, count_of, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import (
     allocated_nodes,
@@ -292,7 +292,9 @@ def report(
         for sentence in problems[:MAX_SENTENCES]:
             sys.stderr.write(f"error: {sentence}\n")
         if len(problems) > MAX_SENTENCES:
-            sys.stderr.write(f"error: and {len(problems) - MAX_SENTENCES} nodes more.\n")
+            sys.stderr.write(
+                f"error: and {count_of(len(problems) - MAX_SENTENCES, 'node')} more.\n"
+            )
     else:
         end_on_signals_with(exit_code)
         with contextlib.suppress(RuntimeError):  # rank 0 no longer waits

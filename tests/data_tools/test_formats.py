@@ -16,7 +16,7 @@ from data_tools.encoding.output import EncodingOutput, finished_sidecar
 from data_tools.encoding.settings import SETTINGS, load_settings
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE, MalformedError, append_line
-from data_tools.formats import FORMAT_KEY, Format, NewerFormatError, said
+from data_tools.formats import FORMAT_KEY, Format, NewerFormatError, stored_values
 from data_tools.index_shards import _known
 from data_tools.index_shards import main as index_tars
 from data_tools.shards.foreign_index import NOTES
@@ -208,7 +208,7 @@ def test_the_next_version_reads_todays_files_and_todays_reads_its_unless_they_sa
     unsaid, saying = later.dumps(found), later.dumps(dataclasses.replace(found, added="new"))
 
     assert found.added == ""
-    assert said(today.loads(unsaid, "")) == said(found)
+    assert stored_values(today.loads(unsaid, "")) == stored_values(found)
     assert json.loads(saying)[today.key] == today.newest + 1
     assert later.loads(saying, "") == dataclasses.replace(found, added="new")
     with pytest.raises(NewerFormatError, match=rf"^here was written .* knows {today.newest}\)"):
