@@ -42,9 +42,9 @@ from training.evaluation.score_events import read_scores
 from training.exports.job import EXPORT
 from training.monitoring.event_files import METRICS, METRICS_FILE, Monitor, read_metrics
 from training.monitoring.run_history import NOTE, CheckpointNote, append_note, read_notes
-from training.retry import RESTARTS, Restarts, read_restarts
 from training.run.directory import INIT, load_config, load_manifest
 from training.run.program import START, read_starts
+from training.run.starts import RESTARTS, Restarts, read_restarts
 
 SCORE = "run/evaluation/step-0000002-ema-ddim2-14-seed0"
 
