@@ -18,7 +18,7 @@ from training.checkpoints.manifest import tag_of
 from training.checkpoints.weight_files import NonFiniteWeightsError, write_weights
 from training.engine.average_profiles import PowerProfile
 from training.engine.zero_weights import base_optimizer, consolidated_weights, num_updates
-from training.ranks.process_group import agreed_message
+from training.ranks.agreement import agreed_message
 
 SNAPSHOT_DIR = "ema_snapshots"
 SNAPSHOT = Format(newest=1)

@@ -26,7 +26,7 @@ from training.engine.zero_fragments import (
     values_per_slot,
 )
 from training.engine.zero_weights import base_optimizer, block_of, renew_weights
-from training.ranks.process_group import RunError
+from training.ranks.agreement import RunError
 
 ENTRY = "partitions"  # of the files that hold optimizer state
 STEP = "step"  # the only optimizer state that is one number

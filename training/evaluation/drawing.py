@@ -36,7 +36,8 @@ from models.randomness import Stream, integers, uniform
 from models.switch_dit import SwitchDiT
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
 from training.monitoring.expert_pictures import save_png
-from training.ranks.process_group import Ranks, agreed_message
+from training.ranks.agreement import agreed_message
+from training.ranks.process_group import Ranks
 from training.sampling.latents import SamplerSettings, sample_latents
 
 SETTINGS_FILE = "settings.json"

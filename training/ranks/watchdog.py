@@ -9,8 +9,6 @@ word of it and waits for the verdict, so that there is one report however many r
 
 import contextlib
 import json
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -20,24 +18,27 @@ from typing import Self
 
 import torch
 
+from data_tools.exit_codes import CRASH_EXIT_CODE
+from data_tools.process.leaving import leave, say
+from training.ranks.agreement import RunError
 from training.ranks.diagnosis import (
     AGAIN,
-    Seen,
+    Failure,
+    RankStatus,
+    describe_failure,
     describe_lost,
     describe_standstill,
     name_ranks,
     place,
 )
-from training.ranks.failures import FAILED_EXIT_CODE, Failure, describe_failure
 from training.ranks.heartbeat import LONGEST_END_AFTER, Beat, Heartbeat
-from training.ranks.process_group import TIMEOUT_VARIABLE, Ranks, RunError, collective_timeout
+from training.ranks.process_group import TIMEOUT_VARIABLE, Ranks, collective_timeout
 
 BEAT_SEC = 1.0
 ALARMED_BEAT_SEC = 0.2
 SILENT_SEC = 5.0  # a rank that did not beat for so long does not answer
 SAME_FAILURE_SEC = 1.0  # others with the same mistake come in meanwhile
 DEPUTY_SEC = 3.0  # by which the last rank is later than rank 0 would be
-WRITING_SEC = 1.0  # for a text to reach a person before the launcher ends this rank
 LEAVING_SEC = 3.0  # for the other ranks to read the verdict
 ORPHAN_SEC = 20.0  # after which a rank that hears no verdict ends by itself
 WATCH_AFTER = 0.1  # of COLLECTIVE_TIMEOUT_SEC, in one place: then the others' beats are read
@@ -152,7 +153,7 @@ class Watchdog:
         state = self._store.add(STATE, 0)
         if state >= END:
             self._store.add(LEFT, 1)
-            os._exit(state // END - 1)
+            leave(state // END - 1)
         stuck_sec = self.heartbeat.stuck_sec()
         is_stuck = stuck_sec > WATCH_AFTER * self._limit_sec
         beat = self.heartbeat.beat(is_stuck or state > 0)
@@ -164,7 +165,7 @@ class Watchdog:
             if self._may_judge:
                 self._judge_failures(now - self._alarmed_at)
             elif now - self._alarmed_at > ORPHAN_SEC:
-                os._exit(FAILED_EXIT_CODE)
+                leave(CRASH_EXIT_CODE)
         elif self._may_judge:
             if self._ranks.rank > 0:
                 self._read_beats([0])  # to know where it was, should its store go down
@@ -175,21 +176,21 @@ class Watchdog:
                 self._say(f"training moves again after more than {self._warned_sec:.0f} s")
                 self._warned_sec = 0.0
 
-    def _read_beats(self, ranks: Iterable[int]) -> dict[int, Seen]:
+    def _read_beats(self, ranks: Iterable[int]) -> dict[int, RankStatus]:
         """Read what ranks said last, and how long ago that was new."""
         known = [rank for rank in ranks if self._store.check([self._key(rank)])]
         texts = self._store.multi_get([self._key(rank) for rank in known])
-        now, seen = time.monotonic(), {rank: Seen(None) for rank in ranks}
+        now, seen = time.monotonic(), {rank: RankStatus(None) for rank in ranks}
         for rank, text in zip(known, texts, strict=True):
             beat = Beat(*json.loads(text))
             before = self._seen.get(rank)
             if before is None or before[0].number != beat.number:
                 before = self._seen[rank] = (beat, now)
             silent_sec = now - before[1]
-            seen[rank] = Seen(beat, silent_sec if silent_sec > SILENT_SEC else 0.0)
+            seen[rank] = RankStatus(beat, silent_sec if silent_sec > SILENT_SEC else 0.0)
         return seen
 
-    def _is_mine(self, seen: dict[int, Seen]) -> bool:
+    def _is_mine(self, seen: dict[int, RankStatus]) -> bool:
         """Tell whether this rank speaks for all."""
         return self._ranks.rank == 0 or seen[0].beat is None or bool(seen[0].silent_sec)
 
@@ -254,40 +255,31 @@ class Watchdog:
         if self._failure is not None:
             reason = self._failure.text
         if self._failure is not None and self._failure.is_cause:
-            self._write(_report_causes([self._ranks.rank], own, self._failure) + "\n")
+            say(_report_causes([self._ranks.rank], own, self._failure) + "\n")
         elif self._ranks.rank == self._last:
             beat, since = self._seen.get(0, (None, 0.0))
-            seen = {0: Seen(beat, time.monotonic() - since), self._ranks.rank: Seen(own)}
+            seen = {
+                0: RankStatus(beat, time.monotonic() - since),
+                self._ranks.rank: RankStatus(own),
+            }
             self._say(describe_lost(seen, [0], reason), "error")
         else:
             time.sleep(LEAVING_SEC)  # the first that leaves has the launcher end the others
-        os._exit(FAILED_EXIT_CODE)
+        leave(CRASH_EXIT_CODE)
 
     def _say(self, text: str, kind: str = "warning") -> None:
-        self._write(f"{kind}: [rank {self._ranks.rank}] {text}\n")
+        say(f"{kind}: [rank {self._ranks.rank}] {text}\n")
 
-    def _write(self, text: str) -> None:
-        """Write to the standard error, but do not wait long: the log's disk may be lost."""
-
-        def write() -> None:
-            with contextlib.suppress(OSError, ValueError):  # or be closed
-                sys.stderr.write(text)
-                sys.stderr.flush()
-
-        thread = threading.Thread(target=write, name="watchdog's words", daemon=True)
-        thread.start()
-        thread.join(WRITING_SEC)
-
-    def _end(self, text: str, failure: Failure, seen: dict[int, Seen]) -> None:
+    def _end(self, text: str, failure: Failure, seen: dict[int, RankStatus]) -> None:
         """Report, and end all ranks; do not wait for those that do not answer."""
-        self._write(f"{failure.trace}error: [rank {self._ranks.rank}] {text}\n")
+        say(f"{failure.trace}error: [rank {self._ranks.rank}] {text}\n")
         if self._store.add(STATE, 0) < END:  # else another one has spoken
             self._store.add(STATE, END * (1 + failure.exit_code))
         deadline = time.monotonic() + LEAVING_SEC
         num_others = self._last - sum(bool(one.silent_sec) for one in seen.values())
         while self._store.add(LEFT, 0) < num_others and time.monotonic() < deadline:
             time.sleep(ALARMED_BEAT_SEC / 4)
-        os._exit(failure.exit_code)
+        leave(failure.exit_code)
 
 
 def _report_causes(ranks: list[int], beat: Beat | None, failure: Failure) -> str:
