@@ -1,7 +1,7 @@
 """Run a command: output that may fail, signals that stop it, mistakes in one sentence.
 
-What a command prints is never worth its work. A terminal that is gone, a full disk under the log, a
-reader such as `head` that has left, a closed stream: what cannot be written is lost, and the work
+Output that fails must not end the work. If the terminal is gone, the disk of the log is full, a
+reader such as `head` has left, or a stream is closed, what cannot be written is lost and the work
 goes on. A character that the terminal's encoding lacks is written as an escape.
 """
 
@@ -73,8 +73,8 @@ def enter(
 
     Args:
         main: takes its arguments from the command line.
-        when_stopped: what to do after a signal has ended it.
-        prints_result: its output is all that it makes, so that a lost part is a failure.
+        when_stopped: what to advise after a signal has ended it.
+        prints_result: its output is all that it makes, so that it fails if a part is lost.
     """
     _read_names_as_utf8()
     output = protect_output()
@@ -140,7 +140,7 @@ def _protected(stream: TextIO | None, name: str) -> tuple[_LossyFile | None, Tex
 
 
 def is_reporter() -> bool:
-    """Tell whether this process speaks for those that a launcher started with it."""
+    """Tell whether this process prints for all that a launcher started with it."""
     try:
         return read_place_on_node().rank == 0
     except ConfigError:  # said where the place decides something

@@ -17,7 +17,7 @@ class RunError(RuntimeError):
 
 
 def agreed_message(error: Exception | str | None) -> str | None:
-    """Tell all ranks the first error among them. All ranks must call this."""
+    """Return the first error among the ranks on all of them. All ranks must call this."""
     messages: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(messages, None if error is None else str(error))
     return next((message for message in messages if message is not None), None)
