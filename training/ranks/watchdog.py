@@ -12,9 +12,9 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -98,23 +98,28 @@ class Watchdog:
             threading.Thread(target=self._guard_store, name="store guard", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.reporting().__exit__(kind, error, trace)
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self._report(error)
         self._is_closing = True
         self._awake.set()
         self._thread.join()
 
-    def reporting(self) -> "_Reporting":
-        """Return a context manager that ends the job at once when one rank raises inside it.
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """End the job at once when this rank alone raises inside this context.
 
         RunError and SystemExit pass, because all ranks raise them alike.
         """
-        return _Reporting(self)
+        try:
+            yield
+        except BaseException as err:
+            self._report(err)
+            raise
+
+    def _report(self, error: BaseException | None) -> None:
+        is_common = isinstance(error, (RunError, SystemExit, KeyboardInterrupt))
+        if error is not None and not is_common:
+            self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """Store an exception for rank 0 and wait until it ends the job; return if none watches."""
@@ -286,21 +291,3 @@ class Watchdog:
 def _report_causes(ranks: list[int], beat: Beat | None, failure: Failure) -> str:
     where = "" if beat is None else f", {place(beat)}"
     return f"{name_ranks(ranks)}{where}: {failure.text}; {failure.advice}"
-
-
-class _Reporting:
-    def __init__(self, watchdog: Watchdog) -> None:
-        self._watchdog = watchdog
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        is_common = isinstance(error, (RunError, SystemExit, KeyboardInterrupt))
-        if error is not None and not is_common:
-            self._watchdog.fail(error)
