@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-CONFIG_ERROR_EXIT_CODE = 2
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE, CRASH_EXIT_CODE
+
 MAX_MESSAGE = 2000  # characters
 
 
@@ -73,7 +74,7 @@ class OutageError(ConfigError):
     It may come back by itself, so another start is worth trying, a bounded number of times.
     """
 
-    exit_code = 1
+    exit_code = CRASH_EXIT_CODE
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -131,7 +131,8 @@ def _describe_model(config: Config, count: ParameterCount) -> str:
     ]
     if count.experts:
         lines.append(
-            f"active per sample ({model.top_k} of {count_of(model.num_experts, 'expert')}): {count.active:,}"
+            f"active per sample ({model.top_k} of {count_of(model.num_experts, 'expert')}): "
+            f"{count.active:,}"
         )
     lines += [f"  {part:<12} {number:>13,}" for part, number in count.parts.items()]
     return "\n".join(lines)
