@@ -55,7 +55,7 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, 
     )
     axes.add_patch(shape)
     middle = (x + width / 2, y + height / 2)
-    axes.text(*middle, text, ha="center", va="center", color=INK, fontsize=10.5, linespacing=1.35)
+    axes.text(*middle, text, ha="center", va="center", color=INK, fontsize=9.5)
 
 
 def arrow(axes: Axes, *points: tuple[float, float], color: str = INK) -> None:
@@ -71,62 +71,69 @@ def note(axes: Axes, x: float, y: float, text: str, align: str = "center") -> No
     axes.text(x, y, text, ha=align, va="center", color=INK, fontsize=9.5, linespacing=1.3)
 
 
+def title(axes: Axes, text: str) -> None:
+    """Write what a part of the drawing shows."""
+    axes.set_title(text, loc="left", fontsize=12, color=INK, fontweight="bold")
+
+
 def draw_network(axes: Axes) -> None:
     """Draw the whole network: what goes in, the blocks, the gates, what comes out."""
-    axes.set_title("The network", loc="left", fontsize=12, color=INK, fontweight="bold")
-    box(axes, 0.0, 0.2, 2.6, 0.8, "noisy latent $x_t$", PALE)
-    box(axes, 0.0, 1.7, 2.6, 0.8, "patches + positions", BLUE)
-    for k, name in enumerate(("block 1", "block 2", "block L")):
-        box(axes, 0.0, 3.2 + 1.5 * k, 2.6, 0.8, name, BLUE)
-        box(axes, 4.3, 3.2 + 1.5 * k, 2.2, 0.8, "gate " + name[-1], ORANGE)
-        arrow(axes, (4.3, 3.6 + 1.5 * k), (2.6, 3.6 + 1.5 * k))
-    box(axes, 0.0, 7.7, 2.6, 0.8, "final layer", BLUE)
-    box(axes, 0.0, 9.2, 2.6, 0.8, "noise, variance", PALE)
+    title(axes, "The network")
+    box(axes, 0.0, 0.2, 3.0, 0.8, "noisy latent $x_t$", PALE)
+    box(axes, 0.0, 1.7, 3.0, 0.8, "patches + positions", BLUE)
+    for k, number in enumerate("12L"):
+        y = 3.2 + 1.5 * k
+        box(axes, 0.0, y, 3.0, 0.8, f"block {number}", BLUE)
+        box(axes, 4.7, y, 2.2, 0.8, f"gate {number}", ORANGE)
+        arrow(axes, (4.7, y + 0.4), (3.0, y + 0.4))
+        arrow(axes, (7.3, y + 0.4), (6.9, y + 0.4))
+    box(axes, 0.0, 7.7, 3.0, 0.8, "final layer", BLUE)
+    box(axes, 0.0, 9.2, 3.0, 0.8, "noise, variance", PALE)
     for y in (1.0, 2.5, 4.0, 7.0, 8.5):
-        arrow(axes, (1.3, y), (1.3, y + 0.7))
-    axes.plot((1.3, 1.3), (5.5, 6.2), color=INK, lw=1.6, ls=":")
-    note(axes, 3.45, 6.95, "weights of\nE experts")
-    box(axes, 4.3, 0.2, 2.2, 0.8, "timestep $t$", PALE)
-    box(axes, 4.3, 1.7, 2.2, 0.8, "embedding", GREEN)
-    arrow(axes, (5.4, 1.0), (5.4, 1.7))
-    axes.plot((6.5, 6.85, 6.85), (2.1, 2.1, 6.6), color=INK, lw=1.3)
-    for y in (3.6, 5.1, 6.6):
-        arrow(axes, (6.85, y), (6.5, y))
-    note(axes, 4.3, 8.75, "$t$ and label $y$ also set the shifts\nand scales of every block", "left")
-    note(axes, 4.3, 9.75, "A gate sees only $t$, so all routing is\nknown before the first block.", "left")
+        arrow(axes, (1.5, y), (1.5, y + 0.7))
+    axes.plot((1.5, 1.5), (5.5, 6.2), color=INK, lw=1.6, ls=":")
+    note(axes, 3.85, 7.0, "weights of\nE experts")
+    box(axes, 4.7, 0.2, 2.2, 0.8, "timestep $t$", PALE)
+    box(axes, 4.7, 1.7, 2.2, 0.8, "embedding", GREEN)
+    arrow(axes, (5.8, 1.0), (5.8, 1.7))
+    axes.plot((6.9, 7.3, 7.3), (2.1, 2.1, 6.6), color=INK, lw=1.3)
+    note(
+        axes,
+        3.5,
+        9.6,
+        "A gate sees only $t$, so all routing\nis known before the first block.",
+        "left",
+    )
+    note(axes, 3.5, 8.3, "$t$ and the label also set shifts\nand scales of every block.", "left")
 
 
 def draw_block(axes: Axes) -> None:
     """Draw one block: the mixture's mask splits the stream."""
-    axes.set_title("One block", loc="left", fontsize=12, color=INK, fontweight="bold")
-    arrow(axes, (2.4, -0.1), (2.4, 0.9))
-    note(axes, 2.65, 0.2, "stream $x$", "left")
-    axes.add_patch(
-        FancyBboxPatch(
-            (0.0, 0.9), 4.8, 2.5, boxstyle="round,pad=0,rounding_size=0.12", fc=ORANGE, ec=INK
-        )
-    )
-    for k, name in enumerate(("expert 1", "expert 2", "expert E")):
-        box(axes, 0.2 + 1.5 * k, 1.2, 1.35, 0.8, name, "white")
-    note(axes, 2.4, 2.7, "mask  $m = 1 +$ sum of the $k$ experts\nthat the gate chose, times their weights")
-    arrow(axes, (2.4, 3.4), (2.4, 4.6))
-    note(axes, 2.65, 3.95, "$m \\cdot x$", "left")
-    box(axes, 0.9, 4.6, 3.0, 0.9, "attention", BLUE)
-    arrow(axes, (2.4, 5.5), (2.4, 6.1))
-    box(axes, 0.9, 6.1, 3.0, 0.9, "MLP", BLUE)
-    arrow(axes, (2.4, 7.0), (2.4, 8.1))
-    axes.text(2.4, 8.4, "+", ha="center", va="center", fontsize=15, color=INK)
-    axes.add_patch(plt.Circle((2.4, 8.4), 0.3, fill=False, ec=INK, lw=1.1))
-    arrow(axes, (2.4, 8.7), (2.4, 9.7))
-    arrow(axes, (4.4, 3.4), (4.4, 8.4), (2.7, 8.4))
-    note(axes, 4.55, 6.0, "$(1-m) \\cdot x$\npasses by", "left")
+    title(axes, "One block")
+    arrow(axes, (2.8, -0.1), (2.8, 0.9))
+    note(axes, 3.0, 0.3, "stream $x$", "left")
+    box(axes, 0.0, 0.9, 5.6, 2.6, "", ORANGE)
+    for k, number in enumerate("12E"):
+        box(axes, 0.2 + 1.8 * k, 1.15, 1.6, 0.8, f"expert {number}", "white")
+    note(axes, 2.8, 2.75, "mask  $m = 1 +$ weighted sum of\nthe $k$ experts that the gate chose")
+    arrow(axes, (2.8, 3.5), (2.8, 4.6))
+    note(axes, 3.0, 4.05, "$m \\cdot x$", "left")
+    box(axes, 1.3, 4.6, 3.0, 0.9, "attention", BLUE)
+    arrow(axes, (2.8, 5.5), (2.8, 6.1))
+    box(axes, 1.3, 6.1, 3.0, 0.9, "MLP", BLUE)
+    arrow(axes, (2.8, 7.0), (2.8, 8.1))
+    axes.plot(2.8, 8.4, "o", ms=17, mfc="white", mec=INK)
+    axes.plot(2.8, 8.4, "+", ms=9, color=INK)
+    arrow(axes, (2.8, 8.7), (2.8, 9.8))
+    arrow(axes, (5.0, 3.5), (5.0, 8.4), (3.15, 8.4))
+    note(axes, 5.15, 6.0, "$(1-m) \\cdot x$\npasses by", "left")
 
 
 def draw_prior(axes: Axes) -> None:
     """Draw the prior: the windows of timesteps that a loss pulls the gates towards."""
     prior = diffusion_prior(1000, depth=6, num_experts=3, top_k=2)  # (S, U)
     axes.imshow(prior.T, aspect="auto", cmap="Blues", vmin=0, vmax=1.6, interpolation="nearest")
-    axes.set_title("The prior", loc="left", fontsize=12, color=INK, fontweight="bold")
+    title(axes, "The prior")
     axes.set_xlabel("timestep: clean to noise", fontsize=9.5)
     axes.set_ylabel("experts of all blocks", fontsize=9.5)
     axes.set_yticks([])
@@ -136,7 +143,7 @@ def draw_prior(axes: Axes) -> None:
 def draw_architecture() -> None:
     """Draw the architecture, from the paper's equations as the code has them."""
     figure = plt.figure(figsize=(12, 5.6), dpi=100)
-    places = ((0.01, 0.43, (-0.3, 9.6)), (0.47, 0.24, (-0.2, 6.2)))
+    places = ((0.01, 0.40, (-0.3, 8.2)), (0.42, 0.31, (-0.2, 6.9)))
     for (left, width, limits), draw in zip(places, (draw_network, draw_block), strict=True):
         axes = figure.add_axes((left, 0.02, width, 0.91))
         axes.set(xlim=limits, ylim=(-0.2, 10.2))
@@ -144,10 +151,10 @@ def draw_architecture() -> None:
         draw(axes)
     draw_prior(figure.add_axes((0.77, 0.36, 0.215, 0.57)))
     text = (
-        "A loss pulls the gates towards this map:\nneighbouring timesteps share experts,\n"
-        "the more the cleaner they are."
+        "A loss pulls the gates towards this map.\nClean timesteps share all their experts;\n"
+        "noisy ones share fewer and fewer."
     )
-    figure.text(0.77, 0.2, text, va="top", color=INK, fontsize=9.5, linespacing=1.4)
+    figure.text(0.77, 0.23, text, va="top", color=INK, fontsize=9.5, linespacing=1.4)
     buffer = io.BytesIO()
     figure.savefig(buffer)
     plt.close(figure)
