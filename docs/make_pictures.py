@@ -32,6 +32,7 @@ PICTURES = Path(__file__).resolve().parent / "pictures"
 MAX_BYTES = 200 * 1000
 MAX_WIDTH = 1200  # pixels; GitHub shows fewer
 NUM_COLOURS = 128  # of a palette: these pictures have flat areas, and small files matter
+GAP = 24  # pixels between the halves of a grid
 START_SEC = 120  # patience with TensorBoard's start
 
 INK, GREY, PALE = "#24292f", "#8c959f", "#f6f8fa"
@@ -162,10 +163,15 @@ def draw_architecture() -> None:
 
 
 def show_samples(run_dir: Path) -> None:
-    """Copy the newest grid that training/sample.py has drawn."""
+    """Show the newest grid that training/sample.py has drawn."""
     grids = sorted(run_dir.glob("samples/*/grid.png"))
     assert grids, f"{run_dir} has no samples; run python training/sample.py {run_dir}"
-    save(Image.open(grids[-1]), "samples")
+    grid = Image.open(grids[-1])
+    half = grid.height // 2  # one half of the classes beside the other: a wide picture
+    wide = Image.new("RGB", (2 * grid.width + GAP, half), "white")
+    wide.paste(grid.crop((0, 0, grid.width, half)), (0, 0))
+    wide.paste(grid.crop((0, half, grid.width, 2 * half)), (grid.width + GAP, 0))
+    save(wide, "samples")
 
 
 def show_report(run_dir: Path) -> None:

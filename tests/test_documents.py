@@ -47,7 +47,7 @@ JOB_SCRIPTS = {
 }
 # Code inside a line that is a command for a program of ours.
 INLINE_COMMAND = re.compile(
-    r"([A-Z_]+=\S+ )*(make \w|(python|deepspeed|torchrun|mpirun|sbatch|bash) .*"
+    r"(\w+=\S+ )*(make \w|(python|deepspeed|torchrun|mpirun|sbatch|bash) .*"
     r"\b(training|data_tools|benchmarks|slurm)[/.]\w)"
 )
 CODE_BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -83,7 +83,7 @@ def is_run_elsewhere(command):
 def program_and_arguments(command):
     """What a command starts in the end: a Python file or -m and a module, and its arguments."""
     words = [word for word in shlex.split(command) if word != "..."]
-    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+    while re.fullmatch(r"\w+=.*", words[0]):
         words = words[1:]
     if words[0] in ("sbatch", "bash"):
         place = next(k for k, word in enumerate(words) if word.startswith("slurm/"))
