@@ -425,8 +425,8 @@ def test_the_report_leaves_out_a_newer_card_and_says_so(tmp_path, capsys):
     assert f"warning: {path} was written by a newer program (format 2" in capsys.readouterr().err
 
 
-def test_the_readme_lists_every_format():
-    text = Path(preset.__file__).resolve().parents[2].joinpath("README.md").read_text()
+def test_the_documentation_lists_every_format():
+    text = Path(preset.__file__).resolve().parents[2].joinpath("docs/checkpoints.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     stated = {row[0]: row[1] for row in rows if len(row) == 3}
     names = {
