@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,12 @@ import torch
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
-from models.experts import merging_is_cheaper
-from models.flops import NetworkShape, forward_flops, training_flops
-from models.moe import mlp_expert_width
-from models.switch_dit import MODEL_NAMES, MODEL_SIZES, SwitchDiT
+from models.flops import forward_flops, training_flops
+from models.network_options import NetworkOptions
+from models.switch_dit import MODEL_NAMES
 from training.config.command_line import parse_command_line
 from training.config.deepspeed_config import merge_deepspeed, plan_batch, stage_of
+from training.config.network import network_options
 from training.config.precision import PRECISION_NAMES, Hardware, detect_hardware, precision_of
 from training.config.tree import Config
 from training.config.validation import Dataset, validate
@@ -57,41 +58,14 @@ def count_parameters(config: Config) -> ParameterCount:
     """Count on the meta device: nothing is allocated, whatever the size."""
     parts: Counter[str] = Counter()
     trainable = 0
-    for name, param in _meta_model(config).named_parameters():
+    with torch.device("meta"):
+        model = build_model(config)
+    for name, param in model.named_parameters():
         parts["experts" if ".experts." in name else name.split(".")[0]] += param.numel()
         trainable += param.numel() if param.requires_grad else 0
-    experts, model = parts["experts"], config.model
-    idle = experts - experts // model.num_experts * model.top_k
+    experts = parts["experts"]
+    idle = experts - experts // config.model.num_experts * config.model.top_k
     return ParameterCount(parts.total(), trainable, parts.total() - idle, experts, dict(parts))
-
-
-def shape_of(config: Config) -> NetworkShape:
-    """Return the sizes that the cost of a configuration's network depends on."""
-    model = config.model
-    depth, hidden_size, num_heads = MODEL_SIZES[model.size]
-    channels, height, width = model.latent_shape
-    network = _meta_model(config)
-    return NetworkShape(
-        num_tokens=(height // model.patch_size) * (width // model.patch_size),
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=num_heads,
-        patch_values=model.patch_size**2 * channels,
-        out_values=network.final_layer.linear.out_features,
-        mlp_hidden=network.blocks[0].mlp.fc1.out_features,
-        has_qk_norm=model.qk_norm,
-        routing=model.routing,
-        num_experts=model.num_experts,
-        top_k=model.top_k,
-        expert_kind=model.expert_kind,
-        expert_hidden=mlp_expert_width(hidden_size, model.expert_hidden_ratio),
-        num_timesteps=config.diffusion.num_timesteps,
-    )
-
-
-def _meta_model(config: Config) -> SwitchDiT:
-    with torch.device("meta"):
-        return build_model(config)
 
 
 def num_averages(config: Config) -> int:
@@ -147,12 +121,12 @@ def cost_sections(
     config: Config, deepspeed_config: dict[str, Any], world_size: int
 ) -> dict[str, str]:
     """Describe parameters, FLOPs and memory, by title; the arguments are those of `describe`."""
-    count, shape = count_parameters(config), shape_of(config)
+    count, options = count_parameters(config), network_options(config)
     micro_batch_size = plan_batch(config, world_size).micro_batch_size
     return {
         "model": _describe_model(config, count),
-        "FLOPs": _describe_flops(config, shape, micro_batch_size),
-        "memory per rank": _describe_memory(config, deepspeed_config, world_size, count, shape),
+        "FLOPs": _describe_flops(config, options, micro_batch_size),
+        "memory per rank": _describe_memory(config, deepspeed_config, world_size, count, options),
     }
 
 
@@ -174,23 +148,25 @@ def _describe_model(config: Config, count: ParameterCount) -> str:
     return "\n".join(lines)
 
 
-def _describe_flops(config: Config, shape: NetworkShape, batch_size: int) -> str:
+def _describe_flops(config: Config, options: NetworkOptions, batch_size: int) -> str:
     """Describe FLOPs per image; those of the gate table are shared by the micro-batch."""
-    ways = {"": True}
-    if shape.has_experts and shape.expert_kind == "affine":
-        ways = {", experts merged": True, ", experts dispatched": False}
+    ways = {"": options}
+    if options.has_experts and options.expert_kind == "affine":
+        ways = {
+            f", experts {way}": replace(options, expert_dispatch=way)
+            for way in ("merged", "dispatched")
+        }
     lines = [f"GFLOP per image, in micro-batches of {batch_size} (2 per multiply-add)"]
-    for way, is_merged in ways.items():
-        forward = forward_flops(shape, batch_size, is_merged=is_merged).total()
-        training = training_flops(shape, batch_size, is_merged=is_merged)
+    for way, chosen in ways.items():
+        forward = forward_flops(chosen, batch_size).total()
+        training = training_flops(chosen, batch_size)
         lines.append(
             f"  forward {forward / batch_size / GIGA:,.2f}, forward and backward "
             f"{training / batch_size / GIGA:,.2f}{way}"
         )
     if config.model.activation_checkpointing:
         lines.append("  one forward more, recomputed for activation checkpointing, on top")
-    is_merged = is_merged_dispatch(config.model.expert_dispatch, shape)
-    for part, flops in forward_flops(shape, batch_size, is_merged=is_merged).items():
+    for part, flops in forward_flops(options, batch_size).items():
         lines.append(f"  {part:<26} {flops / batch_size / GIGA:>10,.3f} forward")
     return "\n".join(lines)
 
@@ -200,7 +176,7 @@ def _describe_memory(
     deepspeed_config: dict[str, Any],
     world_size: int,
     count: ParameterCount,
-    shape: NetworkShape,
+    options: NetworkOptions,
 ) -> str:
     stage, precision = stage_of(deepspeed_config), precision_of(deepspeed_config)
     expert_parallel_size = config.run.expert_parallel_size
@@ -219,7 +195,7 @@ def _describe_memory(
     ]
     lines += _memory_lines(memory, deepspeed_config.get("zero_optimization", {}))
     lines += _activation_lines(
-        config, shape, plan_batch(config, world_size).micro_batch_size, precision
+        config, options, plan_batch(config, world_size).micro_batch_size, precision
     )
     lines.append("Communication buckets, the loss's own tensors and the framework come on top.")
     return "\n".join(lines)
@@ -241,27 +217,15 @@ def _memory_lines(memory: Memory, zero: dict[str, Any]) -> list[str]:
 
 
 def _activation_lines(
-    config: Config, shape: NetworkShape, batch_size: int, precision: str
+    config: Config, options: NetworkOptions, batch_size: int, precision: str
 ) -> list[str]:
     lines = [f"activations of a micro-batch of {batch_size}, uncompiled (* = as configured)"]
     for is_recomputing, name in ((False, "kept"), (True, "with activation checkpointing")):
-        size = activation_bytes(
-            shape,
-            batch_size,
-            precision=precision,
-            is_recomputing=is_recomputing,
-            is_merged=is_merged_dispatch(config.model.expert_dispatch, shape),
-        )
-        mark = "*" if is_recomputing == config.model.activation_checkpointing else " "
+        chosen = replace(options, activation_checkpointing=is_recomputing)
+        size = activation_bytes(chosen, batch_size, precision=precision)
+        mark = "*" if chosen == options else " "
         lines.append(f"{mark} {name:<30} {sum(size) / GIB:>9.3f} GiB")
     return lines
-
-
-def is_merged_dispatch(expert_dispatch: str, shape: NetworkShape) -> bool:
-    """Tell whether affine experts are merged, with a value of --expert-dispatch."""
-    if expert_dispatch == "auto":
-        return merging_is_cheaper(shape.num_tokens, shape.num_experts, shape.top_k)
-    return expert_dispatch == "merged"
 
 
 def _describe_data(config: Config, manifest: Dataset | None) -> str:

@@ -283,9 +283,8 @@ def _check_values(
         if not imported.weights[name].float().isfinite().all():  # float8 cannot be asked
             raise ConfigError(f"{flag}: {name} holds values that are not finite; choose another.")
     if imported.positions is not None:
-        height, width = (side // model.patch_size for side in model.input_size)
         try:
-            check_positions(imported.positions, (height, width))
+            check_positions(imported.positions, model.options.grid)
         except ValueError as err:
             raise ConfigError(f"{flag}: its {err} that this model has; choose another.") from err
 

@@ -23,9 +23,9 @@ from training.checkpoints.manifest import (
     read_manifest,
     verify_file,
 )
-from training.config.option import did_you_mean
 from training.config.tree import Config
 from training.config.validation import lacks_compiler
+from training.config.wording import did_you_mean
 from training.engine.average_profiles import profiles_of
 from training.engine.build import build_model
 from training.run.checkpoint_notes import last_saved_step

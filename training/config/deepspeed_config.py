@@ -16,9 +16,9 @@ import pydantic
 
 from data_tools.errors import ConfigError
 from data_tools.user_files.user_text import TextError, read_text
-from training.config.option import did_you_mean, shown
 from training.config.precision import PRECISION_BLOCKS, Hardware, detect_hardware
 from training.config.tree import Config
+from training.config.wording import did_you_mean, shown
 
 MAX_STAGE = 3
 AUTO = "auto"

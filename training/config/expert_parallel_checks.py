@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from models.switch_dit import MODEL_SIZES
 from training.config.deepspeed_config import load_deepspeed_json, stage_of
+from training.config.network import network_options
 from training.config.tree import Config
 
 # With fewer values a rank may hold none of a group, and its optimizer state does not load again.
@@ -60,12 +60,10 @@ def _check_sizes(config: Config, world_size: int) -> None:
 
 def expert_values(config: Config) -> int:
     """Count the parameters of all experts of all blocks."""
-    model = config.model
-    depth, width, _ = MODEL_SIZES[model.size]
-    if model.expert_kind == "mlp":
-        hidden = max(1, int(model.expert_hidden_ratio * width))
-        return depth * model.num_experts * (2 * width * hidden + hidden + width)
-    return depth * model.num_experts * (width * width + width)
+    network = network_options(config)
+    D, H = network.hidden_size, network.expert_hidden_size
+    of_one = D * D + D if network.expert_kind == "affine" else 2 * D * H + H + D
+    return network.depth * network.num_experts * of_one
 
 
 def _check_file(config: Config, deepspeed_json: dict[str, Any], path: Path) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from models.diffusion import learns_variance
-from models.switch_dit import MODEL_SIZES, SwitchDiT
+from models.switch_dit import SwitchDiT
 from training.config.deepspeed_config import MAX_STAGE, stage_of
+from training.config.network import network_options
 from training.config.tree import Config, OptimConfig
 from training.engine.average_profiles import EMAAdamW, profiles_of
 from training.engine.non_finite import AgreeingEMAAdamW
@@ -32,40 +32,10 @@ def build_model(
     """
     torch.manual_seed(config.run.seed)  # the same start on every rank
     return SwitchDiT(
-        **model_arguments(config),
-        expert_parallel_size=expert_parallel_size,
-        shards_weights=shards_weights,
+        network_options(
+            config, expert_parallel_size=expert_parallel_size, shards_weights=shards_weights
+        )
     )
-
-
-def model_arguments(config: Config) -> dict[str, Any]:
-    """Return what a configuration says of its network: SwitchDiT's arguments but its layout."""
-    model, diffusion = config.model, config.diffusion
-    depth, hidden_size, num_heads = MODEL_SIZES[model.size]
-    return {
-        "input_size": model.latent_shape[1:],
-        "patch_size": model.patch_size,
-        "in_channels": model.latent_channels,
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "num_heads": num_heads,
-        "num_classes": model.num_classes,
-        "num_experts": model.num_experts,
-        "top_k": model.top_k,
-        "num_timesteps": diffusion.num_timesteps,
-        "activation_checkpointing": model.activation_checkpointing,
-        "learned_variance": learns_variance(diffusion.objective, diffusion.learned_variance),
-        "routing": model.routing,
-        "expert_kind": model.expert_kind,
-        "expert_hidden_ratio": model.expert_hidden_ratio,
-        "expert_dispatch": model.expert_dispatch,
-        "renormalize_gates": model.renormalize_gates,
-        "dtr_alpha": model.dtr_alpha,
-        "dtr_beta": model.dtr_beta,
-        "qk_norm": model.qk_norm,
-        "has_loss_uncertainty": diffusion.loss_weight == "uncertainty",
-        "compile_blocks": model.compile_blocks,
-    }
 
 
 def build_engine(

@@ -18,10 +18,11 @@ from models.dealing import deal, served_at_home
 from models.diffusion import Diffusion, LossTerms
 from models.latents import final_latents, frozen_latents
 from models.loss_weights import loss_weight_table, uncertainty_weighted
-from models.prior import diffusion_prior, match_units, prior_loss
+from models.prior import diffusion_prior, prior_loss
 from models.randomness import Stream, normal, uniform
 from models.switch_dit import MODEL_SIZES, SwitchDiTOutput
 from models.timestep_sampling import TimestepSampling
+from models.unit_matching import match_units
 from training.config.tree import Config
 
 

@@ -259,7 +259,7 @@ def _pictures(
         indices=numbers,
         labels=labels_of(settings, numbers, artist.class_counts),
         latent_shape=artist.latent_shape,
-        null_class=artist.model.num_classes,
+        null_class=artist.model.options.num_classes,
         weak_model=artist.weak_model,
     )
     if not latents.isfinite().all():

@@ -120,7 +120,7 @@ def exchange_shape(model: Any, rank: int, group_size: int, precision: str) -> Ex
     if group_size == 1:
         return None
     number_bytes = 4 if precision == "fp32" else 2
-    num_passes = PASSES_WITH_RECOMPUTATION if model.activation_checkpointing else PASSES
+    num_passes = PASSES_WITH_RECOMPUTATION if model.options.activation_checkpointing else PASSES
     row_bytes = model.pos_embed.numel() * number_bytes  # (T, D)
     return ExchangeShape(rank % group_size, group_size, row_bytes, num_passes)
 

@@ -11,9 +11,9 @@ import torch
 from models.flops import training_flops
 from models.loss_weights import cluster_log_variances
 from training.checkpoints.manifest import TrainState
+from training.config.network import network_options
 from training.config.tree import Config
 from training.cost.gpu_peaks import peak_tflops
-from training.count import is_merged_dispatch, shape_of
 from training.engine.build import learning_rate
 from training.monitoring.dashboard import dashboard
 from training.monitoring.event_files import Monitor
@@ -70,11 +70,8 @@ class Reporter:
         self.history, self.monitor, self.progress = history, monitor, progress
         self.heartbeat, self.is_main = heartbeat, is_main
         self._spikes, self._drift = SpikeDetector(config.optim.spike_threshold), GateDrift()
-        shape = shape_of(config)
-        flops = training_flops(
-            shape, 1, is_merged=is_merged_dispatch(config.model.expert_dispatch, shape)
-        )
-        self._tflop_of_sample, self._peak_tflops = flops / TERA, peak_tflops(device)
+        self._tflop_of_sample = training_flops(network_options(config), 1) / TERA
+        self._peak_tflops = peak_tflops(device)
 
     def begin(self, starts: list[Start]) -> None:
         """Record what the run is, once per start. Of the main rank only."""

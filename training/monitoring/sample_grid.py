@@ -27,7 +27,10 @@ SAMPLE_SEED = 0  # the same images are drawn every time, so that progress can be
 def grid_settings(config: Config) -> SamplerSettings:
     """Say how a run's grids are drawn; without guidance where there is nothing to guide by."""
     run, diffusion = config.run, config.diffusion
-    scale = run.sample_cfg_scale if can_guide_without_classifier(config) else 1.0
+    can_guide = can_guide_without_classifier(
+        config.model.num_classes, config.data.class_dropout_prob
+    )
+    scale = run.sample_cfg_scale if can_guide else 1.0
     return SamplerSettings(
         run.sample_method or methods_for(diffusion.objective)[0],
         run.sample_steps,

@@ -103,7 +103,9 @@ def sampler_settings(args: argparse.Namespace, config: Config) -> SamplerSetting
     """Check the flags against each other and the run's configuration."""
     diffusion, channels = config.diffusion, config.model.latent_channels
     is_auto = args.autoguidance is not None
-    can_guide = is_auto or can_guide_without_classifier(config)
+    can_guide = is_auto or can_guide_without_classifier(
+        config.model.num_classes, config.data.class_dropout_prob
+    )
     named = {"all": channels, "three": min(OFFICIAL_CHANNELS, channels), None: None}
     asked = Asked(
         sampler=args.sampler,

@@ -7,6 +7,7 @@ import torch
 
 from models.diffusion import LossTerms
 from models.gate import Dispatch, RoutingPlan
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from tests.support.ranks import run_ranks
 from training.monitoring.expert_load import (
@@ -163,7 +164,7 @@ def build(group_size, **options):
     """A model with random weights, its mixtures ready to communicate."""
     torch.manual_seed(0)
     sizes = SIZES | {"depth": DEPTH} | options
-    model = SwitchDiT(expert_parallel_size=group_size, **sizes)
+    model = SwitchDiT(NetworkOptions(expert_parallel_size=group_size, **sizes))
     for module in model.modules():
         if hasattr(module, "set_deepspeed_parallelism"):
             module.set_deepspeed_parallelism()

@@ -5,6 +5,7 @@ import torch
 
 from models.diffusion import Diffusion
 from models.guidance import Guidance
+from models.network_options import NetworkOptions
 from models.sampler import SAMPLING_METHODS, methods_for
 from models.switch_dit import SwitchDiT
 from training.sampling.latents import SamplerSettings, sample_latents
@@ -28,7 +29,7 @@ def make_model(objective="epsilon", *, latent_shape=SHAPE, num_classes=3, seed=0
         "top_k": 2,
         "learned_variance": objective == "epsilon",
     }
-    model = SwitchDiT(**{**arguments, **changes})
+    model = SwitchDiT(NetworkOptions(**{**arguments, **changes}))
     for parameter in model.parameters():  # zero-initialised outputs would hide everything
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
@@ -54,7 +55,7 @@ def draw(
         indices=torch.tensor(indices),
         labels=torch.tensor(labels),
         latent_shape=latent_shape,
-        null_class=model.num_classes,
+        null_class=model.options.num_classes,
         **changes,
     )
 
@@ -94,7 +95,7 @@ class PerSampleTimesteps(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.num_classes = model, model.num_classes
+        self.model, self.options = model, model.options
 
     def forward(self, x_t, t, y):
         assert t.shape == (1,), "sampling should share the timestep"
@@ -135,7 +136,7 @@ def test_guidance_compares_with_the_null_class():
 
     unlabelled = draw(model, [0, 1], [0, 1], scale=0.0)
 
-    told = draw(model, [0, 1], [model.num_classes] * 2, scale=1.0)
+    told = draw(model, [0, 1], [model.options.num_classes] * 2, scale=1.0)
     assert_same(unlabelled, told)
 
 
