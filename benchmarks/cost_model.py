@@ -11,16 +11,15 @@ N samples of a micro-batch, T tokens, D width, L blocks, E experts, K experts pe
 R ranks of an expert-parallel group.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from benchmarks.collectives import ALL_GATHER, ALL_REDUCE, Group, Transfer, exchange, group_of, ring
 from benchmarks.hardware import GIB, GIGA, MICRO, Machine, shared_machine
 from benchmarks.routing_shares import RoutingShares
-from models.experts import merging_is_cheaper
-from models.flops import NetworkShape, forward_flops, training_flops
+from models.flops import are_experts_merged, forward_flops, training_flops
+from models.network_options import NetworkOptions
 from training.cost.memory import FP32_BYTES, WEIGHT_BYTES, activation_bytes, model_memory
 
 # Crossings of the memory bus, in units of the bytes of what is updated or copied.
@@ -35,20 +34,16 @@ class Workload:
     """What is trained, whatever the layout.
 
     Attributes:
-        shape: of the network.
+        network: its options, with experts on one rank.
         num_parameters: of all parameters, all experts included.
         num_in_experts: of those, in experts.
         num_averages: of the weights.
-        is_recomputing: activation checkpointing is on.
-        dispatch: "auto", "merged" or "dispatched".
     """
 
-    shape: NetworkShape
+    network: NetworkOptions
     num_parameters: int
     num_in_experts: int
     num_averages: int
-    is_recomputing: bool
-    dispatch: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,27 +111,22 @@ class Prediction(NamedTuple):
         return max(self.parts, key=self.parts.__getitem__)
 
 
-def is_merged(work: Workload, expert_parallel_size: int) -> bool:
-    """Say whether affine experts merge on a rank, as models/experts.py chooses."""
-    shape, num_local = work.shape, work.shape.num_experts // expert_parallel_size
-    if shape.expert_kind == "mlp":
-        return False
-    if work.dispatch != "auto":
-        return work.dispatch == "merged"
-    return merging_is_cheaper(shape.num_tokens, num_local, min(shape.top_k, num_local))
-
-
 def expert_flops(work: Workload, num_samples: int, routing: RoutingShares) -> tuple[float, float]:
     """Count the forward pass of the experts of all blocks on a rank: mean, and slowest rank's."""
-    R, merged = routing.group_size, is_merged(work, routing.group_size)
-    if not work.shape.has_experts:
+    if not work.network.has_experts:
         return 0.0, 0.0
-    of_rank = dataclasses.replace(
-        work.shape, depth=1, num_experts=work.shape.num_experts // R, top_k=1
+    R = routing.group_size
+    merged = are_experts_merged(replace(work.network, expert_parallel_size=R))
+    of_rank = replace(
+        work.network,
+        depth=1,
+        num_experts=work.network.num_experts // R,
+        top_k=1,
+        expert_dispatch="merged" if merged else "dispatched",
     )
     # Merged, a product for each sample that arrives; else one for each use of an expert.
     counts = num_samples * R * (routing.arrivals if merged else routing.uses)  # (L, R)
-    per_sample = forward_flops(of_rank, 1, is_merged=merged)["experts"]
+    per_sample = forward_flops(of_rank, 1)["experts"]
     flops = per_sample * counts
     return float(flops.mean(1).sum()), float(flops.max(1).sum())
 
@@ -152,13 +142,8 @@ def memory_bytes(work: Workload, layout: Layout, routing: RoutingShares) -> floa
         expert_parallel_size=layout.expert_parallel_size,
         num_averages=work.num_averages,
     )
-    activations = activation_bytes(
-        work.shape,
-        layout.micro_batch_size,
-        precision=layout.precision,
-        is_recomputing=work.is_recomputing,
-        is_merged=is_merged(work, layout.expert_parallel_size),
-    )
+    network = replace(work.network, expert_parallel_size=layout.expert_parallel_size)
+    activations = activation_bytes(network, layout.micro_batch_size, precision=layout.precision)
     return sum(model) + sum(activations) + _exchanged_bytes(work, layout, routing)
 
 
@@ -167,12 +152,13 @@ def _exchanged_bytes(work: Workload, layout: Layout, routing: RoutingShares) -> 
     if routing.group_size == 1:
         return 0.0
     samples = layout.micro_batch_size * routing.group_size * routing.arrivals.max(1)  # (L,)
-    kept = samples.max() if work.is_recomputing else samples.sum()
-    return 2 * float(kept) * _row_bytes(work.shape, layout)
+    kept = samples.max() if work.network.activation_checkpointing else samples.sum()
+    return 2 * float(kept) * _row_bytes(work.network, layout)
 
 
-def _row_bytes(shape: NetworkShape, layout: Layout) -> int:
-    return shape.num_tokens * shape.hidden_size * (FP32_BYTES if layout.precision == "fp32" else 2)
+def _row_bytes(network: NetworkOptions, layout: Layout) -> int:
+    of_number = FP32_BYTES if layout.precision == "fp32" else 2
+    return network.num_tokens * network.hidden_size * of_number
 
 
 def predict(work: Workload, layout: Layout, machine: Machine, routing: RoutingShares) -> Prediction:
@@ -184,9 +170,9 @@ def predict(work: Workload, layout: Layout, machine: Machine, routing: RoutingSh
     moved = Transfer()
     if layout.expert_parallel_size > 1:
         # There and back, forward and backward; recomputation goes forward twice.
-        ways = 6 if work.is_recomputing else 4
+        ways = 6 if work.network.activation_checkpointing else 4
         rows = exchange(
-            _row_bytes(work.shape, layout), layout.micro_batch_size, routing, machine
+            _row_bytes(work.network, layout), layout.micro_batch_size, routing, machine
         ).times(ways)
         parts["all-to-all"], moved = rows.sec, rows
     gradients = _gradients(work, layout, machine)
@@ -198,7 +184,7 @@ def predict(work: Workload, layout: Layout, machine: Machine, routing: RoutingSh
         # Gathered ahead of the block, in the forward pass too, beside the gradients' way.
         left_sec = max(0.0, 1.5 * hiding_sec - (gradients.sec - parts["gradients"]))
         parts["weights"] = _exposed(weights.sec, left_sec, machine)
-        parts["weights"] += work.shape.depth * machine.gather_overhead_us * MICRO
+        parts["weights"] += work.network.depth * machine.gather_overhead_us * MICRO
         moved = moved.plus(weights)
     steps = layout.accumulation
     if layout.stage < 2:  # gradients of all micro-steps travel together
@@ -223,18 +209,18 @@ def _computing(
     work: Workload, layout: Layout, machine: Machine, routing: RoutingShares
 ) -> dict[str, float]:
     """Return the seconds of a micro-step's forward and backward pass, by cause."""
-    shape, N = work.shape, layout.micro_batch_size
-    rate = machine.products_per_sec(layout.precision, shape.hidden_size)
-    forward = forward_flops(shape, N, is_merged=is_merged(work, 1))
-    dense = training_flops(shape, N, is_merged=is_merged(work, 1)) - 3 * forward["experts"]
-    kept = activation_bytes(
-        shape,
-        N,
-        precision=layout.precision,
-        is_merged=is_merged(work, layout.expert_parallel_size),
-    ).kept
+    network, N = work.network, layout.micro_batch_size
+    rate = machine.products_per_sec(layout.precision, network.hidden_size)
+    forward = forward_flops(network, N)
+    dense = training_flops(network, N) - 3 * forward["experts"]
+    on_rank = replace(
+        network,
+        activation_checkpointing=False,
+        expert_parallel_size=layout.expert_parallel_size,
+    )
+    kept = activation_bytes(on_rank, N, precision=layout.precision).kept
     passes, expert_passes = machine.pointwise_passes, 3
-    if work.is_recomputing:
+    if work.network.activation_checkpointing:
         dense += sum(flops for part, flops in forward.items() if part.startswith("blocks"))
         passes, expert_passes = 1.5 * passes, 4
     mean, worst = expert_flops(work, N, routing)
@@ -245,7 +231,7 @@ def _computing(
         "imbalance": expert_passes * (worst - mean) / rate,
         "memory-bound": passes * kept / (GIGA * machine.memory_gb_per_sec) + gradient_sec,
     }
-    host_sec = shape.depth * machine.block_overhead_us * MICRO
+    host_sec = network.depth * machine.block_overhead_us * MICRO
     device_sec = sum(parts.values())
     parts["launching"] = host_sec if machine.is_synchronous else max(0.0, host_sec - device_sec)
     return parts
@@ -286,7 +272,7 @@ def _weights(work: Workload, layout: Layout, machine: Machine) -> Transfer:
     """Gather the weights once: after the step, or under stage 3 block by block."""
     total, size = Transfer(), WEIGHT_BYTES[layout.precision]
     for count, group in _groups(work, layout, machine):
-        num_calls = work.shape.depth if layout.stage == 3 else 1
+        num_calls = work.network.depth if layout.stage == 3 else 1
         total = total.plus(ring(size * count, ALL_GATHER, group, machine, num_calls))
     return total
 

@@ -10,11 +10,12 @@ from benchmarks.hardware import GIB, Machine
 from benchmarks.routing_shares import prior_shares
 from data_tools.errors import ConfigError
 from training.config.deepspeed_config import merge_deepspeed, plan_batch, stage_of
+from training.config.network import network_options
 from training.config.precision import Hardware, precision_of
 from training.config.tree import Config
 from training.config.validation import validate
+from training.cost.closed_forms import count_parameters, num_averages
 from training.cost.memory import WEIGHT_BYTES
-from training.count import count_parameters, num_averages, shape_of
 
 BYTES_OF = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}  # communication_data_type
 DEFAULT_BUCKET = 5e8  # DeepSpeed's
@@ -45,12 +46,10 @@ def workload_of(config: Config) -> Workload:
     """Return what the cost model needs of a configuration."""
     count = count_parameters(config)
     return Workload(
-        shape=shape_of(config),
+        network=network_options(config),
         num_parameters=count.total,
         num_in_experts=count.experts,
         num_averages=num_averages(config),
-        is_recomputing=config.model.activation_checkpointing,
-        dispatch=config.model.expert_dispatch,
     )
 
 

@@ -34,7 +34,7 @@ def fit_cpu(config: Config) -> Machine:
         config: whose width and blocks the constants are fitted for.
     """
     work = workload_of(config)
-    width, has_bf16 = work.shape.hidden_size, detect_hardware().has_bf16
+    width, has_bf16 = work.network.hidden_size, detect_hardware().has_bf16
     dtypes = ["float32", "bfloat16"] if has_bf16 else ["float32"]
     widths = [width // 2, width, 2 * width]
     links = run_on_ranks(NUM_RANKS, rank_steps.measure_links)

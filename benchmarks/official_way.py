@@ -42,7 +42,9 @@ class OfficialWay(nn.Module):
         """
         model = self.model
         t_emb = model.t_embedder(t)  # (N, D)
-        every_t = model.t_embedder(torch.arange(model.num_timesteps, device=t.device))  # (S, D)
+        every_t = model.t_embedder(
+            torch.arange(model.options.num_timesteps, device=t.device)
+        )  # (S, D)
         x = model.x_embedder(x_t) + model.pos_embed
         c = t_emb + model.y_embedder(y)
         tables = []
@@ -88,7 +90,7 @@ def dispatched_mixture(
 
 
 def match_by_differences(gate_table: Tensor, top_k: int, prior: Tensor, seed: int) -> Tensor:
-    """Match units as `models.prior.match_units` does, through the (S, U, U) array.
+    """Match units as `models.unit_matching.match_units` does, through the (S, U, U) array.
 
     Args:
         gate_table: (L, S, E).

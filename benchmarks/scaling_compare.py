@@ -134,5 +134,5 @@ def fresh_shares(config: Config, group_size: int) -> RoutingShares:
         return prior_shares(config, 1)
     model = build_model(config)
     with torch.no_grad():
-        table = model.gate(model.t_embedder(torch.arange(model.num_timesteps)))
+        table = model.gate(model.t_embedder(torch.arange(model.options.num_timesteps)))
     return configured_shares(config, table, group_size)

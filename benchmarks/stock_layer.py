@@ -20,15 +20,27 @@ from torch import Tensor, nn
 
 from benchmarks.layer_problem import Problem, Side, Sizes, held_experts
 from models.gate import build_plan
-from models.moe import ExpertOptions, make_mixture
+from models.network_options import NetworkOptions
+from models.routing import make_mixture
+
+# Options of which a mixture makes no use.
+NO_TRUNK = {"input_size": (1, 1), "patch_size": 1, "in_channels": 1, "num_heads": 1}
+NO_TRUNK |= {"num_classes": 0}
 
 
 def our_side(sizes: Sizes, problem: Problem, rank: int, world_size: int) -> Side:
     """Build our layers: one plan per step, then a mixture per layer."""
-    options = ExpertOptions(
-        sizes.num_experts, sizes.kind, sizes.hidden_ratio, "auto", parallel_size=world_size
+    options = NetworkOptions(
+        **NO_TRUNK,
+        hidden_size=sizes.width,
+        depth=sizes.depth,
+        num_experts=sizes.num_experts,
+        top_k=sizes.top_k,
+        expert_kind=sizes.kind,
+        expert_hidden_ratio=sizes.hidden_ratio,
+        expert_parallel_size=world_size,
     )
-    mixtures = nn.ModuleList(make_mixture(sizes.width, options) for _ in range(sizes.depth))
+    mixtures = nn.ModuleList(make_mixture(options) for _ in range(sizes.depth))
     mixtures.to(problem.x.device)
     held = held_experts(sizes, rank, world_size)
     for layer, mixture in enumerate(mixtures):
@@ -41,7 +53,12 @@ def our_side(sizes: Sizes, problem: Problem, rank: int, world_size: int) -> Side
         experts = mixtures[0].deepspeed_moe.experts
         table = problem.gate_logits.softmax(-1)  # of all timesteps, as the prior loss needs it
         plan = build_plan(
-            *(table, own_t, sizes.top_k, problem.group_t, rank, world_size),
+            table,
+            own_t,
+            sizes.top_k,
+            problem.group_t,
+            rank,
+            world_size,
             product=experts.choose_product(sizes.num_tokens, sizes.top_k),
         )
         for mixture, block_plan in zip(mixtures, plan.blocks(), strict=True):

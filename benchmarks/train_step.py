@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,12 +46,12 @@ from benchmarks.sides import (
     official_side,
     our_side,
 )
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error, refuse_below_one
 from data_tools.process.entry_point import enter
 from models.flops import training_flops
+from training.config.network import network_options
 from training.config.precision import detect_hardware
 from training.config.tree import Config
-from training.count import shape_of
 
 GIGA, GIB = 1e9, 2**30
 LARGEST_BATCH = 1024
@@ -118,9 +119,7 @@ def select_device(args: argparse.Namespace) -> torch.device:
         raise ConfigError(f"--device must be cpu or cuda, not {args.device}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu.")
-    for flag, value in (("--steps", args.steps), ("--threads", args.threads)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} must be at least 1, not {value}.")
+    refuse_below_one(args, "steps", "threads")
     for batch in args.batch:
         if batch == "auto" and args.device == "cpu":
             raise ConfigError("--batch auto fills the memory of a GPU; give a number on the CPU.")
@@ -134,16 +133,16 @@ def select_device(args: argparse.Namespace) -> torch.device:
 
 def print_peaks(config: Config, device: torch.device, dtypes: list[str]) -> dict[str, float]:
     """Measure and print the rates of matrix products; return the best, FLOP/s, by dtype."""
-    shape, peaks = shape_of(config), {}
+    network, peaks = network_options(config), {}
     num_images = 64 if device.type == "cuda" else 8
     print(f"matrix products, GFLOP/s: large ones by layout; {config.model.size}'s linear layers")
     print(f"{'':<6} {'A B':>10} {'A B^T':>10} {'A^T B':>10} {f'{num_images} images':>12}")
     for name in dtypes:
         rates = product_rates(device, DTYPES[name])
         peaks[name] = max(rates)
-        rows = num_images * shape.num_tokens
+        rows = num_images * network.num_tokens
         of_model = model_product_rate(
-            device, DTYPES[name], rows, shape.hidden_size, shape.mlp_hidden
+            device, DTYPES[name], rows, network.hidden_size, network.mlp_hidden_size
         )
         columns = " ".join(f"{rate / GIGA:>10,.1f}" for rate in rates)
         print(f"{name:<6} {columns} {of_model / GIGA:>12,.1f}", flush=True)
@@ -240,9 +239,10 @@ def _waits(side: Side, device: torch.device) -> Counter[str]:
 def print_results(results: list[Result], batch_size: int, config: Config, peak: float) -> None:
     """Print a line per side."""
     official = {r.side_name: r.best_sec for r in results}.get(OFFICIAL, math.nan)
-    shape = shape_of(config)
+    network = network_options(config)
     for r in results:
-        flops = training_flops(shape, batch_size, is_merged=r.is_merged)
+        way = "merged" if r.is_merged else "dispatched"
+        flops = training_flops(replace(network, expert_dispatch=way), batch_size)
         counted = f"{r.flops / GIGA:.1f}" if r.flops else "-"
         print(
             f"{r.side_name:<18} {1e3 * r.best_sec:>9.1f} {batch_size / r.best_sec:>9.2f} "

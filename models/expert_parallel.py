@@ -16,7 +16,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from models.gate import BlockPlan
-from models.moe import ExpertOptions, MixtureBody, make_experts
+from models.moe import MixtureBody, make_experts
+from models.network_options import NetworkOptions
 
 
 class SharedOutMixture(nn.Module):
@@ -26,9 +27,9 @@ class SharedOutMixture(nn.Module):
     names, values and arithmetic are the same. DeepSpeed sets the process group when it starts.
     """
 
-    def __init__(self, hidden_size: int, options: ExpertOptions) -> None:
+    def __init__(self, options: NetworkOptions) -> None:
         nn.Module.__init__(self)  # not MoE's, which would build its own gate and experts
-        num_experts, ep_size = options.num_experts, options.parallel_size
+        num_experts, ep_size = options.num_experts, options.expert_parallel_size
         assert num_experts % ep_size == 0, "experts must divide evenly over ranks"
         self.ep_size = ep_size
         self.expert_group_name = f"ep_size_{ep_size}"
@@ -36,7 +37,7 @@ class SharedOutMixture(nn.Module):
         self.num_local_experts = num_experts // ep_size
         # The groups do not exist yet; ranks of a group are consecutive, which is checked below.
         self._group_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
-        experts = make_experts(hidden_size, options, self._group_rank)
+        experts = make_experts(options, self._group_rank)
         self.deepspeed_moe = MixtureBody(experts)
         for parameter in experts.parameters():
             parameter.allreduce = False  # averaged over the ranks with the same experts only
@@ -87,8 +88,8 @@ class ShardedExpertParallelMixture(SharedOutMixture):
     experts, averaged over all ranks, and counted once in the gradient's norm.
     """
 
-    def __init__(self, hidden_size: int, options: ExpertOptions) -> None:
-        super().__init__(hidden_size, options)
+    def __init__(self, options: NetworkOptions) -> None:
+        super().__init__(options)
         for parameter in self.deepspeed_moe.parameters():
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = self.expert_group_name

@@ -7,90 +7,64 @@ N batch, T tokens, D width, L blocks, E experts, K experts per sample, S diffusi
 """
 
 from collections import Counter
-from dataclasses import dataclass
 
+from models.experts import merging_is_cheaper
 from models.layers import NUM_FREQUENCIES
+from models.network_options import NetworkOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class NetworkShape:
-    """The sizes of a network that its cost depends on.
+def are_experts_merged(options: NetworkOptions) -> bool:
+    """Tell whether a rank merges its affine experts, which it does where that is cheaper."""
+    if options.expert_kind != "affine":
+        return False
+    if options.expert_dispatch != "auto":
+        return options.expert_dispatch == "merged"
+    num_local = options.num_experts // options.expert_parallel_size
+    return merging_is_cheaper(options.num_tokens, num_local, min(options.top_k, num_local))
 
-    Attributes:
-        patch_values: numbers in a patch of the input, P * P * C.
-        out_values: numbers in a patch of the output.
-        mlp_hidden: hidden width of the blocks' MLPs.
-        has_qk_norm: queries and keys are normalised.
-        routing: "switch", "dtr" or "dense".
-        expert_kind: "affine" or "mlp".
-        expert_hidden: hidden width of an mlp expert.
+
+def forward_flops(options: NetworkOptions, batch_size: int) -> Counter[str]:
+    """Count one forward pass of N = batch_size samples, by part.
+
+    Affine experts are merged or visited one by one, as `are_experts_merged` says.
     """
-
-    num_tokens: int
-    hidden_size: int
-    depth: int
-    num_heads: int
-    patch_values: int
-    out_values: int
-    mlp_hidden: int
-    has_qk_norm: bool = False
-    routing: str
-    num_experts: int
-    top_k: int
-    expert_kind: str
-    expert_hidden: int
-    num_timesteps: int
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether blocks route samples through experts."""
-        return self.routing == "switch"
-
-
-def forward_flops(shape: NetworkShape, batch_size: int, *, is_merged: bool = True) -> Counter[str]:
-    """Count one forward pass, by part.
-
-    Args:
-        shape: of the network.
-        batch_size: N.
-        is_merged: affine experts are merged, one matrix per sample; else every sample visits K
-            experts. Mlp experts cannot be merged.
-    """
-    N, T, D, L = batch_size, shape.num_tokens, shape.hidden_size, shape.depth
+    N, T, D, L = batch_size, options.num_tokens, options.hidden_size, options.depth
     flops: Counter[str] = Counter()
-    flops["x_embedder"] = 2 * N * T * shape.patch_values * D
+    flops["x_embedder"] = 2 * N * T * options.patch_size**2 * options.in_channels * D
     # With experts, gates of all timesteps are computed once per pass; else the batch's alone.
-    num_t = shape.num_timesteps if shape.has_experts else N
+    num_t = options.num_timesteps if options.has_experts else N
     flops["t_embedder"] = 2 * num_t * (2 * NUM_FREQUENCIES * D + D * D)
     flops["blocks: adaLN"] = 2 * N * L * D * 6 * D
     flops["blocks: attention layers"] = 2 * N * T * L * 4 * D * D
     flops["blocks: attention products"] = 2 * N * T * L * 2 * T * D
-    flops["blocks: mlp"] = 2 * N * T * L * 2 * D * shape.mlp_hidden
-    if shape.has_experts:
-        flops["gate"] = 2 * shape.num_timesteps * L * shape.num_experts * D
-        flops["experts"] = L * _expert_flops(shape, N, is_merged)
-    flops["final_layer"] = 2 * N * (D * 2 * D + T * D * shape.out_values)
+    flops["blocks: mlp"] = 2 * N * T * L * 2 * D * options.mlp_hidden_size
+    if options.has_experts:
+        flops["gate"] = 2 * options.num_timesteps * L * options.num_experts * D
+        flops["experts"] = L * _expert_flops(options, N)
+    flops["final_layer"] = (
+        2 * N * (D * 2 * D + T * D * options.patch_size**2 * options.out_channels)
+    )
     return flops
 
 
-def training_flops(shape: NetworkShape, batch_size: int, *, is_merged: bool = True) -> int:
+def training_flops(options: NetworkOptions, batch_size: int) -> int:
     """Count forward and backward of one pass, without recomputation.
 
     The backward pass of a product is two products, of its two arguments' gradients; the layers
     that read data, which needs no gradient, save one.
     """
-    flops = forward_flops(shape, batch_size, is_merged=is_merged)
-    num_t = shape.num_timesteps if shape.has_experts else batch_size
-    of_data = flops["x_embedder"] + 2 * num_t * 2 * NUM_FREQUENCIES * shape.hidden_size
+    flops = forward_flops(options, batch_size)
+    num_t = options.num_timesteps if options.has_experts else batch_size
+    of_data = flops["x_embedder"] + 2 * num_t * 2 * NUM_FREQUENCIES * options.hidden_size
     return 3 * flops.total() - of_data
 
 
-def _expert_flops(shape: NetworkShape, batch_size: int, is_merged: bool) -> int:
+def _expert_flops(options: NetworkOptions, batch_size: int) -> int:
     """Count the mixture of one block."""
-    N, T, D, E = batch_size, shape.num_tokens, shape.hidden_size, shape.num_experts
-    if shape.expert_kind == "mlp":
-        return 2 * N * T * shape.top_k * 2 * D * shape.expert_hidden
-    if not is_merged:
-        return 2 * N * T * shape.top_k * D * D
+    N, T, D, E = batch_size, options.num_tokens, options.hidden_size, options.num_experts
+    if options.expert_kind == "mlp":
+        return 2 * N * T * options.top_k * 2 * D * options.expert_hidden_size
+    if not are_experts_merged(options):
+        return 2 * N * T * options.top_k * D * D
     merging = 2 * N * E * (D * D + D)  # the samples' matrices and biases from the experts'
     return merging + 2 * N * T * D * D

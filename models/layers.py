@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.network_options import NetworkOptions
+
 NORM_EPS = 1e-6
 NUM_FREQUENCIES = 128  # sines and cosines each, of the timestep features
 MAX_PERIOD = 10_000.0  # longest wavelength of timestep and position features, as in Vaswani et al.
@@ -116,10 +118,10 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with the tanh approximation of GELU between them."""
 
-    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
         super().__init__()
-        self.fc1 = _linear(hidden_size, int(hidden_size * mlp_ratio))
-        self.fc2 = _linear(int(hidden_size * mlp_ratio), hidden_size)
+        self.fc1 = _linear(hidden_size, mlp_hidden_size)
+        self.fc2 = _linear(mlp_hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, T, D) to (N, T, D), token by token."""
@@ -133,15 +135,14 @@ class DiTBlock(nn.Module):
     through the block, (1 - m) * x passes by. Every kind of routing is one choice of m.
     """
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool = False
-    ) -> None:
+    def __init__(self, options: NetworkOptions) -> None:
         super().__init__()
-        self.norm1 = _norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads, qk_norm)
-        self.norm2 = _norm(hidden_size)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
-        self.adaLN_modulation = _modulation(hidden_size, 6)
+        D = options.hidden_size
+        self.norm1 = _norm(D)
+        self.attn = Attention(D, options.num_heads, options.qk_norm)
+        self.norm2 = _norm(D)
+        self.mlp = Mlp(D, options.mlp_hidden_size)
+        self.adaLN_modulation = _modulation(D, 6)
 
     def forward(self, x: Tensor, c: Tensor, mask_minus_one: Tensor | None = None) -> Tensor:
         """Run the block on (N, T, D), conditioned on c (N, D).

@@ -9,13 +9,14 @@ N batch, C H W latents, D width, L blocks, E experts, G timesteps that are kept.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from models.experts import affine
 from models.gate import build_plan
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT, SwitchDiTOutput
 
 
@@ -29,16 +30,16 @@ class MergedDiT(SwitchDiT):
         merged_bias: (L, G, D).
     """
 
-    def __init__(self, timesteps: Sequence[int], **trunk: Any) -> None:
+    def __init__(self, timesteps: Sequence[int], options: NetworkOptions) -> None:
         """Build it with zeros for what is merged.
 
         Args:
             timesteps: those that are kept.
-            trunk: arguments of SwitchDiT that are not about experts.
+            options: of the Switch-DiT; those of experts are ignored.
         """
-        super().__init__(**trunk, routing="dense", num_experts=0, top_k=0)
+        super().__init__(replace(options, routing="dense"))
         del self.t_embedder
-        L, G, D = len(self.blocks), len(timesteps), self.final_layer.norm_final.normalized_shape[0]
+        L, G, D = len(self.blocks), len(timesteps), options.hidden_size
         kept = torch.tensor(list(timesteps), dtype=torch.int64)
         self.register_buffer("timesteps", kept, persistent=False)
         self.t_emb = nn.Parameter(torch.zeros(G, D))
@@ -83,22 +84,9 @@ def merge_experts(model: SwitchDiT, timesteps: Sequence[int]) -> MergedDiT:
     One timestep after the other, with the products that the network itself does when all samples
     share a timestep: the result predicts what it predicts then, bit for bit on a CPU.
     """
-    gate, first = model.gate, model.blocks[0]
-    assert hasattr(first, "mixture"), "there are no experts to merge"
-    merged = MergedDiT(
-        timesteps,
-        input_size=model.input_size,
-        patch_size=model.patch_size,
-        in_channels=model.in_channels,
-        hidden_size=gate.weight.shape[-1],
-        depth=len(model.blocks),
-        num_heads=first.attn.num_heads,
-        num_classes=model.num_classes,
-        num_timesteps=model.num_timesteps,
-        mlp_ratio=first.mlp.fc1.out_features / gate.weight.shape[-1],
-        learned_variance=model.out_channels != model.in_channels,
-        qk_norm=isinstance(first.attn.q_norm, nn.RMSNorm),
-    )
+    gate = model.gate
+    assert model.options.has_experts, "there are no experts to merge"
+    merged = MergedDiT(timesteps, model.options.for_prediction())
     kept = merged.state_dict()
     for name, value in model.state_dict().items():
         if name in kept:

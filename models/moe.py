@@ -3,33 +3,13 @@
 N batch, T tokens, D width, E experts held by this rank.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from models.experts import AffineExperts, MlpExperts, StackedExperts
 from models.gate import BlockPlan
-
-
-class ExpertOptions(NamedTuple):
-    """What the experts of a block are.
-
-    Attributes:
-        num_experts: of a block, over all ranks.
-        kind: "affine" or "mlp".
-        hidden_ratio: hidden width of an mlp, relative to the model's.
-        dispatch: "auto", "merged" or "dispatched" (affine experts).
-        parallel_size: ranks over which the experts of a block are shared out.
-        is_sharded: the weights of an expert are in turn sharded over the ranks that hold it, by
-            ZeRO 3; matters if the experts are shared out.
-    """
-
-    num_experts: int
-    kind: str = "affine"
-    hidden_ratio: float = 1.0
-    dispatch: str = "auto"
-    parallel_size: int = 1
-    is_sharded: bool = False
+from models.network_options import NetworkOptions
 
 
 class MixtureBody(nn.Module):
@@ -52,9 +32,9 @@ class MixtureBody(nn.Module):
 class Mixture(nn.Module):
     """A mixture whose experts are all on this rank, as ordinary parameters."""
 
-    def __init__(self, hidden_size: int, options: ExpertOptions) -> None:
+    def __init__(self, options: NetworkOptions) -> None:
         super().__init__()
-        self.deepspeed_moe = MixtureBody(make_experts(hidden_size, options))
+        self.deepspeed_moe = MixtureBody(make_experts(options))
 
     def group_rank_and_size(self) -> tuple[int, int]:
         """Return this rank's place in the expert-parallel group and the group's size."""
@@ -65,32 +45,20 @@ class Mixture(nn.Module):
         return self.deepspeed_moe.experts(x, plan.expert_weight, plan.rows)
 
 
-def mlp_expert_width(hidden_size: int, hidden_ratio: float) -> int:
-    """Return the hidden width of an mlp expert in a model of width hidden_size."""
-    return max(1, int(hidden_ratio * hidden_size))
-
-
-def make_experts(hidden_size: int, options: ExpertOptions, group_rank: int = 0) -> StackedExperts:
-    """Build the experts that a rank holds.
+def make_experts(options: NetworkOptions, group_rank: int = 0) -> StackedExperts:
+    """Build the experts of one block that a rank holds.
 
     Args:
-        hidden_size: D.
-        options: what they are.
+        options: of the network.
         group_rank: this rank's place in the expert-parallel group.
     """
-    num_local = options.num_experts // options.parallel_size
-    if options.kind == "affine":
-        return AffineExperts(hidden_size, num_local, options.dispatch)
-    mlp_size = mlp_expert_width(hidden_size, options.hidden_ratio)
-    return MlpExperts(hidden_size, num_local, mlp_size, group_rank * num_local, options.num_experts)
-
-
-def make_mixture(hidden_size: int, options: ExpertOptions) -> nn.Module:
-    """Build the mixture of one block, with its experts shared out if asked for."""
-    if options.parallel_size == 1:
-        return Mixture(hidden_size, options)
-    # Imported here: a model on one GPU, or on a machine that only samples, needs no DeepSpeed.
-    from models.expert_parallel import ExpertParallelMixture, ShardedExpertParallelMixture
-
-    kind = ShardedExpertParallelMixture if options.is_sharded else ExpertParallelMixture
-    return kind(hidden_size, options)
+    num_local = options.num_experts // options.expert_parallel_size
+    if options.expert_kind == "affine":
+        return AffineExperts(options.hidden_size, num_local, options.expert_dispatch)
+    return MlpExperts(
+        options.hidden_size,
+        num_local,
+        options.expert_hidden_size,
+        first=group_rank * num_local,
+        total=options.num_experts,
+    )

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from models.gate import BlockPlan, RoutingPlan, TimestepGate, build_plan
 from models.layers import DiTBlock
-from models.moe import ExpertOptions, make_mixture
+from models.moe import Mixture
+from models.network_options import NetworkOptions
 from models.prior import diffusion_prior
 
 EmbedTimesteps = Callable[[Tensor], Tensor]  # (S,) -> (S, D) float32
@@ -42,14 +43,38 @@ class Routes(NamedTuple):
     plan: RoutingPlan | None
 
 
+def make_mixture(options: NetworkOptions) -> nn.Module:
+    """Build the mixture of one block, with its experts shared out if asked for."""
+    if options.expert_parallel_size == 1:
+        return Mixture(options)
+    # Imported here: a model on one GPU, or on a machine that only samples, needs no DeepSpeed.
+    from models.expert_parallel import ExpertParallelMixture, ShardedExpertParallelMixture
+
+    kind = ShardedExpertParallelMixture if options.shards_weights else ExpertParallelMixture
+    return kind(options)
+
+
+class SwitchDiTBlock(DiTBlock):
+    """A DiT block behind a mixture of experts; the block itself is what all timesteps share."""
+
+    def __init__(self, options: NetworkOptions) -> None:
+        super().__init__(options)
+        self.mixture = make_mixture(options)
+
+    def forward(self, x: Tensor, c: Tensor, plan: BlockPlan) -> Tensor:
+        """Run the block on the stream x (N, T, D), conditioned on c (N, D)."""
+        # The mask is m = 1 + mixture: the identity until the zero-initialised experts learn.
+        return super().forward(x, c, self.mixture(x, plan))
+
+
 class DenseRouter(nn.Module):
     """No routing: all timesteps share everything."""
 
     num_experts = top_k = 0
+    block_class = DiTBlock
 
-    def make_block(self, *trunk: Any) -> nn.Module:
-        """Build a block from the arguments of DiTBlock."""
-        return DiTBlock(*trunk)
+    def __init__(self, _options: NetworkOptions) -> None:
+        super().__init__()
 
     def route(
         self,
@@ -77,11 +102,12 @@ class ChannelRouter(DenseRouter):
     The window has int(beta * D) channels and starts at ((t / (S - 1)) ** alpha) of the way.
     """
 
-    def __init__(self, hidden_size: int, num_timesteps: int, alpha: float, beta: float) -> None:
-        super().__init__()
+    def __init__(self, options: NetworkOptions) -> None:
+        super().__init__(options)
         # Switch-DiT's prior slides the same window over experts; here the units are channels.
-        num_open = int(hidden_size * beta)
-        mask = diffusion_prior(num_timesteps, 1, hidden_size, num_open, alpha)  # (S, D) 0/1
+        D = options.hidden_size
+        num_open = int(D * options.dtr_beta)
+        mask = diffusion_prior(options.num_timesteps, 1, D, num_open, options.dtr_alpha)  # (S, D)
         mask_minus_one = (mask - 1).to(torch.get_default_device())
         self.register_buffer("mask_minus_one", mask_minus_one, persistent=False)  # (S, D)
 
@@ -101,26 +127,16 @@ class ChannelRouter(DenseRouter):
 class ExpertRouter(TimestepGate):
     """Switch-DiT: a gate chooses the experts of every block by the timestep."""
 
-    def __init__(
-        self,
-        depth: int,
-        hidden_size: int,
-        num_timesteps: int,
-        top_k: int,
-        renormalize: bool,
-        experts: ExpertOptions,
-    ) -> None:
-        super().__init__(depth, hidden_size, experts.num_experts)
-        assert 1 <= top_k <= experts.num_experts, "top_k must be between 1 and num_experts"
-        self.num_timesteps, self.top_k, self.renormalize = num_timesteps, top_k, renormalize
-        self.num_experts, self.experts = experts.num_experts, experts
-        # Where the experts of each block sit (placement.py); part of a run's layout, not weights.
-        slots = torch.arange(experts.num_experts).repeat(depth, 1)
-        self.register_buffer("slots", slots, persistent=False)  # (L, E)
+    block_class = SwitchDiTBlock
 
-    def make_block(self, *trunk: Any) -> nn.Module:
-        """Build a block from the arguments of DiTBlock."""
-        return SwitchDiTBlock(*trunk, experts=self.experts)
+    def __init__(self, options: NetworkOptions) -> None:
+        super().__init__(options.depth, options.hidden_size, options.num_experts)
+        assert 1 <= options.top_k <= options.num_experts, "top_k must be between 1 and num_experts"
+        self.num_experts, self.top_k = options.num_experts, options.top_k
+        self.num_timesteps, self.renormalize = options.num_timesteps, options.renormalize_gates
+        # Where the experts of each block sit (placement.py); part of a run's layout, not weights.
+        slots = torch.arange(options.num_experts).repeat(options.depth, 1)
+        self.register_buffer("slots", slots, persistent=False)  # (L, E)
 
     def route(
         self,
@@ -159,14 +175,4 @@ class ExpertRouter(TimestepGate):
         return Routes(t_emb[row], plan.blocks(), None if is_shared else gate_table, plan)
 
 
-class SwitchDiTBlock(DiTBlock):
-    """A DiT block behind a mixture of experts; the block itself is what all timesteps share."""
-
-    def __init__(self, hidden_size: int, *trunk: Any, experts: ExpertOptions) -> None:
-        super().__init__(hidden_size, *trunk)
-        self.mixture = make_mixture(hidden_size, experts)
-
-    def forward(self, x: Tensor, c: Tensor, plan: BlockPlan) -> Tensor:
-        """Run the block on the stream x (N, T, D), conditioned on c (N, D)."""
-        # The mask is m = 1 + mixture: the identity until the zero-initialised experts learn.
-        return super().forward(x, c, self.mixture(x, plan))
+ROUTERS = {"switch": ExpertRouter, "dtr": ChannelRouter, "dense": DenseRouter}

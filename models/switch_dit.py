@@ -19,8 +19,8 @@ from models.layers import (
     sincos_positions,
 )
 from models.loss_weights import UncertaintyWeights
-from models.moe import ExpertOptions
-from models.routing import ChannelRouter, DenseRouter, ExpertRouter
+from models.network_options import NetworkOptions
+from models.routing import ROUTERS
 
 
 class ModelSize(NamedTuple):
@@ -67,91 +67,28 @@ class SwitchDiT(nn.Module):
     numbers: labels are dropped and noise is added outside.
     """
 
-    def __init__(
-        self,
-        *,
-        input_size: tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        num_experts: int,
-        top_k: int,
-        num_timesteps: int = 1000,
-        mlp_ratio: float = 4.0,
-        expert_parallel_size: int = 1,
-        shards_weights: bool = False,
-        activation_checkpointing: bool = False,
-        learned_variance: bool = True,
-        routing: str = "switch",
-        expert_kind: str = "affine",
-        expert_hidden_ratio: float = 1.0,
-        expert_dispatch: str = "auto",
-        renormalize_gates: bool = False,
-        dtr_alpha: float = 4.0,
-        dtr_beta: float = 0.8,
-        qk_norm: bool = False,
-        has_loss_uncertainty: bool = False,
-        compile_blocks: bool = False,
-    ) -> None:
-        """Build an initialised model, in which every block is the identity.
-
-        Args:
-            input_size: H, W of the latents, multiples of patch_size.
-            num_classes: 0 for an unconditional model; the label num_classes means "no label".
-            num_experts: E of every block; it and the other words about experts and gates matter
-                with routing "switch" only.
-            expert_parallel_size: ranks over which the experts of each block are shared out.
-            shards_weights: ZeRO 3 will shard the weights; shared-out experts are marked for it.
-            activation_checkpointing: keep only the input of each block for the backward pass.
-            learned_variance: predict variance channels too.
-            routing: "switch", "dtr" or "dense".
-            expert_kind: "affine" or "mlp".
-            expert_hidden_ratio: hidden width of an mlp expert, relative to hidden_size.
-            expert_dispatch: of affine experts: "auto", "merged" or "dispatched".
-            renormalize_gates: divide the top k gate values by their sum.
-            dtr_alpha: exponent of a channel mask's position over timesteps.
-            dtr_beta: fraction of channels that a channel mask leaves open.
-            qk_norm: normalise queries and keys.
-            has_loss_uncertainty: hold learnt weights of the loss per range of timesteps.
-            compile_blocks: compile every block when it first runs.
-        """
+    def __init__(self, options: NetworkOptions) -> None:
+        """Build an initialised model, in which every block is the identity."""
         super().__init__()
-        height, width = input_size
-        assert height % patch_size == 0 and width % patch_size == 0, "patches must tile the latents"
-        assert routing == "switch" or expert_parallel_size == 1, "there are no experts to share out"
-        self.input_size, self.patch_size = input_size, patch_size
-        self.in_channels, self.num_classes = in_channels, num_classes
-        self.out_channels = 2 * in_channels if learned_variance else in_channels
-        self.num_timesteps = num_timesteps
-        self.activation_checkpointing = activation_checkpointing
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        if routing == "switch":
-            experts = ExpertOptions(
-                *(num_experts, expert_kind, expert_hidden_ratio, expert_dispatch),
-                *(expert_parallel_size, shards_weights),
-            )
-            # Named after what it holds: the gates of all blocks.
-            self.gate = ExpertRouter(
-                depth, hidden_size, num_timesteps, top_k, renormalize_gates, experts
-            )
-        elif routing == "dtr":
-            self.gate = ChannelRouter(hidden_size, num_timesteps, dtr_alpha, dtr_beta)
-        else:
-            self.gate = DenseRouter()
-        self.num_experts, self.top_k = self.gate.num_experts, self.gate.top_k
-        self.blocks = nn.ModuleList(
-            self.gate.make_block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        height, width = options.input_size
+        P, D = options.patch_size, options.hidden_size
+        assert height % P == 0 and width % P == 0, "patches must tile the latents"
+        assert options.has_experts or options.expert_parallel_size == 1, (
+            "there are no experts to share out"
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        positions = sincos_positions(height // patch_size, width // patch_size, hidden_size)
-        self.register_buffer("pos_embed", positions, persistent=False)
-        self.uncertainty = UncertaintyWeights(num_timesteps) if has_loss_uncertainty else None
-        if compile_blocks:
+        self.options = options
+        self.x_embedder = PatchEmbed(P, options.in_channels, D)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = LabelEmbedder(options.num_classes, D)
+        self.gate = ROUTERS[options.routing](options)  # named after what it holds: all gates
+        self.num_experts, self.top_k = self.gate.num_experts, self.gate.top_k
+        self.blocks = nn.ModuleList(self.gate.block_class(options) for _ in range(options.depth))
+        self.final_layer = FinalLayer(D, P, options.out_channels)
+        self.register_buffer("pos_embed", sincos_positions(*options.grid, D), persistent=False)
+        self.uncertainty = (
+            UncertaintyWeights(options.num_timesteps) if options.has_loss_uncertainty else None
+        )
+        if options.compile_blocks:
             for block in self.blocks:
                 block.compile()
 
@@ -183,7 +120,7 @@ class SwitchDiT(nn.Module):
         )
 
     def _run_block(self, block: nn.Module, x: Tensor, c: Tensor, given: Any) -> Tensor:
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+        if not (self.options.activation_checkpointing and torch.is_grad_enabled()):
             return block(x, c, given)
         # Reentrant checkpointing gives wrong gradients under ZeRO 3. Blocks draw no random
         # numbers, so there is no generator state to keep.
@@ -191,6 +128,6 @@ class SwitchDiT(nn.Module):
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """Put patches (N, T, P * P * channels), channels last, together to (N, channels, H, W)."""
-        (height, width), P, channels = self.input_size, self.patch_size, self.out_channels
-        grid = patches.view(-1, height // P, width // P, P, P, channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)
+        P, channels = self.options.patch_size, self.options.out_channels
+        grid = patches.view(-1, *self.options.grid, P, P, channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, *self.options.input_size)

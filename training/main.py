@@ -23,7 +23,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
-from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
+from data_tools.encode_latents import prepare_demo
+from data_tools.encoding.output import DEMO_LATENTS
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
@@ -39,14 +40,14 @@ from training.config.deepspeed_config import load_deepspeed_json
 from training.config.precision import explain_precision
 from training.config.tree import Config, differences
 from training.config.validation import check_compiler
-from training.count import describe
+from training.cost.closed_forms import describe
 from training.monitoring.progress import Progress
-from training.monitoring.run_history import DAMAGED, CheckpointNote
 from training.ranks import process_group
 from training.ranks.exit_codes import SAVED_EXIT_CODE
 from training.ranks.heartbeat import LEAVING
 from training.ranks.process_group import Ranks
 from training.ranks.watchdog import Watchdog, limit_all_groups
+from training.run.checkpoint_notes import DAMAGED, CheckpointNote
 from training.run.console_log import log_to
 from training.run.directory import CONFIG_FILE, create_run_directory, load_config
 from training.run.lock import WAIT_SEC, hold_run_directory
@@ -173,9 +174,11 @@ def train_job(
             if ranks.is_main:
                 print(_start_text(job, ranks, state, point), flush=True)
                 progress.begin(state.step, len(read_starts(run_dir)))
+            first_step = state.step
             state = train(training, state, stop)
             if ranks.is_main:
-                print(_end_line(job.config, state, time.monotonic() - started), flush=True)
+                elapsed_sec = time.monotonic() - started
+                print(_end_line(job.config, first_step, state, elapsed_sec), flush=True)
         stop.restore()
     return state
 
@@ -234,9 +237,14 @@ def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | 
     return "\n".join(lines)
 
 
-def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
-    run_dir = config.run.run_dir
-    if state.step < config.run.max_steps:
+def _end_line(config: Config, first_step: int, state: TrainState, elapsed_sec: float) -> str:
+    run_dir, max_steps = config.run.run_dir, config.run.max_steps
+    if first_step >= max_steps:
+        return (
+            f"done: nothing was trained, {run_dir} is already at step {first_step} and --max-steps "
+            f"is {max_steps}; raise it to go on"
+        )
+    if state.step < max_steps:
         return (
             f"stopped by a signal after step {state.step}; the checkpoint is saved and the same "
             "command continues from it"

@@ -24,10 +24,11 @@ from training.monitoring.expert_load import LoadHistory, exchange_shape
 from training.monitoring.interval_sums import MetricSums
 from training.monitoring.progress import Progress
 from training.monitoring.reporter import Reporter
-from training.monitoring.run_history import RunHistory, read_notes
+from training.monitoring.run_history import RunHistory
 from training.monitoring.sample_grid import SampleGrid
 from training.ranks.heartbeat import READING, SAVING, Heartbeat
 from training.ranks.process_group import Ranks
+from training.run.checkpoint_notes import read_notes
 from training.run.program import read_starts
 
 

@@ -1,6 +1,7 @@
 """The official way of benchmarks/ computes what our step does, or comparing them is pointless."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from benchmarks.measure import HostReads, counted_flops
 from benchmarks.official_way import match_by_differences
 from benchmarks.sides import config_of, make_batch, official_side, our_side
 from models.flops import training_flops
-from models.prior import diffusion_prior, match_units
-from training.count import shape_of
+from models.prior import diffusion_prior
+from models.unit_matching import match_units
+from training.config.network import network_options
 
 BATCH_SIZE = 6
 
@@ -41,13 +43,14 @@ def test_loss_and_gradients_are_equal(sides):
 
 def test_flops_of_a_step_equal_the_closed_form(sides):
     config, (ours, official) = sides
-    shape = shape_of(config)
-    matching = 2 * shape.num_timesteps * (shape.depth * shape.num_experts) ** 2
+    network = network_options(config)
+    matching = 2 * network.num_timesteps * (network.depth * network.num_experts) ** 2
 
-    assert counted_flops(lambda: ours.step(0)) == training_flops(shape, BATCH_SIZE) + matching
+    assert counted_flops(lambda: ours.step(0)) == training_flops(network, BATCH_SIZE) + matching
+    dispatched = replace(network, expert_dispatch="dispatched")
     # Routing once more for the samples alone, on top of the closed form.
     assert counted_flops(lambda: official.step(0)) == pytest.approx(
-        training_flops(shape, BATCH_SIZE, is_merged=False), rel=0.01
+        training_flops(dispatched, BATCH_SIZE), rel=0.01
     )
 
 
@@ -61,7 +64,7 @@ def test_our_step_reads_from_the_device_once_and_the_official_way_in_every_block
         counts.append(reads.counts)
 
     assert counts[0] == {"cpu": 1}
-    depth = shape_of(config).depth
+    depth = network_options(config).depth
     assert counts[1] == {"cpu": 1, "bincount": depth, "tolist": depth}
 
 

@@ -138,11 +138,7 @@ def test_memory_is_that_of_the_training_closed_form(config, stage, recomputing):
             expert_parallel_size=1,
             num_averages=1,
         )
-    ) + sum(
-        activation_bytes(
-            work.shape, 8, precision="bf16", is_recomputing=recomputing, is_merged=True
-        )
-    )
+    ) + sum(activation_bytes(work.network, 8, precision="bf16"))
 
     assert memory_bytes(work, layout(16, stage), prior_shares(config, 1)) == wanted
 
@@ -212,14 +208,14 @@ def test_dealing_timesteps_sends_less_and_serves_the_same(config):
     assert np.array_equal(dealt.uses, prior_shares(config, 4).uses)
 
 
-@pytest.mark.parametrize(("kind", "is_merged"), [("affine", True), ("mlp", False)])
-def test_experts_do_the_same_work_wherever_they_are(kind, is_merged):
+@pytest.mark.parametrize("kind", ["affine", "mlp"])
+def test_experts_do_the_same_work_wherever_they_are(kind):
     config = configuration(expert_kind=kind)
     work = workload_of(config)
     alone, same = expert_flops(work, 8, unshared(6, 2))
     mean, worst = expert_flops(work, 8, prior_shares(config, 4))
 
-    assert alone == same == forward_flops(work.shape, 8, is_merged=is_merged)["experts"]
+    assert alone == same == forward_flops(work.network, 8)["experts"]
     assert worst > mean
     if kind == "mlp":  # a use is a product; merged, one matrix is one product for every rank
         assert mean == pytest.approx(alone)

@@ -41,8 +41,8 @@ from training.evaluation.drawing import DRAW, check_folder
 from training.evaluation.score_events import read_scores
 from training.exports.job import EXPORT
 from training.monitoring.event_files import METRICS, METRICS_FILE, Monitor, read_metrics
-from training.monitoring.run_history import NOTE, CheckpointNote, append_note, read_notes
 from training.retry import RESTARTS, Restarts, read_restarts
+from training.run.checkpoint_notes import NOTE, CheckpointNote, append_note, read_notes
 from training.run.directory import INIT, load_config, load_manifest
 from training.run.program import START, read_starts
 

@@ -10,6 +10,7 @@ from data_tools.errors import ConfigError
 from data_tools.stream.loader import Batch
 from models.diffusion import Diffusion
 from models.guidance import Guidance
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from tests.support.launch import REPOSITORY
 from training.config.preset import load_preset
@@ -27,16 +28,18 @@ def random_model(num_classes=3, shape=(4, 4, 4), **options):
     """A small model with random weights, so that nothing is zero."""
     torch.manual_seed(0)
     model = SwitchDiT(
-        input_size=shape[1:],
-        patch_size=2,
-        in_channels=shape[0],
-        hidden_size=32,
-        depth=2,
-        num_heads=4,
-        num_classes=num_classes,
-        num_experts=4,
-        top_k=2,
-        **options,
+        NetworkOptions(
+            input_size=shape[1:],
+            patch_size=2,
+            in_channels=shape[0],
+            hidden_size=32,
+            depth=2,
+            num_heads=4,
+            num_classes=num_classes,
+            num_experts=4,
+            top_k=2,
+            **options,
+        )
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -99,7 +102,7 @@ def draw(model, labels, cfg_scale, shape=(4, 4, 4)):
         indices=torch.arange(len(labels)),
         labels=labels,
         latent_shape=shape,
-        null_class=model.num_classes,
+        null_class=model.options.num_classes,
     )
 
 

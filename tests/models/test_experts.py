@@ -5,8 +5,9 @@ import torch
 
 from models.experts import AffineExperts, MlpExperts
 from models.gate import ExpertProduct, build_plan
-from models.moe import ExpertOptions, make_experts
+from models.moe import make_experts
 from tests.support import reference_routing
+from tests.support.tiny_models import tiny_options
 
 MERGED, GROUPED, LOOP = ExpertProduct.MERGED, ExpertProduct.GROUPED, ExpertProduct.LOOP
 ORACLE = {AffineExperts: reference_routing.affine_expert, MlpExperts: reference_routing.mlp_expert}
@@ -16,7 +17,10 @@ WIDTH, NUM_EXPERTS = 6, 5
 def random_experts(kind, width=WIDTH, num_experts=NUM_EXPERTS):
     """Experts whose parameters are all random, so that nothing is hidden by zeros."""
     generator = torch.Generator().manual_seed(0)
-    experts = make_experts(width, ExpertOptions(num_experts, kind, hidden_ratio=1.4)).double()
+    options = tiny_options(
+        hidden_size=width, num_experts=num_experts, expert_kind=kind, expert_hidden_ratio=1.4
+    )
+    experts = make_experts(options).double()
     for parameter in experts.parameters():
         parameter.data.normal_(std=0.3, generator=generator)
     return experts
@@ -187,7 +191,10 @@ def test_an_accelerator_is_never_waited_for_by_choice_of_auto():
 def test_shared_out_mlp_experts_start_as_on_one_rank(parallel_size):
     def drawn(size, group_rank):
         torch.manual_seed(3)
-        experts = make_experts(WIDTH, ExpertOptions(6, "mlp", parallel_size=size), group_rank)
+        options = tiny_options(
+            hidden_size=WIDTH, num_experts=6, expert_kind="mlp", expert_parallel_size=size
+        )
+        experts = make_experts(options, group_rank)
         return experts.fc1_weight, torch.randn(1)
 
     whole, next_draw = drawn(1, 0)

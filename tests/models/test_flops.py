@@ -1,10 +1,13 @@
 """Closed forms of FLOPs and activations against torch's counter and what autograd keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.measure import counted_flops, saved_bytes
-from models.flops import NetworkShape, forward_flops, training_flops
+from models.flops import forward_flops, training_flops
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from training.cost.memory import activation_bytes
 
@@ -21,10 +24,10 @@ NETWORKS = {
 
 
 def network(name, size=16, width=64, depth=3, **changes):
-    """A model and its shape."""
+    """A model and its options."""
     num_experts, top_k, options = NETWORKS[name]
     torch.manual_seed(0)
-    model = SwitchDiT(
+    options = NetworkOptions(
         input_size=(size, 2 * size),
         patch_size=2,
         in_channels=4,
@@ -38,23 +41,7 @@ def network(name, size=16, width=64, depth=3, **changes):
         **options,
         **changes,
     )
-    shape = NetworkShape(
-        num_tokens=size * size // 2,
-        hidden_size=width,
-        depth=depth,
-        num_heads=4,
-        patch_values=16,
-        out_values=32,
-        mlp_hidden=4 * width,
-        has_qk_norm=options.get("qk_norm", False),
-        routing=options.get("routing", "switch"),
-        num_experts=num_experts,
-        top_k=top_k,
-        expert_kind=options.get("expert_kind", "affine"),
-        expert_hidden=int(width * options.get("expert_hidden_ratio", 1.0)),
-        num_timesteps=NUM_TIMESTEPS,
-    )
-    return model, shape
+    return SwitchDiT(options), options
 
 
 def inputs(batch_size, size=16):
@@ -65,9 +52,8 @@ def inputs(batch_size, size=16):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_flops_equal_those_of_the_counter(name):
-    model, shape = network(name)
+    model, options = network(name)
     batch = inputs(5)
-    is_merged = name != "dispatched"
 
     def train():
         output = model(*batch)
@@ -79,48 +65,50 @@ def test_flops_equal_those_of_the_counter(name):
     forward = counted_flops(lambda: model(*batch))
     training = counted_flops(train)
 
-    assert forward_flops(shape, 5, is_merged=is_merged).total() == pytest.approx(forward, rel=0.01)
-    assert training_flops(shape, 5, is_merged=is_merged) == pytest.approx(training, rel=0.01)
+    assert forward_flops(options, 5).total() == pytest.approx(forward, rel=0.01)
+    assert training_flops(options, 5) == pytest.approx(training, rel=0.01)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_activations_are_what_autograd_keeps(name, precision):
-    model, shape = network(name)
+    model, options = network(name)
     if precision == "bf16":
         model = model.bfloat16()
     batch = inputs(3)
 
     kept = saved_bytes(model, lambda: model(*batch))
 
-    expected = activation_bytes(shape, 3, precision=precision, is_merged=name != "dispatched")
+    expected = activation_bytes(options, 3, precision=precision)
     assert expected.kept == pytest.approx(kept, rel=0.05)
     assert expected.recomputed == 0
 
 
 def test_larger_networks_keep_as_much_as_computed():
-    model, shape = network("merged", size=32, width=96, depth=2)
+    model, options = network("merged", size=32, width=96, depth=2)
     batch = inputs(2, size=32)
 
     kept = saved_bytes(model, lambda: model(*batch))
 
-    assert activation_bytes(shape, 2, precision="fp32").kept == pytest.approx(kept, rel=0.01)
+    assert activation_bytes(options, 2, precision="fp32").kept == pytest.approx(kept, rel=0.01)
 
 
 def test_recomputing_keeps_the_inputs_of_blocks_and_then_one_block():
-    model, shape = network("merged", activation_checkpointing=True)
+    model, options = network("merged", activation_checkpointing=True)
     batch = inputs(3)
 
     kept = saved_bytes(model, lambda: model(*batch))
 
-    expected = activation_bytes(shape, 3, precision="fp32", is_recomputing=True)
-    in_full = activation_bytes(shape, 3, precision="fp32")
+    expected = activation_bytes(options, 3, precision="fp32")
+    in_full = activation_bytes(
+        replace(options, activation_checkpointing=False), 3, precision="fp32"
+    )
     assert expected.kept == pytest.approx(kept, rel=0.05)
-    assert in_full.kept - expected.kept < shape.depth * expected.recomputed < in_full.kept
+    assert in_full.kept - expected.kept < options.depth * expected.recomputed < in_full.kept
 
 
 def test_autocast_keeps_norms_in_fp32_on_an_accelerator_and_less_on_a_cpu():
-    model, shape = network("merged")
+    model, options = network("merged")
     batch = inputs(3)
 
     def forward():
@@ -129,5 +117,5 @@ def test_autocast_keeps_norms_in_fp32_on_an_accelerator_and_less_on_a_cpu():
 
     kept = saved_bytes(model, forward)
 
-    expected = activation_bytes(shape, 3, precision="autocast").kept
+    expected = activation_bytes(options, 3, precision="autocast").kept
     assert kept < expected < 1.25 * kept

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.measure import HostReads, cuda_waits
 from models.expert_parallel import ExpertParallelMixture
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from tests.support.ranks import run_ranks
 
@@ -76,7 +77,9 @@ def count_reads_on_ranks(rank, world_size):
     for experts in EXPERTS:
         for depth in (2, 5):
             torch.manual_seed(0)  # gates alike on all ranks
-            model = SwitchDiT(**SIZES, **experts, depth=depth, expert_parallel_size=world_size)
+            model = SwitchDiT(
+                NetworkOptions(**SIZES, **experts, depth=depth, expert_parallel_size=world_size)
+            )
             for module in model.modules():
                 if isinstance(module, ExpertParallelMixture):
                     module.set_deepspeed_parallelism()
@@ -102,7 +105,9 @@ def test_an_expert_parallel_step_waits_for_the_gpu_once_at_any_depth(experts, mo
     )
     counts = []
     for depth in (2, 5):
-        model = SwitchDiT(**SIZES, **experts, depth=depth, expert_parallel_size=2).cuda()
+        model = SwitchDiT(
+            NetworkOptions(**SIZES, **experts, depth=depth, expert_parallel_size=2)
+        ).cuda()
         forward_and_backward(model, 0, 2, "cuda")  # cuBLAS and the allocator start
 
         counts.append(cuda_waits(lambda model=model: forward_and_backward(model, 0, 2, "cuda")))

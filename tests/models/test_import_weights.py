@@ -8,6 +8,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from models.import_weights import check_positions, import_weights
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 
 TRUNK = {
@@ -44,7 +45,7 @@ def dit_weights():
 
 def random_model(depth=2):
     torch.manual_seed(0)
-    model = SwitchDiT(depth=depth, **TRUNK)
+    model = SwitchDiT(NetworkOptions(depth=depth, **TRUNK))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
@@ -67,7 +68,9 @@ def test_official_switch_dit_has_exactly_the_parameters_of_the_model(switch_weig
 
     assert imported.kind == "Switch-DiT (official code)"
     shapes = {name: value.shape for name, value in imported.weights.items()}
-    assert shapes == {k: v.shape for k, v in SwitchDiT(depth=3, **TRUNK).named_parameters()}
+    assert shapes == {
+        k: v.shape for k, v in SwitchDiT(NetworkOptions(depth=3, **TRUNK)).named_parameters()
+    }
 
 
 def test_official_dit_has_exactly_the_parameters_outside_the_routing(dit_weights):
@@ -75,7 +78,7 @@ def test_official_dit_has_exactly_the_parameters_outside_the_routing(dit_weights
 
     assert imported.kind == "DiT or DTR (official code)"
     assert imported.positions.shape == (16, 32)
-    dense = SwitchDiT(depth=2, routing="dense", **TRUNK)
+    dense = SwitchDiT(NetworkOptions(depth=2, routing="dense", **TRUNK))
     assert set(imported.weights) == {name for name, _ in dense.named_parameters()}
 
 
@@ -120,7 +123,7 @@ def diffusers_dit():
 
 def test_diffusers_dit_predicts_the_same_after_its_import(diffusers_dit):
     imported = import_weights(diffusers_dit.state_dict())
-    model = SwitchDiT(depth=2, routing="dense", **TRUNK)
+    model = SwitchDiT(NetworkOptions(depth=2, routing="dense", **TRUNK))
     model.load_state_dict(imported.weights)
     x, t, y = random_batch()
 
@@ -163,9 +166,9 @@ def test_what_is_not_a_whole_diffusion_transformer_is_refused(switch_weights):
 def test_a_dit_predicts_the_same_with_new_experts(dit_weights, experts):
     """Upcycling is exact: experts start at zero, so the mixture's mask is one."""
     weights = import_weights(dit_weights).weights
-    dense = SwitchDiT(depth=2, routing="dense", **TRUNK)
+    dense = SwitchDiT(NetworkOptions(depth=2, routing="dense", **TRUNK))
     dense.load_state_dict(weights)
-    sparse = SwitchDiT(depth=2, **experts, **TRUNK)
+    sparse = SwitchDiT(NetworkOptions(depth=2, **experts, **TRUNK))
     sparse.load_state_dict(weights, strict=False)
 
     with torch.no_grad():

@@ -13,6 +13,7 @@ from models.layers import (
     sincos_positions,
     timestep_features,
 )
+from tests.support.tiny_models import tiny_options
 
 
 @pytest.fixture(autouse=True)
@@ -79,12 +80,12 @@ def test_attention_equals_a_loop_over_heads():
 def test_a_new_block_is_the_identity_and_a_new_final_layer_is_zero():
     x, c = torch.randn(2, 5, 16), torch.randn(2, 16)
 
-    assert torch.equal(DiTBlock(16, 2, 4.0)(x, c), x)
+    assert torch.equal(DiTBlock(tiny_options())(x, c), x)
     assert torch.equal(FinalLayer(16, 2, 8)(x, c), torch.zeros(2, 5, 32))
 
 
 def test_the_mask_splits_the_stream_between_block_and_bypass():
-    block = with_random_parameters(DiTBlock(16, 2, 4.0)).double()
+    block = with_random_parameters(DiTBlock(tiny_options())).double()
     x, c = torch.randn(2, 5, 16).double(), torch.randn(2, 16).double()
     mask = torch.rand(2, 5, 16).double()
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from models.gate import BlockPlan, ExpertProduct, build_plan
-from models.moe import ExpertOptions, Mixture, make_mixture
+from models.moe import Mixture
+from models.routing import make_mixture
 from tests.support import reference_routing
 from tests.support.ranks import run_ranks
+from tests.support.tiny_models import tiny_options
 
 
 @pytest.mark.parametrize("kind", ["affine", "mlp"])
@@ -16,7 +18,7 @@ def test_a_new_mixture_adds_nothing(kind):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(4, 3, 6, generator=generator)
     probs = torch.randn(1, 4, 5, generator=generator).softmax(-1)
-    mixture = make_mixture(6, ExpertOptions(5, kind))
+    mixture = make_mixture(tiny_options(hidden_size=6, num_experts=5, expert_kind=kind))
 
     plan = build_plan(probs, torch.arange(4), 2, product=ExpertProduct.LOOP)
 
@@ -25,7 +27,7 @@ def test_a_new_mixture_adds_nothing(kind):
 
 
 def test_a_plan_of_gate_values_alone_merges():
-    mixture = Mixture(6, ExpertOptions(2))
+    mixture = Mixture(tiny_options(hidden_size=6, num_experts=2))
     mixture.deepspeed_moe.experts.bias.data.normal_()
     gates = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
 
@@ -36,7 +38,7 @@ def test_a_plan_of_gate_values_alone_merges():
 
 
 def test_parameters_have_the_names_that_deepspeed_knows():
-    names = set(Mixture(6, ExpertOptions(2, "mlp")).state_dict())
+    names = set(Mixture(tiny_options(num_experts=2, expert_kind="mlp")).state_dict())
 
     prefix = "deepspeed_moe.experts.deepspeed_experts"
     kinds = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -136,8 +138,15 @@ def check_all_dispatches(rank, world_size):
     for group_size in {2, world_size}:
         num_rows = []
         for kind, dispatch in kinds:
-            options = ExpertOptions(NUM_EXPERTS, kind, 1.5, dispatch, group_size)
-            mixtures = [make_mixture(WIDTH, options) for _ in range(DEPTH)]
+            options = tiny_options(
+                hidden_size=WIDTH,
+                num_experts=NUM_EXPERTS,
+                expert_kind=kind,
+                expert_hidden_ratio=1.5,
+                expert_dispatch=dispatch,
+                expert_parallel_size=group_size,
+            )
+            mixtures = [make_mixture(options) for _ in range(DEPTH)]
             for mixture in mixtures:
                 mixture.set_deepspeed_parallelism()
             same_experts = groups._get_expert_data_parallel_group(f"ep_size_{group_size}")

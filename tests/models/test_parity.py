@@ -9,10 +9,13 @@ import torch
 from models.diffusion import Diffusion
 from models.guidance import Guidance, classifier_free
 from models.import_weights import import_weights
-from models.prior import diffusion_prior, match_units, prior_loss
+from models.network_options import NetworkOptions
+from models.prior import diffusion_prior, prior_loss
 from models.routing import ChannelRouter
 from models.sampler import respaced, sample
 from models.switch_dit import SwitchDiT
+from models.unit_matching import match_units
+from tests.support.tiny_models import tiny_options
 
 OPTIONS = {
     "switch_tiny": {"depth": 3, "num_experts": 4, "top_k": 2},
@@ -32,13 +35,15 @@ def load(name):
 
 def build(recorded, name):
     model = SwitchDiT(
-        input_size=(8, 8),
-        patch_size=2,
-        in_channels=4,
-        hidden_size=32,
-        num_heads=4,
-        num_classes=10,
-        **OPTIONS[name],
+        NetworkOptions(
+            input_size=(8, 8),
+            patch_size=2,
+            in_channels=4,
+            hidden_size=32,
+            num_heads=4,
+            num_classes=10,
+            **OPTIONS[name],
+        )
     )
     weights = {k.removeprefix("weights/"): v for k, v in recorded.items() if "weights/" in k}
     model.load_state_dict(import_weights(weights).weights)
@@ -88,7 +93,7 @@ def test_gate_table():
 
 
 def test_channel_masks():
-    router = ChannelRouter(hidden_size=32, num_timesteps=1000, alpha=4.0, beta=0.8)
+    router = ChannelRouter(tiny_options(hidden_size=32, num_timesteps=1000))
 
     assert torch.equal(router.mask_minus_one + 1, load("dtr_tiny")["channel_mask"])
 

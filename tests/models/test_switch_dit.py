@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from models.layers import Attention
+from models.network_options import NetworkOptions
 from models.switch_dit import MODEL_SIZES, SwitchDiT, SwitchDiTOutput
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import TINY, batch, loss_of, tiny_model
@@ -17,13 +18,15 @@ from tests.support.tiny_models import TINY, batch, loss_of, tiny_model
 def test_parameter_counts_are_those_of_the_paper(size, num_parameters):
     with torch.device("meta"):
         model = SwitchDiT(
-            input_size=(32, 32),
-            patch_size=2,
-            in_channels=4,
-            num_classes=1000,
-            num_experts=3,
-            top_k=2,
-            **MODEL_SIZES[size]._asdict(),
+            NetworkOptions(
+                input_size=(32, 32),
+                patch_size=2,
+                in_channels=4,
+                num_classes=1000,
+                num_experts=3,
+                top_k=2,
+                **MODEL_SIZES[size]._asdict(),
+            )
         )
 
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
@@ -32,7 +35,7 @@ def test_parameter_counts_are_those_of_the_paper(size, num_parameters):
 def test_a_new_model_predicts_zero():
     torch.manual_seed(0)
 
-    output = SwitchDiT(**TINY)(*batch())
+    output = SwitchDiT(NetworkOptions(**TINY))(*batch())
 
     assert torch.equal(output.prediction, torch.zeros(5, 8, 4, 6))
 
@@ -58,7 +61,7 @@ def test_a_prediction_does_not_depend_on_the_other_samples():
 
 
 def test_patches_come_back_to_their_place():
-    model = SwitchDiT(**TINY)
+    model = SwitchDiT(NetworkOptions(**TINY))
     image = torch.arange(8 * 4 * 6.0).view(1, 8, 4, 6)
     patches = torch.stack(
         [
@@ -215,9 +218,9 @@ def check_shared_out_model(options, rank, world_size):
         return tensor[held] if ".experts." in name else tensor
 
     torch.manual_seed(1)
-    new = dict(SwitchDiT(**{**TINY, **options}).named_parameters())
+    new = dict(SwitchDiT(NetworkOptions(**{**TINY, **options})).named_parameters())
     torch.manual_seed(1)
-    for name, parameter in SwitchDiT(**{**TINY, **shared_out}).named_parameters():
+    for name, parameter in SwitchDiT(NetworkOptions(**{**TINY, **shared_out})).named_parameters():
         assert torch.equal(parameter, share(name, new[name])), name
 
     parameters = dict(shared.named_parameters())
@@ -259,7 +262,7 @@ def test_a_training_step_reads_no_value_of_a_tensor(options, has_autocast):
     with FakeTensorMode(), autocast:  # its tensors have no values; reading one is an error
         x_t = torch.zeros(5, 4, 4, 6)
         t = y = torch.zeros(5, dtype=torch.int64)
-        output = SwitchDiT(**TINY, **options)(x_t, t, y)
+        output = SwitchDiT(NetworkOptions(**TINY, **options))(x_t, t, y)
         loss_of(output).backward()
         with pytest.raises(DataDependentOutputException):
             output.prediction.sum().item()

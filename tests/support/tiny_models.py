@@ -2,6 +2,7 @@
 
 import torch
 
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 
 TINY = {
@@ -18,9 +19,13 @@ TINY = {
 }
 
 
+def tiny_options(**changes):
+    return NetworkOptions(**{**TINY, **changes})
+
+
 def tiny_model(**changes):
     """A model whose parameters are all random, so that nothing is hidden by zeros."""
-    model = SwitchDiT(**{**TINY, **changes})
+    model = SwitchDiT(tiny_options(**changes))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2, generator=generator)

@@ -1,4 +1,4 @@
-"""Flags that other trainers, older guides and this project's relatives have, and ours instead."""
+"""Flags of other trainers, and what to write instead of them."""
 
 _RUN = "nothing: the same command continues a run; --run-dir RUN names it"
 _PRECISION = "--deepspeed JSON: precision belongs to ds_configs/"
@@ -62,4 +62,9 @@ OF_DRAWING = {
     "--per-proc-batch-size": "--batch-size",
     "--sample-dir": "--output",
     "--global-seed": "--seed",
+}
+# What --format of training/export.py named once.
+OLD_FORMATS = {
+    "dit": "is no longer written: away from its number of steps, diffusers' DiTPipeline drew wrong "
+    "images without any error; use --format diffusers",
 }

@@ -1,4 +1,4 @@
-"""Memory that training takes on a rank, in closed form: what ZeRO leaves, and activations.
+"""Compute the memory of a rank in closed form: the model's state under ZeRO, and activations.
 
 N batch, T tokens, D width, L blocks, E experts, K experts per sample, S diffusion timesteps,
 W ranks, R ranks of an expert-parallel group.
@@ -6,8 +6,9 @@ W ranks, R ranks of an expert-parallel group.
 
 from typing import NamedTuple
 
-from models.flops import NetworkShape
+from models.flops import are_experts_merged
 from models.layers import NUM_FREQUENCIES
+from models.network_options import NetworkOptions
 
 FP32_BYTES = 4
 WEIGHT_BYTES = {"fp32": 4, "autocast": 4, "bf16": 2}
@@ -32,14 +33,14 @@ def model_memory(
     expert_parallel_size: int,
     num_averages: int,
 ) -> Memory:
-    """Compute what ZeRO leaves on each rank.
+    """Compute what each rank holds of weights, gradients and optimizer state.
 
-    With D dense and X expert parameters, a rank holds D + X / R parameters. What ZeRO shards, it
-    shards over W ranks (dense) or over the W / R ranks that hold the same experts: (D + X) / W
-    either way. Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights. Gradients
-    accumulate in fp32; stage 1 in bf16 keeps the bf16 gradients beside them. ZeRO keeps fp32
-    masters apart from the weights even when those are fp32; stage 0 has fp32 weights and no
-    others.
+    With D dense and X expert parameters, a rank has D + X / R parameters. ZeRO shards dense
+    parameters over W ranks and experts over the W / R ranks that have the same ones: (D + X) / W
+    are left in both cases. Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights.
+    Gradients accumulate in fp32; stage 1 in bf16 keeps the bf16 gradients as well. From stage 1 on
+    there are fp32 masters even beside fp32 weights; at stage 0 the weights are fp32 and the only
+    copy.
 
     Args:
         num_parameters: of the whole model, all experts included.
@@ -67,92 +68,81 @@ class Activations(NamedTuple):
     """Bytes that a forward pass keeps for its backward pass."""
 
     kept: int  # until the backward pass reaches them
-    recomputed: int  # of one block at a time, with activation checkpointing
+    recomputed: int  # in the backward pass, a block at a time, with activation checkpointing
 
 
-def activation_bytes(
-    shape: NetworkShape,
-    batch_size: int,
-    *,
-    precision: str,
-    is_recomputing: bool = False,
-    is_merged: bool = True,
-) -> Activations:
-    """Count what a forward pass keeps, without compilation, which keeps less.
+def activation_bytes(options: NetworkOptions, batch_size: int, *, precision: str) -> Activations:
+    """Count what a forward pass keeps. A compiled one keeps less.
 
     Args:
-        shape: of the network.
+        options: of the network.
         batch_size: N, of the micro-batch.
         precision: "bf16", "autocast" or "fp32".
-        is_recomputing: of each block only the input is kept (activation checkpointing).
-        is_merged: affine experts are merged, one matrix per sample.
     """
-    N, T, D, L = batch_size, shape.num_tokens, shape.hidden_size, shape.depth
+    N, T, D, L = batch_size, options.num_tokens, options.hidden_size, options.depth
     size = FP32_BYTES if precision == "fp32" else 2
     of_norm = FP32_BYTES if precision == "autocast" else size
-    block = _block_bytes(shape, N, size, of_norm, is_merged)
+    block = _block_bytes(options, N, size, of_norm)
     if precision == "autocast":
-        block += size * _linear_parameters(shape)  # bf16 copies of the weights
+        block += size * _linear_parameters(options)  # bf16 copies of the weights
+    is_recomputing = options.activation_checkpointing  # only the inputs of blocks are kept
     blocks = L * (N * T * D * size if is_recomputing else block)
-    patches = N * T * shape.patch_values * size
+    patches = N * T * options.patch_size**2 * options.in_channels * size
     final = N * T * (D * (2 * of_norm + size) + 2 * FP32_BYTES)
-    kept = blocks + patches + final + _timestep_bytes(shape, N, precision)
+    kept = blocks + patches + final + _timestep_bytes(options, N, precision)
     return Activations(kept, block if is_recomputing else 0)
 
 
-def _block_bytes(
-    shape: NetworkShape, batch_size: int, size: int, of_norm: int, is_merged: bool
-) -> int:
+def _block_bytes(options: NetworkOptions, batch_size: int, size: int, of_norm: int) -> int:
     """Count one block.
 
     Args:
-        shape: of the network.
+        options: of the network.
         batch_size: N.
         size: bytes of a number.
         of_norm: bytes of a number that enters or leaves a norm: autocast casts them to fp32 on an
             accelerator, not on a CPU, which therefore keeps up to a fifth less.
-        is_merged: as in `activation_bytes`.
     """
-    N, T, D = batch_size, shape.num_tokens, shape.hidden_size
+    N, T, D = batch_size, options.num_tokens, options.hidden_size
     # Per token: both norms' inputs and outputs; what enters qkv and the MLP; q, k, v; what leaves
     # attention, its projection and the MLP; the MLP's hidden layer before and after GELU.
-    per_token = 4 * D * of_norm + (2 + 3 + 3) * D * size + 2 * shape.mlp_hidden * size
-    per_token += (4 + shape.num_heads) * FP32_BYTES  # statistics of norms and softmax
-    if shape.has_qk_norm:
+    per_token = 4 * D * of_norm + (2 + 3 + 3) * D * size + 2 * options.mlp_hidden_size * size
+    per_token += (4 + options.num_heads) * FP32_BYTES  # statistics of norms and softmax
+    if options.qk_norm:
         # Normalised queries and keys; in fp32, what was normalised, before and after its scale.
         per_token += 2 * D * size + 2 * D * FP32_BYTES * (1 if size == FP32_BYTES else 2)
-        per_token += 2 * shape.num_heads * FP32_BYTES
+        per_token += 2 * options.num_heads * FP32_BYTES
     # Conditioning: SiLU's output, six modulations, 1 + scale twice.
     per_sample = (1 + 6 + 2) * D * size
-    if shape.has_experts:
+    if options.has_experts:
         per_token += 2 * D * size  # the stream before the mask, and the mask
-        K, H = shape.top_k, shape.expert_hidden
-        if shape.expert_kind == "mlp":
+        K, H = options.top_k, options.expert_hidden_size
+        if options.expert_kind == "mlp":
             per_token += K * (3 * D + 2 * H) * size
-        elif is_merged:
+        elif are_experts_merged(options):
             per_sample += D * D * size
         else:
             per_token += K * 3 * D * size
     return N * (T * per_token + per_sample)
 
 
-def _linear_parameters(shape: NetworkShape) -> int:
+def _linear_parameters(options: NetworkOptions) -> int:
     """Count a block's weights that autocast keeps a bf16 copy of."""
-    D = shape.hidden_size
-    count = (4 + 6) * D * D + 2 * D * shape.mlp_hidden
-    if shape.has_experts:
-        is_affine = shape.expert_kind == "affine"
-        count += shape.num_experts * D * (D if is_affine else 2 * shape.expert_hidden)
+    D = options.hidden_size
+    count = (4 + 6) * D * D + 2 * D * options.mlp_hidden_size
+    if options.has_experts:
+        is_affine = options.expert_kind == "affine"
+        count += options.num_experts * D * (D if is_affine else 2 * options.expert_hidden_size)
     return count
 
 
-def _timestep_bytes(shape: NetworkShape, batch_size: int, precision: str) -> int:
+def _timestep_bytes(options: NetworkOptions, batch_size: int, precision: str) -> int:
     """Count the timestep embedder and the gate, which run in fp32."""
-    D, E = shape.hidden_size, shape.num_experts
-    num_t = shape.num_timesteps if shape.has_experts else batch_size
+    D, E = options.hidden_size, options.num_experts
+    num_t = options.num_timesteps if options.has_experts else batch_size
     numbers = num_t * (2 * NUM_FREQUENCIES + 2 * D)
     weights = D * D  # fp32 copies of what gradients pass through
-    if shape.has_experts:
-        numbers += num_t * (2 * D + shape.depth * E)
-        weights += shape.depth * E * D
+    if options.has_experts:
+        numbers += num_t * (2 * D + options.depth * E)
+        weights += options.depth * E * D
     return FP32_BYTES * (numbers + (weights if precision == "bf16" else 0))

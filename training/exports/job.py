@@ -1,8 +1,7 @@
 """What is exported, checked: which weights of which run, and how the result draws images."""
 
 import argparse
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,18 @@ from data_tools.errors import ConfigError
 from data_tools.formats import Format
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.vae.autoencoder import Vae, load_decoder
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from training.checkpoints.manifest import (
-    CHECKPOINT_DIR,
     MANIFEST_FILE,
     RAW_FILE,
     read_manifest,
     sha256_of,
 )
-from training.checkpoints.weight_files import find_weights
+from training.config.network import network_options
 from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
-from training.engine.build import build_model
-from training.run.directory import load_config, load_manifest
-from training.sampling.flags import sampler_settings
+from training.sampling.flags import class_names, open_run, sampler_settings
 from training.sampling.latents import SamplerSettings, can_guide_without_classifier
 
 EXPORTS_DIR = "exports"
@@ -79,14 +76,16 @@ class ExportJob:
         """Names of the classes by number, as JSON has them; None without classes."""
         if self.config.model.num_classes == 0:
             return None
-        return {str(entry.index): entry.name for entry in self.manifest.classes}
+        return {str(number): name for number, name in class_names(self.manifest).items()}
 
     @property
     def default_guidance(self) -> dict[str, Any]:
         """How the result guides unless told otherwise."""
         guidance = self.settings.guidance
         return {
-            "is_possible": can_guide_without_classifier(self.config),
+            "is_possible": can_guide_without_classifier(
+                self.config.model.num_classes, self.config.data.class_dropout_prob
+            ),
             "scale": guidance.scale,
             "num_channels": guidance.num_channels,
             "interval": self.guidance_interval,
@@ -96,17 +95,17 @@ class ExportJob:
         """Read the weights, fp32, experts stacked."""
         return load_file(self.weights)
 
+    @property
+    def options(self) -> NetworkOptions:
+        """What the network is built from, less what changes nothing but its training's cost."""
+        options = network_options(self.config)
+        return replace(options, compile_blocks=False, activation_checkpointing=False)
+
     def load_model(self) -> SwitchDiT:
         """Build the network with these weights."""
-        model = build_model(plain(self.config))
+        model = SwitchDiT(self.options)
         model.load_state_dict(self.load_weights())
         return model.eval()
-
-
-def plain(config: Config) -> Config:
-    """Return a configuration whose model computes the same without what only helps training."""
-    model = dataclasses.replace(config.model, compile_blocks=False, activation_checkpointing=False)
-    return dataclasses.replace(config, model=model)
 
 
 def check_job(args: argparse.Namespace, has_vae: bool) -> ExportJob:
@@ -116,18 +115,15 @@ def check_job(args: argparse.Namespace, has_vae: bool) -> ExportJob:
         args: the command line.
         has_vae: the format holds the VAE.
     """
-    run_dir, checkpoint = _split_checkpoint(args.run_dir, args.checkpoint)
-    config = load_config(run_dir)
+    run = open_run(args)
+    run_dir, config, manifest = run.folder, run.config, run.manifest
     if args.autoguidance is not None:
         raise ConfigError(
             f"--autoguidance {args.autoguidance} needs the weights of two runs, and an export "
             "holds those of one; drop the flag."
         )
     settings = sampler_settings(args, config)
-    manifest = load_manifest(run_dir)
-    weights = find_weights(
-        run_dir, config, checkpoint=checkpoint, ema=args.ema, is_raw=args.raw, file=args.weights
-    )
+    weights = run.find_weights(args)
     origin = _origin_of(weights, run_dir, config)
     output = args.output
     if output is None:
@@ -151,13 +147,6 @@ def check_job(args: argparse.Namespace, has_vae: bool) -> ExportJob:
         vae=vae,
         output=output,
     )
-
-
-def _split_checkpoint(run_dir: Path, checkpoint: str | None) -> tuple[Path, str | None]:
-    """Take runs/NAME/checkpoints/TAG for run and checkpoint."""
-    if checkpoint is None and run_dir.absolute().parent.name == CHECKPOINT_DIR:
-        return run_dir.absolute().parents[1], run_dir.name
-    return run_dir, checkpoint
 
 
 def _origin_of(weights: Path, run_dir: Path, config: Config) -> Origin:

@@ -22,7 +22,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict for x_t (N, C, H, W), one timestep t (1,) int64 and labels y (N,) int64."""
-        last, null = self.network.num_timesteps - 1, self.network.num_classes
+        options = self.network.options
+        last, null = options.num_timesteps - 1, options.num_classes
         # Beyond the trained ones a timestep would give a prediction that means nothing.
         torch._assert_async(((t >= 0) & (t <= last)).all(), f"t must be from 0 to {last}")
         torch._assert_async(((y >= 0) & (y <= null)).all(), f"y must be from 0 to {null}")

@@ -4,26 +4,28 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from models.flops import training_flops
 from models.loss_weights import cluster_log_variances
 from training.checkpoints.manifest import TrainState
+from training.config.network import network_options
 from training.config.tree import Config
 from training.cost.gpu_peaks import peak_tflops
-from training.count import is_merged_dispatch, shape_of
 from training.engine.build import learning_rate
-from training.engine.non_finite import SpikeDetector
+from training.engine.interface import Engine
 from training.monitoring.dashboard import dashboard
 from training.monitoring.event_files import Monitor
 from training.monitoring.expert_load import DEAD_INTERVALS, GateDrift, LoadHistory
 from training.monitoring.expert_pictures import affinity_map, expert_map, load_history, load_map
 from training.monitoring.interval_sums import MetricSums
+from training.monitoring.loss_spikes import SpikeDetector
 from training.monitoring.progress import Progress
-from training.monitoring.run_history import CheckpointNote, RunHistory, append_note
+from training.monitoring.run_history import RunHistory
 from training.ranks.heartbeat import AGREEING, LOGGING, Heartbeat
+from training.run.checkpoint_notes import CheckpointNote, append_note
 from training.run.program import Start
 
 TERA = 1e12
@@ -55,7 +57,7 @@ class Reporter:
     def __init__(
         self,
         config: Config,
-        engine: Any,
+        engine: Engine,
         sums: MetricSums,
         loads: LoadHistory,
         history: RunHistory,
@@ -69,11 +71,8 @@ class Reporter:
         self.history, self.monitor, self.progress = history, monitor, progress
         self.heartbeat, self.is_main = heartbeat, is_main
         self._spikes, self._drift = SpikeDetector(config.optim.spike_threshold), GateDrift()
-        shape = shape_of(config)
-        flops = training_flops(
-            shape, 1, is_merged=is_merged_dispatch(config.model.expert_dispatch, shape)
-        )
-        self._tflop_of_sample, self._peak_tflops = flops / TERA, peak_tflops(device)
+        self._tflop_of_sample = training_flops(network_options(config), 1) / TERA
+        self._peak_tflops = peak_tflops(device)
 
     def begin(self, starts: list[Start]) -> None:
         """Record what the run is, once per start. Of the main rank only."""

@@ -7,11 +7,10 @@ import torch
 
 from data_tools.errors import ConfigError
 from models.expert_parallel import ShardedExpertParallelMixture
-from models.moe import ExpertOptions
 from tests.support.configs import small
-from training.config.expert_parallel_checks import expert_values
-from training.config.validation import validate
-from training.count import count_parameters
+from tests.support.tiny_models import tiny_options
+from training.config.validation import expert_values, validate
+from training.cost.closed_forms import count_parameters
 
 STAGES = (0, 1, 2, 3)
 
@@ -131,7 +130,7 @@ def test_keys_that_change_what_is_trained_are_refused(refuse, top):
 
 
 def test_a_parameter_that_is_sharded_already_is_not_accepted(single_process_group):
-    mixture = ShardedExpertParallelMixture(4, ExpertOptions(2))
+    mixture = ShardedExpertParallelMixture(tiny_options())
     next(mixture.parameters()).ds_id = 0  # as if built inside of zero.Init
 
     with pytest.raises(AssertionError, match="build the model outside of zero.Init"):

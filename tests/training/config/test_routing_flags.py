@@ -67,9 +67,9 @@ def test_flags_of_masks_and_shapes_reach_the_model():
     masks = model.gate.mask_minus_one + 1
     assert masks.sum(1).unique().tolist() == [32.0]
     assert masks[500].argmax() == round(500 / 999 * 96)  # alpha 1: halfway in the middle
-    assert model.input_size[1] == 24
+    assert model.options.input_size[1] == 24
 
     assert build("--routing=dense").num_experts == 0
-    assert build("--objective=v").out_channels == 4
-    assert build("--objective=v", "--learned-variance").out_channels == 8
+    assert build("--objective=v").options.out_channels == 4
+    assert build("--objective=v", "--learned-variance").options.out_channels == 8
     assert build("--loss-weight=uncertainty").uncertainty is not None

@@ -1,14 +1,14 @@
 """Images depend on (seed, index), class and settings; never on the batch they were drawn in."""
 
-import numpy as np
 import pytest
 import torch
 
 from models.diffusion import Diffusion
 from models.guidance import Guidance
+from models.network_options import NetworkOptions
 from models.sampler import SAMPLING_METHODS, methods_for
 from models.switch_dit import SwitchDiT
-from training.sampling.latents import SamplerSettings, image_grid, sample_latents
+from training.sampling.latents import SamplerSettings, sample_latents
 
 SHAPE = (4, 8, 8)
 # One way to draw per method: (objective, method).
@@ -29,7 +29,7 @@ def make_model(objective="epsilon", *, latent_shape=SHAPE, num_classes=3, seed=0
         "top_k": 2,
         "learned_variance": objective == "epsilon",
     }
-    model = SwitchDiT(**{**arguments, **changes})
+    model = SwitchDiT(NetworkOptions(**{**arguments, **changes}))
     for parameter in model.parameters():  # zero-initialised outputs would hide everything
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
@@ -55,7 +55,7 @@ def draw(
         indices=torch.tensor(indices),
         labels=torch.tensor(labels),
         latent_shape=latent_shape,
-        null_class=model.num_classes,
+        null_class=model.options.num_classes,
         **changes,
     )
 
@@ -95,7 +95,7 @@ class PerSampleTimesteps(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.num_classes = model, model.num_classes
+        self.model, self.options = model, model.options
 
     def forward(self, x_t, t, y):
         assert t.shape == (1,), "sampling should share the timestep"
@@ -136,7 +136,7 @@ def test_guidance_compares_with_the_null_class():
 
     unlabelled = draw(model, [0, 1], [0, 1], scale=0.0)
 
-    told = draw(model, [0, 1], [model.num_classes] * 2, scale=1.0)
+    told = draw(model, [0, 1], [model.options.num_classes] * 2, scale=1.0)
     assert_same(unlabelled, told)
 
 
@@ -147,24 +147,3 @@ def test_autoguidance_of_scale_zero_draws_the_weaker_models_images():
 
     expected = draw(weak, [0, 1], [0, 1], "v", scale=1.0)
     assert_same(found, expected)
-
-
-def test_a_grid_holds_every_image_and_pads_the_last_row():
-    pixels = np.stack([np.full((4, 4, 3), value, dtype=np.uint8) for value in (10, 20, 30)])
-
-    grid = image_grid(pixels, columns=2)
-
-    for value in (10, 20, 30):
-        assert (grid == value).all(axis=-1).sum() == 16
-    assert grid.shape[0] < grid.shape[1] * 2
-
-
-def test_labels_take_a_line_above_each_row():
-    pixels = np.zeros((2, 16, 16, 3), dtype=np.uint8)
-
-    plain, labelled = (
-        image_grid(pixels, columns=1, row_labels=labels) for labels in (None, ["cat", "dog"])
-    )
-
-    assert labelled.shape[0] > plain.shape[0]
-    assert labelled.shape[1] == plain.shape[1]

@@ -1,8 +1,9 @@
 """The network as a model of diffusers: what an exported folder's transformer/ holds.
 
-With everything it uses, it is cut out of this repository into one file
-(training/exports/bundle.py).
+An exported folder carries this module after those that it imports (code_files.py).
 """
+
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -11,6 +12,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from models.experts import StackedExperts
+from models.merged import MergedDiT
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 
 
@@ -18,54 +21,20 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin):
     """Switch-DiT, DTR or DiT: noisy latents, timesteps and labels in, a prediction out."""
 
     @register_to_config
-    def __init__(
-        self,
-        *,
-        input_size: tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        num_experts: int,
-        top_k: int,
-        num_timesteps: int,
-        learned_variance: bool,
-        routing: str,
-        expert_kind: str,
-        expert_hidden_ratio: float,
-        expert_dispatch: str,
-        renormalize_gates: bool,
-        dtr_alpha: float,
-        dtr_beta: float,
-        qk_norm: bool,
-        mlp_ratio: float = 4.0,
-    ) -> None:
-        """Build the network; the arguments are those of SwitchDiT."""
+    def __init__(self, *, options: dict[str, Any], timesteps: list[int] | None = None) -> None:
+        """Build the network.
+
+        Args:
+            options: the fields of NetworkOptions.
+            timesteps: the ones that its experts are merged for, which are then the only ones that
+                it can be called with; None = a network as it was trained.
+        """
         super().__init__()
-        self.network = SwitchDiT(
-            input_size=tuple(input_size),
-            patch_size=patch_size,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            num_classes=num_classes,
-            num_experts=num_experts,
-            top_k=top_k,
-            num_timesteps=num_timesteps,
-            learned_variance=learned_variance,
-            routing=routing,
-            expert_kind=expert_kind,
-            expert_hidden_ratio=expert_hidden_ratio,
-            expert_dispatch=expert_dispatch,
-            renormalize_gates=renormalize_gates,
-            dtr_alpha=dtr_alpha,
-            dtr_beta=dtr_beta,
-            qk_norm=qk_norm,
-            mlp_ratio=mlp_ratio,
-        )
+        network = NetworkOptions(**options)
+        if timesteps is not None:
+            self.network = MergedDiT(timesteps, network)
+            return
+        self.network = SwitchDiT(network)
         for module in self.modules():
             if isinstance(module, StackedExperts):
                 module.present_stacked()  # diffusers sets parameters by their own names
@@ -82,7 +51,7 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin):
         Args:
             hidden_states: (N, C, H, W) noisy latents.
             timestep: (N,) int64, or (1,) or a number for all samples, for which experts are merged
-                once.
+                once. All samples have one if experts were merged beforehand.
             class_labels: (N,) int64; num_classes means "no label".
             return_dict: return an object with `sample` instead of a tuple.
 
