@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.exit_codes import SAVED_EXIT_CODE
 from tests.support.launch import deepspeed, finish, free_port, run, start
 from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
@@ -20,7 +21,6 @@ from training.checkpoints.manifest import (
 )
 from training.monitoring.event_files import read_metrics
 from training.monitoring.metrics import METRICS, PICTURES
-from training.ranks.exit_codes import SAVED_EXIT_CODE
 
 pytestmark = pytest.mark.ranks
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, count_of
 from data_tools.vae.autoencoder import decode_pixels, load_decoder
 from models.gate import build_plan
 from models.switch_dit import MODEL_NAMES, SwitchDiT
@@ -110,7 +110,7 @@ class Playground:
     def description(self) -> str:
         """A line on the model."""
         model = self.config.model
-        experts = f", {model.num_experts} experts per block, {model.top_k} per timestep"
+        experts = f", {count_of(model.num_experts, 'expert')} per block, {model.top_k} per timestep"
         routed = experts if self.has_experts else ""
         return f"{MODEL_NAMES[model.routing]}-{model.size}/{model.patch_size}{routed}"
 
