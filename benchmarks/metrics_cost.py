@@ -36,7 +36,7 @@ import torch
 
 from benchmarks.measure import best_seconds, describe_machine, synchronise
 from benchmarks.sides import DTYPES, Side, config_of, make_batch, our_side
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error, refuse_below_one
 from data_tools.process.entry_point import enter
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan, build_plan
@@ -96,9 +96,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--device must be cpu or cuda, not {args.device}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu.")
-    for flag, value in (("--batch", args.batch), ("--steps", args.steps)):
-        if value < 1:
-            raise ConfigError(f"{flag} must be at least 1, not {value}.")
+    refuse_below_one(args, "batch", "steps")
     if args.step_sec is not None and not 0 < args.step_sec < math.inf:
         raise ConfigError(f"--step-sec must be positive, not {args.step_sec}.")
     if args.experts < 2 or args.experts % GROUP_SIZE:

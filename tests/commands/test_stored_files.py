@@ -23,12 +23,12 @@ from tests.support.encode_jobs import content
 from tests.support.stored_files import VERSIONS, unpack
 from training import evaluate, export, reconstruct_ema, report, sample
 from training.checkpoints.manifest import EMA_FILE, latest_checkpoint, read_manifest
-from training.checkpoints.warm_start import check_warm_start
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores, write_score_events
 from training.monitoring.event_files import read_metrics
 from training.run.checkpoint_notes import read_notes
 from training.run.directory import load_config
+from training.run.init_from import check_warm_start
 from training.run.program import STARTS_FILE, read_starts
 
 # What checkpoints remember of the stored data.
@@ -70,7 +70,7 @@ def digests(folder):
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).digest() for f in files}
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_run_goes_on(stored, copy, train_forked, num_ranks):
     run_dir = copy("run", *LARGE)

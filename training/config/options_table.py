@@ -1,6 +1,6 @@
 """Generate the table of options from the configuration: python -m training.config.options_table
 
-With --write, the table in README.md is replaced.
+With --write, the table in docs/options.md is replaced.
 """
 
 import sys
@@ -50,7 +50,7 @@ def _meaning(leaf: Option) -> str:
     return meaning.replace("|", "\\|")
 
 
-TABLE = GeneratedTable("README.md", "options", "training.config.options_table", options_table)
+TABLE = GeneratedTable("docs/options.md", "options", "training.config.options_table", options_table)
 
 if __name__ == "__main__":
     enter(TABLE.main, prints_result=True)

@@ -5,7 +5,6 @@ L blocks, E experts, S diffusion timesteps.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,7 +13,8 @@ from torch import Tensor
 from models.gate import TimestepGate
 from models.layers import TimestepEmbedder
 from training.config.tree import Config
-from training.engine.zero_weights import full_value, link_states
+from training.engine.interface import Engine
+from training.engine.zero_weights import full_value
 
 PREFIXES = ("t_embedder.", "gate.")
 
@@ -47,13 +47,12 @@ def read_gate_table(path: Path, num_timesteps: int) -> Tensor:
     return gate_table(weights, num_timesteps)
 
 
-def engine_gate_table(engine: Any, config: Config) -> Tensor:
+def engine_gate_table(engine: Engine, config: Config) -> Tensor:
     """Compute the gates of a DeepSpeed engine's weights, on the host. All ranks must call this.
 
     From the fp32 masters and outside of the engine's module, so it is a function of what a
     checkpoint holds, on every ZeRO stage.
     """
-    link_states(engine)
     weights = {
         name: full_value(engine, param, None).cpu()
         for name, param in engine.module.named_parameters()

@@ -1,7 +1,6 @@
 """Draw a running training's grid of samples, from its averaged weights."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -10,6 +9,7 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.sampler import methods_for
 from training.config.tree import Config
+from training.engine.interface import Engine
 from training.engine.zero_weights import ema_weights
 from training.monitoring.event_files import Monitor
 from training.ranks.process_group import Ranks
@@ -49,7 +49,7 @@ class SampleGrid:
     def __init__(
         self,
         config: Config,
-        engine: Any,
+        engine: Engine,
         diffusion: Diffusion,
         ranks: Ranks,
         device: torch.device,

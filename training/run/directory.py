@@ -1,4 +1,4 @@
-"""A run is a directory: what it was started with, and what it has produced.
+"""Check, create and read a run directory: what a run was started with, and what it has produced.
 
 config.yaml      the resolved configuration, written before the first step
 deepspeed.json   the resolved DeepSpeed configuration

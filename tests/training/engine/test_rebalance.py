@@ -16,12 +16,13 @@ from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.preset import load_preset
 from training.engine.build import build_engine
+from training.engine.deepspeed_internals import base_optimizer
 from training.engine.expert_placement import ExpertPlacement, move_experts
 from training.engine.gate_table import engine_gate_table
-from training.engine.zero_weights import base_optimizer, consolidated_weights
+from training.engine.zero_weights import consolidated_weights
 from training.monitoring.event_files import read_metrics
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 EP_SIZE, NUM_EXPERTS, DEPTH = 2, 8, 3
 
