@@ -14,8 +14,8 @@ from training.checkpoints.manifest import (
     verify_file,
 )
 from training.checkpoints.weight_files import average_file, check_weights
-from training.config.wording import did_you_mean
 from training.config.tree import Config
+from training.config.wording import did_you_mean
 from training.engine.average_profiles import profiles_of
 from training.monitoring.run_history import last_saved_step
 from training.run.directory import checkpoints_are_gone
