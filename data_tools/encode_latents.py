@@ -23,7 +23,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 from data_tools.encoding.changes import edited_sentence
 from data_tools.encoding.command import EncodingRun
 from data_tools.encoding.input_summary import class_lines
-from data_tools.encoding.output import nothing_left_by_a_refusal
+from data_tools.encoding.output import DEMO_LATENTS, nothing_left_by_a_refusal
 from data_tools.encoding.settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.errors import ArgumentParser, ConfigError, count_of, some
 from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
@@ -34,7 +34,6 @@ from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import DEMO_VAE
 from data_tools.vae.vae_files import DEFAULT_VAE
 
-DEMO_LATENTS = REPOSITORY / "datasets" / "demo"
 DEFAULT_SIZE = 256
 DEFAULT_VAE_SIZES = (256, 512)  # what the paper family uses it for
 SKIPPED_SHOWN = 5

@@ -2,11 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-CONFIG_ERROR_EXIT_CODE = 2
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE, CRASH_EXIT_CODE
+
 MAX_MESSAGE = 2000  # characters
 
 
@@ -24,6 +25,14 @@ class ConfigError(Exception):
         if len(seen) > MAX_MESSAGE:  # somebody gave a long value
             seen = f"{seen[: MAX_MESSAGE // 2]} [...] {seen[-MAX_MESSAGE // 4 :]}"
         super().__init__(seen)
+
+
+def refuse_below_one(given: argparse.Namespace, *names: str) -> None:
+    """Refuse the first flag of `names` below 1; None is a flag that was not given."""
+    for name in names:
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
 
 
 def one_line(text: str) -> str:
@@ -65,7 +74,7 @@ class OutageError(ConfigError):
     It may come back by itself, so another start is worth trying, a bounded number of times.
     """
 
-    exit_code = 1
+    exit_code = CRASH_EXIT_CODE
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -88,6 +97,27 @@ class ArgumentParser(argparse.ArgumentParser):
                     f"{flag}: is no flag of {self.prog}; here it is {self.instead[flag]}."
                 )
         return super().parse_known_args(args, namespace)
+
+    def add_bare_or_flag(
+        self, name: str, flag: str, kind: Callable[[str], Any], metavar: str, help_text: str
+    ) -> None:
+        """Add a required argument that may be given bare or by a flag; both mean the same.
+
+        Args:
+            name: of the value in what is parsed.
+            flag: the other way to give it.
+            kind: makes the value of the text.
+            metavar: what the help calls it.
+            help_text: one line.
+        """
+
+        def value(text: str) -> Any:  # argparse converts its mark for "not given", too
+            return text if text is argparse.SUPPRESS else kind(text)
+
+        ways = self.add_mutually_exclusive_group(required=True)
+        common = {"type": value, "metavar": metavar, "default": argparse.SUPPRESS}
+        ways.add_argument(name, nargs="?", help=help_text, **common)
+        ways.add_argument(flag, dest=name, help="the same, as a flag", **common)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing; begin with the flag."""

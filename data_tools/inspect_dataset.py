@@ -161,7 +161,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags."""
     parser = ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("data", type=typed_path, metavar="FOLDER", help="the data set")
+    parser.add_bare_or_flag("data", "--data", typed_path, "FOLDER", "the data set")
     add("--preview", type=typed_path, metavar="FILE", help="write a PNG of some decoded samples")
     add(
         "--vae",

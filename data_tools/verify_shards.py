@@ -106,7 +106,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="The exit code is 0 if the data set is intact and 2 if not.",
     )
     add = parser.add_argument
-    add("--data", type=typed_path, required=True, metavar="FOLDER", help="the data set")
+    parser.add_bare_or_flag("data", "--data", typed_path, "FOLDER", "the data set")
     add("--quick", action="store_true", help="sizes, first and last samples only: seconds")
     add(
         "--report",

@@ -31,6 +31,7 @@ from training.config.wording import did_you_mean
 from training.engine.average_fit import Fit, fit_profile
 from training.engine.average_profiles import PowerProfile
 from training.run.directory import load_config
+from training.sampling.flags import add_run_argument
 
 POSTHOC_DIR = "posthoc"
 # Relative residuals of the fit: above the one it is warned of, above the other refused.
@@ -51,7 +52,7 @@ class Reconstruction(NamedTuple):
 def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
+    add_run_argument(parser)
     parser.add_argument("--std", type=float, required=True, metavar="X", help="relative width")
     parser.add_argument(
         "--step", type=int, metavar="N", help="of a stored snapshot (default: the newest)"

@@ -31,6 +31,7 @@ from data_tools.shards.shard_check import read_shard
 from data_tools.shards.sidecar import SIDECAR, Sidecar, label_counts, statistics_of
 from data_tools.sources.source import ImageSource
 
+DEMO_LATENTS = Path(__file__).resolve().parents[2] / "datasets" / "demo"  # without --output
 CLAIMS_NAME = ".claims"  # folder with the claims of processes at work
 INDEXES_NAME = ".sources"  # folder with the indexes of the input's tars
 _TOOLS = ("torch", "diffusers", "numpy", "pillow", "webdataset")

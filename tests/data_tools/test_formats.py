@@ -41,10 +41,10 @@ from training.evaluation.drawing import DRAW, check_folder
 from training.evaluation.score_events import read_scores
 from training.exports.job import EXPORT
 from training.monitoring.event_files import METRICS, METRICS_FILE, Monitor, read_metrics
-from training.monitoring.run_history import NOTE, CheckpointNote, append_note, read_notes
-from training.retry import RESTARTS, Restarts, read_restarts
+from training.run.checkpoint_notes import NOTE, CheckpointNote, append_note, read_notes
 from training.run.directory import INIT, load_config, load_manifest
 from training.run.program import START, read_starts
+from training.run.starts import RESTARTS, Restarts, read_restarts
 
 SCORE = "run/evaluation/step-0000002-ema-ddim2-14-seed0"
 
@@ -425,8 +425,8 @@ def test_the_report_leaves_out_a_newer_card_and_says_so(tmp_path, capsys):
     assert f"warning: {path} was written by a newer program (format 2" in capsys.readouterr().err
 
 
-def test_the_readme_lists_every_format():
-    text = Path(preset.__file__).resolve().parents[2].joinpath("README.md").read_text()
+def test_the_documentation_lists_every_format():
+    text = Path(preset.__file__).resolve().parents[2].joinpath("docs/checkpoints.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     stated = {row[0]: row[1] for row in rows if len(row) == 3}
     names = {

@@ -1,4 +1,4 @@
-"""From which checkpoint a run continues: the newest that is whole, the same on all ranks."""
+"""Choose the checkpoint that a run continues from: the newest whole one, agreed by all ranks."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from training.checkpoints.manifest import (
     verify_file,
 )
 from training.checkpoints.unpickling import foreign_objects
-from training.ranks.process_group import RunError, agreed_message, from_main
+from training.ranks.agreement import RunError, agreed_message, from_main
 
 PICKLE_SUFFIX = ".pt"
 

@@ -60,8 +60,8 @@ REFUSED_KEYS = {
 }
 
 
-# Where these are on, weights or optimizer state lie where engine/average_profiles.py does not look
-# for the average.
+# Where these are on, weights or optimizer state lie where engine/deepspeed_internals.py does not
+# look for them.
 UNSUPPORTED_ZERO_KEYS = (
     "zenflow",
     "super_offload",

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,15 +15,17 @@ from training.config.network import network_options
 from training.config.tree import Config
 from training.cost.gpu_peaks import peak_tflops
 from training.engine.build import learning_rate
-from training.engine.non_finite import SpikeDetector
+from training.engine.interface import Engine
 from training.monitoring.dashboard import dashboard
 from training.monitoring.event_files import Monitor
 from training.monitoring.expert_load import DEAD_INTERVALS, GateDrift, LoadHistory
 from training.monitoring.expert_pictures import affinity_map, expert_map, load_history, load_map
 from training.monitoring.interval_sums import MetricSums
+from training.monitoring.loss_spikes import SpikeDetector
 from training.monitoring.progress import Progress
-from training.monitoring.run_history import CheckpointNote, RunHistory, append_note
+from training.monitoring.run_history import RunHistory
 from training.ranks.heartbeat import AGREEING, LOGGING, Heartbeat
+from training.run.checkpoint_notes import CheckpointNote, append_note
 from training.run.program import Start
 
 TERA = 1e12
@@ -55,7 +57,7 @@ class Reporter:
     def __init__(
         self,
         config: Config,
-        engine: Any,
+        engine: Engine,
         sums: MetricSums,
         loads: LoadHistory,
         history: RunHistory,

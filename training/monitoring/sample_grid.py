@@ -1,7 +1,6 @@
 """The grid of samples that a running training draws from its averaged weights."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -10,15 +9,15 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.sampler import methods_for
 from training.config.tree import Config
+from training.engine.interface import Engine
 from training.engine.zero_weights import ema_weights
 from training.monitoring.event_files import Monitor
-from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import Ranks
 from training.run.directory import SAMPLES_DIR
+from training.sampling.image_files import image_grid, save_png
 from training.sampling.latents import (
     SamplerSettings,
     can_guide_without_classifier,
-    image_grid,
     sample_latents,
 )
 
@@ -50,7 +49,7 @@ class SampleGrid:
     def __init__(
         self,
         config: Config,
-        engine: Any,
+        engine: Engine,
         diffusion: Diffusion,
         ranks: Ranks,
         device: torch.device,

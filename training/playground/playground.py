@@ -20,14 +20,15 @@ from data_tools.vae.autoencoder import decode_pixels, load_decoder
 from models.gate import build_plan
 from models.switch_dit import MODEL_NAMES, SwitchDiT
 from training.checkpoints.manifest import CHECKPOINT_DIR
-from training.checkpoints.weight_files import find_checkpoint, find_weights, load_model
+from training.checkpoints.weight_files import load_model
 from training.config.option import EXPECTED
 from training.engine.average_profiles import profiles_of
+from training.engine.gate_table import read_gate_table
 from training.engine.objective import build_diffusion
 from training.monitoring.expert_pictures import active_experts, expert_map, mark_timestep
-from training.reports.run_data import read_gate_table
 from training.run.directory import load_config, load_manifest
-from training.sampling.flags import add_sampling_flags, sampler_settings
+from training.run.weights import find_checkpoint, find_weights
+from training.sampling.flags import add_sampling_flags, class_names, sampler_settings
 from training.sampling.latents import SamplerSettings, sample_latents
 
 LATEST = "latest"  # instead of a checkpoint's name
@@ -87,7 +88,7 @@ class Playground:
         self._load(LATEST, "")  # before anybody visits
         self._vae = load_decoder(vae or self.config.run.vae, manifest.vae, device)
         self._diffusion = build_diffusion(self.config).to(device)
-        self._names = {entry.index: entry.name for entry in manifest.classes}
+        self._names = class_names(manifest)
         self._is_stopping, self._is_closed = threading.Event(), False
 
     def classes(self) -> list[tuple[str, int]]:

@@ -12,8 +12,8 @@ from tests.support.ranks import run_ranks
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.precision import Hardware
 from training.config.preset import load_preset
+from training.cost.closed_forms import count_parameters, num_averages
 from training.cost.memory import model_memory
-from training.count import count_parameters, num_averages
 
 ROOT = Path(__file__).resolve().parents[3]
 WORLD_SIZE = 2
