@@ -1,4 +1,4 @@
-"""What do the metrics and the watchdog cost, as a share of the training step?
+"""Measure what metrics and the watchdog cost, as a share of the training step.
 
     python benchmarks/metrics_cost.py
     python benchmarks/metrics_cost.py --size XL --device cuda --batch 64 --experts 16
@@ -7,7 +7,7 @@
 Per micro-step sums are updated on the device; at the end of a logging interval training's own
 reporter reduces them over ranks (here one, as rank 0 of an expert-parallel group of two), describes
 them and writes them to TensorBoard and metrics.jsonl, after as many intervals as the preset has.
-With the grids of samples it draws what experts do, with each checkpoint what befell the run, and
+With the grids of samples it draws what experts do, with each checkpoint the run's history, and
 one step is profiled for its share of communication. Per step the loop notes a few phases, and each
 second the watchdog's thread tells the job's store where the rank is: what that takes of a core is
 the most it can take of the step.

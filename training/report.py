@@ -1,4 +1,4 @@
-"""One page on a run, or on several side by side, that can be mailed: report.html and its pictures.
+"""Write one page on a run, or on several side by side, that can be mailed: report.html.
 
     python training/report.py runs/XL
     python training/report.py runs/XL runs/XL-16-experts --output comparison

@@ -1,8 +1,8 @@
-"""The scores of a run in TensorBoard, each at the step of the checkpoint that it measures.
+"""Write a run's scores to TensorBoard, each at the step of the checkpoint that it measures.
 
-Every way of measuring (sampler, steps, guidance, number of images, reference, average, ...) is a
-run of its own below tensorboard/evaluation, so that each chart has a line per way. They are not in
-the training's own folder: of a folder TensorBoard follows one file at a time.
+Every way of measuring (sampler, steps, guidance, number of images, reference, average, ...) has a
+folder below tensorboard/evaluation, so that each chart has a line per way. They are not in the
+training's own folder, because TensorBoard follows one file of a folder at a time.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""Which part of a step a rank spends in communication, and how much of that nothing hides.
+"""Measure which part of a step communication takes, and how much of it nothing hides.
 
 Now and then one step runs under torch's profiler. On a GPU communication is NCCL's kernels and
 computation whatever else the device does; on a CPU they are gloo's collectives, from their call to
 their end, and torch's operators in the thread that trains. Waiting for slower ranks is part of a
-collective. Other ranks know nothing of it: nothing is exchanged, and nothing computed changes.
+collective. Each rank measures alone: nothing is exchanged, and nothing computed changes.
 """
 
 import os
@@ -41,7 +41,7 @@ def shares(step: Interval, communication: list[Interval], computation: list[Inte
     Args:
         step: from its beginning to its end; what lies outside does not count.
         communication: may overlap one another and the computation.
-        computation: likewise.
+        computation: may overlap, too.
     """
     length = step[1] - step[0]
     under_way, computing = united(communication, step), united(computation, step)

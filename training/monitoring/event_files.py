@@ -1,4 +1,4 @@
-"""Where metrics and pictures go: TensorBoard and metrics.jsonl, from rank 0 only."""
+"""Write metrics and pictures to TensorBoard and metrics.jsonl, from rank 0; read metrics.jsonl."""
 
 import json
 import sys
@@ -84,7 +84,7 @@ class Monitor:
         """Record what TensorBoard's page "hparams" compares runs by."""
         if self._writer is None:
             return
-        # SummaryWriter.add_hparams would make a run of its own for them.
+        # SummaryWriter.add_hparams would make another run for them.
         plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in values.items()}
         experiment, start, _ = hparams(plain, dict.fromkeys(HPARAMS_METRICS, 0.0))
         with self.surviving_disk_errors():
@@ -151,7 +151,7 @@ def _drop_later_records(path: Path, resume_step: int) -> None:
             kept.append(line)
     if sum(map(len, kept)) != path.stat().st_size:  # late in a long run it has hundreds of MB
         replace_file(path, lambda file: file.writelines(kept))
-    _warn_of_strangers(path, num_strange)
+    _warn_of_left_out(path, num_strange)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -163,7 +163,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     path = run_dir / METRICS_FILE
     records = [record for _, record in _lines(path)]
     found = [record for record in records if record is not None]
-    _warn_of_strangers(path, len(records) - len(found))
+    _warn_of_left_out(path, len(records) - len(found))
     return found
 
 
@@ -195,7 +195,7 @@ def _record(line: bytes) -> dict[str, float] | None:
     return record if all(type(value) in (int, float) for value in record.values()) else None
 
 
-def _warn_of_strangers(path: Path, count: int) -> None:
+def _warn_of_left_out(path: Path, count: int) -> None:
     if count:
         sys.stderr.write(
             f"warning: {path}: {count} line(s), damaged or of a newer program, are left out; they "

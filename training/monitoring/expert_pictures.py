@@ -1,7 +1,7 @@
-"""Pictures of what experts do, for TensorBoard and reports.
+"""Draw what experts do, for TensorBoard, reports and the playground.
 
-They are as wide as TensorBoard shows pictures, or it would leave out rows and columns of pixels,
-and nobody could read the texts.
+Maps are arrays of pixels, not charts: every row and column means something. They are as wide as
+TensorBoard shows pictures; it leaves out rows and columns of wider ones, and texts suffer.
 
 L blocks, E experts, S timesteps, B ranges of timesteps.
 """

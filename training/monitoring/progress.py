@@ -1,4 +1,4 @@
-"""What a person who watches a training sees of it: a bar on a terminal, lines elsewhere."""
+"""Show the progress of a training: a bar on a terminal, lines elsewhere."""
 
 import sys
 import threading

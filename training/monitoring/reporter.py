@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: numbers per logging interval, pictures, warnings."""
+"""Report a run while it trains: numbers of each logging interval, pictures, warnings."""
 
 import json
 import math
@@ -94,7 +94,7 @@ class Reporter:
             self.monitor.event(step, event)
 
     def note_checkpoint(self, note: CheckpointNote) -> None:
-        """Remember what became of a checkpoint; draw what befell the run. Of the main rank only."""
+        """Record what became of a checkpoint, and draw the run's history. Of the main rank only."""
         if not self.is_main:
             return
         self.history.notes.append(note)

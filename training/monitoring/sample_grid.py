@@ -1,4 +1,4 @@
-"""The grid of samples that a running training draws from its averaged weights."""
+"""Draw a running training's grid of samples, from its averaged weights."""
 
 from pathlib import Path
 

@@ -4,20 +4,18 @@ import io
 from collections.abc import Callable
 from typing import NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from training.monitoring import metrics as registry
+from training.monitoring.charts import new_figure
 from training.monitoring.expert_pictures import affinity_map, expert_map, load_history
 from training.monitoring.metric import Metric
 from training.monitoring.run_history import RunHistory, thinned
 from training.reports.run_data import RunData
 
-mpl.use("agg")
-WIDTH_INCHES, HEIGHT_INCHES, DPI = 5.2, 3.0, 110
+WIDTH, HEIGHT, DPI = 520, 300, 110  # the page's pictures are larger than TensorBoard's by a tenth
 GRID_PIXELS = 900
 
 
@@ -118,11 +116,11 @@ def _mean(values: list[float]) -> float:
 
 
 def history(run: RunData) -> FigureOf | None:
-    """Draw what befell a run."""
+    """Draw a run's starts, checkpoints, spikes and lost steps."""
     picture = RunHistory(run.starts, run.checkpoint_notes, run.records).picture()
     text = "Starts, checkpoints, loss spikes and steps left out, along the steps."
     name = f"history-{run.slug}.png"
-    return None if picture is None else FigureOf(name, "What befell it", text, _png(picture))
+    return None if picture is None else FigureOf(name, "History", text, _png(picture))
 
 
 def experts(run: RunData) -> list[FigureOf]:
@@ -157,14 +155,14 @@ def grids(run: RunData) -> list[FigureOf]:
 
 
 def _draw(draw: Callable[[Axes], None]) -> bytes:
-    figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DPI, layout="constrained")
+    figure = new_figure(WIDTH, HEIGHT, layout="constrained")
     axes = figure.add_subplot()
     draw(axes)
     axes.grid(color="0.93")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What a report says of a run, read from its directory."""
+"""Read what a report says of a run from its directory."""
 
 import re
 from dataclasses import dataclass
