@@ -1,4 +1,4 @@
-"""A checked command: what a run needs, found out before any process group exists."""
+"""Check a training command, and gather what the run needs, before a process group exists."""
 
 import sys
 from dataclasses import dataclass
