@@ -2,9 +2,9 @@
 
     python training/reference_statistics.py --input photos/ --size 256 --output photos256.npz
 
-The file holds statistics of all images (mu, sigma, mu_s, sigma_s), and --keep images drawn at random
-for precision and recall. --input takes what data_tools/encode_latents.py takes, and images are cut
-as there.
+The file holds statistics of all images (mu, sigma, mu_s, sigma_s), and --keep images chosen at
+random for precision and recall. --input takes what data_tools/encode_latents.py takes, and images
+are cut as there.
 """
 
 import argparse
