@@ -1,4 +1,4 @@
-"""The one exception that means "the user gave something wrong", and how entry points report it."""
+"""ConfigError, which means that the user gave something wrong, and the words of messages."""
 
 import argparse
 import sys
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-CONFIG_ERROR_EXIT_CODE = 2
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE, CRASH_EXIT_CODE
+
 MAX_MESSAGE = 2000  # characters
 
 
@@ -19,7 +20,7 @@ class ConfigError(Exception):
     exit_code = CONFIG_ERROR_EXIT_CODE
 
     def __init__(self, message: str) -> None:
-        """Keep the message on one line: names of files may hold line ends and bytes of no text."""
+        """Keep the message on one line: names of files may hold line ends and odd bytes."""
         seen = one_line(message)
         if len(seen) > MAX_MESSAGE:  # somebody gave a long value
             seen = f"{seen[: MAX_MESSAGE // 2]} [...] {seen[-MAX_MESSAGE // 4 :]}"
@@ -47,18 +48,33 @@ def some(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+def count_of(number: int | str, noun: str, verb: str = "") -> str:
+    """Write a number of things, and what they do: "1 shard is", "12 shards are", "2 classes".
+
+    Args:
+        number: of things; a text where it is to be written otherwise, as "1,234".
+        noun: for one thing.
+        verb: for several.
+    """
+    if str(number) == "1":
+        verb = {"are": "is", "were": "was", "have": "has"}.get(verb, verb and f"{verb}s")
+    else:
+        noun += "es" if noun.endswith("s") else "s"
+    return f"{number} {noun} {verb}".rstrip()
+
+
 def first_line(err: Exception) -> str:
     """Return what an error of a library says, as a part of a sentence."""
     return (str(err).strip() or type(err).__name__).splitlines()[0].rstrip(".")
 
 
 class OutageError(ConfigError):
-    """Nobody's mistake, though said like one: a server failed for longer than we wait for it.
+    """A server failed for longer than we wait for it: nobody's mistake, but told in one sentence.
 
     It may come back by itself, so another start is worth trying, a bounded number of times.
     """
 
-    exit_code = 1
+    exit_code = CRASH_EXIT_CODE
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -106,6 +122,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing; begin with the flag."""
         raise ConfigError(f"{message.removeprefix('argument ')}; see --help.")
+
+
+@contextmanager
+def os_errors_as(problem: str, advice: str) -> Iterator[None]:
+    """Turn what the system refuses into a ConfigError: "PROBLEM (No such file); ADVICE."."""
+    try:
+        yield
+    except OSError as err:
+        raise ConfigError(f"{problem} ({err.strerror}); {advice}.") from err
 
 
 @contextmanager

@@ -13,7 +13,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from PIL import Image
 
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, count_of
 from data_tools.process.entry_point import enter
 from data_tools.sources.emoji import draw_emoji, emoji_classes
 from data_tools.user_files.paths import typed_path
@@ -44,8 +44,8 @@ def make_demo_images(output: Path, size: int, per_class: int) -> int:
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     if strangers := sorted(found - wanted):
         raise ConfigError(
-            f"--output {output}: holds {len(strangers)} other files ({strangers[0]}, ...); "
-            "give a new or empty folder."
+            f"--output {output}: holds {count_of(len(strangers), 'other file')} ({strangers[0]}, "
+            "...); give a new or empty folder."
         )
     for name, members in chosen.items():
         folder = output / name

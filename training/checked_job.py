@@ -1,11 +1,12 @@
-"""Check a training command, and gather what the run needs, before a process group exists."""
+"""Check a training command: all that can be known before a process group exists."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.shards.manifest import DatasetManifest
+from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
+from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.stream.training_data import TrainingData, open_data
 from data_tools.vae.autoencoder import Vae, load_decoder
@@ -121,6 +122,25 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     if (point := newest_point(Path(config.run.run_dir))) is not None:
         job.check_resumable(point.manifest)
     return job
+
+
+def is_demo_missing(config: Config) -> bool:
+    """Tell whether the configuration wants the demo data set and nobody has made it yet."""
+    is_demo = Path(config.data.data).resolve() == DEMO_LATENTS.resolve()
+    return is_demo and not (DEMO_LATENTS / MANIFEST_NAME).exists()
+
+
+def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
+    """Make the demo data set if this command needs it and would otherwise be right."""
+    if not is_demo_missing(command.config):
+        return
+    check_without_data(command, ranks)
+    is_silent = command.quiet or not ranks.is_main
+    if not is_silent:
+        text = f"{command.config.data.data} is missing: preparing the demo data set.\n"
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    prepare_demo(quiet=is_silent)
 
 
 def _warn(text: str) -> None:

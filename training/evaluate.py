@@ -22,7 +22,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, count_of, exit_on_config_error
 from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
@@ -57,7 +57,6 @@ from training.evaluation.networks import add_network_flags
 from training.evaluation.score_events import write_score_events
 from training.evaluation.scores import score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
-from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import (
     Ranks,
     enter_job,
@@ -66,6 +65,7 @@ from training.ranks.process_group import (
     start_drawing_group,
 )
 from training.sampling.flags import add_sampling_flags, add_vae_flag, add_weight_flags
+from training.sampling.image_files import save_png
 from training.sampling.pipeline import load_pipeline
 
 DEFAULT_BATCH_SIZE = 64
@@ -201,7 +201,7 @@ def finish(
     cards = [finish_point(args, job, point, device) for point in job.points]
     for point, card in zip(job.points, cards, strict=True):
         found = "".join(f", {name} {value:.4f}" for name, value in card.get("metrics", {}).items())
-        print(f"{point.folder}: {point.settings.num_images:,} images{found}")
+        print(f"{point.folder}: {count_of(f'{point.settings.num_images:,}', 'image')}{found}")
     if len(job.points) > 1 and job.reference is not None:
         print(f"sweep: {write_sweep(job, cards)} and .png")
     if job.output == job.run_dir / EVALUATION_DIR:  # else they are nobody's but the user's

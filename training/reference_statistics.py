@@ -25,11 +25,11 @@ from data_tools.errors import (
     exit_on_config_error,
     refuse_below_one,
 )
+from data_tools.permutations import permutation
 from data_tools.process.entry_point import enter
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.inputs import open_source
 from data_tools.sources.source import ImageSource
-from data_tools.stream.order import permutation
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import resolve_device
 from training.evaluation.drawing import disk_errors

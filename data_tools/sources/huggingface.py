@@ -48,15 +48,10 @@ _NUMBER_COLUMNS = ("label", "labels", "cls")  # of class numbers, where no colum
 class HuggingFaceSource(ImageSource):
     """Images in a column of an Arrow table.
 
-    An image is called ROW/PATH, with the path that its row has beside the bytes; it only names.
+    An image is called ROW/PATH. PATH is what its row says beside the bytes, and is never opened.
     """
 
-    def __init__(
-        self,
-        text: str,
-        images: "pa.ChunkedArray",
-        classes: Classes,
-    ) -> None:
+    def __init__(self, text: str, images: "pa.ChunkedArray", classes: Classes) -> None:
         """Describe a column of structs {bytes, path}."""
         super().__init__(text, classes.labels, classes.classes, notes=classes.notes)
         self.images = images

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.files import parse_json
 from data_tools.sources.class_names import Classes, ClassFolders
 from data_tools.sources.images import IMAGE_SUFFIXES
@@ -19,9 +19,9 @@ from data_tools.sources.sample_names import (
     companion_key,
     is_hidden,
     is_image,
-    kind_of,
     split_last,
     split_name,
+    suffix_kind,
 )
 from data_tools.sources.source import MAX_CLASSES, FileSource, Names, numbered_classes
 from data_tools.user_files.paths import absence
@@ -32,7 +32,7 @@ _WITHOUT_IMAGES = "folders without images, which are no classes"
 
 
 @dataclass
-class _Found:
+class _BesideImages:
     """What a walk meets beside images.
 
     Attributes:
@@ -59,14 +59,14 @@ class _Found:
     def notes(self) -> list[str]:
         """Say what may not be meant."""
         return [
-            f"{entry.count} images are called as {entry.examples[0]} is, beside one without "
-            f".{entry.kind}: if they are masks or the like, name the images in a list"
+            f"{count_of(entry.count, 'image', 'are')} called as {entry.examples[0]} is, beside "
+            f"one without .{entry.kind}: if they are masks or the like, name the images in a list"
             for entry in self.companions.entries()[:_COMPANIONS_SHOWN]
         ]
 
 
 def _walk(
-    folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: "_Found"
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: "_BesideImages"
 ) -> Iterator[str]:
     """Yield image paths relative to the root, in the order of the whole strings."""
     status = os.stat(folder)
@@ -86,7 +86,7 @@ def _walk(
             elif is_image(split_last(entry.name)[1]):
                 listed.append(entry.name)
             else:
-                others.append((entry.name, kind_of(entry.name)))
+                others.append((entry.name, suffix_kind(entry.name)))
     for name, kind in sorted(others):
         if prefix or name != LABELS_NAME:
             found.left_out.add(kind, prefix + name)
@@ -114,7 +114,7 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
     reading.refuse_others(str(root), "a folder of images", "class_from")
     if reading.class_from == "tar":
         raise ConfigError(f"--class-from tar: {flag} {root} holds no tars; leave it out.")
-    found, walked = ClassFolders(reading), _Found(flag)
+    found, walked = ClassFolders(reading), _BesideImages(flag)
     left_out = walked.left_out
 
     def paths() -> Iterator[bytes]:
@@ -143,7 +143,7 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
         classes = _stored_classes(f"{flag} {labels_file}", stored, names, left_out)
     if classes is None:
         if stored:
-            left_out.add(kind_of(LABELS_NAME), LABELS_NAME)
+            left_out.add(suffix_kind(LABELS_NAME), LABELS_NAME)
         with_images = found.first_folders()
         for folder in folders:
             if not is_hidden(folder) and os.fsencode(folder) not in with_images:
@@ -165,8 +165,8 @@ def _folder_classes(found: ClassFolders, root: Path, flag: str, num_images: int)
     if 0 < found.num_loose < num_images and found.reading.class_from != "none":
         loose = found.first_loose.decode("utf-8", "backslashreplace")
         raise ConfigError(
-            f"{flag} {root}: {found.num_loose} images ({loose}, ...) lie beside class folders; "
-            "move them into a class folder, or all images into one flat folder."
+            f"{flag} {root}: {count_of(found.num_loose, 'image', 'lie')} beside class folders "
+            f"({loose}, ...); move them into a class folder, or all images into one flat folder."
         )
     return found.classes(f"{flag} {root}", lambda part: f"give {flag} {root / part}")
 

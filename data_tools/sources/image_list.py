@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.sources.source import FileSource, Names, classes_of, numbered_classes
 from data_tools.user_files.user_text import TextError, text_lines
 
@@ -66,12 +66,9 @@ def read_list(path: Path) -> FileSource:
             yield name
 
     try:
-        mending.refuse_other_lists()
-        names = Names(found())
-    except OSError as err:
-        raise ConfigError(
-            f"--input {path}: cannot be read ({err.strerror}); give a list of images."
-        ) from err
+        with os_errors_as(f"--input {path}: cannot be read", "give a list of images"):
+            mending.refuse_other_lists()
+            names = Names(found())
     except TextError as err:
         raise ConfigError(f"--input {path}: is no text that can be read: {err}.") from err
     if not len(names):
@@ -105,11 +102,11 @@ def _mended(text: bytes, mends: Iterable[_Mend]) -> bytes:
 
 
 class _Mending:
-    """How the texts of a list become names of files: alike for all that look alike."""
+    """How the texts of a list become names of files; texts that look alike are treated alike."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, os.fsencode(path.parent)
-        # By what could be done to a text, what is done.
+        # What could be done to a text: what is done to it.
         self._chosen: dict[tuple[_Mend, ...], tuple[_Mend, ...]] = {(): ()}
 
     def of(self, text: bytes) -> tuple[_Mend, ...]:

@@ -1,22 +1,22 @@
 """Images in webdataset tars, read at the places that a scan of the tars' headers found.
 
-Nothing is extracted: names in a tar only name samples.
+Nothing is extracted: a name in a tar is never used as a path.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of, os_errors_as
 from data_tools.files import MalformedError, from_json, replace_file
 from data_tools.sources.class_names import Classes, ClassFolders
 from data_tools.sources.images import BadImageError
@@ -35,20 +35,14 @@ _SCANNERS = 8  # tars whose headers are read at once: over a network, reading th
 _INDEX_VERSION = 2
 
 
-def _readable(look: Callable[[Path], Any], path: Path) -> Any:  # noqa: ANN401
-    try:
-        return look(path)
-    except OSError as err:
-        raise ConfigError(
-            f"--input {path}: cannot be read ({err.strerror}); give tars of images."
-        ) from err
-
-
 def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
     """Scan a tar, or read what an earlier scan wrote while the tar was the same."""
+    readable = partial(os_errors_as, f"--input {path}: cannot be read", "give tars of images")
     if cache is None:
-        return _readable(lambda tar: scan_tar(tar, reading), path)
-    status = _readable(Path.stat, path)
+        with readable():
+            return scan_tar(path, reading)
+    with readable():
+        status = path.stat()
     state = np.array([_INDEX_VERSION, status.st_size, status.st_mtime_ns], np.int64)
     what = b"%b\0%b" % (os.fsencode(path.resolve()), repr(reading).encode(errors="replace"))
     stored = cache / f"{hashlib.sha256(what).hexdigest()[:32]}.npz"
@@ -61,7 +55,8 @@ def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
                 return TarIndex(names, *arrays, left_out)
     except (FileNotFoundError, KeyError, ValueError, EOFError, BadZipFile, MalformedError):
         pass  # none yet, or one that was damaged: it is written again
-    index = _readable(lambda tar: scan_tar(tar, reading), path)
+    with readable():
+        index = scan_tar(path, reading)
     names = index.names
     arrays = {"blob": names.blob, "ends": names.ends, "offsets": index.offsets}
     arrays |= {"sizes": index.sizes, "labels": index.labels, "state": state}
@@ -187,23 +182,20 @@ def _no_images_error(text: str, paths: list[Path], entries: list[LeftOut]) -> Co
     inside = next((entry for entry in entries if entry.kind == TARS_INSIDE), None)
     if inside is not None:
         return ConfigError(
-            f"--input {text}: holds {inside.count} tars ({inside.examples[0]}, ...) and no images; "
+            f"--input {text}: holds {count_of(inside.count, 'tar')} ({inside.examples[0]}, ...) "
+            "and no images; "
             f"unpack it once, tar -xf {paths[0]} -C FOLDER, and give --input FOLDER (with "
             "--class-from tar if each tar in it is a class)."
         )
     instead = f"; left out: {sentence(entries)}" if entries else ""
     return ConfigError(
-        f"--input {text}: no images (KEY.jpg, .png, ...) in its {len(paths)} tars{instead}; give "
-        "tars of images."
+        f"--input {text}: no images (KEY.jpg, .png, ...) in its "
+        f"{count_of(len(paths), 'tar')}{instead}; give tars of images."
     )
 
 
 def _classes(
-    text: str,
-    paths: list[Path],
-    indexes: list[TarIndex],
-    labels: np.ndarray,
-    reading: Reading,
+    text: str, paths: list[Path], indexes: list[TarIndex], labels: np.ndarray, reading: Reading
 ) -> Classes:
     num_labelled = int((labels >= 0).sum())
     if reading.class_from == "tar":

@@ -1,4 +1,4 @@
-"""Where images come from: files that a folder or a list names; what all sources have.
+"""ImageSource, the base of everything that images are read from, and its form for plain files.
 
 A source is a numbered sequence of images with labels that is the same in every process. It may
 hold 100 million of them, so names are bytes in one buffer and not Python strings.

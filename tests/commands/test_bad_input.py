@@ -27,9 +27,9 @@ from training.checkpoints.manifest import (
 )
 from training.config.preset import load_preset
 from training.monitoring.event_files import read_metrics
-from training.monitoring.run_history import CHECKPOINTS_FILE, read_notes
 from training.ranks import process_group
 from training.ranks.process_group import Ranks
+from training.run.checkpoint_notes import CHECKPOINTS_FILE, read_notes
 from training.run.directory import CONFIG_FILE
 from training.run.lock import hold_run_directory
 

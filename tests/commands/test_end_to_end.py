@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.exit_codes import SAVED_EXIT_CODE
 from tests.support.launch import deepspeed, finish, free_port, run, start
 from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
@@ -19,7 +20,7 @@ from training.checkpoints.manifest import (
     read_manifest,
 )
 from training.monitoring.event_files import read_metrics
-from training.ranks.exit_codes import SAVED_EXIT_CODE
+from training.monitoring.metrics import METRICS, PICTURES
 
 pytestmark = pytest.mark.ranks
 
@@ -249,6 +250,9 @@ def test_a_real_tensorboard_serves_the_run(trained):
     }
     assert len(layout["category"]) == 5
     assert not empty
+    patterns = [re.sub("{.*?}", "[^/]+", metric.tag) for metric in METRICS]
+    undocumented = [tag for tag in tags if not any(re.fullmatch(p, tag) for p in patterns)]
+    assert not undocumented and set(images) <= set(PICTURES)
 
 
 def finish_tensorboard(process):

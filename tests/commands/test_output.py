@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.process.entry_point import STOP_SIGNALS
+from data_tools.process.signals import STOP_SIGNALS
 from tests.support.encode_jobs import flags, make_pictures
 from tests.support.launch import REPOSITORY, environment, finish, start
 from tests.support.synthetic import make_dataset

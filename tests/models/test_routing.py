@@ -8,7 +8,7 @@ from models.network_options import NetworkOptions
 from models.routing import ChannelRouter
 from models.switch_dit import MODEL_SIZES, SwitchDiT
 from tests.support import reference_routing
-from tests.support.tiny_models import batch, loss_of, tiny_model
+from tests.support.tiny_models import batch, loss_of, tiny_model, tiny_options
 
 KINDS = {
     "dense": {"routing": "dense"},
@@ -75,7 +75,10 @@ def test_without_experts_there_are_no_gates_and_no_plan(routing):
     [(1000, 16, 4.0, 0.8), (10, 24, 1.0, 0.5), (2, 12, 2.0, 0.1), (50, 8, 3.0, 1.0)],
 )
 def test_channel_masks_equal_the_loop(num_timesteps, width, alpha, beta):
-    router = ChannelRouter(width, num_timesteps, alpha, beta)
+    options = tiny_options(
+        hidden_size=width, num_timesteps=num_timesteps, dtr_alpha=alpha, dtr_beta=beta
+    )
+    router = ChannelRouter(options)
 
     expected = reference_routing.channel_mask(num_timesteps, width, alpha, beta)
 

@@ -19,7 +19,7 @@ from training.engine.average_profiles import PowerProfile
 from training.engine.deepspeed_internals import base_optimizer
 from training.engine.interface import Engine
 from training.engine.zero_weights import consolidated_weights
-from training.ranks.process_group import agreed_message
+from training.ranks.agreement import agreed_message
 
 SNAPSHOT_DIR = "ema_snapshots"
 SNAPSHOT = Format(newest=1)

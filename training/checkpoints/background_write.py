@@ -42,8 +42,9 @@ from training.checkpoints.publishing import (
     publish,
 )
 from training.checkpoints.weight_files import NonFiniteWeightsError, average_file, write_weights
+from training.ranks.agreement import RunError
 from training.ranks.heartbeat import LONGEST_END_AFTER
-from training.ranks.process_group import RunError, collective_timeout
+from training.ranks.process_group import collective_timeout
 
 STORE_PREFIX = "checkpoint"
 SHORTEST_POLL_SEC, LONGEST_POLL_SEC = 0.01, 0.5

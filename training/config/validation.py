@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from models.loss_weights import FLOW_ONLY, NUM_CLUSTERS
 from models.sampler import methods_for
 from models.schedule import MIN_LINEAR_TIMESTEPS
@@ -276,8 +276,8 @@ def check_data(config: Config, manifest: Dataset) -> None:
         )
     if manifest.num_classes > model.num_classes > 0:
         raise ConfigError(
-            f"{where} has {manifest.num_classes} classes but the model has --num-classes "
-            f"{model.num_classes}; use --num-classes {manifest.num_classes}."
+            f"{where} has {count_of(manifest.num_classes, 'class')} but the model has "
+            f"--num-classes {model.num_classes}; use --num-classes {manifest.num_classes}."
         )
     if model.num_classes > 0 and manifest.num_classes == 0:
         raise ConfigError(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data_tools.errors import count_of
 from models.flops import forward_flops, training_flops
 from models.network_options import NetworkOptions
 from models.switch_dit import MODEL_NAMES
@@ -130,7 +131,8 @@ def _describe_model(config: Config, count: ParameterCount) -> str:
     ]
     if count.experts:
         lines.append(
-            f"active per sample ({model.top_k} of {model.num_experts} experts): {count.active:,}"
+            f"active per sample ({model.top_k} of {count_of(model.num_experts, 'expert')}): "
+            f"{count.active:,}"
         )
     lines += [f"  {part:<12} {number:>13,}" for part, number in count.parts.items()]
     return "\n".join(lines)
@@ -222,7 +224,7 @@ def _describe_data(config: Config, manifest: Dataset | None) -> str:
         return f"{config.data.data} is not there yet: steps per epoch unknown, {max_steps:,} steps"
     steps = manifest.num_samples / batch
     return (
-        f"together {manifest.num_samples:,} samples, {manifest.num_classes} classes; "
+        f"together {manifest.num_samples:,} samples, {count_of(manifest.num_classes, 'class')}; "
         f"{steps:,.1f} steps of {batch} per epoch, {max_steps:,} steps = "
         f"{max_steps / steps:,.1f} epochs"
     )

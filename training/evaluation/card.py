@@ -75,7 +75,7 @@ def describe_images(settings: DrawSettings) -> dict[str, Any]:
 def describe_vae(vae: Vae, reference: VaeReference) -> dict[str, Any]:
     """Describe the VAE that decoded the images, and tell whether it also encoded the data."""
     return {
-        "id": vae.source_id,
+        "id": vae.id,
         "sha256": vae.sha256,
         "is_the_encoders": vae.sha256 == reference.sha256,
     }

@@ -32,8 +32,9 @@ from data_tools.formats import Format
 from data_tools.process.launcher import is_started_again
 from models.randomness import Stream, integers, uniform
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
-from training.monitoring.expert_pictures import save_png
-from training.ranks.process_group import Ranks, agreed_message, from_main
+from training.ranks.agreement import agreed_message, from_main
+from training.ranks.process_group import Ranks
+from training.sampling.image_files import save_png
 from training.sampling.latents import SamplerSettings
 from training.sampling.pipeline import DrawingPipeline, draw_batch
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from training.checkpoints.manifest import sha256_of
 from training.evaluation.distances import (
     NEIGHBOURS,
@@ -131,7 +131,7 @@ class Reference:
         if SPATIAL in self.network.widths and SPATIAL not in self.layers:
             lacks["sfid"] = "no mu_s and sigma_s in the reference"
         if self.num_images <= NEIGHBOURS:
-            held = f"{self.num_images} images" if self.num_images else "no images (arr_0)"
+            held = count_of(self.num_images, "image") if self.num_images else "no images (arr_0)"
             lacks |= dict.fromkeys(("precision", "recall"), f"{held} in the reference")
         return lacks
 

@@ -10,26 +10,26 @@ import hashlib
 import re
 from pathlib import Path
 
-from data_tools.vae.vae_files import REPOSITORY
+from training.config.location import REPOSITORY
 
-NETWORK = (
-    "models.network_options",
-    "models.gate",
-    "models.layers",
-    "models.experts",
-    "models.moe",
-    "models.prior",
-    "models.routing",
-    "models.schedule",
-    "models.variational",
-    "models.diffusion",
-    "models.loss_weights",
-    "models.switch_dit",
-)
 # The modules of every file, each after those that it imports. The last one says what the file is.
 FILES = {
-    "switch_dit": (*NETWORK, "training.exports.hub_code.transformer"),
-    "merged_dit": (*NETWORK, "models.merged", "training.exports.hub_code.merged_transformer"),
+    "switch_dit": (
+        "models.network_options",
+        "models.gate",
+        "models.layers",
+        "models.experts",
+        "models.moe",
+        "models.prior",
+        "models.routing",
+        "models.schedule",
+        "models.variational",
+        "models.diffusion",
+        "models.loss_weights",
+        "models.switch_dit",
+        "models.merged",
+        "training.exports.hub_code.transformer",
+    ),
     "switch_dit_scheduler": ("training.exports.hub_code.scheduler",),
     "switch_dit_pipeline": (
         "models.schedule",

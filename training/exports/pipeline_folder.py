@@ -17,13 +17,13 @@ from models.sampler import visited_timesteps
 from training.checkpoints.weight_files import write_weights
 from training.engine.objective import build_diffusion
 from training.exports.code_files import write_code
-from training.exports.hub_code.merged_transformer import MergedDiTTransformer2DModel
 from training.exports.hub_code.transformer import SwitchDiTTransformer2DModel
 from training.exports.job import EXPORT, ExportJob
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model_index.json"
+NETWORK_CLASS = SwitchDiTTransformer2DModel.__name__
 _LOADING = """\
     from diffusers import DiffusionPipeline
 
@@ -66,7 +66,7 @@ def write_pipeline(job: ExportJob, folder: Path) -> str:
     weights = {f"network.{name}": value for name, value in job.load_weights().items()}
     kept = transformer.state_dict().keys()
     transformer.load_state_dict({name: weights[name] for name in kept}, assign=True)
-    return _write_folder(job, folder, transformer, "switch_dit")
+    return _write_folder(job, folder, transformer)
 
 
 def check_merged(job: ExportJob) -> None:
@@ -89,12 +89,12 @@ def write_merged_pipeline(job: ExportJob, folder: Path) -> str:
     timesteps = visited_timesteps(diffusion, settings.num_steps, settings.method, settings.shift)
     merged = merge_experts(job.load_model(), timesteps)
     with torch.device("meta"):
-        transformer = MergedDiTTransformer2DModel(
+        transformer = SwitchDiTTransformer2DModel(
             timesteps=timesteps, options=asdict(merged.options)
         )
     weights = {f"network.{name}": value for name, value in merged.state_dict().items()}
     transformer.load_state_dict(weights, assign=True)
-    usage = _write_folder(job, folder, transformer, "merged_dit")
+    usage = _write_folder(job, folder, transformer)
     millions = merged.merged_weight.numel() / 1e6
     return f"""{usage}
 The experts are merged, exactly, to one affine map per block for each of the {len(timesteps)}
@@ -104,8 +104,8 @@ refused. The merged maps are {millions:,.1f} million parameters.
 """
 
 
-def _write_folder(job: ExportJob, folder: Path, transformer: Any, code: str) -> str:
-    """Write the parts of a pipeline, its index and its code; `code` is a key of FILES."""
+def _write_folder(job: ExportJob, folder: Path, transformer: SwitchDiTTransformer2DModel) -> str:
+    """Write the parts of a pipeline, its index and its code; return how it is used."""
     transformer.save_pretrained(folder / "transformer")
     _write_vae(job, folder)
     settings = job.settings
@@ -128,7 +128,7 @@ def _write_folder(job: ExportJob, folder: Path, transformer: Any, code: str) -> 
         "_diffusers_version": diffusers.__version__,
         "id2label": job.id2label,
         "guidance": job.default_guidance,
-        "transformer": [write_code(folder / "transformer", code), type(transformer).__name__],
+        "transformer": [write_code(folder / "transformer", "switch_dit"), NETWORK_CLASS],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": [write_code(scheduler, "switch_dit_scheduler"), "SwitchDiTScheduler"],
     }
@@ -146,7 +146,7 @@ def _write_vae(job: ExportJob, folder: Path) -> None:
     config = json.loads(config_file.read_bytes())
     config.pop("_name_or_path", None)  # a path of this machine
     config_file.write_text(as_json(config), encoding="utf-8")
-    card = REPOSITORY / job.vae.source_id / "README.md"
+    card = REPOSITORY / job.vae.id / "README.md"
     if card.is_file():
         shutil.copyfile(card, folder / "vae" / "README.md")
 

@@ -122,7 +122,7 @@ def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
     ):
         open_source(str(tmp_path / "loose.png"))
     save(tmp_path / "a" / "1.png")
-    with pytest.raises(ConfigError, match=r"1 images \(loose\.png, \.\.\.\) lie beside class fol"):
+    with pytest.raises(ConfigError, match=r"1 image lies beside class folders \(loose\.png, "):
         open_source(str(tmp_path))
 
 
@@ -322,7 +322,7 @@ def cut(path, end):
         (lambda p: p.unlink(), "does not exist (1 of 1 tars); give tars that are there."),
         (
             lambda p: make_tar(p, [("a.txt", b"")]),
-            "in its 1 tars; left out: .txt 1 (a.tar/a.txt);",
+            "in its 1 tar; left out: .txt 1 (a.tar/a.txt);",
         ),
         (
             lambda p: make_tar(p, [("a.cls", b"cat"), ("a.jpg", b"x")]),

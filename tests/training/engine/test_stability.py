@@ -1,7 +1,6 @@
 """Losses that are not finite or jump: what is left out, what is reported, what ends the run."""
 
 import math
-import random
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from tests.support.synthetic import seal
 from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.engine.non_finite import (
     MicroStepRecord,
-    SpikeDetector,
     describe_non_finite,
     poison_non_finite,
 )
@@ -169,29 +167,3 @@ def test_an_infinite_loss_has_gradients_that_are_not_finite():
     x.grad = None
     poison_non_finite(x.sum()).backward()
     assert torch.equal(x.grad, torch.ones(2))
-
-
-def losses(count):
-    generator = random.Random(0)
-    return [1.0 + 0.1 * generator.gauss(0.0, 1.0) for _ in range(count)]
-
-
-def test_a_spike_is_found_and_ordinary_losses_are_not():
-    detector = SpikeDetector(threshold=6.0)
-
-    found = [detector.add(step, loss) for step, loss in enumerate([*losses(1000), 2.5, 3.0])]
-
-    assert not any(found[:1000])
-    assert found[1000].step == 1000 and 12 < found[1000].deviations < 18
-    assert found[1001] is not None, "the first does not hide the second"
-    assert str(found[1000]).startswith("loss spike at step 1000: 2.5 is 1")
-
-
-def test_a_falling_loss_an_early_jump_and_threshold_zero_report_nothing():
-    falling = [math.exp(-step / 100) + 0.01 * loss for step, loss in enumerate(losses(500))]
-    early = [1.0, 1.1, 0.9, 50.0]
-
-    assert not any(SpikeDetector(6.0).add(step, loss) for step, loss in enumerate(falling))
-    assert not any(SpikeDetector(6.0).add(step, loss) for step, loss in enumerate(early))
-    off = SpikeDetector(0.0)
-    assert not any(off.add(step, loss) for step, loss in enumerate([*losses(200), 99.0]))

@@ -12,11 +12,10 @@ from PIL import Image
 from data_tools.files import append_line
 from tests.support.configs import small
 from tests.support.launch import run
-from training.engine.build import build_model
 from training.monitoring.event_files import Monitor
 from training.monitoring.expert_load import load_metrics
 from training.report import main
-from training.reports.run_data import gate_table, load_runs
+from training.reports.run_data import load_runs
 from training.run.directory import CONFIG_FILE
 from training.run.program import record_start
 
@@ -145,17 +144,6 @@ def test_numbers_are_those_of_the_records(tmp_path):
     assert loads.shape == (3, 6, 3)
     assert loads[2, 5, 1] == found.records[2]["moe_load/block_05/expert_1"]
     assert found.events == [("2026-01-01T00:00:00Z", "warning: loss spike <b>at</b> step 3")]
-
-
-def test_the_gates_are_the_models():
-    model = build_model(small())
-    weights = {k: v for k, v in model.state_dict().items() if k.startswith(("t_embedder", "gate"))}
-    x_t, t = torch.zeros(2, 4, 16, 16), torch.tensor([0, 999])
-
-    with torch.no_grad():
-        expected = model(x_t, t, torch.zeros(2, dtype=torch.int64)).gate_table
-
-    assert torch.equal(gate_table(weights, 1000), expected)
 
 
 FAULTS = ("no run", "no records", "card", "vanished", "twice", "no output")
