@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, replace_file
-from data_tools.formats import Format
+from data_tools.formats import Format, NewerFormatError
 from data_tools.process.launcher import is_started_again
 from models.randomness import Stream, integers, uniform
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
@@ -155,7 +155,7 @@ def holds(folder: Path, settings: DrawSettings) -> bool:
     """Tell whether a folder was begun with these very settings."""
     try:
         return DRAW.loads((folder / SETTINGS_FILE).read_bytes(), str(folder)) == settings
-    except (FileNotFoundError, ValueError, MalformedError):
+    except (FileNotFoundError, ValueError, MalformedError, NewerFormatError):
         return False
 
 
