@@ -30,7 +30,6 @@ from tests.support.fake_hub import REPOSITORY_ID, fake_hub
 from tests.support.launch import REPOSITORY
 from tests.support.load_exports import foreign_modules
 from tests.support.synthetic import make_dataset, random_moments
-from training import sample
 from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
     EMA_FILE,
@@ -48,6 +47,8 @@ from training.config.network import network_options
 from training.engine.build import build_model
 from training.export import main
 from training.exports.code_files import FILES, joined_code, write_code
+from training.run.directory import load_config
+from training.run.weights import find_weights
 from training.sampling.latents import SamplerSettings, sample_latents
 
 STEP = 7
@@ -404,8 +405,7 @@ def test_a_file_of_weights_is_that_of_the_checkpoint(run, tmp_path):
     SwitchDiT(NetworkOptions(**described["model"])).load_state_dict(weights)
     with safe_open(file, framework="pt") as opened:
         assert json.loads(opened.metadata()["origin"])["step"] == STEP
-    config = sample.load_config(run)
-    assert sample.find_weights(run, config, file=file) == file
+    assert find_weights(run, load_config(run), file=file) == file
 
 
 @pytest.mark.parametrize("stem", FILES)
