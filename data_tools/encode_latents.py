@@ -26,9 +26,9 @@ from data_tools.encoding.input_summary import class_lines
 from data_tools.encoding.output import DEMO_LATENTS, nothing_left_by_a_refusal
 from data_tools.encoding.settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.errors import ArgumentParser, ConfigError, count_of, some
-from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.process.entry_point import enter, is_reporter
 from data_tools.shards.manifest import MANIFEST_NAME
+from data_tools.sources.emoji import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.sources.reading import CLASS_SOURCES, Reading
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import DEMO_VAE

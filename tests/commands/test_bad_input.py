@@ -577,7 +577,7 @@ def test_a_manifest_lists_size_and_checksum_of_every_file(trained):
     assert all(isinstance(record, FileRecord) for record in files.values())
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 class TestThroughTheLauncher:
     """With two ranks, as a user starts them."""
 
@@ -592,7 +592,7 @@ class TestThroughTheLauncher:
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 class TestWithTwoRanks:
     """The same without the launcher."""

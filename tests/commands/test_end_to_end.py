@@ -22,7 +22,7 @@ from training.checkpoints.manifest import (
 from training.monitoring.event_files import read_metrics
 from training.monitoring.metrics import METRICS, PICTURES
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 STEPS = 12
 SAVE_EVERY = 4

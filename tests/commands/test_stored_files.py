@@ -70,7 +70,7 @@ def digests(folder):
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).digest() for f in files}
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_run_goes_on(stored, copy, train_forked, num_ranks):
     run_dir = copy("run", *LARGE)

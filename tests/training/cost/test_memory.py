@@ -112,6 +112,6 @@ def compare_with_engines(_rank, world_size):
         del engine
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_weights_gradients_and_optimizer_take_what_the_closed_form_says():
     run_ranks(compare_with_engines, WORLD_SIZE)

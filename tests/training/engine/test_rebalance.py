@@ -22,7 +22,7 @@ from training.engine.gate_table import engine_gate_table
 from training.engine.zero_weights import consolidated_weights
 from training.monitoring.event_files import read_metrics
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 EP_SIZE, NUM_EXPERTS, DEPTH = 2, 8, 3
 

@@ -83,7 +83,7 @@ def runs(tmp_path_factory, demo_latents, train_forked):
     return folder, "".join(train_forked(*each, num_ranks=2) for each in jobs)
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 def test_the_step_is_reported_with_rank_and_timesteps(runs):
     _, output = runs
@@ -95,7 +95,7 @@ def test_the_step_is_reported_with_rank_and_timesteps(runs):
         assert "rank 0" not in line
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 @pytest.mark.parametrize("name", ["z0", "z0-ep2", "z1", "z2-ep2", "z3-ep2"])
 def test_every_layout_leaves_the_same_step_out_on_all_ranks(runs, name):
@@ -112,7 +112,7 @@ def test_every_layout_leaves_the_same_step_out_on_all_ranks(runs, name):
         assert_trained_alike(got, expected, file)
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3"])
 def test_bf16_leaves_the_step_out_and_trains_on(runs, name):
@@ -123,7 +123,7 @@ def test_bf16_leaves_the_step_out_and_trains_on(runs, name):
     assert all(math.isfinite(record["loss/total"]) for record in records[3:])
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 def test_too_many_steps_in_a_row_end_the_run_in_one_sentence(demo_latents, tmp_path):
     data = with_nan_at(demo_latents, tmp_path / "data", [BATCH * step for step in range(STEPS)])

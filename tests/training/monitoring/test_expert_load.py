@@ -235,6 +235,6 @@ def check_metrics_on_ranks(rank, world_size):
         assert per_step * 2**20 == pytest.approx(float(total) / world_size), precision
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_loads_equal_one_process_and_bytes_are_those_that_were_sent():
     run_ranks(check_metrics_on_ranks, 2)

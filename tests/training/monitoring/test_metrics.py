@@ -150,6 +150,6 @@ def check_waiting_of_one_rank(rank, world_size):
     assert metrics["speed/samples_per_sec"] == pytest.approx(24 / 16.0)
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_waiting_is_the_mean_over_ranks():
     run_ranks(check_waiting_of_one_rank, 2)

@@ -169,7 +169,7 @@ def look_at_a_collective(rank, world_size):
         assert found == ["all_reduce of 3 bfloat16"], found
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_the_stack_says_in_which_collective_a_rank_waits():
     run_ranks(look_at_a_collective, 2)
 
