@@ -175,12 +175,14 @@ def show_samples(run_dir: Path) -> None:
 
 
 def show_report(run_dir: Path) -> None:
-    """Make the run's report and photograph its top."""
+    """Make the run's report; photograph its top and its picture of the experts."""
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "training/report.py", run_dir.resolve(), "--output", folder)
         with visit((Path(folder) / "report.html").as_uri()) as found:
             found.page.wait_for_function("() => [...document.images].every(i => i.complete)")
             save(Image.open(io.BytesIO(found.page.screenshot())), "report")
+            experts = found.page.get_by_alt_text("Experts", exact=True)
+            save(Image.open(io.BytesIO(experts.screenshot())), "experts")
 
 
 def wait_for(address: str) -> None:

@@ -132,6 +132,7 @@ def test_a_page_begins_with_what_it_is_for(page):
     assert re.match(r"[A-Z].{30}", first), "a sentence, before any list, table or command"
 
 
+@pytest.mark.processes
 def test_every_command_is_understood_by_its_program():
     said = refusals([program_and_arguments(command) for command in OURS])
 
@@ -139,6 +140,7 @@ def test_every_command_is_understood_by_its_program():
     assert {command: text for command, text in zip(OURS, said, strict=True) if text} == {}
 
 
+@pytest.mark.processes
 def test_a_wrong_command_would_be_noticed():
     """The premise of the test above."""
     wrong = [

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
-from training.checkpoints.background_write import describe_disk_error
+from training.checkpoints.weight_files import describe_disk_error
 from training.config.old_flags import OLD_FORMATS
 from training.exports.card import model_card
 from training.exports.job import (

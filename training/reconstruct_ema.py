@@ -23,8 +23,11 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 from training.checkpoints.average_snapshots import Snapshot, list_snapshots, snapshot_file
-from training.checkpoints.background_write import describe_disk_error
-from training.checkpoints.weight_files import NonFiniteWeightsError, write_weights
+from training.checkpoints.weight_files import (
+    NonFiniteWeightsError,
+    describe_disk_error,
+    write_weights,
+)
 from training.config.option import check_value
 from training.config.tree import option_named
 from training.config.wording import did_you_mean

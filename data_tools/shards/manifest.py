@@ -206,7 +206,19 @@ class DatasetManifest(Manifest):
             where: that was found, for messages.
             folder: that holds it.
         """
-        return cls.of(_parse(where, text, folder), folder)
+        advice = f"check the address, and that {_ENCODE} wrote the file"
+        if folder is not None:
+            advice = f"copy it again, or run {_VERIFY} --data {folder}, it says what to do"
+        if is_lfs_pointer(text):
+            raise ConfigError(f"{where}: {LFS_REASON}.")
+        try:
+            manifest = DATASET.parse(parse_json(text), where)
+            _check_consistent(manifest)
+        except MalformedError as err:
+            raise ConfigError(f"{where}: {err}; {advice}.") from err
+        except ValueError as err:
+            raise ConfigError(f"{where}: is not JSON ({err}); {advice}.") from err
+        return cls.of(manifest, folder)
 
     @classmethod
     def of(cls, manifest: Manifest, folder: Path | None = None) -> "DatasetManifest":
@@ -287,24 +299,6 @@ def content_hash(manifest: Manifest) -> str:
     ).hexdigest()
 
 
-def _parse(path: str, text: bytes, folder: Path | None) -> Manifest:
-    advice = f"check the address, and that {_ENCODE} wrote the file"
-    if folder is not None:
-        advice = f"copy it again, or run {_VERIFY} --data {folder}, it says what to do"
-    if is_lfs_pointer(text):
-        raise ConfigError(f"{path}: {LFS_REASON}.")
-    try:
-        content = parse_json(text)
-    except ValueError as err:
-        raise ConfigError(f"{path}: is not JSON ({err}); {advice}.") from err
-    try:
-        manifest = DATASET.parse(content, path)
-        _check_consistent(manifest)
-        return manifest
-    except MalformedError as err:
-        raise ConfigError(f"{path}: {err}; {advice}.") from err
-
-
 def _check_consistent(manifest: Manifest) -> None:
     latent, shape = manifest.latent, manifest.latent.shape
     if latent.kind not in ("moments", "latents"):
@@ -326,24 +320,19 @@ def _check_consistent(manifest: Manifest) -> None:
             raise MalformedError(f"a shard is called {shard.name!r}, which is no plain NAME.tar")
         if min(shard.num_samples, shard.bytes) < 0:
             raise MalformedError(f"{shard.name} has a negative size")
-    if any(shard.stride for shard in manifest.shards):
-        _check_own_layout(manifest)
+    if any(shard.stride for shard in manifest.shards):  # else all tars are of others
+        if (latent.kind, latent.dtype) != ("moments", "float16"):
+            raise MalformedError(f"shards with a stride hold float16 moments, not {latent.dtype}")
+        stride = latent.record_layout.stride
+        for shard in manifest.shards:
+            if shard.stride not in (0, stride):
+                what = f"{shard.name} has stride {shard.stride}"
+                raise MalformedError(f"{what}, its shape asks {stride}")
     if [entry.index for entry in manifest.classes] != list(range(len(manifest.classes))):
         raise MalformedError("the class indices are not 0, 1, 2, ...")
     if len({entry.id for entry in manifest.classes}) < len(manifest.classes):
         # Sets are united by these: samples of both classes would get one label.
         raise MalformedError("two classes have the same id")
-
-
-def _check_own_layout(manifest: Manifest) -> None:
-    """Check what holds for shards that this project wrote, which have a stride."""
-    latent = manifest.latent
-    if (latent.kind, latent.dtype) != ("moments", "float16"):
-        raise MalformedError(f"shards with a stride hold float16 moments, not {latent.dtype}")
-    stride = latent.record_layout.stride
-    for shard in manifest.shards:
-        if shard.stride not in (0, stride):  # 0: a union with tars of others
-            raise MalformedError(f"{shard.name} has stride {shard.stride}, its shape asks {stride}")
 
 
 def _check_shard(path: Path, shard: Shard) -> None:

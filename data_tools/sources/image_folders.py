@@ -10,7 +10,7 @@ import numpy as np
 
 from data_tools.errors import ConfigError, count_of
 from data_tools.files import parse_json
-from data_tools.sources.class_names import Classes, ClassFolders
+from data_tools.sources.class_names import ClassFolders
 from data_tools.sources.images import IMAGE_SUFFIXES
 from data_tools.sources.left_out import Tally, sentence
 from data_tools.sources.reading import Reading
@@ -23,7 +23,7 @@ from data_tools.sources.sample_names import (
     split_name,
     suffix_kind,
 )
-from data_tools.sources.source import MAX_CLASSES, FileSource, Names, numbered_classes
+from data_tools.sources.source import MAX_CLASSES, Classes, FileSource, Names, numbered_classes
 from data_tools.user_files.paths import absence
 
 LABELS_NAME = "dataset.json"  # as the tools of StyleGAN and EDM write it beside images
@@ -153,12 +153,8 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
             classes.notes.append(
                 f'{LABELS_NAME} is not used: it holds no {{"labels": [[file, number], ...]}}'
             )
-    return FileSource(
-        *(str(root), root, names, classes.labels, classes.classes),
-        former=classes.former,
-        notes=[*classes.notes, *walked.notes()],
-        left_out=left_out.entries(),
-    )
+    classes.notes.extend(walked.notes())
+    return FileSource(str(root), root, names, classes, left_out.entries())
 
 
 def _folder_classes(found: ClassFolders, root: Path, flag: str, num_images: int) -> Classes:
@@ -177,7 +173,7 @@ def _stored_classes(where: str, content: bytes, names: Names, left_out: Tally) -
         pairs = parse_json(content)["labels"]
         if pairs is None:
             note = f"{LABELS_NAME} says that the images have no classes"
-            return Classes(np.zeros(len(names), np.int32), notes=[note])
+            return Classes.none(len(names), note)
         label_of = {os.fsencode(name): label for name, label in pairs}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -201,4 +197,4 @@ def _stored_classes(where: str, content: bytes, names: Names, left_out: Tally) -
         left_out.add(f"labels of {LABELS_NAME} without an image", os.fsdecode(name))
     found = np.frombuffer(labels, np.int32)
     note = f"classes are the labels in {LABELS_NAME}"
-    return Classes(found, numbered_classes(where.partition(" ")[2], found), notes=[note])
+    return numbered_classes(where.partition(" ")[2], found, note)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.errors import ConfigError, os_errors_as
-from data_tools.sources.source import FileSource, Names, classes_of, numbered_classes
+from data_tools.sources.source import Classes, FileSource, Names, classes_of, numbered_classes
 from data_tools.user_files.user_text import TextError, text_lines
 
 _WINDOWS_PATH = re.compile(rb"[A-Za-z]:[\\/]|\\\\")
@@ -80,7 +80,7 @@ def read_list(path: Path) -> FileSource:
         )
     folder = path.parent
     if num_plain:
-        return FileSource(str(path), folder, names, np.zeros(len(names), np.int32), ())
+        return FileSource(str(path), folder, names, Classes.none(len(names)))
     places = np.frombuffer(members, np.int32)
     if odd := next((name for name in place_of if _NEGATIVE.fullmatch(name)), b""):
         raise ConfigError(
@@ -89,10 +89,10 @@ def read_list(path: Path) -> FileSource:
     if all(name.isdigit() for name in place_of):
         # Seven digits are too large already; Python refuses to read thousands of them.
         numbers = np.array([int(name.lstrip(b"0")[:7] or b"0") for name in place_of], np.int32)
-        labels = numbers[places]
-        return FileSource(str(path), folder, names, labels, numbered_classes(str(path), labels))
+        classes = numbered_classes(str(path), numbers[places])
+        return FileSource(str(path), folder, names, classes)
     ids = [name.decode("utf-8", "backslashreplace") for name in place_of]
-    return FileSource(str(path), folder, names, *classes_of(ids, places))
+    return FileSource(str(path), folder, names, classes_of(ids, places))
 
 
 def _mended(text: bytes, mends: Iterable[_Mend]) -> bytes:

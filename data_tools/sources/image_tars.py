@@ -18,12 +18,13 @@ import numpy as np
 
 from data_tools.errors import ConfigError, count_of, os_errors_as
 from data_tools.files import MalformedError, from_json, replace_file
-from data_tools.sources.class_names import Classes, ClassFolders
+from data_tools.sources.class_names import ClassFolders
 from data_tools.sources.images import BadImageError
 from data_tools.sources.left_out import LeftOut, Tally, sentence
 from data_tools.sources.reading import Reading
 from data_tools.sources.source import (
     MAX_IMAGE_BYTES,
+    Classes,
     ImageSource,
     Names,
     classes_of,
@@ -81,12 +82,7 @@ class TarSource(ImageSource):
         left_out: Sequence[LeftOut] = (),
     ) -> None:
         """Join the indexes of the tars, which count their images one after the other."""
-        super().__init__(
-            *(text, classes.labels, classes.classes),
-            former=classes.former,
-            notes=classes.notes,
-            left_out=left_out,
-        )
+        super().__init__(text, classes, left_out)
         folder = os.path.commonpath([path.parent for path in paths])
         self.paths = paths
         self.tar_names = [os.fsencode(os.path.relpath(path, folder)) for path in paths]
@@ -206,11 +202,11 @@ def _classes(
                 f"--class-from tar: two tars of --input {text} are called "
                 f"{max(ids, key=ids.count)}; rename one."
             )
-        return Classes(*classes_of(ids, members))
+        return classes_of(ids, members)
     if reading.class_from:
         return _folder_classes(text, indexes, reading)
     if num_labelled == len(labels):
-        return Classes(labels, numbered_classes(text, labels))
+        return numbered_classes(text, labels)
     if num_labelled:
         source = TarSource(text, paths, indexes, Classes(labels))
         example = source.name(int(np.argmin(labels)))

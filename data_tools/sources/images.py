@@ -38,11 +38,9 @@ MAX_PIXELS = 178_956_970
 # Pillow warns from half of that on, which would be a line per large photograph.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Pillow reports damage in any of these ways, depending on the format and on what is damaged.
-_DAMAGE = (
-    *(Image.DecompressionBombError, EOFError, IndexError, KeyError, OSError),
-    *(OverflowError, RuntimeError, SyntaxError, TypeError, ValueError, ZeroDivisionError),
-    *(struct.error, zlib.error),
-)
+_BAD_VALUES = (IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
+_BAD_FILE = (EOFError, OSError, RuntimeError, SyntaxError, struct.error, zlib.error)
+_DAMAGE = (Image.DecompressionBombError, *_BAD_VALUES, *_BAD_FILE)
 
 
 class BadImageError(Exception):
