@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
+from data_tools.encode_latents import prepare_demo
+from data_tools.encoding.output import DEMO_LATENTS
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.stream.training_data import TrainingData, open_data

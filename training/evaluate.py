@@ -5,8 +5,8 @@
     python training/evaluate.py runs/XL --validation-data datasets/held-out
     torchrun --nproc-per-node 8 training/evaluate.py runs/XL ...     # or srun
 
-Run the same command again to go on after a kill: the images are those of an undisturbed one. Each
-score lies in a JSON file with everything that is needed to get it again.
+After a kill, the same command goes on; it draws the images of an undisturbed one. Each score is in
+a JSON file with everything that is needed to get it again.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def build_parser() -> ArgumentParser:
 def draw_images(
     args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
 ) -> None:
-    """Draw what is missing of all points. All ranks must call this."""
+    """Draw the missing images of all points. All ranks must call this."""
     pipeline = load_pipeline(job.config, job.weights, job.weaker_run, job.vae, device)
     for point in job.points:
         error = None
@@ -158,7 +158,7 @@ def draw_images(
 def finish_point(
     args: argparse.Namespace, job: EvaluationJob, point: Point, device: torch.device
 ) -> dict[str, Any]:
-    """Put the images of a point together and score them. Only rank 0 calls this.
+    """Merge the parts of a point's images and score them. Only rank 0 calls this.
 
     Returns:
         The card; without "metrics" if there is nothing to compare with.
@@ -193,7 +193,7 @@ def finish(
     loss: dict[str, Any] | None,
     device: torch.device,
 ) -> None:
-    """Make of the parts what was asked for, and say so. Only rank 0 calls this."""
+    """Write and print everything that the command asked for. Only rank 0 calls this."""
     if job.held_out is not None:
         write_loss(job, loss, device)
     if job.reference is not None and (told := say_left_out(job.reference)):
@@ -210,7 +210,7 @@ def finish(
 
 
 def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:
-    """Write the table of all points as text and as a picture. Only rank 0 calls this."""
+    """Write the table of all points, as text and as a picture. Only rank 0 calls this."""
     points = [
         SweepPoint(
             point.settings.sampler,
@@ -238,7 +238,7 @@ def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:
 def measure_loss(
     args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
 ) -> dict[str, Any] | None:
-    """Compute the held-out loss by term, None if it is there already. All ranks must call this."""
+    """Compute the held-out loss by term; None if its file exists. All ranks must call this."""
     is_kept = not args.force or is_started_again()  # then it is this job's own
     if as_rank_0_says(job.loss_path.exists() and is_kept, ranks):
         return None  # in the name are the weights and the samples
@@ -254,7 +254,7 @@ def measure_loss(
 
 
 def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.device) -> None:
-    """Keep the held-out loss and tell it; None = tell the one that is there. For rank 0."""
+    """Write the held-out loss and print it; None = print the one in the file. For rank 0."""
     held_out, diffusion, path = job.held_out, job.config.diffusion, job.loss_path
     if loss is None:
         loss = read_card(path)["validation_loss"]

@@ -4,7 +4,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, OutageError
+from data_tools.errors import ConfigError, OutageError
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from data_tools.stream.loader import Batch
 from training.checkpoints.background_write import Outcome
 from training.checkpoints.manifest import TrainState

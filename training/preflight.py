@@ -30,7 +30,8 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import torch
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, count_of, exit_on_config_error
+from data_tools.errors import ConfigError, count_of, exit_on_config_error
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import (
     allocated_nodes,

@@ -2,8 +2,9 @@
 
     python training/reference_statistics.py --input photos/ --size 256 --output photos256.npz
 
-Statistics are of all images (mu, sigma, mu_s, sigma_s); --keep of them, drawn at random, lie beside
-them for precision and recall. --input takes what data_tools/encode_latents.py takes, cut alike.
+The file holds statistics of all images (mu, sigma, mu_s, sigma_s), and --keep images chosen at
+random for precision and recall. --input takes what data_tools/encode_latents.py takes, and images
+are cut as there.
 """
 
 import argparse

@@ -124,27 +124,37 @@ def open_training(
     monitor = Monitor(run_dir if ranks.is_main else None, resume_step=state.step)
     depth, num_experts = len(engine.module.blocks), engine.module.num_experts
     checkpointer = Checkpointer(
-        *(engine, config.run, job.layout, manifest.hash, objective, placement, staging)
+        engine,
+        config.run,
+        job.layout,
+        data_hash=manifest.hash,
+        objective=objective,
+        placement=placement,
+        staging=staging,
     )
     heartbeat.explain(READING, stream.awaits)
     heartbeat.explain(SAVING, checkpointer.awaits)
-    sums = MetricSums(
-        depth,
-        num_experts,
-        config.diffusion.num_timesteps,
-        device,
-        exchange_shape(
-            *(engine.module, ranks.rank, config.run.expert_parallel_size), job.layout.precision
-        ),
-    )
+    group_size = config.run.expert_parallel_size
+    exchange = exchange_shape(engine.module, ranks.rank, group_size, job.layout.precision)
+    sums = MetricSums(depth, num_experts, config.diffusion.num_timesteps, device, exchange)
     # Only the main rank reports it, and only that one's records are complete.
     records = read_metrics(run_dir) if ranks.is_main else []
     loads = LoadHistory(depth, num_experts, records)
     starts = read_starts(run_dir) if ranks.is_main else []
     history = RunHistory(starts, read_notes(run_dir) if ranks.is_main else [], records)
     del records  # hundreds of MB late in a long run, and this frame lives as long as the run
-    parts = (config, engine, sums, loads, history, monitor, progress, device, heartbeat)
-    reporter = Reporter(*parts, ranks.is_main)
+    reporter = Reporter(
+        config,
+        engine,
+        sums=sums,
+        loads=loads,
+        history=history,
+        monitor=monitor,
+        progress=progress,
+        device=device,
+        heartbeat=heartbeat,
+        is_main=ranks.is_main,
+    )
     if ranks.is_main:
         reporter.begin(starts)
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)

@@ -2,8 +2,8 @@
 
     python training/sample.py runs/demo
 
-The first average of the weights, unless --ema, --raw or --weights names others. Image i depends on
-(seed, i) and its class alone, so any number of processes draws the same images:
+The weights are the run's first average, unless --ema, --raw or --weights names others. Image i
+depends only on (seed, i) and its class, so any number of processes draws the same images:
 torchrun --nproc-per-node 2 training/sample.py runs/demo
 """
 

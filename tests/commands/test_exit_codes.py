@@ -12,6 +12,7 @@ from tests.support.launch import finish, start
 from training.ranks.process_group import Ranks, one_sentence
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("program", ["main.py", "preflight.py"])
 def test_a_rank_that_is_ended_while_it_starts_does_not_hide_the_exit_code_of_another(program):
     process = start("python", f"training/{program}", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
@@ -37,6 +38,7 @@ def test_a_mistake_and_an_outage_before_the_ranks_meet_have_their_own_codes(erro
     assert exit_info.value.code == exit_code
 
 
+@pytest.mark.processes
 def test_a_look_at_the_nodes_while_the_datas_server_is_away_is_worth_another_try(tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -22,6 +22,8 @@ from training.checkpoints.manifest import latest_checkpoint
 from training.monitoring.event_files import read_metrics
 from training.run.console_log import LOG_FILE
 
+pytestmark = pytest.mark.processes
+
 WORK = """
 import os, sys
 from pathlib import Path
@@ -257,7 +259,6 @@ def check_whole(run_dir):
     assert lines[-1].endswith(f"results in {run_dir}")
 
 
-@pytest.mark.processes
 def test_training_goes_on_when_the_disk_of_its_output_is_full(train_forked, demo_latents, tmp_path):
     run_dir = tmp_path / "l\u00e4ufe"
 
@@ -268,7 +269,6 @@ def test_training_goes_on_when_the_disk_of_its_output_is_full(train_forked, demo
     check_whole(run_dir)
 
 
-@pytest.mark.processes
 def test_training_goes_on_when_its_terminal_is_gone(train_forked, demo_latents, tmp_path):
     run_dir, metrics = tmp_path / "run", tmp_path / "run/metrics.jsonl"
     master, slave = pty.openpty()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from training.checkpoints.unpickling import unpickle
 from training.engine.deepspeed_internals import base_optimizer, masters, renew_weights
 from training.engine.interface import Engine

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from data_tools.files import replace_file
 from training.checkpoints.manifest import LATEST_FILE, MANIFEST_FILE, checkpoints_up_to, step_of
 from training.ranks.agreement import RunError

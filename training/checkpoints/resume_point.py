@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError
+from data_tools.errors import ConfigError
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from data_tools.stream.order import ORDER_VERSION
 from training.checkpoints.manifest import (
     CheckpointManifest,

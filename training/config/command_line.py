@@ -1,4 +1,4 @@
-"""The command line of training/main.py: a preset, and one flag per configuration key."""
+"""Read the command line of training/main.py: a preset, and one flag per configuration key."""
 
 import argparse
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ class CommandLine:
     """What the user asked for.
 
     Attributes:
-        config: the preset with the flags laid over it.
+        config: the preset, changed by the flags.
         preset: name or path, as typed.
         deepspeed: the DeepSpeed JSON file, as typed.
         local_rank: from the deepspeed launcher; -1 without it.
         dry_run: print everything resolved and stop.
         quiet: print warnings and errors only; log.txt has the rest.
-        notes: what should be said of how it was understood.
+        notes: warnings about how the command was understood.
     """
 
     config: Config
@@ -169,7 +169,7 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
 
 
 def _place_preset(values: dict[str, dict[str, Any]], given: argparse.Namespace) -> tuple[str, ...]:
-    """Let a preset's folders be where the preset is; return what should be said of that."""
+    """Point a preset's folders to where the preset is; return warnings about that."""
     path = preset_file(given.preset)
     if path.parent == PRESET_FOLDER:  # its paths are the repository's
         data = Path(values["data"]["data"])

@@ -1,4 +1,4 @@
-"""The card of a score: everything that another person needs to get the number again, as JSON."""
+"""Write the card of a score: a JSON file with all that another person needs to get it again."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +45,7 @@ def weights_sha256(path: Path) -> str:
 
 
 def describe_weights(config: Config, run_dir: Path, path: Path) -> dict[str, Any]:
-    """Say which weights of which run these are."""
+    """Describe a file of weights: its run, its checkpoint, and the average that it holds."""
     described: dict[str, Any] = {
         "run": run_dir.resolve().name,
         "file": path.name,
@@ -63,7 +63,7 @@ def describe_weights(config: Config, run_dir: Path, path: Path) -> dict[str, Any
 
 
 def describe_images(settings: DrawSettings) -> dict[str, Any]:
-    """Say how images were drawn."""
+    """Describe how images were drawn."""
     rules = {"seed_rule": SEED_RULE}
     if settings.labels in LABEL_RULES:
         rules["label_rule"] = LABEL_RULES[settings.labels]
@@ -71,7 +71,7 @@ def describe_images(settings: DrawSettings) -> dict[str, Any]:
 
 
 def describe_vae(vae: Vae, reference: VaeReference) -> dict[str, Any]:
-    """Say which decoder made pixels, and whether it belongs to the encoder of the data."""
+    """Describe the VAE that decoded the images, and tell whether it also encoded the data."""
     return {
         "id": vae.id,
         "sha256": vae.sha256,
@@ -80,7 +80,7 @@ def describe_vae(vae: Vae, reference: VaeReference) -> dict[str, Any]:
 
 
 def describe_reference(reference: Reference) -> dict[str, Any]:
-    """Say what was compared with, and through which network."""
+    """Describe the reference, and the network that images are compared by."""
     statistics = "stated in the file" if reference.has_statistics else "of its images"
     return {
         "reference": {
@@ -95,7 +95,7 @@ def describe_reference(reference: Reference) -> dict[str, Any]:
 
 
 def say_left_out(reference: Reference) -> str:
-    """Say in a few words which scores a reference cannot give; "" if it can give all."""
+    """Name the scores that a reference cannot give, with reasons; "" if it can give all."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in reference.left_out.items():
         by_reason.setdefault(reason, []).append(name)
@@ -104,7 +104,7 @@ def say_left_out(reference: Reference) -> str:
 
 
 def describe_program(device: torch.device) -> dict[str, Any]:
-    """Say what computed."""
+    """Describe the program, its libraries and its device."""
     is_gpu = device.type == "cuda"
     return {
         "commit": commit(),

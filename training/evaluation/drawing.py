@@ -1,14 +1,14 @@
-"""Images of a run in numbers: by any number of processes, in parts that outlive a kill.
+"""Draw a large set of images from a run: on any number of processes, in parts that outlive a kill.
 
-    settings.json   what decides the images; parts drawn otherwise are never mixed in
+    settings.json   what decides the images; images of other settings are refused
     parts/          one file per batch while images are drawn, whole or not there
-    samples.npz     all of them: arr_0 uint8 (N, H, W, 3), arr_1 labels; then the parts go
-    png/            one file per image, if asked for
-    card.json       how they were drawn; score-REFERENCE-NETWORK.json what they scored as well
+    samples.npz     all images: arr_0 uint8 (N, H, W, 3), arr_1 labels; replaces the parts
+    png/            one file per image, with --png
+    card.json       how the images were drawn; score-REFERENCE-NETWORK.json has their scores, too
 
-Batch b holds the images b * batch_size and so on, whoever draws it and whenever: numerics depend on
-the composition of a batch, so the bytes are the same after any kill and on any number of processes
-with as many threads each.
+Rounding depends on which images share a batch. So batch b always holds the images from
+b * batch_size on, whichever process draws it: the bytes are the same after a kill, and on any
+number of processes with equally many threads.
 
 N images, C H W latent.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, replace_file
-from data_tools.formats import Format
+from data_tools.formats import Format, NewerFormatError
 from data_tools.process.launcher import is_started_again
 from models.randomness import Stream, integers, uniform
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
@@ -52,7 +52,7 @@ SEED_RULE = "image i: noise by (seed, i), see models/randomness.py"
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """Everything that decides the bytes of an image set, but the machine's rounding."""
+    """Everything that decides the bytes of an image set, apart from the machine's rounding."""
 
     num_images: int
     seed: int
@@ -98,7 +98,7 @@ def labels_of(settings: DrawSettings, indices: Tensor, class_counts: list[int]) 
 
 
 def check_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> None:
-    """Refuse a folder that holds anything but a part of this very image set."""
+    """Refuse a folder that holds other files than those of an image set with these settings."""
     path = folder / SETTINGS_FILE
     try:
         names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
@@ -135,10 +135,10 @@ def check_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> No
 
 
 def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> None:
-    """Write the settings, after removing what --force replaces. Only rank 0 calls this.
+    """Remove what --force replaces, then write the settings. Only rank 0 calls this.
 
-    A job that Slurm starts again keeps its --force, and keeps the images with its settings too:
-    they are what it has drawn so far, or the same ones.
+    Slurm starts a job again with its --force. Images with the same settings are kept then, because
+    this very job may have drawn them.
     """
     with disk_errors(folder):
         if is_forced and folder.exists() and not (is_started_again() and holds(folder, settings)):
@@ -155,7 +155,7 @@ def holds(folder: Path, settings: DrawSettings) -> bool:
     """Tell whether a folder was begun with these very settings."""
     try:
         return DRAW.loads((folder / SETTINGS_FILE).read_bytes(), str(folder)) == settings
-    except (FileNotFoundError, ValueError, MalformedError):
+    except (FileNotFoundError, ValueError, MalformedError, NewerFormatError):
         return False
 
 
@@ -180,7 +180,7 @@ def draw(
     ranks: Ranks,
     on_images: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Draw the parts that are missing, shared among the ranks. All ranks must call this.
+    """Draw the missing parts, shared among the ranks. All ranks must call this.
 
     Args:
         pipeline: that draws.
@@ -210,7 +210,7 @@ def draw(
 def as_rank_0_says(value: Any, ranks: Ranks) -> Any:
     """Return rank 0's value on all ranks; all must call this.
 
-    One rank looks at what is on the disk: a network disk may show the others an older state.
+    For what only one rank may look up on the disk: a network disk may show others an older state.
     """
     return from_main(value) if ranks.world_size > 1 else value
 
@@ -242,7 +242,7 @@ def _write_part(folder: Path, part: int, pixels: np.ndarray) -> None:
 
 
 def merge_parts(folder: Path, settings: DrawSettings, class_counts: list[int]) -> ImageNpz:
-    """Make samples.npz of the parts, and remove them. Only rank 0 calls this."""
+    """Write samples.npz from the parts, then remove them. Only rank 0 calls this."""
     path, parts = folder / SAMPLES_FILE, folder / PARTS_DIR
     shape = (settings.num_images, *settings.image_size, 3)
     if not path.exists():

@@ -1,7 +1,7 @@
-"""The loss on held-out data at fixed timesteps: one number per noise level, the same for all runs.
+"""Compute the loss on held-out data at fixed timesteps: one number per noise level.
 
-Sample i of the data at timestep t always meets the same posterior draw and the same noise, whatever
-the run, its seed, its batch size or the number of processes. No label is dropped, nothing mirrored.
+Sample i at timestep t always gets the same posterior draw and the same noise, whatever the run, its
+seed, its batch size or the number of processes. No label is dropped and no image is mirrored.
 
 N samples of a batch, T timesteps, C H W latent.
 """
@@ -34,12 +34,12 @@ TERMS = ("mse", "vlb", "x0_mse")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Data that a run has not been trained on.
+    """Data that a run was not trained on.
 
     Attributes:
-        data: that is read.
-        class_of_label: of the run, by class of the data; empty without classes.
-        num_samples: that are used, from the first on; shards hold them in a random order.
+        data: to read.
+        class_of_label: the run's class for each class of the data; empty without classes.
+        num_samples: to use, from the first on; shards hold samples in a random order.
         timesteps: T of them, increasing.
     """
 
@@ -64,7 +64,7 @@ def open_held_out(
         config: of the run.
         manifest: of the data that the run was trained on.
         trained_on: hash of that data by the checkpoint; None = by the manifest.
-        num_samples: that are wanted at most.
+        num_samples: to use at most.
         num_timesteps: T.
     """
     try:
@@ -130,9 +130,10 @@ def held_out_loss(
     """Compute the loss. All ranks must call this.
 
     Returns:
-        By term the mean and a list per timestep. mse is of what the network predicts, so it
-        compares runs with the same objective and schedule; x0_mse is of the clean latents that it
-        implies, and compares objectives too; vlb as in training, 0 with a fixed variance.
+        For each term its mean and a list by timestep. mse is the error of what the network
+        predicts and compares runs of one objective and schedule. x0_mse is the error of the clean
+        latents that the prediction implies and compares objectives, too. vlb is the training's; it
+        is 0 with a fixed variance.
     """
     data, is_frozen = held_out.data, held_out.data.manifest.is_frozen
     reader = SampleReader(data, data.stores("sha256", cache))

@@ -1,7 +1,7 @@
-"""Image sets as ADM's npz files: `arr_0` uint8 (N, H, W, 3), `arr_1` labels, possibly statistics.
+"""Read and write image sets as ADM's npz files: arr_0 uint8 (N, H, W, 3), arr_1 labels.
 
-They are read and written piece by piece: 50,000 images of 256 pixels are 9.8 GB. What is written
-depends on the arrays alone, down to the last byte.
+A file may hold statistics, too. Files are read and written piece by piece: 50,000 images of 256
+pixels are 9.8 GB. The bytes that are written depend on the arrays alone.
 """
 
 import zipfile

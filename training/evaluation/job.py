@@ -1,4 +1,4 @@
-"""A checked evaluation: which images are drawn, what they are scored against, which loss."""
+"""Check an evaluation's command: what to draw, what to score against, which loss to compute."""
 
 import argparse
 import itertools
@@ -204,7 +204,7 @@ def draw_settings(
 
 
 def name_of_weights(weights: Path) -> str:
-    """Name weights for people: step-0001000-ema, or the stem of a file of its own."""
+    """Name weights for people: step-0001000-ema, or the stem of a file outside of checkpoints."""
     if (weights.parent / MANIFEST_FILE).exists():
         return f"{weights.parent.name}-{weights.stem}"
     return weights.stem

@@ -1,8 +1,8 @@
-"""What a set of images scores against a reference: FID and its relatives, by ADM's protocol.
+"""Score a set of images against a reference: FID and its relatives, by ADM's protocol.
 
-The reference is an npz file as ADM publishes them: statistics of the whole set (mu, sigma, mu_s,
-sigma_s) beside some images (arr_0) for precision and recall; or images alone; or mu and sigma
-alone, as pytorch-fid and others write them, which give FID and nothing else.
+The reference is an npz file. ADM's files hold statistics of a whole set (mu, sigma, mu_s, sigma_s)
+and some images (arr_0) for precision and recall. Images alone will do. So will mu and sigma alone,
+as pytorch-fid writes them; they give the FID and nothing else.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,8 +34,8 @@ from training.evaluation.networks import (
     InceptionNetwork,
 )
 
-# Arrays of mean and covariance by layer, in ADM's files. Of other networks they have other names,
-# so that no tool takes them for Inception's.
+# Names of the mean and the covariance of a layer, as in ADM's files. Statistics of other networks
+# have other names, so that no tool takes them for Inception's.
 INCEPTION_ARRAYS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 OTHER_ARRAYS = {POOL: ("features_mu", "features_sigma")}
 NETWORK_SHA256 = "features_sha256"  # of the network that made the latter
@@ -87,8 +87,8 @@ class Reference:
 
     Attributes:
         sha256: of the file.
-        stated: the layers whose statistics the file states; those of others are its images', if
-            they are enough.
+        stated: the layers whose statistics the file holds. Those of other layers are computed of
+            its images, if there are enough.
         num_images: in the file.
     """
 
@@ -213,7 +213,7 @@ def score(
     reference: Reference,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Score images against a reference; by another network than Inception nothing is called FID.
+    """Score images against a reference. Only with Inception's features is a score called FID.
 
     Returns:
         "fid", "sfid" and "inception_score", or "frechet_distance"; "precision" and "recall". Those

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, some
+from data_tools.errors import ConfigError, some
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from data_tools.process.launcher import own_node, slurm_gpus
 from training.ranks.process_group import Ranks, select_accelerator
 from training.run.program import (

@@ -28,7 +28,7 @@ from data_tools.process.launcher import (
 OWN_ADDRESS = "127.0.0.1"
 
 
-def meeting_point(place: Place, env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+def meeting_point(place: Place, env: Mapping[str, str]) -> tuple[str, int]:
     """Return the host and port at which rank 0 awaits the others.
 
     A single process meets nobody: it takes a free port, whatever MASTER_ADDR an older job has left.
@@ -76,9 +76,7 @@ def _host_over_mpi(place: Place) -> str:
     return host
 
 
-def check_meeting_point(
-    place: Place, host: str, port: int, env: Mapping[str, str] = os.environ
-) -> None:
+def check_meeting_point(place: Place, host: str, port: int, env: Mapping[str, str]) -> None:
     """Refuse an unknown host and, on rank 0, a port that another program has.
 
     This comes before the ranks meet: they would otherwise talk to the other program.

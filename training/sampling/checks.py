@@ -1,7 +1,7 @@
-"""What may be asked of a sampler: one set of checks for every way in.
+"""Check how images are to be drawn, for the command line, the demo's page and exported pipelines.
 
-The command line, the demo's page and an exported pipeline differ in what they call a value
-("--steps", "num_inference_steps"), which begins each sentence, and in nothing else.
+They differ only in what they call a value ("--steps", "num_inference_steps"). The name begins each
+sentence.
 """
 
 import math
@@ -18,12 +18,12 @@ SEED_LIMIT = 2**63
 
 
 class WrongValueError(ValueError):
-    """A value that cannot be meant; the sentence begins with what its user calls it."""
+    """A value that is refused; the sentence begins with the name that its user knows."""
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """What one way in calls the values."""
+    """The names of the values as one kind of user knows them."""
 
     sampler: str = "sampler"
     steps: str = "num_inference_steps"
@@ -36,7 +36,7 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Asked:
-    """How images are to be drawn, as it was given; None = not given."""
+    """How a user asks for images to be drawn; None = not said."""
 
     sampler: Any = None
     steps: Any = None
@@ -49,7 +49,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Process:
-    """What a model was trained on, as far as it decides how images can be drawn.
+    """What of a model's training decides how images can be drawn.
 
     Attributes:
         objective: of the diffusion process.
@@ -68,16 +68,16 @@ class Process:
 def checked_settings(
     asked: Asked, default: Asked, process: Process, call: Spelling
 ) -> SamplerSettings:
-    """Put what was asked for over the defaults and check it.
+    """Fill in defaults for what was not said, and check all values.
 
     Args:
         asked: by the user.
-        default: of the run or the export, for what was not; `interval` and `channels` may be None.
+        default: of the run or the export; `interval` and `channels` may be None.
         process: that the model was trained on.
-        call: the user's words.
+        call: the user's names of the values.
 
     Raises:
-        WrongValueError: one sentence on the first value that cannot be.
+        WrongValueError: for the first value that is refused.
     """
     values = {
         name: getattr(default, name) if value is None else value

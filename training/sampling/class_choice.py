@@ -1,8 +1,8 @@
-"""Which class a name or a number means: one rule for every command and for exported pipelines.
+"""Find a class by its name or number, for every command and for exported pipelines.
 
-A text is a name first, and the number of a class only if no class has that name. A text that is
-the name of one class and the number of another is refused: whoever types "2" for a data set with
-folders 0 to 11 may mean either. Numbers that are no texts, as Python has them, are always numbers.
+A text is looked up as a name first, then as a number. A text that is the name of one class and the
+number of another is refused: "2" may mean either, for a data set with folders 0 to 11. A Python
+number is always the number of a class.
 """
 
 import unicodedata
@@ -22,7 +22,7 @@ class ClassChoice:
     Args:
         num_classes: of the model; 0 = it has none, and none is found.
         names: by number; some may be missing, and two classes may have one name.
-        call: what the user calls the choice, such as "--classes"; it begins every sentence.
+        call: the name of the choice, such as "--classes"; it begins every sentence.
         by_number: how the user forces a number, such as "--class-numbers {}".
     """
 

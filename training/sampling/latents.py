@@ -1,7 +1,7 @@
 """Draw final latents from a model: the numbers that an image depends on, and guidance.
 
-Image i of a seed depends on (seed, i), its class and the sampler's settings, never on the batch it
-was drawn in or on the rank that drew it.
+Image i depends on (seed, i), its class and the sampler's settings, and neither on its batch nor on
+the rank that draws it.
 
 N images, C H W latent.
 """

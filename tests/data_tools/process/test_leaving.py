@@ -33,6 +33,7 @@ def test_the_project_has_one_way_out():
     assert callers == {"data_tools/process/leaving.py"}
 
 
+@pytest.mark.processes
 def test_a_thread_says_why_flushes_everything_and_ends_a_process_that_hangs():
     output = call(
         """
@@ -50,6 +51,7 @@ def test_a_thread_says_why_flushes_everything_and_ends_a_process_that_hangs():
     assert "error: it hangs\n" in output and "half a line" in output and "events\n" in output
 
 
+@pytest.mark.processes
 def test_words_that_cannot_be_written_end_nothing_and_keep_nobody():
     """A pipe that nobody empties, while the main thread holds the lock of the stream."""
     call(
@@ -78,6 +80,7 @@ enter(main)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("code", [0, exit_codes.SAVED_EXIT_CODE])
 def test_a_process_that_has_met_others_leaves_without_teardown_but_cleans_up(code):
     output = call(ABORTING.format(met="skip_teardown()", code=code), expect=code)
@@ -85,6 +88,7 @@ def test_a_process_that_has_met_others_leaves_without_teardown_but_cleans_up(cod
     assert output == "a thread's end\natexit's functions\n"
 
 
+@pytest.mark.processes
 def test_the_teardown_of_the_test_above_would_abort():
     """The premise."""
     call(ABORTING.format(met="", code=0), expect=-6)

@@ -54,6 +54,7 @@ def test_without_the_variable_torch_is_asked(monkeypatch, stated):
     assert BF16_VARIABLE not in hardware.name
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is asked, not the CPU")
 def test_a_cpu_without_bf16_instructions_is_recognized():
     command = (

@@ -413,8 +413,7 @@ def test_a_file_of_weights_is_that_of_the_checkpoint(run, tmp_path):
     SwitchDiT(NetworkOptions(**described["model"])).load_state_dict(weights)
     with safe_open(file, framework="pt") as opened:
         assert json.loads(opened.metadata()["origin"])["step"] == STEP
-    config = load_config(run)
-    assert find_weights(run, config, file=file) == file
+    assert find_weights(run, load_config(run), file=file) == file
 
 
 @pytest.mark.parametrize("stem", FILES)

@@ -93,6 +93,7 @@ def test_facts_travel_as_text():
     assert NodeFacts.from_json(facts(3).to_json()) == facts(3)
 
 
+@pytest.mark.processes
 def test_a_check_that_fails_is_a_fact(monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -106,6 +107,7 @@ def test_a_check_that_fails_is_a_fact(monkeypatch):
     assert found.packages["deepspeed"] == "0.19.8"
 
 
+@pytest.mark.processes
 def test_gpus_that_slurm_gave_must_be_seen(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "64")
@@ -132,6 +134,7 @@ def test_the_sites_number_is_a_number(monkeypatch):
         floor_gbps()
 
 
+@pytest.mark.processes
 def test_one_process_is_looked_at_too(demo_latents, tmp_path):
     flags = ["--data", demo_latents, "--run-dir", tmp_path / "run", "--num-classes", 10]
 

@@ -18,6 +18,9 @@ from training.run.program import (
     source_hash,
 )
 
+pytestmark = pytest.mark.processes
+
+
 START = {
     "step": 4,
     "checkpoint": "step-0000004",

@@ -54,6 +54,7 @@ def test_another_job_counts_afresh():
     assert decide(CRASH, "8", "step-1", before, 2)[0] == Restarts("8", "step-1", 1)
 
 
+@pytest.mark.processes
 def test_the_command_answers_by_its_exit_code_and_remembers(tmp_path):
     run_dir = tmp_path / "run"
     command = ["python", "training/retry.py", CRASH, "--run-dir", run_dir]
@@ -99,6 +100,7 @@ def test_it_knows_the_names_that_training_writes(tmp_path):
     assert newest_checkpoint(tmp_path) == "step-0000010"
 
 
+@pytest.mark.processes
 def test_it_starts_without_torch():
     imported = "import sys, training.retry; sys.exit('torch' in sys.modules)"
 
