@@ -116,12 +116,12 @@ def _with_steps(config: Config, machine: Machine) -> Machine:
     unit = dataclasses.replace(machine, pointwise_passes=1.0)  # what one pass adds
     passes = [_predicted(job, unit) - _predicted(job, machine) for job in jobs[:2]]
     slope = max(0.0, (left[1] - left[0]) / (passes[1] - passes[0]))
-    block_sec = max(0.0, left[0] - slope * passes[0]) / workload_of(config).shape.depth
+    block_sec = max(0.0, left[0] - slope * passes[0]) / workload_of(config).network.depth
     machine = dataclasses.replace(
         machine, pointwise_passes=slope, block_overhead_us=block_sec / MICRO
     )
     gather_sec = max(0.0, seconds[2] - _predicted(jobs[2], machine))
-    gather_us = gather_sec / workload_of(config).shape.depth / MICRO
+    gather_us = gather_sec / workload_of(config).network.depth / MICRO
     return dataclasses.replace(machine, gather_overhead_us=gather_us)
 
 

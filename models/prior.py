@@ -1,8 +1,8 @@
-"""Diffusion prior: the loss that teaches nearby timesteps to share experts (Switch-DiT).
+"""Diffusion prior: the loss that teaches nearby timesteps to share experts (arXiv 2403.09176).
 
-The prior says which of U abstract units a timestep uses. Which unit of the network (an expert of a
-block) plays which unit of the prior is found anew each step by linear assignment; the loss then
-pulls every gate towards the units that the prior gives to its timestep.
+The prior says which of U abstract units a timestep uses. A unit of the network is one expert of one
+block. Linear assignment matches the network's units to the prior's; the loss then pulls every gate
+towards the units that the prior gives to its timestep.
 
 N batch, L blocks, E experts, K experts per sample, S diffusion timesteps, U = L * E units.
 """
@@ -34,12 +34,14 @@ def diffusion_prior(
 def match_units(gate_table: Tensor, top_k: int, prior: Tensor, seed: int) -> Tensor:
     """Match the units of the network to the units of the prior by which timesteps use them.
 
-    Waits for the device once. Ties are common (they decide the loss's third digit) and are broken
-    at random, by the seed alone: equal seeds give equal matchings on all ranks.
+    The host waits for the device once. Ties are common (they change the loss's third digit). The
+    seed alone breaks them, so ranks with equal seeds get equal matchings.
 
     Args:
-        gate_table: (L, S, E); its units are counted block by block.
+        gate_table: (L, S, E) float32; its units are counted block by block.
+        top_k: K.
         prior: (S, U) 0/1, on the device of gate_table.
+        seed: of the order in which units are presented, different in every step.
 
     Returns:
         (U,) int64: network unit u plays prior unit assignment[u].
@@ -62,7 +64,8 @@ def assign_units(
     Args:
         uses: (S, U) 0/1, which units of the network each timestep uses.
         prior: (S, U) 0/1.
-        gate_order: (U,) permutation of the network's units; prior_order likewise of the prior's.
+        gate_order: (U,) int64 permutation of the network's units.
+        prior_order: (U,) int64 permutation of the prior's units.
 
     Returns:
         (U,) int64, the prior unit of every network unit.
@@ -86,7 +89,7 @@ def matching_cost(uses: Tensor, prior: Tensor) -> Tensor:
 
 
 def prior_loss(gate_table: Tensor, prior: Tensor, t: Tensor, assignment: Tensor) -> Tensor:
-    """Jensen-Shannon divergence between gates and matched prior, mean over the batch.
+    """Compute the Jensen-Shannon divergence between gates and matched prior, mean over the batch.
 
     Args:
         gate_table: (L, S, E) float32, with gradient.
