@@ -1,8 +1,8 @@
 """Fit the constants of the cost model to this machine's CPU, from short measurements.
 
-Two processes give the rates of products, memory and links; one process that trains at two
-micro-batch sizes, and under ZeRO 3, gives what is left: memory-bound work, and the time that each
-block takes whatever its batch. What is predicted for more processes is not fitted to them.
+Two processes measure the rates of products, memory and links. One process trains with two
+micro-batch sizes, and under ZeRO 3, for the rest: memory-bound work, and the time that a block
+takes at any batch size. No constant is fitted to steps of more processes, which the model predicts.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def _from_links(times: LinkTimes) -> dict[str, float]:
 
 
 def fit_line(num_bytes: list[float], seconds: list[float]) -> tuple[float, float]:
-    """Fit seconds = latency + bytes / rate, every point as important as the others.
+    """Fit seconds = latency + bytes / rate, with equal weight on every point.
 
     Returns:
         The latency, s, and the rate, bytes/s; both positive.

@@ -1,4 +1,4 @@
-"""The picture of scaling.py: images per second over GPUs, and where the time goes."""
+"""Draw the picture of scaling.py: images per second over GPUs, and the parts of a step."""
 
 import math
 
