@@ -89,7 +89,7 @@ def dispatched_mixture(
 
 
 def match_by_differences(gate_table: Tensor, top_k: int, prior: Tensor, seed: int) -> Tensor:
-    """Match units as `models.prior.match_units` does, through the (S, U, U) array.
+    """Match units as `models.unit_matching.match_units` does, through the (S, U, U) array.
 
     Args:
         gate_table: (L, S, E).

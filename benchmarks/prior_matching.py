@@ -28,7 +28,8 @@ from torch import Tensor
 from benchmarks.measure import best_seconds, describe_machine
 from data_tools.errors import ArgumentParser
 from data_tools.process.entry_point import enter
-from models.prior import diffusion_prior, matching_cost
+from models.prior import diffusion_prior
+from models.unit_matching import matching_cost
 
 DEPTH = 28  # blocks of XL
 TOP_K = 2

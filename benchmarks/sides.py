@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from benchmarks.official_way import OfficialWay, official_prior_loss
 from models.diffusion import Diffusion
-from models.prior import diffusion_prior, match_units, prior_loss
+from models.prior import diffusion_prior, prior_loss
 from models.switch_dit import MODEL_SIZES, SwitchDiT
+from models.unit_matching import match_units
 from training.config.preset import load_preset
 from training.config.tree import Config
-from training.engine.average_profiles import EMAAdamW, profiles_of
+from training.engine.average_profiles import profiles_of
 from training.engine.build import build_model
+from training.engine.optimizer import EMAAdamW
 
 PARAMETER_STD = 0.02  # of all parameters: a fresh model multiplies zeros
 OFFICIAL = "official way"

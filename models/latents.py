@@ -10,11 +10,13 @@ N batch, C latent channels, H W latent size.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # The bounds diffusers puts on the log-variance of a VAE posterior before it takes the exponential.
 LOG_VARIANCE_MIN = -30.0
 LOG_VARIANCE_MAX = 20.0
+DECODE_BATCH_SIZE = 16  # bounds the memory of decoding; at 512 pixels about 16 GiB on a GPU
+PIXEL_CENTRE = 127.5  # uint8 0..255 to -1..1
 
 
 def scale_and_shift(
@@ -82,3 +84,31 @@ def vae_latents(
 ) -> Tensor:
     """Undo the scaling of `final_latents`: what the VAE decodes, (N, C, H, W)."""
     return final / scaling_factor + shift_factor
+
+
+@torch.no_grad()
+def decode(
+    vae: nn.Module,
+    final: Tensor,
+    scaling_factor: float | Tensor,
+    shift_factor: float | Tensor = 0.0,
+) -> Tensor:
+    """Decode final latents to pixels.
+
+    Args:
+        vae: an AutoencoderKL of diffusers.
+        final: (N, C, H, W), N > 0, on the VAE's device.
+        scaling_factor: see `scale_and_shift`.
+        shift_factor: see `scale_and_shift`.
+
+    Returns:
+        uint8 (N, height, width, 3) on the CPU.
+    """
+    parameter = next(vae.parameters())
+    pictures = []
+    for part in final.split(DECODE_BATCH_SIZE):
+        latents = vae_latents(part.float(), scaling_factor, shift_factor)
+        decoded = vae.decode(latents.to(parameter)).sample.float()
+        pixels = ((decoded + 1) * PIXEL_CENTRE).round().clamp(0, 255).to(torch.uint8)
+        pictures.append(pixels.permute(0, 2, 3, 1).cpu())
+    return torch.cat(pictures).contiguous()

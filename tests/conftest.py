@@ -31,6 +31,19 @@ def session_folders(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def environment_put_back():
+    """No test sees what another one, or a library that it called, wrote into the environment.
+
+    DeepSpeed writes RANK, WORLD_SIZE and MASTER_PORT, and the next test would be taken for a rank.
+    """
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def train_forked(tmp_path_factory):
     """A function that trains without the start of a launcher and returns what the ranks say.

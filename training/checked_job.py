@@ -11,12 +11,7 @@ from data_tools.stream.training_data import TrainingData, open_data
 from data_tools.vae.autoencoder import Vae, load_decoder
 from training.checkpoints.manifest import CheckpointManifest, Layout
 from training.checkpoints.resume_point import check_resumable, newest_point
-from training.checkpoints.warm_start import (
-    WarmStart,
-    check_initial_weights,
-    check_is_elsewhere,
-    with_own_origin,
-)
+from training.checkpoints.warm_start import WarmStart
 from training.config.command_line import CommandLine
 from training.config.deepspeed_config import merge_deepspeed, stage_of
 from training.config.precision import precision_of
@@ -25,6 +20,7 @@ from training.config.validation import check_data, validate
 from training.count import checkpoint_bytes, snapshot_bytes
 from training.ranks.process_group import Ranks
 from training.run.directory import check_free_space, check_run_directory
+from training.run.init_from import check_initial_weights, check_is_elsewhere, with_own_origin
 
 
 @dataclass(frozen=True)

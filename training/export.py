@@ -5,7 +5,6 @@
     safetensors    one file of weights under this program's names, and its configuration
     diffusers      a pipeline for diffusers with trust_remote_code=True; draws sample.py's images
     merged         the same, with the experts merged for the timesteps of one sampler
-    dit            a DiTPipeline of diffusers, without custom code; --routing dense only
     torch-export   the denoiser as a program of torch.export
 
 It needs one process and no GPU, whatever the run was trained on.
@@ -29,8 +28,8 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
 from training.checkpoints.background_write import describe_disk_error
+from training.config.old_flags import OLD_FORMATS
 from training.exports.card import model_card
-from training.exports.dit import check_dit, write_dit
 from training.exports.job import (
     EXPORT,
     EXPORT_FILE,
@@ -63,7 +62,6 @@ FORMATS = {
     "safetensors": Format(None, write_safetensors, False),
     "diffusers": Format(None, write_pipeline, True),
     "merged": Format(check_merged, write_merged_pipeline, True),
-    "dit": Format(check_dit, write_dit, True),
     "torch-export": Format(None, write_program, False),
 }
 
@@ -75,7 +73,7 @@ def build_parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("run_dir", type=typed_path, help="a run, e.g. runs/demo, or one of its checkpoints")
-    add("--format", choices=FORMATS, default="diffusers", help="default: diffusers")
+    add("--format", type=_format, choices=FORMATS, default="diffusers", help="default: diffusers")
     add("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
     add("--raw", action="store_true", help="raw weights instead of averaged ones")
     add("--ema", metavar="NAME", help="an average, e.g. 0.9999 or std0.050 (default: first)")
@@ -85,6 +83,12 @@ def build_parser() -> ArgumentParser:
     add("--force", action="store_true", help="replace an export that is there")
     add_sampling_flags(parser)
     return parser
+
+
+def _format(name: str) -> str:
+    if name in OLD_FORMATS:
+        raise ConfigError(f"--format {name}: {OLD_FORMATS[name]}.")
+    return name
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -103,7 +107,7 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) != default:
             raise ConfigError(
                 f"--{name.replace('_', '-')}: --format {args.format} draws no images; drop the "
-                "flag, or choose diffusers, merged or dit."
+                "flag, or choose diffusers or merged."
             )
 
 

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, OutageError
 from data_tools.stream.loader import Batch, LatentStream
@@ -14,11 +13,12 @@ from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.manifest import TrainState
 from training.config.tree import Config
 from training.engine.build import learning_rate, set_learning_rate
+from training.engine.deepspeed_internals import drop_skipped_gradients
 from training.engine.expert_placement import ExpertPlacement
+from training.engine.interface import Engine
 from training.engine.non_finite import (
     MicroStepRecord,
     describe_non_finite,
-    drop_skipped_gradients,
     poison_non_finite,
 )
 from training.engine.objective import Objective
@@ -64,10 +64,10 @@ class DataOutageError(DataError):
 
 @dataclass
 class Training:
-    """The parts of one run, put together by main.py."""
+    """The parts of one run, put together by run_parts.py."""
 
     config: Config
-    engine: Any
+    engine: Engine
     stream: LatentStream
     objective: Objective
     sums: MetricSums
@@ -225,7 +225,13 @@ def train_step(training: Training, data: StepData, step: int) -> StepTables:
         engine.step()
         records.append(MicroStepRecord(terms, samples, micro_batch.t))
         training.sums.add(
-            *(step, terms, samples.mse, micro_batch.t, output.plan, wait_sec), len(data.batches)
+            step,
+            terms,
+            mse=samples.mse,
+            t=micro_batch.t,
+            plan=output.plan,
+            wait_sec=wait_sec,
+            num_micro_steps=len(data.batches),
         )
     if engine.skipped_steps > skipped_before:  # the gradient's norm is reduced, so all ranks agree
         training.skipped_in_a_row += 1

@@ -25,8 +25,9 @@ from data_tools.user_files.paths import typed_path
 from training.checkpoints.average_snapshots import Snapshot, list_snapshots, snapshot_file
 from training.checkpoints.background_write import describe_disk_error
 from training.checkpoints.weight_files import NonFiniteWeightsError, write_weights
-from training.config.option import check_value, did_you_mean
+from training.config.option import check_value
 from training.config.tree import option_named
+from training.config.wording import did_you_mean
 from training.engine.average_fit import Fit, fit_profile
 from training.engine.average_profiles import PowerProfile
 from training.run.directory import load_config

@@ -25,7 +25,7 @@ from data_tools.process.entry_point import enter
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import Vae, decode_pixels, load_decoder
-from training.checkpoints.weight_files import find_weights, load_model
+from training.checkpoints.weight_files import load_model
 from training.config.tree import Config
 from training.engine.objective import build_diffusion
 from training.monitoring.expert_pictures import save_png
@@ -37,6 +37,7 @@ from training.ranks.process_group import (
     start_drawing_group,
 )
 from training.run.directory import SAMPLES_DIR, load_config, load_manifest
+from training.run.weights import find_weights
 from training.sampling.checks import WrongValueError
 from training.sampling.class_choice import ClassChoice
 from training.sampling.flags import (

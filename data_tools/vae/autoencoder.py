@@ -19,14 +19,12 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import VaeReference
 from data_tools.vae.vae_files import REPOSITORY, load_model
-from models.latents import scale_and_shift, vae_latents
+from models.latents import PIXEL_CENTRE, decode, scale_and_shift
 
 if TYPE_CHECKING:  # its import takes seconds, and training needs it only to draw samples
     from diffusers import AutoencoderKL
 
 DEMO_VAE = REPOSITORY / "data_tools" / "demo_vae"
-DECODE_BATCH_SIZE = 16  # bounds the memory of decode_pixels; at 512 pixels about 16 GiB on a GPU
-_PIXEL_CENTRE = 127.5  # uint8 0..255 to -1..1
 
 
 @dataclass(frozen=True)
@@ -209,21 +207,14 @@ def tensor_moments(vae: Vae, pixels: Tensor) -> Tensor:
     parameter = next(vae.model.parameters())
     x = pixels.to(parameter.device, non_blocking=True)
     x = x.permute(0, 3, 1, 2)  # channels-last in memory, as the weights
-    x = (x.float() / _PIXEL_CENTRE - 1).to(parameter.dtype)
+    x = (x.float() / PIXEL_CENTRE - 1).to(parameter.dtype)
     return vae.model.encode(x).latent_dist.parameters.half()
 
 
-@torch.no_grad()
 def decode_pixels(vae: Vae, final_latents: Tensor) -> np.ndarray:
     """Decode final latents (N, C, h, w), N > 0, to pixels, uint8 (N, H, W, 3)."""
-    parameter = next(vae.model.parameters())
-    pictures = []
-    for part in final_latents.split(DECODE_BATCH_SIZE):
-        latents = vae_latents(part.float(), *vae.scale_and_shift(part.device))
-        decoded = vae.model.decode(latents.to(parameter)).sample.float()
-        pixels = ((decoded + 1) * _PIXEL_CENTRE).round().clamp(0, 255).to(torch.uint8)
-        pictures.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
-    return np.ascontiguousarray(np.concatenate(pictures))
+    normalisation = vae.scale_and_shift(final_latents.device)
+    return decode(vae.model, final_latents, *normalisation).numpy()
 
 
 def resolve_device(name: str | None) -> torch.device:

@@ -10,7 +10,8 @@ from benchmarks.measure import HostReads, counted_flops
 from benchmarks.official_way import match_by_differences
 from benchmarks.sides import config_of, make_batch, official_side, our_side
 from models.flops import training_flops
-from models.prior import diffusion_prior, match_units
+from models.prior import diffusion_prior
+from models.unit_matching import match_units
 from training.config.network import network_options
 
 BATCH_SIZE = 6

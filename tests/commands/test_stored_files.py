@@ -23,12 +23,12 @@ from tests.support.encode_jobs import content
 from tests.support.stored_files import VERSIONS, unpack
 from training import evaluate, export, reconstruct_ema, report, sample
 from training.checkpoints.manifest import EMA_FILE, latest_checkpoint, read_manifest
-from training.checkpoints.warm_start import check_warm_start
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores, write_score_events
 from training.monitoring.event_files import read_metrics
 from training.monitoring.run_history import read_notes
 from training.run.directory import load_config
+from training.run.init_from import check_warm_start
 from training.run.program import STARTS_FILE, read_starts
 
 # What checkpoints remember of the stored data.

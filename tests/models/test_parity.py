@@ -10,10 +10,11 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance, classifier_free
 from models.import_weights import import_weights
 from models.network_options import NetworkOptions
-from models.prior import diffusion_prior, match_units, prior_loss
+from models.prior import diffusion_prior, prior_loss
 from models.routing import ChannelRouter
 from models.sampler import respaced, sample
 from models.switch_dit import SwitchDiT
+from models.unit_matching import match_units
 from tests.support.tiny_models import tiny_options
 
 OPTIONS = {

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from benchmarks.prior_matching import cost_by_differences
-from models.prior import (
-    assign_units,
-    diffusion_prior,
-    match_units,
-    matching_cost,
-    prior_loss,
-)
+from models.prior import diffusion_prior, prior_loss
+from models.unit_matching import assign_units, match_units, matching_cost
 from tests.support import reference
 
 

@@ -25,13 +25,13 @@ import training.loop  # noqa: F401
 import training.run_parts  # noqa: F401
 from data_tools.process.entry_point import enter
 from training import main
-from training.engine import build
+from training.engine.deepspeed_internals import import_muon_uncompiled
 
 
 def prepare_to_fork():
     """Import what ranks would, and start no threads."""
     torch.set_num_threads(1)
-    build.import_muon_uncompiled()
+    import_muon_uncompiled()
 
 
 def run_rank(rank, num_ranks, port, argv, output, file_kib, env):

@@ -111,29 +111,6 @@ def uses_of(pipe, job):
     return found
 
 
-def dit(job):
-    """The network's predictions, and what the pipeline of diffusers draws."""
-    pipe = DiffusionPipeline.from_pretrained(job["folder"])
-    pipe.set_progress_bar_config(disable=True)
-    inputs = tensors_of(job)
-    with torch.no_grad():
-        predictions = [
-            pipe.transformer(
-                inputs["x"], timestep=torch.full((len(inputs["y"]),), t), class_labels=inputs["y"]
-            ).sample
-            for t in job["timesteps"]
-        ]
-    generator = torch.Generator().manual_seed(0)
-    pictures = pipe(**job["call"], generator=generator, output_type="np").images
-    return {
-        "class": type(pipe).__name__,
-        "labels": pipe.labels,
-        "predictions": predictions,
-        "timesteps": pipe.scheduler.timesteps.tolist(),
-        "pixels": torch.from_numpy(pictures),
-    }
-
-
 def program(job):
     """The program's predictions, and what it says of numbers that it was not trained at."""
     denoiser, inputs = torch.export.load(job["folder"] + "/denoiser.pt2").module(), tensors_of(job)
@@ -187,9 +164,7 @@ def foreign_modules(modules):
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
     jobs = json.loads(open(sys.argv[1]).read())  # noqa: SIM115
-    results = [
-        {"pipeline": pipeline, "dit": dit, "program": program}[job["kind"]](job) for job in jobs
-    ]
+    results = [{"pipeline": pipeline, "program": program}[job["kind"]](job) for job in jobs]
     ours = [name for name in PACKAGES if importlib.util.find_spec(name) or name in sys.modules]
     assert ours == [], f"this repository can be imported: {ours}"
     found = foreign_modules(dict(sys.modules))

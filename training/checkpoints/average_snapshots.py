@@ -1,11 +1,10 @@
-"""Snapshots of the power-function averages, from which averages of other widths are made later.
+"""Store the power-function averages at steps, to make averages of other widths later.
 
 `ema_snapshots/std0.050-step-0001000.safetensors` holds one average at one step, in fp32.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +16,9 @@ from training.checkpoints.background_write import describe_disk_error
 from training.checkpoints.manifest import tag_of
 from training.checkpoints.weight_files import NonFiniteWeightsError, write_weights
 from training.engine.average_profiles import PowerProfile
-from training.engine.zero_weights import base_optimizer, consolidated_weights, num_updates
+from training.engine.deepspeed_internals import base_optimizer
+from training.engine.interface import Engine
+from training.engine.zero_weights import consolidated_weights
 from training.ranks.process_group import agreed_message
 
 SNAPSHOT_DIR = "ema_snapshots"
@@ -48,7 +49,7 @@ class SnapshotWriter:
         run_dir: the run's directory.
     """
 
-    def __init__(self, engine: Any, run_dir: Path) -> None:
+    def __init__(self, engine: Engine, run_dir: Path) -> None:
         self.engine, self.folder = engine, run_dir / SNAPSHOT_DIR
         self.is_main = torch.distributed.get_rank() == 0
 
@@ -59,11 +60,12 @@ class SnapshotWriter:
             None, or why one could not be written; those before it are intact. Before the first
             update there is no average, and nothing is written.
         """
-        updates = num_updates(self.engine)
+        optimizer = base_optimizer(self.engine)
+        updates = optimizer.num_updates
         if updates == 0:
             return None
         error: Exception | None = None
-        for key, profile in base_optimizer(self.engine).profiles.items():
+        for key, profile in optimizer.profiles.items():
             if not isinstance(profile, PowerProfile):
                 continue
             weights = consolidated_weights(self.engine, key)  # collective, whatever the disk says

@@ -1,7 +1,7 @@
-"""A checkpoint on its way from memory to the disk, beside training: complete or invisible.
+"""Write a checkpoint from host memory to the disk beside training: complete or not at all.
 
-Every rank writes its files by a thread of its own and says so in the job's store; no collective is
-involved, so training does not wait. When all have written theirs, rank 0's thread makes the
+A thread of every rank writes its files and says so in the job's store; no collective is involved,
+so training does not wait. When all have written theirs, rank 0's thread makes the
 consolidated weights out of them, then writes the manifest, gives the folder its name, and names it
 in `latest`, in this order. Every rank learns how it ended.
 """
@@ -48,7 +48,7 @@ from training.ranks.process_group import RunError, collective_timeout
 STORE_PREFIX = "checkpoint"
 SHORTEST_POLL_SEC, LONGEST_POLL_SEC = 0.01, 0.5
 OWN_SIGNAL_POLL_SEC = 0.05  # how soon a write notices that it should be given up
-OTHERS_SIGNAL_POLL_SEC = 0.25  # likewise, for a signal of another rank: it costs a round trip
+OTHERS_SIGNAL_POLL_SEC = 0.25  # of that on another rank: to ask costs a round trip
 BLOCK_BYTES = 16 << 20  # written between two looks at whether to give up
 THREAD_FAILED = "the thread that writes failed; see the error above"
 GIVEN_UP = "given up for the later one that a signal asks for"
@@ -116,7 +116,7 @@ class BackgroundWrite:
         error: why the folder could not be made, on rank 0.
 
     Attributes:
-        doing: what the thread is at.
+        doing: what the thread is doing.
     """
 
     def __init__(self, plan: WritePlan, files: FileContents, error: OSError | None) -> None:
@@ -155,7 +155,7 @@ class BackgroundWrite:
         return Outcome(self.plan.state, self._problem, elapsed, self._is_taken_over)
 
     def _should_give_up(self) -> bool:
-        """Tell whether any rank wants to; its own thread learns it at once, the others' soon."""
+        """Tell whether any rank gives the write up; the other ranks learn it a little later."""
         now = time.monotonic()
         if not self._is_given_up and now - self._asked_others > OTHERS_SIGNAL_POLL_SEC:
             self._asked_others = now

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved while it trains, and loaded on the same layout or another.
+"""Save the checkpoints of a run while it trains; load one on the same layout or another.
 
 A checkpoint is DeepSpeed's own files plus consolidated weights. Saving stops training only for a
 copy to host memory (checkpoints/host_copy.py); a thread writes it
@@ -29,10 +29,11 @@ from training.checkpoints.manifest import (
 from training.checkpoints.other_layout import StoredPartitions, load_resharded
 from training.checkpoints.publishing import TakenOverError
 from training.config.tree import RunConfig
+from training.engine.deepspeed_internals import base_optimizer
 from training.engine.expert_placement import ExpertPlacement
+from training.engine.interface import Engine
 from training.engine.objective import Objective
 from training.engine.zero_fragments import whole_shapes
-from training.engine.zero_weights import base_optimizer
 
 
 class Checkpointer:
@@ -43,14 +44,14 @@ class Checkpointer:
         run: where to save, and what to keep.
         layout: of this job.
         data_hash: of the data set's manifest.
-        objective: has a small state of its own, equal on all ranks.
-        placement: likewise.
+        objective: its state, which is small and equal on all ranks, is saved.
+        placement: its state is saved, too.
         staging: this job's folder beside the checkpoints (run/lock.py).
     """
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         run: RunConfig,
         layout: Layout,
         data_hash: str,
@@ -65,8 +66,6 @@ class Checkpointer:
         self._write: BackgroundWrite | None = None
         self._taken_over: str | None = None
         self._saved_at = time.monotonic()
-        # DeepSpeed copies two scripts beside the tags that cannot read experts.
-        engine._copy_recovery_script = lambda save_path: None
 
     def is_due_by_clock(self) -> bool:
         """Tell whether `save_every_minutes` have passed; ranks' clocks differ."""
@@ -121,7 +120,7 @@ class Checkpointer:
         return self.finish() if self._write is not None and self._write.is_done() else None
 
     def awaits(self) -> str:
-        """Say what the write that was begun is at; any thread may ask."""
+        """Say what the write in progress is doing; any thread may ask."""
         write = self._write
         return "" if write is None else write.doing
 

@@ -1,4 +1,4 @@
-"""Read the tensors of a weight file that somebody else may have written, running nothing of it."""
+"""Read the tensors of a weight file from anybody, without running code that is in it."""
 
 import pickle
 import re

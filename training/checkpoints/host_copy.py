@@ -1,9 +1,7 @@
-"""What a checkpoint of this rank will hold, copied to host memory while training stands still."""
+"""Copy this rank's part of a checkpoint to host memory; load such a part."""
 
 import copy
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ from training.checkpoints.manifest import CheckpointManifest
 from training.checkpoints.other_layout import ENTRY, describe_partitions, holds_optimizer_state
 from training.checkpoints.resume_point import ResumeError
 from training.checkpoints.unpickling import unpickle
+from training.engine.deepspeed_internals import load_through, save_through
+from training.engine.interface import Engine
 
 FileContents = list[tuple[str, dict[str, Any]]]  # by file name
 
@@ -61,7 +61,7 @@ def _address(tensor: Tensor) -> tuple[int, torch.dtype]:
     return tensor.data_ptr(), tensor.dtype
 
 
-def take_snapshot(engine: Any, tag: str, client_state: dict[str, Any]) -> FileContents:
+def take_snapshot(engine: Engine, tag: str, client_state: dict[str, Any]) -> FileContents:
     """Copy what DeepSpeed would write of this rank. All ranks must call this.
 
     Args:
@@ -69,34 +69,24 @@ def take_snapshot(engine: Any, tag: str, client_state: dict[str, Any]) -> FileCo
         tag: of the checkpoint.
         client_state: what else resuming needs.
     """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
     partitions = describe_partitions(engine, client_state)
     tensors = [*partitions["masters"]]
     for state in partitions["states"]:
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     copies, files = HostCopies(tensors), []
 
-    class SnapshotEngine(TorchCheckpointEngine):
-        def save(self, state_dict: dict[str, Any], path: str) -> None:
-            if holds_optimizer_state(state_dict):
-                # First, so that DeepSpeed's own entries are stored as views of these.
-                state_dict = {ENTRY: partitions} | state_dict
-            files.append((Path(path).name, copies.of(state_dict)))
+    def copy_file(name: str, content: dict[str, Any]) -> None:
+        if holds_optimizer_state(content):
+            # First, so that DeepSpeed's own entries are stored as views of these.
+            content = {ENTRY: partitions} | content
+        files.append((name, copies.of(content)))
 
-        def makedirs(self, path: str, exist_ok: bool = False) -> None:
-            pass
-
-        def preserves_storage_sharing(self) -> bool:
-            return False  # DeepSpeed need not copy parts of larger tensors first: we do
-
-    with _checkpoint_engine(engine, SnapshotEngine()):
-        engine.save_checkpoint("unused", tag=tag, client_state=client_state, save_latest=False)
-    copies.forget_shared()  # the class above keeps this object until garbage is collected
+    save_through(engine, copy_file, tag, client_state)
+    copies.forget_shared()  # what DeepSpeed was given keeps this object until garbage is collected
     return files
 
 
-def load_verified(engine: Any, folder: Path, manifest: CheckpointManifest) -> dict[str, Any]:
+def load_verified(engine: Engine, folder: Path, manifest: CheckpointManifest) -> dict[str, Any]:
     """Let DeepSpeed load a checkpoint of its own layout. All ranks must call this.
 
     Args:
@@ -107,38 +97,12 @@ def load_verified(engine: Any, folder: Path, manifest: CheckpointManifest) -> di
     Returns:
         The client state.
     """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    class VerifiedEngine(TorchCheckpointEngine):
-        def load(self, path: str, map_location: Any = None) -> Any:
-            file = folder / Path(path).name
-            if file.name not in manifest.files:  # it was not compared with a checksum
-                raise ResumeError(
-                    f"{file} is not a file of its checkpoint's manifest; move it elsewhere."
-                )
-            return unpickle(file, map_location)
+    def load(file: Path, map_location: Any) -> Any:
+        if file.name not in manifest.files:  # it was not compared with a checksum
+            raise ResumeError(
+                f"{file} is not a file of its checkpoint's manifest; move it elsewhere."
+            )
+        return unpickle(file, map_location)
 
-    with _checkpoint_engine(engine, VerifiedEngine()), _plain_name(folder.parent) as parent:
-        path, client_state = engine.load_checkpoint(parent, tag=folder.name)
-    assert path is not None, f"DeepSpeed loaded nothing from {folder}"
-    return client_state
-
-
-@contextmanager
-def _plain_name(folder: Path) -> Iterator[str]:
-    """Give a folder a name without brackets for a while: DeepSpeed takes paths for patterns."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _checkpoint_engine(engine: Any, ours: Any) -> Iterator[None]:
-    """Let DeepSpeed's engine read and write checkpoints by another object for a while."""
-    previous, engine.checkpoint_engine = engine.checkpoint_engine, ours
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = previous
+    return load_through(engine, load, folder)

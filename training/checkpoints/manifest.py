@@ -1,10 +1,10 @@
-"""What a complete checkpoint says of itself, and whether a run may continue from it.
+"""Read and write the manifest of a checkpoint, and find the checkpoint that `latest` names.
 
     checkpoints/latest                    the newest complete step, one line
     checkpoints/step-0001000/             DeepSpeed's files
                      ema.safetensors      averaged weights, fp32, experts in global order
-                     ema-NAME.safetensors likewise, of the further averages
-                     weights.safetensors  raw weights, likewise
+                     ema-NAME.safetensors the further averages, in the same form
+                     weights.safetensors  raw weights, in the same form
                      manifest.json        files with sizes and sha256, layout, progress, its own
                                           sha256
 

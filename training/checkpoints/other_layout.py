@@ -17,15 +17,10 @@ from torch import Tensor
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
 from training.checkpoints.unpickling import unpickle
-from training.engine.zero_fragments import (
-    EXPERTS,
-    Fragment,
-    fragments,
-    masters,
-    states,
-    values_per_slot,
-)
-from training.engine.zero_weights import base_optimizer, block_of, renew_weights
+from training.engine.deepspeed_internals import base_optimizer, masters, renew_weights
+from training.engine.interface import Engine
+from training.engine.zero_fragments import EXPERTS, Fragment, fragments, states, values_per_slot
+from training.engine.zero_weights import block_of
 from training.ranks.process_group import RunError
 
 ENTRY = "partitions"  # of the files that hold optimizer state
@@ -38,8 +33,8 @@ class NotReshardableError(RunError):
     exit_code = CONFIG_ERROR_EXIT_CODE
 
 
-class Progress(NamedTuple):
-    """What DeepSpeed's engine counts; its own loading restores the same."""
+class EngineCounters(NamedTuple):
+    """What DeepSpeed's engine counts, as its own way of loading restores it."""
 
     global_steps: int
     global_samples: int
@@ -51,7 +46,7 @@ def holds_optimizer_state(state_dict: dict[str, Any]) -> bool:
     return any(state_dict.get(key) for key in ("optimizer_state_dict", "optimizer"))
 
 
-def describe_partitions(engine: Any, client_state: dict[str, Any]) -> dict[str, Any]:
+def describe_partitions(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any]:
     """Return what a file with optimizer state needs beside DeepSpeed's own entries.
 
     The tensors are those that DeepSpeed writes, so they take no more room in the file.
@@ -60,7 +55,7 @@ def describe_partitions(engine: Any, client_state: dict[str, Any]) -> dict[str, 
         "fragments": [tuple(fragment) for fragment in fragments(engine)],
         "masters": [master.detach() for master in masters(engine)],
         "states": states(engine),
-        "progress": tuple(getattr(engine, name) for name in Progress._fields),
+        "progress": tuple(getattr(engine, name) for name in EngineCounters._fields),
         "client_state": client_state,
     }
 
@@ -86,7 +81,7 @@ class StoredPartitions:
                     "version of this program wrote it; continue on the layout that it names."
                 )
             self.parts.append(stored[ENTRY])
-        self.progress = Progress(*self.parts[0]["progress"])
+        self.counters = EngineCounters(*self.parts[0]["progress"])
         self.client_state: dict[str, Any] = self.parts[0]["client_state"]
         self._found: dict[str, list[tuple[Fragment, int]]] = {}
         for i, part in enumerate(self.parts):
@@ -156,7 +151,7 @@ class StoredPartitions:
 
 @torch.no_grad()
 def load_resharded(
-    engine: Any, stored: StoredPartitions, source_slots: Tensor, target_slots: Tensor
+    engine: Engine, stored: StoredPartitions, source_slots: Tensor, target_slots: Tensor
 ) -> None:
     """Give an engine the weights and optimizer state of a checkpoint. All ranks must call this.
 
@@ -186,7 +181,7 @@ def load_resharded(
                 offset = fragment.offset + here - fragment.start
                 stored.read(name, key, there, numel, flat[offset : offset + numel])
     renew_weights(engine)
-    for field, value in stored.progress._asdict().items():
+    for field, value in stored.counters._asdict().items():
         setattr(engine, field, value)
 
 

@@ -1,7 +1,8 @@
-"""How a complete checkpoint becomes visible, the newest, and one of a few.
+"""Publish a finished checkpoint: move it out of staging, point `latest` at it, delete old ones.
 
-All is moved out of the job's staging folder, or into it (run/lock.py). Where another job has
-removed that folder, moving fails: nothing can be published, replaced or deleted any more.
+Old ones are those that `--keep-last` no longer keeps. Whatever appears or disappears is moved out
+of the job's staging folder (run/lock.py) or into it. Where another job has removed that folder,
+moving fails: nothing can be published, replaced or deleted any more.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""From which checkpoint a run continues: the newest that is whole, the same on all ranks."""
+"""Choose the checkpoint that a run continues from: the newest whole one, agreed by all ranks."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 
-ALLOWED = (
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
+from training.engine.deepspeed_internals import PICKLED_CLASSES
 
 
 def foreign_objects(path: Path) -> str:
@@ -25,7 +20,7 @@ def foreign_objects(path: Path) -> str:
         ValueError: it is no file of torch's.
     """
     found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return ", ".join(sorted(set(found) - set(ALLOWED)))
+    return ", ".join(sorted(set(found) - set(PICKLED_CLASSES)))
 
 
 def unpickle(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
@@ -36,8 +31,7 @@ def unpickle(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
         map_location: as of torch.load.
         mmap: read tensors when they are used.
     """
-    classes = [
-        getattr(import_module(m), name) for m, _, name in (a.rpartition(".") for a in ALLOWED)
-    ]
+    paths = (path.rpartition(".") for path in PICKLED_CLASSES)
+    classes = [getattr(import_module(module), name) for module, _, name in paths]
     with torch.serialization.safe_globals(classes):
         return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)

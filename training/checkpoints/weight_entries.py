@@ -2,7 +2,7 @@
 
 A file holds dictionaries of tensors, nested under entries that every trainer calls otherwise
 ("ema", "model_state_dict", "state_dict/ema_model"), and wrappers put prefixes before the names.
-None of them is known by a list here: a model is where the names of its blocks are.
+No list of them is kept here: a model is where the names of its blocks are.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""Files of consolidated weights: written whole or not at all, found by what they hold.
+"""Write and read files of consolidated weights: fp32, experts in global order, in safetensors.
 
-Averages are called by their profile, as in `checkpoints/step-0001000/ema-std0.050.safetensors`.
+training/run/weights.py finds the file that a command asks for.
 """
 
 import os
@@ -15,21 +15,10 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from models.switch_dit import SwitchDiT
-from training.checkpoints.manifest import (
-    CHECKPOINT_DIR,
-    MANIFEST_FILE,
-    RAW_FILE,
-    latest_checkpoint,
-    read_manifest,
-    verify_file,
-)
-from training.config.option import did_you_mean
+from training.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from training.config.tree import Config
 from training.config.validation import lacks_compiler
-from training.engine.average_profiles import profiles_of
 from training.engine.build import build_model
-from training.monitoring.run_history import last_saved_step
-from training.run.directory import checkpoints_are_gone
 
 
 class NonFiniteWeightsError(ValueError):
@@ -65,42 +54,6 @@ def write_weights(
         raise
 
 
-def find_weights(
-    run_dir: Path,
-    config: Config,
-    *,
-    checkpoint: str | None = None,
-    ema: str | None = None,
-    is_raw: bool = False,
-    file: Path | None = None,
-) -> Path:
-    """Locate the weights of a run that a command asks for, and check that they are whole.
-
-    Args:
-        run_dir: the run.
-        config: the run's configuration.
-        checkpoint: --checkpoint, such as step-0001000; None = the latest.
-        ema: --ema, the name of an average's profile; None = the first.
-        is_raw: --raw, the weights that are trained.
-        file: --weights, any file of this model instead of a checkpoint's.
-    """
-    given = [
-        flag
-        for flag, value in (("--ema", ema), ("--raw", is_raw or None), ("--weights", file))
-        if value is not None
-    ]
-    if len(given) > 1:
-        raise ConfigError(f"{given[0]} and {given[1]} both choose the weights; give one of them.")
-    if file is not None:
-        if checkpoint is not None:
-            raise ConfigError("--weights and --checkpoint both choose the weights; give one.")
-        check_weights(file, config)
-        return file
-    path = find_checkpoint(run_dir, checkpoint) / _file_of(config, ema, is_raw)
-    verify_file(read_manifest(path.parent), path)
-    return path
-
-
 def load_model(config: Config, path: Path, device: torch.device) -> SwitchDiT:
     """Build a run's network with the weights of a file, ready to sample from."""
     if lacks_compiler(config, device):  # trained elsewhere; compiling only saves time
@@ -124,37 +77,6 @@ def recorded_sha256(path: Path) -> str | None:
         return None
     record = read_manifest(path.parent).files.get(path.name)
     return None if record is None else record.sha256
-
-
-def _file_of(config: Config, ema: str | None, is_raw: bool) -> str:
-    if is_raw:
-        return RAW_FILE
-    keys = {profile.name: key for key, profile in profiles_of(config.optim).items()}
-    if ema is not None and ema not in keys:
-        raise ConfigError(f"--ema: the run has no average '{ema}'{did_you_mean(ema, keys)}")
-    return average_file(next(iter(keys.values())) if ema is None else keys[ema])
-
-
-def find_checkpoint(run_dir: Path, tag: str | None) -> Path:
-    """Locate a checkpoint by its name; None = the latest."""
-    if tag is None:
-        folder = latest_checkpoint(run_dir)
-        if folder is None:
-            raise ConfigError(_say_no_checkpoint(run_dir))
-        return folder
-    folders = {path.name: path for path in sorted((run_dir / CHECKPOINT_DIR).glob("step-*"))}
-    if not folders:
-        raise ConfigError(_say_no_checkpoint(run_dir))
-    if tag not in folders:  # not a path either, such as ".."
-        raise ConfigError(f"--checkpoint: no '{tag}'{did_you_mean(tag, folders)}")
-    return folders[tag]
-
-
-def _say_no_checkpoint(run_dir: Path) -> str:
-    step = last_saved_step(run_dir)
-    if step is None:
-        return f"{run_dir} has no checkpoint yet; train first."
-    return f"{run_dir}: {checkpoints_are_gone(step)}."
 
 
 def check_weights(path: Path, config: Config) -> None:

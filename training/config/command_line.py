@@ -16,9 +16,10 @@ from training.config.location import (
     run_dir_of,
 )
 from training.config.old_flags import OF_TRAINING
-from training.config.option import EXPECTED, Option, check_value, did_you_mean
+from training.config.option import EXPECTED, Option, check_value
 from training.config.preset import load_preset
 from training.config.tree import SECTIONS, Config, config_from_dict, options
+from training.config.wording import did_you_mean
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DEEPSPEED = Path("ds_configs/zero2.json")

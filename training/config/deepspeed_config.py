@@ -16,9 +16,9 @@ import pydantic
 
 from data_tools.errors import ConfigError
 from data_tools.user_files.user_text import TextError, read_text
-from training.config.option import did_you_mean, shown
 from training.config.precision import PRECISION_BLOCKS, Hardware, detect_hardware
 from training.config.tree import Config
+from training.config.wording import did_you_mean, shown
 
 MAX_STAGE = 3
 AUTO = "auto"
@@ -60,8 +60,8 @@ REFUSED_KEYS = {
 }
 
 
-# Where these are on, weights or optimizer state lie where engine/average_profiles.py does not look
-# for the average.
+# Where these are on, weights or optimizer state lie where engine/deepspeed_internals.py does not
+# look for them.
 UNSUPPORTED_ZERO_KEYS = (
     "zenflow",
     "super_offload",

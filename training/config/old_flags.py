@@ -63,3 +63,8 @@ OF_DRAWING = {
     "--sample-dir": "--output",
     "--global-seed": "--seed",
 }
+# What --format of training/export.py named once.
+OLD_FORMATS = {
+    "dit": "is no longer written: away from its number of steps, diffusers' DiTPipeline drew wrong "
+    "images without any error; use --format diffusers",
+}

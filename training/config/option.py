@@ -1,16 +1,15 @@
 """One key of the configuration: how it is declared, and what its values must be."""
 
 import dataclasses
-import difflib
 import math
 import operator
 import re
-import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import MISSING, field
 from typing import Any, NamedTuple
 
 from data_tools.errors import ConfigError
+from training.config.wording import did_you_mean, shown
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -54,38 +53,6 @@ class Option(NamedTuple):
     def flag(self) -> str:
         """The leaf's command-line spelling."""
         return "--" + self.name.replace("_", "-")
-
-
-def did_you_mean(wrong: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """Return "; did you mean 'x'?" for the closest known word.
-
-    Args:
-        wrong: what was given.
-        known: the words to choose from.
-        otherwise: returned when no word is close; None = a list of all words.
-    """
-    known = list(known)
-    lower = {word.lower(): word for word in known}
-    close = difflib.get_close_matches(wrong.lower(), lower, n=1)
-    if close:
-        return f"; did you mean '{lower[close[0]]}'?"
-    return f"; choose one of: {', '.join(known)}." if otherwise is None else otherwise
-
-
-def shown(value: Any) -> str:
-    """Show a value of any size in one short line.
-
-    A few lines of YAML hold lists of lists that take more than a machine's memory to write out.
-    """
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 80
-    return " ".join(short.repr(value).split())
-
-
-def either(words: Iterable[str]) -> str:
-    """Write "a", "a or b", "a, b or c"."""
-    *first, last = words
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 def check_value(leaf: Option, value: Any, where: str) -> Any:

@@ -11,8 +11,8 @@ from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
 from data_tools.user_files.user_text import read_text
 from training.config.location import PRESET_FOLDER, preset_file
-from training.config.option import did_you_mean
 from training.config.tree import CONFIG, Config, config_from_dict
+from training.config.wording import did_you_mean
 
 # A key that had another name in an older version, with what its value has become.
 _RENAMED = {("optim", "ema_decay"): ("ema_decays", lambda decay: [decay])}

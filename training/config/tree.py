@@ -25,8 +25,9 @@ from models.sampler import SAMPLING_METHODS
 from models.schedule import NOISE_SCHEDULES
 from models.switch_dit import MODEL_NAMES, MODEL_SIZES
 from models.timestep_sampling import DENSITIES
-from training.config.option import Option, check_value, did_you_mean, option, shown
+from training.config.option import Option, check_value, option
 from training.config.sections import DataConfig
+from training.config.wording import did_you_mean, shown
 
 
 @dataclass(frozen=True, kw_only=True)

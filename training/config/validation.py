@@ -21,8 +21,8 @@ from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config.deepspeed_config import plan_batch
 from training.config.expert_parallel_checks import check_expert_parallelism
-from training.config.option import either
 from training.config.tree import Config
+from training.config.wording import either
 
 
 class Dataset(Protocol):

@@ -1,4 +1,4 @@
-"""Averages of any width, after training, as sums of stored ones (EDM2, arXiv 2312.02696).
+"""Fit averages of any width, after training, as sums of stored ones (EDM2, arXiv 2312.02696).
 
 A power-function average of the weights up to time t weighs them by the profile
 

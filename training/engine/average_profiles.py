@@ -1,12 +1,9 @@
-"""Averages of the weights, kept as optimizer state: their profiles, and the optimizer.
+"""Profiles of the averages of the weights: how much each past step counts.
 
-A profile says how much each past step counts. An average lives beside Adam's moments, one fp32
-value per fp32 master weight, so ZeRO shards, saves and restores it like any other optimizer state,
-experts included.
+P parameters.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -100,48 +97,3 @@ def profiles_of(optim: OptimConfig) -> dict[str, Profile]:
         EMA_KEY if i == 0 else f"{EMA_KEY}-{profile.name}": profile
         for i, profile in enumerate(profiles)
     }
-
-
-class EMAAdamW(torch.optim.AdamW):
-    """AdamW whose state also holds averages of each parameter.
-
-    The average of no steps is the start itself: before its first step a parameter has no state.
-
-    Args:
-        params: parameters or groups, as for AdamW.
-        profiles: from `profiles_of`: how to average, by the key of the state.
-        kwargs: AdamW's.
-    """
-
-    def __init__(self, params: Any, *, profiles: dict[str, Profile], **kwargs: Any) -> None:
-        super().__init__(params, **kwargs)
-        assert profiles, "at least one average"
-        self.profiles = dict(profiles)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Update the parameters, then their averages.
-
-        ZeRO calls this once per parameter group, so the weight of the new parameters is computed
-        from their own step counts and never from a counter of calls.
-        """
-        assert closure is None, "DeepSpeed passes no closure"
-        touched = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not touched:
-            return
-        # Adam initialises only an empty state, so the first averages are kept aside until it has.
-        first = {
-            p: {key: p.detach().clone() for key in self.profiles}
-            for p in touched
-            if EMA_KEY not in self.state[p]
-        }
-        super().step()
-        for p, averages in first.items():
-            self.state[p].update(averages)
-        steps = torch.stack([self.state[p]["step"] for p in touched]).double()
-        for key, profile in self.profiles.items():
-            weight = profile.new_weight(steps)
-            if isinstance(weight, Tensor):
-                # Fused Adam counts steps on the device: reading them would wait for it.
-                weight = weight.tolist() if weight.is_cpu else weight.to(touched[0]).unbind()
-            torch._foreach_lerp_([self.state[p][key] for p in touched], touched, weight)

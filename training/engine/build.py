@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: model, optimizer groups, ZeRO, learning rate."""
+"""Build the DeepSpeed engine of a run: model, optimizer groups, ZeRO; set its learning rate."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,13 +9,18 @@ from models.switch_dit import SwitchDiT
 from training.config.deepspeed_config import MAX_STAGE, stage_of
 from training.config.network import network_options
 from training.config.tree import Config, OptimConfig
-from training.engine.average_profiles import EMAAdamW, profiles_of
-from training.engine.non_finite import AgreeingEMAAdamW
+from training.engine.average_profiles import profiles_of
+from training.engine.deepspeed_internals import (
+    base_optimizer,
+    import_muon_uncompiled,
+)
+from training.engine.interface import Engine
+from training.engine.optimizer import AgreeingEMAAdamW, EMAAdamW
 from training.engine.zero_weights import set_full_value
 
 DENSE_GROUP = "dense"
 
-# Gives a model's parameters, or some of them, the values to start with, this rank's share of each.
+# Lists a model's parameters, or some of them, each with this rank's share of its first value.
 InitialValues = Callable[[torch.nn.Module], Iterable[tuple[torch.nn.Parameter, torch.Tensor]]]
 
 
@@ -42,14 +47,14 @@ def build_engine(
     config: Config,
     deepspeed_config: dict[str, Any],
     initial_values: InitialValues | None = None,
-) -> Any:
+) -> Engine:
     """Wrap the model for training. All ranks must call this, after the process group exists.
 
     Args:
         config: the run's configuration.
         deepspeed_config: the resolved DeepSpeed JSON; it names no optimizer, because the averages
             of the weights are state of ours.
-        initial_values: what replaces the fresh initialisation.
+        initial_values: list the parameters that do not start freshly initialised.
     """
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -90,22 +95,6 @@ def build_engine(
     return engine
 
 
-def import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon, which it wants to know of and we never use, without Inductor.
-
-    Muon compiles functions when it is imported. That imports the whole compiler: seconds at the
-    start of every process.
-    """
-    from deepspeed.runtime import compiler
-
-    compile_as_usual = compiler.compile
-    compiler.compile = lambda *_args, **_kwargs: lambda function: function
-    try:
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    finally:
-        compiler.compile = compile_as_usual
-
-
 def learning_rate(optim: OptimConfig, step: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then constant.
 
@@ -116,7 +105,7 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
     return optim.lr
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
+def set_learning_rate(engine: Engine, lr: float) -> None:
     """Set the rate of all parameter groups for the next step."""
-    for group in engine.optimizer.param_groups:
+    for group in base_optimizer(engine).param_groups:
         group["lr"] = lr

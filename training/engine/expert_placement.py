@@ -1,9 +1,8 @@
-"""Where a run's experts sit (models/placement.py): placed at the start, moved when asked for.
+"""Place a run's experts on ranks (models/placement.py), at the start and when asked again.
 
 A new engine has expert e in slot e. Moving experts moves all that belongs to them, weights, Adam's
 moments and averages, bit for bit, so nothing that is computed changes. The map of slots is part of
-a checkpoint: DeepSpeed's files there go by slots, ours (training/engine/zero_weights.py) by
-experts.
+a checkpoint: there DeepSpeed's files are in the order of slots, ours in the order of experts.
 
 L blocks, E experts, S diffusion timesteps, R ranks of an expert-parallel group.
 """
@@ -18,16 +17,14 @@ from models.layers import TimestepEmbedder
 from models.placement import chosen_experts, place, rank_loads, worst_over_mean
 from models.switch_dit import MODEL_SIZES
 from training.config.tree import Config
-from training.engine.objective import Objective
-from training.engine.zero_weights import (
+from training.engine.deepspeed_internals import (
     base_optimizer,
-    block_of,
-    full_value,
-    gathered_slots,
-    link_states,
+    expert_group,
     renew_weights,
-    set_full_value,
 )
+from training.engine.interface import Engine
+from training.engine.objective import Objective
+from training.engine.zero_weights import block_of, full_value, gathered_slots, set_full_value
 
 NEW_ENGINE = "contiguous"  # how a new engine has placed its experts
 
@@ -41,7 +38,7 @@ class ExpertPlacement:
         objective: deals timesteps by the placement.
     """
 
-    def __init__(self, config: Config, engine: Any, objective: Objective) -> None:
+    def __init__(self, config: Config, engine: Engine, objective: Objective) -> None:
         self.config, self.engine, self.objective = config, engine, objective
         self.num_ranks = config.run.expert_parallel_size
         self._kind = NEW_ENGINE
@@ -96,7 +93,7 @@ class ExpertPlacement:
         return report
 
 
-def gate_table(engine: Any, config: Config) -> Tensor:
+def gate_table(engine: Engine, config: Config) -> Tensor:
     """Compute the gates of all timesteps, (L, S, E), on the host. All ranks must call this.
 
     From the fp32 masters and outside of the engine's module, so it is a function of what a
@@ -108,7 +105,6 @@ def gate_table(engine: Any, config: Config) -> Tensor:
             "t_embedder": TimestepEmbedder(hidden_size),
             "gate": TimestepGate(depth, hidden_size, config.model.num_experts),
         }
-    link_states(engine)
     values: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
     for name, param in engine.module.named_parameters():
         part, _, rest = name.partition(".")
@@ -121,7 +117,7 @@ def gate_table(engine: Any, config: Config) -> Tensor:
         return parts["gate"](parts["t_embedder"](t))
 
 
-def move_experts(engine: Any, slot_of_expert: Tensor) -> None:
+def move_experts(engine: Engine, slot_of_expert: Tensor) -> None:
     """Move experts, with all their optimizer state, to other slots. All ranks must call this.
 
     Between steps only: gradients do not move. One parameter of one block at a time is gathered.
@@ -130,23 +126,19 @@ def move_experts(engine: Any, slot_of_expert: Tensor) -> None:
         engine: the DeepSpeed engine; its module's slots are replaced.
         slot_of_expert: (L, E), equal on all ranks.
     """
-    from deepspeed.moe.utils import is_moe_param
-    from deepspeed.utils import groups
-
-    link_states(engine)
     slots = engine.module.gate.slots
     source = slots.gather(1, slot_of_expert.argsort(1))  # (L, E) where each slot's expert was
     is_moved = (source != torch.arange(source.shape[1], device=source.device)).any(1).tolist()
     states = base_optimizer(engine).state.values()
     keys = sorted({key for state in states for key in state if key != "step"})  # equal on all ranks
     for name, param in engine.module.named_parameters():
-        if not (is_moe_param(param) and is_moved[block_of(name)]):
+        group = expert_group(param)
+        if group is None or not is_moved[block_of(name)]:
             continue
-        group_rank = groups._get_expert_parallel_rank(param.group_name)
         for key in (None, *keys):
             value = full_value(engine, param, key)
             E_local = len(value)
-            mine = source[block_of(name)][group_rank * E_local :][:E_local]
+            mine = source[block_of(name)][group.rank() * E_local :][:E_local]
             set_full_value(engine, param, key, gathered_slots(value, param)[mine])
     renew_weights(engine)
     slots.copy_(slot_of_expert)

@@ -1,4 +1,4 @@
-"""Steps that must not count: losses and gradients that are not finite, and losses that jump."""
+"""Find losses and gradients that are not finite, and losses that jump."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,33 +7,11 @@ import torch
 from torch import Tensor
 
 from models.diffusion import LossTerms
-from training.engine.average_profiles import EMAAdamW
 from training.engine.objective import SampleLosses
 
 MAX_TIMESTEPS_SHOWN = 8
 SPIKE_MEMORY_STEPS = 100  # time constant of the recent mean and variance
 SPIKE_WARMUP_STEPS = 50  # with fewer losses seen, their spread is not known
-
-
-class AgreeingEMAAdamW(EMAAdamW):
-    """EMAAdamW for ZeRO 0: leaves an update out on all ranks if a gradient on one is not finite.
-
-    ZeRO 1 to 3 do so themselves. `overflow` is what DeepSpeed's engine reads to count skipped
-    steps.
-    """
-
-    overflow = False
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Update, or not. All ranks must call this."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        norms = torch._foreach_norm([p.grad for p in params if p.grad is not None])
-        is_bad = (~torch.isfinite(torch.stack(norms))).any().to(torch.int32)
-        torch.distributed.all_reduce(is_bad, op=torch.distributed.ReduceOp.MAX)
-        self.overflow = bool(is_bad.item())
-        if not self.overflow:
-            super().step(closure)
 
 
 def poison_non_finite(loss: Tensor) -> Tensor:
@@ -46,7 +24,7 @@ def poison_non_finite(loss: Tensor) -> Tensor:
 
 
 class MicroStepRecord(NamedTuple):
-    """What is needed to say why a step was left out; on the device."""
+    """Losses and timesteps of one micro-step, on the device, to say why its step was left out."""
 
     terms: LossTerms
     samples: SampleLosses
@@ -78,18 +56,6 @@ def describe_non_finite(records: list[MicroStepRecord]) -> str:
     # Gradients are averaged before anybody looks at them, so the rank is not known any more.
     trained = [f"rank {rank}{_at_timesteps(t)}" for rank, (_, t) in enumerate(everyone)]
     return "a gradient is not finite although every loss is; " + ", ".join(trained)
-
-
-def drop_skipped_gradients(engine: Any) -> None:
-    """Forget the gradients of a step that ZeRO left out.
-
-    With an offloaded optimizer in bf16, ZeRO 2 of DeepSpeed 0.19.8 keeps them after such a step and
-    adds the next ones to them, so that no later step is finite either.
-    """
-    partitions = getattr(engine.optimizer, "averaged_gradients", None)
-    if partitions and hasattr(engine.optimizer, "accumulated_grads_in_cpu"):
-        for group in partitions:
-            partitions[group] = None
 
 
 def _at_timesteps(timesteps: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""What one micro-step computes: from stored latents to the loss terms.
+"""Compute the loss terms of one micro-step from stored latents.
 
 Everything random about a sample (posterior noise, timestep, noise, label drop) is a function of
 (seed, stream position), so a batch is the same whatever the number of ranks, and every rank knows
@@ -18,10 +18,11 @@ from models.dealing import deal, served_at_home
 from models.diffusion import Diffusion, LossTerms
 from models.latents import final_latents, frozen_latents
 from models.loss_weights import loss_weight_table, uncertainty_weighted
-from models.prior import diffusion_prior, match_units, prior_loss
+from models.prior import diffusion_prior, prior_loss
 from models.randomness import Stream, normal, uniform
 from models.switch_dit import MODEL_SIZES, SwitchDiTOutput
 from models.timestep_sampling import TimestepSampling
+from models.unit_matching import match_units
 from training.config.tree import Config
 
 
@@ -122,8 +123,8 @@ class Objective:
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the step: plain values, equal on all ranks.
 
-        The matching of a step in between two matchings cannot be found again from its gates, nor
-        the gates by which the next timesteps are dealt.
+        Between two matchings, the last one cannot be computed again from the present gates; nor
+        can the table by which the next timesteps are dealt.
         """
         state: dict[str, Any] = {}
         if self._assignment is not None and self.config.diffusion.prior_matching_every > 1:
@@ -144,9 +145,9 @@ class Objective:
             self._at_home = torch.tensor(state["served_at_home"])
 
     def use_slots(self, slot_of_expert: Tensor) -> None:
-        """Take note of where experts sit, (L, E) on the host; what is known for dealing is of old.
+        """Remember where experts sit, (L, E) on the host, and forget how timesteps were dealt.
 
-        Until gates are matched the next time, timesteps stay where they are drawn.
+        Until gates are matched again, every rank keeps the timesteps that it draws.
         """
         self._slots, self._at_home = slot_of_expert, None
 
@@ -177,7 +178,8 @@ class Objective:
     def _timesteps(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Draw this rank's timesteps, and its group's, from positions on the device.
 
-        To be dealt they are drawn on the host, where positions come from: nothing is waited for.
+        Those that will be dealt are drawn on the host, where positions come from, so that nothing
+        waits for the device.
         """
         seed, group_size = self.config.run.seed, self.config.run.expert_parallel_size
         if group_size == 1:

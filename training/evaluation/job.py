@@ -12,7 +12,6 @@ from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.vae.autoencoder import Vae, load_decoder
 from training.checkpoints.manifest import MANIFEST_FILE, read_manifest
-from training.checkpoints.weight_files import find_weights
 from training.config.tree import Config
 from training.evaluation.card import weights_sha256
 from training.evaluation.drawing import DrawSettings, check_folder
@@ -21,6 +20,7 @@ from training.evaluation.held_out_loss import HeldOut, open_held_out
 from training.evaluation.scores import Reference, check_count
 from training.ranks.process_group import Ranks
 from training.run.directory import load_config, load_manifest
+from training.run.weights import find_weights
 from training.sampling.flags import DEFAULT_STEPS, WeakerRun, find_weaker_run, sampler_settings
 from training.sampling.latents import SamplerSettings
 

@@ -64,9 +64,6 @@ def _model_facts(job: ExportJob) -> dict[str, Any]:
     if model.routing == "switch":
         experts = f"{model.num_experts} {model.expert_kind} per block, {model.top_k} per timestep"
     parameters = sum(value.numel() for value in job.load_weights().values())
-    variance = diffusion.learned_variance
-    if variance is None:
-        variance = diffusion.objective == "epsilon"
     is_flow = diffusion.objective == "flow"
     schedule = "" if is_flow else f", {diffusion.noise_schedule} noise schedule"
     return {
@@ -74,7 +71,8 @@ def _model_facts(job: ExportJob) -> dict[str, Any]:
         "experts": experts,
         "classes": model.num_classes or "none (unconditional)",
         "latents": " x ".join(map(str, model.latent_shape)),
-        "objective": diffusion.objective + (", learned variance" if variance else ""),
+        "objective": diffusion.objective
+        + (", learned variance" if job.options.learned_variance else ""),
         "process": f"{diffusion.num_timesteps} timesteps{schedule}",
         "VAE": _vae_fact(job),
     }

@@ -1,8 +1,7 @@
 """What is exported, checked: which weights of which run, and how the result draws images."""
 
 import argparse
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from data_tools.errors import ConfigError
 from data_tools.formats import Format
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.vae.autoencoder import Vae, load_decoder
+from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
@@ -22,11 +22,11 @@ from training.checkpoints.manifest import (
     read_manifest,
     sha256_of,
 )
-from training.checkpoints.weight_files import find_weights
+from training.config.network import network_options
 from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
-from training.engine.build import build_model
 from training.run.directory import load_config, load_manifest
+from training.run.weights import find_weights
 from training.sampling.flags import sampler_settings
 from training.sampling.latents import SamplerSettings, can_guide_without_classifier
 
@@ -86,7 +86,9 @@ class ExportJob:
         """How the result guides unless told otherwise."""
         guidance = self.settings.guidance
         return {
-            "is_possible": can_guide_without_classifier(self.config),
+            "is_possible": can_guide_without_classifier(
+                self.config.model.num_classes, self.config.data.class_dropout_prob
+            ),
             "scale": guidance.scale,
             "num_channels": guidance.num_channels,
             "interval": self.guidance_interval,
@@ -96,17 +98,17 @@ class ExportJob:
         """Read the weights, fp32, experts stacked."""
         return load_file(self.weights)
 
+    @property
+    def options(self) -> NetworkOptions:
+        """What the network is built from, less what changes nothing but its training's cost."""
+        options = network_options(self.config)
+        return replace(options, compile_blocks=False, activation_checkpointing=False)
+
     def load_model(self) -> SwitchDiT:
         """Build the network with these weights."""
-        model = build_model(plain(self.config))
+        model = SwitchDiT(self.options)
         model.load_state_dict(self.load_weights())
         return model.eval()
-
-
-def plain(config: Config) -> Config:
-    """Return a configuration whose model computes the same without what only helps training."""
-    model = dataclasses.replace(config.model, compile_blocks=False, activation_checkpointing=False)
-    return dataclasses.replace(config, model=model)
 
 
 def check_job(args: argparse.Namespace, has_vae: bool) -> ExportJob:

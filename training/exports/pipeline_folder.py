@@ -15,16 +15,15 @@ from data_tools.vae.vae_files import REPOSITORY
 from models.merged import merge_experts
 from models.sampler import visited_timesteps
 from training.checkpoints.weight_files import write_weights
-from training.config.network import network_options
 from training.engine.objective import build_diffusion
-from training.exports.bundle import bundle, file_name
-from training.exports.hub_code.merged_transformer import MergedDiTTransformer2DModel
+from training.exports.code_files import write_code
 from training.exports.hub_code.transformer import SwitchDiTTransformer2DModel
-from training.exports.job import EXPORT, ExportJob, plain
+from training.exports.job import EXPORT, ExportJob
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model_index.json"
+NETWORK_CLASS = SwitchDiTTransformer2DModel.__name__
 _LOADING = """\
     from diffusers import DiffusionPipeline
 
@@ -42,7 +41,7 @@ loads in the same way.
 def write_safetensors(job: ExportJob, folder: Path) -> str:
     """Write the weights as they are, and what they belong to."""
     described = {
-        "model": asdict(network_options(plain(job.config))),
+        "model": asdict(job.options),
         "diffusion": describe_process(job),
         "latents": describe_latents(job),
         "id2label": job.id2label,
@@ -61,13 +60,13 @@ process, and how latents are scaled. The file can be given to `training/sample.p
 
 def write_pipeline(job: ExportJob, folder: Path) -> str:
     """Write a pipeline folder with the network as it was trained."""
-    options = asdict(network_options(job.config).for_prediction())
+    options = asdict(job.options.for_prediction())
     with torch.device("meta"):  # its weights are replaced, not copied
         transformer = SwitchDiTTransformer2DModel(options=options)
     weights = {f"network.{name}": value for name, value in job.load_weights().items()}
     kept = transformer.state_dict().keys()
     transformer.load_state_dict({name: weights[name] for name in kept}, assign=True)
-    return _write_folder(job, folder, transformer, "transformer", "switch_dit")
+    return _write_folder(job, folder, transformer)
 
 
 def check_merged(job: ExportJob) -> None:
@@ -90,12 +89,12 @@ def write_merged_pipeline(job: ExportJob, folder: Path) -> str:
     timesteps = visited_timesteps(diffusion, settings.num_steps, settings.method, settings.shift)
     merged = merge_experts(job.load_model(), timesteps)
     with torch.device("meta"):
-        transformer = MergedDiTTransformer2DModel(
+        transformer = SwitchDiTTransformer2DModel(
             timesteps=timesteps, options=asdict(merged.options)
         )
     weights = {f"network.{name}": value for name, value in merged.state_dict().items()}
     transformer.load_state_dict(weights, assign=True)
-    usage = _write_folder(job, folder, transformer, "merged_transformer", "merged_dit")
+    usage = _write_folder(job, folder, transformer)
     millions = merged.merged_weight.numel() / 1e6
     return f"""{usage}
 The experts are merged, exactly, to one affine map per block for each of the {len(timesteps)}
@@ -105,10 +104,10 @@ refused. The merged maps are {millions:,.1f} million parameters.
 """
 
 
-def _write_folder(job: ExportJob, folder: Path, transformer: Any, module: str, stem: str) -> str:
-    """Write the parts of a pipeline, its index and its code."""
+def _write_folder(job: ExportJob, folder: Path, transformer: SwitchDiTTransformer2DModel) -> str:
+    """Write the parts of a pipeline, its index and its code; return how it is used."""
     transformer.save_pretrained(folder / "transformer")
-    write_vae(job, folder)
+    _write_vae(job, folder)
     settings = job.settings
     process = describe_process(job) | {
         "sampler": settings.method,
@@ -125,37 +124,20 @@ def _write_folder(job: ExportJob, folder: Path, transformer: Any, module: str, s
     } | process
     (scheduler / "scheduler_config.json").write_text(as_json(process), encoding="utf-8")
     index = {
-        "_class_name": [
-            _write_code(folder, "pipeline", "switch_dit_pipeline"),
-            "SwitchDiTPipeline",
-        ],
+        "_class_name": [write_code(folder, "switch_dit_pipeline"), "SwitchDiTPipeline"],
         "_diffusers_version": diffusers.__version__,
         "id2label": job.id2label,
         "guidance": job.default_guidance,
-        "transformer": [
-            _write_code(folder / "transformer", module, stem),
-            type(transformer).__name__,
-        ],
+        "transformer": [write_code(folder / "transformer", "switch_dit"), NETWORK_CLASS],
         "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": [
-            _write_code(scheduler, "scheduler", "switch_dit_scheduler"),
-            "SwitchDiTScheduler",
-        ],
+        "scheduler": [write_code(scheduler, "switch_dit_scheduler"), "SwitchDiTScheduler"],
     }
     (folder / INDEX_FILE).write_text(as_json(index), encoding="utf-8")
     label = "class_labels=[0, 0]" if job.id2label is None else f"[{job.id2label['0']!r}]"
     return _LOADING.format(labels=label)
 
 
-def _write_code(folder: Path, module: str, stem: str) -> str:
-    """Write a self-contained file and return its name as a module."""
-    text = bundle(f"training.exports.hub_code.{module}")
-    name = file_name(stem, text)
-    (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    return name
-
-
-def write_vae(job: ExportJob, folder: Path) -> None:
+def _write_vae(job: ExportJob, folder: Path) -> None:
     """Write a copy of the VAE in float32, with the card that came with it."""
     # Its weights lie channels-last in memory, which safetensors refuses.
     torch.nn.Module.to(job.vae.model, memory_format=torch.contiguous_format)

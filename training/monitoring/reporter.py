@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from training.config.network import network_options
 from training.config.tree import Config
 from training.cost.gpu_peaks import peak_tflops
 from training.engine.build import learning_rate
+from training.engine.interface import Engine
 from training.engine.non_finite import SpikeDetector
 from training.monitoring.dashboard import dashboard
 from training.monitoring.event_files import Monitor
@@ -55,7 +56,7 @@ class Reporter:
     def __init__(
         self,
         config: Config,
-        engine: Any,
+        engine: Engine,
         sums: MetricSums,
         loads: LoadHistory,
         history: RunHistory,

@@ -1,7 +1,6 @@
 """The grid of samples that a running training draws from its averaged weights."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -10,6 +9,7 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance
 from models.sampler import methods_for
 from training.config.tree import Config
+from training.engine.interface import Engine
 from training.engine.zero_weights import ema_weights
 from training.monitoring.event_files import Monitor
 from training.monitoring.expert_pictures import save_png
@@ -28,7 +28,10 @@ SAMPLE_SEED = 0  # the same images are drawn every time, so that progress can be
 def grid_settings(config: Config) -> SamplerSettings:
     """Say how a run's grids are drawn; without guidance where there is nothing to guide by."""
     run, diffusion = config.run, config.diffusion
-    scale = run.sample_cfg_scale if can_guide_without_classifier(config) else 1.0
+    can_guide = can_guide_without_classifier(
+        config.model.num_classes, config.data.class_dropout_prob
+    )
+    scale = run.sample_cfg_scale if can_guide else 1.0
     return SamplerSettings(
         run.sample_method or methods_for(diffusion.objective)[0],
         run.sample_steps,
@@ -47,7 +50,7 @@ class SampleGrid:
     def __init__(
         self,
         config: Config,
-        engine: Any,
+        engine: Engine,
         diffusion: Diffusion,
         ranks: Ranks,
         device: torch.device,

@@ -14,9 +14,9 @@ from training.playground.playground import (
     MAX_IMAGES,
     MAX_SCALE,
     RAW,
+    DrawingRequest,
     DrawingStoppedError,
     Playground,
-    Wish,
 )
 from training.sampling.flags import DEFAULT_SCALE, DEFAULT_STEPS
 from training.sampling.latents import can_guide_without_classifier
@@ -77,14 +77,16 @@ def build_page(playground: Playground, folder: Path) -> gr.Blocks:
 
 
 def _drawing_fields(playground: Playground) -> dict[str, gr.components.Component]:
-    """Add the fields that say what to draw, by the names of a `Wish`."""
+    """Add the fields that say what to draw, by the names of a `DrawingRequest`."""
     config = playground.config
     found = {}
     if classes := playground.classes():
         found["class_index"] = gr.Dropdown(classes, value=0, label="Class", elem_id="class")
-    if can_guide_without_classifier(config):
+    if can_guide_without_classifier(config.model.num_classes, config.data.class_dropout_prob):
         found["cfg_scale"] = gr.Slider(
-            *(0, MAX_SCALE, DEFAULT_SCALE),
+            minimum=0,
+            maximum=MAX_SCALE,
+            value=DEFAULT_SCALE,
             step=0.1,
             label="Guidance (cfg)",
             info="1 = none",
@@ -109,7 +111,7 @@ def _drawing_fields(playground: Playground) -> dict[str, gr.components.Component
 
 
 def _source_fields(playground: Playground) -> dict[str, gr.components.Component]:
-    """Add the fields that choose the weights, by the names of a `Wish`."""
+    """Add the fields that choose the weights, by the names of a `DrawingRequest`."""
     first, *others = playground.averages()
     weights = [
         (f"average {first}", ""),
@@ -132,24 +134,24 @@ def _drawer(playground: Playground, folder: Path, names: list[str]) -> object:
 
     def draw(*values: object, progress: gr.Progress = gr.Progress()) -> list[str]:  # noqa: B008
         asked = dict(zip(names, values, strict=True))
-        wish = Wish(**{"class_index": 0, "cfg_scale": 1.0} | asked)
+        request = DrawingRequest(**{"class_index": 0, "cfg_scale": 1.0} | asked)
         try:
             pictures = playground.draw(
-                wish, lambda step: progress((step + 1, wish.steps), unit="steps")
+                request, lambda step: progress((step + 1, request.steps), unit="steps")
             )
         except ConfigError as err:
             raise gr.Error(str(err), print_exception=False) from err
         except DrawingStoppedError as err:
             raise gr.Error("Stopped.", print_exception=False) from err
-        return [str(path) for path in _write(pictures, wish, folder)]
+        return [str(path) for path in _write(pictures, request, folder)]
 
     return draw
 
 
-def _write(pictures: np.ndarray, wish: Wish, folder: Path) -> list[Path]:
+def _write(pictures: np.ndarray, request: DrawingRequest, folder: Path) -> list[Path]:
     """Write PNG files in place of those of the drawing before."""
     shutil.rmtree(folder, ignore_errors=True)
-    name = f"class{wish.class_index}-seed{wish.seed}"
+    name = f"class{request.class_index}-seed{request.seed}"
     paths = [folder / f"{name}-{i:02d}.png" for i in range(len(pictures))]
     for path, picture in zip(paths, pictures, strict=True):
         save_png(path, picture)
@@ -165,7 +167,9 @@ def _add_experts(page: gr.Blocks, playground: Playground, sources: list) -> None
         "black is an expert that the timestep does not meet."
     )
     timestep = gr.Slider(
-        *(0, last, last // 2),
+        minimum=0,
+        maximum=last,
+        value=last // 2,
         step=1,
         precision=0,
         label="Timestep",

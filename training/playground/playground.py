@@ -20,13 +20,14 @@ from data_tools.vae.autoencoder import decode_pixels, load_decoder
 from models.gate import build_plan
 from models.switch_dit import MODEL_NAMES, SwitchDiT
 from training.checkpoints.manifest import CHECKPOINT_DIR
-from training.checkpoints.weight_files import find_checkpoint, find_weights, load_model
+from training.checkpoints.weight_files import load_model
 from training.config.option import EXPECTED
 from training.engine.average_profiles import profiles_of
 from training.engine.objective import build_diffusion
 from training.monitoring.expert_pictures import active_experts, expert_map, mark_timestep
 from training.reports.run_data import read_gate_table
 from training.run.directory import load_config, load_manifest
+from training.run.weights import find_checkpoint, find_weights
 from training.sampling.flags import add_sampling_flags, sampler_settings
 from training.sampling.latents import SamplerSettings, sample_latents
 
@@ -41,7 +42,7 @@ class DrawingStoppedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Wish:
+class DrawingRequest:
     """What a visitor wants to be drawn."""
 
     class_index: int  # 0 for an unconditional run
@@ -118,23 +119,25 @@ class Playground:
         """Whether timesteps choose experts: neither plain DiT nor DTR's fixed masks."""
         return self.config.model.routing == "switch"
 
-    def draw(self, wish: Wish, on_step: Callable[[int], None] = lambda _: None) -> np.ndarray:
+    def draw(
+        self, request: DrawingRequest, on_step: Callable[[int], None] = lambda _: None
+    ) -> np.ndarray:
         """Draw images: those of training/sample.py with one class and the same settings.
 
         Args:
-            wish: what to draw.
+            request: what to draw.
             on_step: called with the number of every finished step.
 
         Returns:
             (N, H, W, 3) uint8.
 
         Raises:
-            ConfigError: the wish cannot be met.
+            ConfigError: the request asks for what there is not.
             DrawingStoppedError: by `stop` or `close`.
         """
         self._is_stopping.clear()
-        settings = self._checked(wish)
-        model = self._model(wish)
+        settings = self._checked(request)
+        model = self._model(request)
 
         def step(number: int) -> None:
             if self._is_stopping.is_set() or self._is_closed:
@@ -145,8 +148,8 @@ class Playground:
             model,
             self._diffusion,
             settings,
-            indices=torch.arange(wish.num_images, device=self.device),
-            labels=torch.full((wish.num_images,), wish.class_index, device=self.device),
+            indices=torch.arange(request.num_images, device=self.device),
+            labels=torch.full((request.num_images,), request.class_index, device=self.device),
             latent_shape=self.config.model.latent_shape,
             null_class=self.config.model.num_classes,
             on_step=step,
@@ -173,8 +176,8 @@ class Playground:
 
         Args:
             timestep: 0 (clean) to S - 1 (noise).
-            checkpoint: see `Wish`.
-            weights: see `Wish`.
+            checkpoint: see `DrawingRequest`.
+            weights: see `DrawingRequest`.
 
         Returns:
             Two pictures (height, width, 3) uint8: the gate value of every block and expert at the
@@ -198,25 +201,27 @@ class Playground:
         marked = mark_timestep(whole, timestep, num_timesteps)
         return active_experts(plan.expert_weight[:, 0]), marked
 
-    def _checked(self, wish: Wish) -> SamplerSettings:
-        for field in fields(Wish):
-            value = getattr(wish, field.name)
+    def _checked(self, request: DrawingRequest) -> SamplerSettings:
+        for field in fields(DrawingRequest):
+            value = getattr(request, field.name)
             allowed = (int, float) if field.type is float else (field.type,)
             if type(value) not in allowed:  # True is no number here
                 raise ConfigError(f"{field.name} must be {EXPECTED[field.type]}, not {value!r}.")
-        _check_range("num_images", wish.num_images, 1, MAX_IMAGES)
-        _check_range("cfg_scale", wish.cfg_scale, 0, MAX_SCALE)
-        _check_range("class_index", wish.class_index, 0, max(0, self.config.model.num_classes - 1))
+        _check_range("num_images", request.num_images, 1, MAX_IMAGES)
+        _check_range("cfg_scale", request.cfg_scale, 0, MAX_SCALE)
+        _check_range(
+            "class_index", request.class_index, 0, max(0, self.config.model.num_classes - 1)
+        )
         parser = ArgumentParser()
         add_sampling_flags(parser)
         args = parser.parse_args([])
-        args.sampler, args.steps, args.seed = wish.sampler, wish.steps, wish.seed
-        args.cfg_scale = wish.cfg_scale
+        args.sampler, args.steps, args.seed = request.sampler, request.steps, request.seed
+        args.cfg_scale = request.cfg_scale
         return sampler_settings(args, self.config)
 
-    def _model(self, wish: Wish) -> SwitchDiT:
+    def _model(self, request: DrawingRequest) -> SwitchDiT:
         with self._lock:
-            loaded = self._load(wish.checkpoint, wish.weights)
+            loaded = self._load(request.checkpoint, request.weights)
             if loaded.model is None:
                 loaded.model = load_model(self.config, loaded.path, self.device)
             return loaded.model

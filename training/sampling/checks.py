@@ -11,7 +11,7 @@ from typing import Any
 
 from models.guidance import Guidance
 from models.sampler import methods_for
-from training.config.option import either, shown
+from training.config.wording import either, shown
 from training.sampling.latents import SamplerSettings
 
 SEED_LIMIT = 2**63

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from training.config.option import did_you_mean, shown
+from training.config.wording import did_you_mean, shown
 from training.sampling.checks import WrongValueError, whole_number
 
 NAMES_SHOWN = 10

@@ -9,10 +9,11 @@ from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_text
 from models.guidance import OFFICIAL_CHANNELS
 from models.sampler import SAMPLING_METHODS, methods_for
-from training.checkpoints.weight_files import find_weights, is_same_file
+from training.checkpoints.weight_files import is_same_file
 from training.config.old_flags import OF_DRAWING
 from training.config.tree import Config
 from training.run.directory import load_config, load_manifest
+from training.run.weights import find_weights
 from training.sampling.checks import (
     Asked,
     Process,
@@ -103,7 +104,9 @@ def sampler_settings(args: argparse.Namespace, config: Config) -> SamplerSetting
     """Check the flags against each other and the run's configuration."""
     diffusion, channels = config.diffusion, config.model.latent_channels
     is_auto = args.autoguidance is not None
-    can_guide = is_auto or can_guide_without_classifier(config)
+    can_guide = is_auto or can_guide_without_classifier(
+        config.model.num_classes, config.data.class_dropout_prob
+    )
     named = {"all": channels, "three": min(OFFICIAL_CHANNELS, channels), None: None}
     asked = Asked(
         sampler=args.sampler,

@@ -18,7 +18,6 @@ from models.diffusion import Diffusion
 from models.guidance import Guidance, ModelFn, autoguided, classifier_free
 from models.randomness import Stream, normal
 from models.sampler import sample
-from training.config.tree import Config
 
 GRID_MARGIN = 2
 LABEL_HEIGHT = 14
@@ -35,9 +34,9 @@ class SamplerSettings:
     shift: float = 1.0  # of the visited times towards noise, for flow
 
 
-def can_guide_without_classifier(config: Config) -> bool:
+def can_guide_without_classifier(num_classes: int, class_dropout_prob: float) -> bool:
     """Tell whether training has seen both: labels, and the null class that means "no label"."""
-    return config.model.num_classes > 0 and 0 < config.data.class_dropout_prob < 1
+    return num_classes > 0 and 0 < class_dropout_prob < 1
 
 
 def sample_latents(

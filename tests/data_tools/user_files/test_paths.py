@@ -13,10 +13,10 @@ from tests.support.configs import small
 from tests.support.launch import REPOSITORY
 from training import evaluate, retry, sample
 from training.checkpoints.manifest import CHECKPOINT_DIR
-from training.checkpoints.warm_start import check_warm_start
 from training.config.command_line import parse_command_line
 from training.config.location import CONFIG_FILE, DEEPSPEED_FILE
 from training.run.directory import check_run_directory
+from training.run.init_from import check_warm_start
 
 TILDE, VARIABLE = "~/runs/a", "$SCRATCH/runs/a"
 PRESET = ("--preset", "tests/small.yaml")

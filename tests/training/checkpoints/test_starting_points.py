@@ -11,13 +11,13 @@ from data_tools.errors import ConfigError
 from tests.support.launch import run_jobs
 from tests.support.synthetic import make_dataset, random_moments
 from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
-from training.checkpoints.warm_start import check_warm_start
 from training.config.command_line import parse_command_line
 from training.engine.build import build_model
 from training.main import dry_run
 from training.monitoring.event_files import read_metrics
 from training.ranks.process_group import Ranks
 from training.run.directory import INIT_FILE, load_config
+from training.run.init_from import check_warm_start
 
 pytestmark = pytest.mark.ranks
 

@@ -17,16 +17,12 @@ from safetensors.torch import save_file
 
 from data_tools.errors import ConfigError
 from tests.support.launch import REPOSITORY
-from training.checkpoints.warm_start import (
-    check_is_elsewhere,
-    check_warm_start,
-    initial_values,
-    with_own_origin,
-)
+from training.checkpoints.warm_start import initial_values
 from training.config.preset import load_preset
 from training.config.tree import Config
 from training.engine.build import build_model
 from training.run.directory import CONFIG_FILE
+from training.run.init_from import check_is_elsewhere, check_warm_start, with_own_origin
 
 SMALL = load_preset(str(REPOSITORY / "tests" / "small.yaml"))
 

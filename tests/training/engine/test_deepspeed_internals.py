@@ -1,9 +1,11 @@
 """What we use of DeepSpeed beyond its documented interface, one test for each piece.
 
-When the pin in requirements.txt changes, the failing ids say which piece moved, and the comment at
-the piece says what of ours rests on it. What a piece does is tested where it is used.
+Of training/, only engine/deepspeed_internals.py looks into the engine, its optimizers and its
+parameters. When the pin in requirements.txt changes, the failing ids say which piece moved, and the
+comment at the piece says what of ours rests on it. What a piece does is tested where it is used.
 """
 
+import ast
 import importlib
 import importlib.metadata
 import inspect
@@ -32,11 +34,7 @@ CALLED = [
     (ENGINE, "train_micro_batch_size_per_gpu", ""),
     (ENGINE, "save_checkpoint", "save_dir tag client_state save_latest"),
     (ENGINE, "load_checkpoint", "load_dir tag"),
-    (
-        ENGINE,
-        "_copy_recovery_script",
-        "save_path",
-    ),  # replaced by nothing (checkpoints/checkpointer.py)
+    (ENGINE, "_copy_recovery_script", "save_path"),  # replaced by nothing
     (TORCH_WRITER, "save", "state_dict path"),
     (TORCH_WRITER, "load", "path map_location"),
     (TORCH_WRITER, "makedirs", "path exist_ok"),
@@ -58,25 +56,13 @@ CALLED = [
         *("deepspeed.moe.utils", "split_params_into_different_moe_groups_for_optimizer"),
         "param_groups",
     ),
-    ("deepspeed.utils", "safe_get_full_fp32_param", "param"),
-    ("deepspeed.utils", "safe_get_full_optimizer_state", "param optim_state_key"),
     ("deepspeed.utils", "safe_get_full_grad", "param"),
-    ("deepspeed.utils", "safe_set_full_fp32_param", "param value"),
-    ("deepspeed.utils", "safe_set_full_optimizer_state", "param value optim_state_key"),
-    ("deepspeed.utils", "safe_set_local_fp32_param", "param value"),
-    ("deepspeed.utils", "safe_set_local_optimizer_state", "param value optim_state_key"),
     (ZERO_12, "update_lp_params", ""),
-    (ZERO_12, "_lazy_init_hp_params_optimizer_state", ""),
     (BF16, "update_lp_params", ""),
     ("deepspeed.runtime.compiler", "compile", ""),
     (ZERO_3, "checkpoint_event_prologue", ""),
     (ZERO_3, "checkpoint_event_epilogue", ""),
     (ZERO_3, "_reassign_or_swap_out_partitioned_parameters", "sub_group_id"),
-    (
-        *("deepspeed.runtime.utils", "all_gather_dp_groups"),
-        "groups_flat partitioned_param_groups dp_process_group start_alignment_factor "
-        "allgather_bucket_size",
-    ),
 ]
 
 # Attributes that are set in the source of a class and read by us.
@@ -86,20 +72,11 @@ ATTRIBUTES = [
     (ENGINE, "global_samples"),
     (ENGINE, "checkpoint_engine"),
     (ZERO_12, "single_partition_of_fp32_groups"),
-    (ZERO_12, "parallel_partitioned_bit16_groups"),
     (ZERO_12, "bit16_groups"),
-    (ZERO_12, "bit16_groups_flat"),
-    (ZERO_12, "real_dp_process_group"),
-    (ZERO_12, "nccl_start_alignment_factor"),
-    (ZERO_12, "allgather_bucket_size"),
-    (ZERO_12, "_hp_optimizer_states_linked"),
+    (ZERO_12, "averaged_gradients"),
+    (ZERO_12, "accumulated_grads_in_cpu"),
     (BF16, "fp32_groups_flat_partition"),
-    (BF16, "bf16_partitioned_groups"),
     (BF16, "bf16_groups"),
-    (BF16, "bf16_groups_flat"),
-    (BF16, "real_dp_process_group"),
-    (BF16, "nccl_start_alignment_factor"),
-    (BF16, "allgather_bucket_size"),
     (ZERO_3, "fp16_groups"),
     (ZERO_3, "fp32_partitioned_groups_flat"),
     ("deepspeed.utils.tensor_fragment:tensor_fragment", "lp_fragment_address"),
@@ -189,6 +166,28 @@ FACTS = {
 }
 
 
+# Marks that DeepSpeed leaves on parameters.
+MARKS = {
+    *("_dp_group", "_hp_mapping", "ds_numel", "ds_process_group", "ds_shape", "ds_tensor"),
+    "group_name",
+}
+PRIVATE = MARKS | {
+    name
+    for where, name, *_ in (*CALLED, *ATTRIBUTES)
+    if (where in (GROUPS, ZERO_12, ZERO_3, BF16) and name != "optimizer")
+    or (where == ENGINE and name.startswith("_"))
+}
+INTERNALS = "training/engine/deepspeed_internals.py"
+# What other files may import.
+DOCUMENTED = {
+    "deepspeed",
+    "deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer",
+    "deepspeed.runtime.precision_config.DeepSpeedBF16Config",
+    "deepspeed.runtime.zero.config.DeepSpeedZeroConfig",
+    "deepspeed.utils.logger",
+}
+
+
 def found(where):
     module, _, name = where.partition(":")
     place = importlib.import_module(module)
@@ -255,3 +254,27 @@ def test_the_installed_version_is_the_pinned_one(package):
         f"{package} {version} is installed, requirements.txt pins another; what fails above says "
         "what has moved"
     )
+
+
+def names_of_deepspeed(tree):
+    """What a file imports of DeepSpeed, and the private names that it uses, also as texts."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names if each.name.startswith("deepspeed"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deepspeed"):
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+        elif isinstance(node, ast.Attribute) and node.attr in PRIVATE:
+            yield node.attr
+        elif isinstance(node, ast.Constant) and node.value in PRIVATE:
+            yield node.value
+
+
+def test_one_file_of_training_knows_the_insides_of_deepspeed():
+    knowing = {}
+    for path in (REPOSITORY / "training").rglob("*.py"):
+        found = set(names_of_deepspeed(ast.parse(path.read_text()))) - DOCUMENTED
+        if found:
+            knowing[str(path.relative_to(REPOSITORY))] = found
+
+    assert list(knowing) == [INTERNALS], knowing
+    assert knowing[INTERNALS] >= MARKS

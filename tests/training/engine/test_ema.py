@@ -10,13 +10,13 @@ from tests.support.reference import exponential_average, power_function_average
 from training.config.preset import load_preset
 from training.engine.average_profiles import (
     EMA_KEY,
-    EMAAdamW,
     PowerProfile,
     TraditionalProfile,
     gamma_of_std,
     profiles_of,
     std_of_gamma,
 )
+from training.engine.optimizer import EMAAdamW
 
 AVERAGES = {
     EMA_KEY: TraditionalProfile(0.9),

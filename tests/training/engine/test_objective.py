@@ -7,8 +7,9 @@ import torch
 from data_tools.errors import ConfigError
 from data_tools.stream.loader import Batch
 from models.loss_weights import UncertaintyWeights, cluster_log_variances
-from models.prior import match_units, prior_loss
+from models.prior import prior_loss
 from models.switch_dit import SwitchDiTOutput
+from models.unit_matching import match_units
 from tests.support import reference_objectives
 from tests.support.configs import small
 from training.config.validation import validate

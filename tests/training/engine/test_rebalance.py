@@ -16,8 +16,9 @@ from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.preset import load_preset
 from training.engine.build import build_engine
+from training.engine.deepspeed_internals import base_optimizer
 from training.engine.expert_placement import ExpertPlacement, gate_table, move_experts
-from training.engine.zero_weights import base_optimizer, consolidated_weights
+from training.engine.zero_weights import consolidated_weights
 from training.monitoring.event_files import read_metrics
 
 pytestmark = pytest.mark.ranks

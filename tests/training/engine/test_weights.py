@@ -30,22 +30,14 @@ from training.checkpoints.manifest import (
     record_of,
     tag_of,
 )
-from training.checkpoints.weight_files import (
-    NonFiniteWeightsError,
-    check_weights,
-    find_weights,
-    write_weights,
-)
+from training.checkpoints.weight_files import NonFiniteWeightsError, check_weights, write_weights
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.preset import load_preset
 from training.engine.build import build_engine, build_model
+from training.engine.deepspeed_internals import base_optimizer
 from training.engine.expert_placement import ExpertPlacement
-from training.engine.zero_weights import (
-    base_optimizer,
-    consolidated_weights,
-    ema_weights,
-    num_updates,
-)
+from training.engine.zero_weights import consolidated_weights, ema_weights
+from training.run.weights import find_weights
 
 STDS = (0.05, 0.1)
 MOVED = "final_layer.linear.weight"  # by the first steps: adaLN-Zero passes no gradient on
@@ -68,9 +60,12 @@ def raw_and_averages(engine):
     return [consolidated_weights(engine, key) for key in (None, *base_optimizer(engine).profiles)]
 
 
+def inputs_of(rank):
+    return torch.full((1, 4, 16, 16), 1.0 + rank), torch.tensor([rank]), torch.tensor([0])
+
+
 def train_step(engine, rank, world_size):
-    x, t, y = torch.full((1, 4, 16, 16), 1.0 + rank), torch.tensor([rank]), torch.tensor([0])
-    output = engine(x, t, y, torch.arange(world_size))
+    output = engine(*inputs_of(rank), torch.arange(world_size))
     engine.backward((output.prediction - 1).square().mean())
     engine.step()
 
@@ -91,7 +86,7 @@ def check_without_updates(engine, build, config, layout):
     for average in averages:
         assert all(torch.equal(average[key], value) for key, value in raw.items())
     with ema_weights(engine):
-        assert num_updates(engine) == 0
+        assert base_optimizer(engine).num_updates == 0
     assert SnapshotWriter(engine, run_dir).save(0) is None
     assert not (run_dir / "ema_snapshots").exists()
 
@@ -101,6 +96,24 @@ def check_without_updates(engine, build, config, layout):
     engine, folder = build(), run_dir / CHECKPOINT_DIR / tag_of(0)
     checkpointer(engine, config, layout).load(folder, read_manifest(folder))
     return engine
+
+
+@torch.no_grad()
+def check_computing_with_averages(engine, config, rank, world_size):
+    before = raw_and_averages(engine)
+    with ema_weights(engine):
+        predicted = engine(*inputs_of(rank), torch.arange(world_size)).prediction
+    after = raw_and_averages(engine)
+    again = engine(*inputs_of(rank), torch.arange(world_size)).prediction
+    for kept, now in zip(before, after, strict=True):
+        assert all(torch.equal(now[key], value) for key, value in kept.items())
+    if rank == 0:
+        for weights, prediction in zip(before[:2], (again, predicted), strict=True):
+            model = build_model(config)
+            model.load_state_dict(weights)
+            wanted = model(*inputs_of(rank)).prediction
+            torch.testing.assert_close(prediction, wanted)
+            assert not torch.allclose(wanted, again if prediction is predicted else predicted)
 
 
 def check_snapshots(engine, run_dir, rank):
@@ -138,6 +151,7 @@ def check_engine(rank, world_size, folder):
         for average in averages:
             assert all(torch.equal(average[key], value) for key, value in raw.items())
         train_step(engine, rank, world_size)
+        check_computing_with_averages(engine, config, rank, world_size)
         check_snapshots(engine, run_dir, rank)
 
 

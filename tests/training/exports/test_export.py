@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, safe_open
 
 from data_tools.files import as_json
@@ -26,6 +26,7 @@ from models.guidance import Guidance
 from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from tests.support.configs import small
+from tests.support.fake_hub import REPOSITORY_ID, fake_hub
 from tests.support.launch import REPOSITORY
 from tests.support.load_exports import foreign_modules
 from tests.support.synthetic import make_dataset, random_moments
@@ -46,12 +47,11 @@ from training.checkpoints.weight_files import write_weights
 from training.config.network import network_options
 from training.engine.build import build_model
 from training.export import main
-from training.exports.bundle import bundle, file_name
+from training.exports.code_files import FILES, joined_code, write_code
 from training.sampling.latents import SamplerSettings, sample_latents
 
 STEP = 7
 TAG = tag_of(STEP)
-MODULES = ("transformer", "merged_transformer", "scheduler", "pipeline")
 RUNS = {
     "switch": {},
     "mlp": {
@@ -121,6 +121,10 @@ def run(runs, tmp_path):
     return Path(shutil.copytree(runs["switch"], tmp_path / "run"))
 
 
+def source_of(module):
+    return (REPOSITORY / f"{module.replace('.', '/')}.py").read_text()
+
+
 def export(*arguments):
     main([str(argument) for argument in arguments])
 
@@ -144,6 +148,23 @@ def our_latents(
         latent_shape=(4, 16, 16),
         null_class=num_classes,
     )
+
+
+def loaded(jobs, folder, environment):
+    """What exports compute in a process that lacks this repository; see load_exports.py."""
+    wanted, results = folder / "jobs.json", folder / "results.pt"
+    wanted.write_text(json.dumps(jobs))
+    script = REPOSITORY / "tests/support/load_exports.py"
+    finished = subprocess.run(
+        [sys.executable, "-I", script, wanted, results, str(torch.get_num_threads())],
+        cwd=folder,
+        env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return torch.load(results, weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +235,11 @@ def exports(runs, tmp_path_factory):
             "calls": [{"class_labels": LABELS}],
             "refused": [{"class_labels": LABELS, "num_inference_steps": 5}],
         },
-        "dit": {
-            "kind": "dit",
-            "folder": make("dit", "dense", "--format", "dit", "--steps", 20),
-            "inputs": inputs,
-            "timesteps": [49, 499, 949, 999],
-            "call": {"class_labels": LABELS, "num_inference_steps": 10, "guidance_scale": 2.0},
+        "dense": {
+            "kind": "pipeline",
+            "folder": make("dense", "dense", "--steps", 2),
+            "calls": [{"class_labels": LABELS}],
+            "refused": [],
         },
         "program": {
             "kind": "program",
@@ -228,19 +248,7 @@ def exports(runs, tmp_path_factory):
             "timesteps": [0, 500, 999],
         },
     }
-    wanted, results = folder / "jobs.json", folder / "results.pt"
-    wanted.write_text(json.dumps(list(jobs.values())))
-    script = REPOSITORY / "tests/support/load_exports.py"
-    finished = subprocess.run(
-        [sys.executable, "-I", script, wanted, results, str(torch.get_num_threads())],
-        cwd=folder,
-        env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    found = torch.load(results, weights_only=False)
+    found = loaded([*jobs.values()], folder, {"HF_HUB_OFFLINE": "1"})
     return {
         name: (Path(job["folder"]), result)
         for (name, job), result in zip(jobs.items(), found, strict=True)
@@ -269,13 +277,15 @@ def test_the_pipeline_draws_our_images_bit_for_bit(exports, runs, vae):
     assert guided.isfinite().all() and guided.std() > 0.1
 
 
-def test_raw_weights_other_experts_and_flow_are_drawn_bit_for_bit(exports, runs):
-    raw, mlp, flow = (exports[name][1]["latents"] for name in ("raw", "mlp", "flow"))
+def test_raw_weights_and_every_kind_of_routing_are_drawn_bit_for_bit(exports, runs):
+    names = ("raw", "mlp", "flow", "dense")
+    raw, mlp, flow, dense = (exports[name][1]["latents"] for name in names)
 
     assert torch.equal(raw[0], our_latents(runs["switch"], "ddim", 2, file=RAW_FILE))
     assert torch.equal(mlp[0], our_latents(runs["mlp"], "ddim", 3, scale=2.0))
     assert torch.equal(flow[0], our_latents(runs["dtr"], "euler", 3, shift=2.0))
     assert torch.equal(flow[1], our_latents(runs["dtr"], "heun", 3))
+    assert torch.equal(dense[0], our_latents(runs["dense"], "ddim", 2, scale=2.0))
 
 
 def test_a_mistake_in_a_call_is_named(exports):
@@ -343,6 +353,21 @@ def test_what_would_be_drawn_wrong_is_refused(exports):
     assert used["another scheduler later"] == sentence.format("DDIMScheduler")
 
 
+@pytest.mark.parametrize("name", ["raw", "merged"])
+def test_a_pipeline_is_loaded_from_the_hub(exports, tmp_path, name):
+    """It downloads no Python files but those that the index names."""
+    folder, found = exports[name]
+    job = {"kind": "pipeline", "folder": REPOSITORY_ID, "refused": []}
+    job["calls"] = [{"class_labels": LABELS}]
+
+    with fake_hub(folder) as address:
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+        (from_hub,) = loaded([job], tmp_path, environment)
+
+    assert torch.equal(from_hub["latents"][0], found["latents"][0])
+    assert torch.equal(from_hub["pixels"], found["pixels"])
+
+
 def test_merged_experts_draw_our_images_bit_for_bit_at_their_steps_only(exports, runs):
     folder, found = exports["merged"]
 
@@ -351,36 +376,6 @@ def test_merged_experts_draw_our_images_bit_for_bit_at_their_steps_only(exports,
     weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     assert weights["network.merged_weight"].shape == (6, 4, 128, 128)
     assert not any("mixture" in name or "gate" in name for name in weights)
-
-
-def test_a_dense_model_becomes_a_pipeline_of_diffusers(exports, runs, vae):
-    folder, found = exports["dit"]
-    model = network(runs["dense"])
-
-    assert found["class"] == "DiTPipeline" and found["labels"]["class 3"] == 3
-    assert list(folder.rglob("*.py")) == []
-    for t, theirs in zip((49, 499, 949, 999), found["predictions"], strict=True):
-        with torch.no_grad():
-            ours = model(INPUTS["x"], torch.tensor([t]), torch.tensor(LABELS)).prediction
-        assert (theirs - ours).abs().max() < 1e-5 * ours.abs().max()
-    pixels = drawn_by_their_scheduler(model, folder, vae, found["timesteps"])
-    assert (found["pixels"] - pixels).abs().max() < 1e-3
-
-
-def drawn_by_their_scheduler(model, folder, vae, timesteps):
-    """Our network in the loop of DiTPipeline, (N, H, W, 3) from 0 to 1."""
-    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    scheduler.set_timesteps(10)
-    assert timesteps == scheduler.timesteps.tolist() == list(range(999, 0, -100))
-    latents = torch.randn((3, 4, 16, 16), generator=torch.Generator().manual_seed(0))
-    y = torch.tensor([*LABELS, 10, 10, 10])
-    for t in scheduler.timesteps:
-        with torch.no_grad():
-            prediction = model(torch.cat((latents, latents)), t[None], y).prediction[:, :4]
-        told, untold = prediction.chunk(2)
-        latents = scheduler.step(untold + 2.0 * (told - untold), t, latents).prev_sample
-    decoded = vae.model.decode(latents / vae.scaling_factor).sample
-    return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def test_a_program_of_torch_export_predicts_the_same(exports, runs):
@@ -413,9 +408,9 @@ def test_a_file_of_weights_is_that_of_the_checkpoint(run, tmp_path):
     assert sample.find_weights(run, config, file=file) == file
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_exported_code_needs_no_more_than_diffusers(module):
-    text = bundle(f"training.exports.hub_code.{module}")
+@pytest.mark.parametrize("stem", FILES)
+def test_exported_code_needs_no_more_than_diffusers(stem):
+    text = joined_code(FILES[stem])
 
     imported = set()
     for node in ast.walk(ast.parse(text)):
@@ -424,25 +419,44 @@ def test_exported_code_needs_no_more_than_diffusers(module):
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     assert imported - set(sys.stdlib_module_names) <= {"torch", "diffusers", "numpy", "PIL"}
-    ruff = [Path(sys.executable).with_name("ruff"), "check", "--isolated"]
-    found = subprocess.run(
-        [*ruff, "--select", "F821,F401,F811", "-"],
-        input=text,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stdout
 
 
-def test_code_of_another_version_has_another_module_name(exports):
+def bound_by(statement):
+    """The names that a statement of a module binds, with what they mean."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        source = getattr(statement, "module", None)
+        return {name.asname or name.name: (source, name.name) for name in statement.names}
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return {statement.name: statement.lineno}
+    targets = [ast.walk(one) for one in getattr(statement, "targets", [])]
+    targets += [ast.walk(statement.target)] if hasattr(statement, "target") else []
+    names = (part.id for parts in targets for part in parts if isinstance(part, ast.Name))
+    return dict.fromkeys(names, statement.lineno)
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_no_module_of_an_exported_file_redefines_a_name_of_another(stem):
+    meanings = {}
+    for statement in ast.parse(joined_code(FILES[stem])).body:
+        for name, meaning in bound_by(statement).items():
+            assert meanings.setdefault(name, meaning) == meaning, name
+
+
+def test_every_module_of_an_exported_file_is_needed():
+    for modules in FILES.values():
+        for number, module in enumerate(modules[:-1]):
+            later = [source_of(other) for other in modules[number + 1 :]]
+            assert any(f"from {module} import" in text for text in later), module
+
+
+def test_code_of_another_version_has_another_module_name(exports, tmp_path, monkeypatch):
     """Else a model that is loaded second would replace the functions of the first."""
     names = [path.stem for path in exports["switch"][0].rglob("*.py")]
 
     assert len(names) == 3
-    text = bundle("training.exports.hub_code.transformer")
-    assert file_name("switch_dit", text) in names
-    assert file_name("switch_dit", text.replace("top_k", "k")) not in names
+    assert write_code(tmp_path, "switch_dit") in names
+    monkeypatch.setitem(FILES, "switch_dit", FILES["switch_dit"][:-1])
+    assert write_code(tmp_path, "switch_dit") not in names
 
 
 def test_a_folder_states_the_options_of_its_network(exports):
@@ -538,8 +552,8 @@ def refusal(capsys, *arguments):
         ),
         (
             ["--format", "dit"],
-            "error: --format dit: DiTTransformer2DModel has no routing, this run has --routing "
-            "switch; use --format diffusers.",
+            "error: --format dit: is no longer written: away from its number of steps, diffusers' "
+            "DiTPipeline drew wrong images without any error; use --format diffusers.\n",
         ),
     ],
 )
@@ -548,29 +562,6 @@ def test_what_cannot_be_exported_is_refused(run, capsys, arguments, sentence):
 
     assert refusal(capsys, run, *arguments).startswith(sentence)
     assert files_in(run) == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "arguments", "sentence"),
-    [
-        ({"routing": "dtr"}, [], "has no routing, this run has --routing dtr"),
-        ({"qk_norm": True}, [], "does not normalise queries and keys"),
-        ({"latent_width": 8}, [], "is for square latents, these are 16 x 8"),
-        ({"num_classes": 1001}, [], "takes row 1000 for 'no label', this run has --num-classes"),
-        ({"objective": "flow"}, [], "cannot use a flow scheduler"),
-        ({}, ["--sampler", "ddpm"], "its scheduler is DDIM, not --sampler ddpm"),
-        ({}, ["--guidance-interval", 0, 0.5], "DiTPipeline has no --guidance-interval"),
-        ({}, ["--cfg-channels", "three"], "all 4 latent channels, not --cfg-channels three"),
-        ({}, ["--steps", 30], "--steps 30 does not divide 1000"),
-        ({}, ["--steps", 125], "--steps 125: at that many timesteps the class of diffusers"),
-    ],
-)
-def test_diffusers_own_pipeline_is_refused_where_it_would_differ(
-    run, capsys, changes, arguments, sentence
-):
-    (run / "config.yaml").write_text(config_of(**{"routing": "dense", **changes}).to_yaml())
-
-    assert sentence in refusal(capsys, run, "--format", "dit", *arguments)
 
 
 @pytest.mark.parametrize(

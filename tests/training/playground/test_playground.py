@@ -26,13 +26,13 @@ from training.playground.playground import (
     LATEST,
     MAX_IMAGES,
     RAW,
+    DrawingRequest,
     DrawingStoppedError,
     Playground,
-    Wish,
 )
 
 CPU = torch.device("cpu")
-WISH = Wish(
+REQUEST = DrawingRequest(
     class_index=1, num_images=3, cfg_scale=1.5, steps=3, seed=5, sampler="ddpm", weights=RAW
 )
 
@@ -60,15 +60,15 @@ def playground(run_dir):
     ],
 )  # fmt: skip
 def test_images_are_those_of_the_sample_command(changes, flags, run_dir, playground, tmp_path):
-    wish = dataclasses.replace(WISH, **changes)
+    request = dataclasses.replace(REQUEST, **changes)
 
-    drawn = playground.draw(wish)
+    drawn = playground.draw(request)
 
-    settings = ["--classes", 1, "--per-class", wish.num_images, "--steps", 3, "--seed", 5]
+    settings = ["--classes", 1, "--per-class", request.num_images, "--steps", 3, "--seed", 5]
     sample.main([str(word) for word in (run_dir, "--output", tmp_path, *settings, *flags)])
     expected = [np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("0*.png"))]
     assert np.array_equal(drawn, np.stack(expected))
-    assert drawn.shape == (wish.num_images, IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert drawn.shape == (request.num_images, IMAGE_SIZE, IMAGE_SIZE, 3)
     assert drawn.std() > 1.0
 
 
@@ -76,7 +76,7 @@ def test_a_run_without_classes_and_experts_has_neither(tmp_path):
     make_run(tmp_path / "run", tmp_path / "data", num_classes=0, routing="dense")
     found = Playground(tmp_path / "run", CPU)
 
-    drawn = found.draw(dataclasses.replace(WISH, class_index=0, cfg_scale=1.0))
+    drawn = found.draw(dataclasses.replace(REQUEST, class_index=0, cfg_scale=1.0))
 
     assert found.classes() == [] and not found.has_experts
     assert found.description == "DiT-demo/2"
@@ -130,9 +130,9 @@ def test_the_experts_shown_are_those_that_the_network_uses(timestep, run_dir, pl
         ({"weights": "../x"}, "--ema: the run has no average '../x'"),
     ],
 )
-def test_a_wish_that_the_page_would_not_send_is_refused(changes, sentence, playground):
+def test_a_request_that_the_page_would_not_send_is_refused(changes, sentence, playground):
     with pytest.raises(ConfigError, match="^" + re.escape(sentence)):
-        playground.draw(dataclasses.replace(WISH, **changes))
+        playground.draw(dataclasses.replace(REQUEST, **changes))
 
 
 @pytest.mark.parametrize("timestep", [-1, 1000])
@@ -145,10 +145,10 @@ def test_a_drawing_can_be_stopped_and_the_next_one_is_whole(playground):
     steps = []
 
     with pytest.raises(DrawingStoppedError):
-        playground.draw(WISH, lambda step: (steps.append(step), playground.stop()))
+        playground.draw(REQUEST, lambda step: (steps.append(step), playground.stop()))
 
     assert steps == [0]
-    assert len(playground.draw(WISH, steps.append)) == WISH.num_images
+    assert len(playground.draw(REQUEST, steps.append)) == REQUEST.num_images
     assert steps == [0, 0, 1, 2]
 
 
@@ -157,7 +157,7 @@ def test_after_closing_nothing_is_drawn(run_dir):
     closed.close()
 
     with pytest.raises(DrawingStoppedError):
-        closed.draw(WISH)
+        closed.draw(REQUEST)
 
 
 @pytest.mark.parametrize(

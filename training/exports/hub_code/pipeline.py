@@ -1,7 +1,6 @@
-"""Images from an exported model: what an exported folder's pipeline file holds.
+"""The pipeline of an exported model: draws images by class.
 
-With everything it uses, it is cut out of this repository into one file
-(training/exports/bundle.py).
+An exported folder carries this module after those that it imports (code_files.py).
 """
 
 import inspect
@@ -18,9 +17,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from data_tools.vae.autoencoder import Vae, decode_pixels
 from models.diffusion import Diffusion
-from training.config.option import either, shown
+from models.latents import decode, scale_and_shift
+from training.config.wording import either, shown
 from training.sampling.checks import (
     Asked,
     Process,
@@ -113,6 +112,7 @@ class SwitchDiTPipeline(DiffusionPipeline):
         """
         _check_scheduler(self.scheduler)
         process, device = self.scheduler.config, self._execution_device
+        network = self.transformer.config.options
         labels = self._numbers_of(class_labels)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise WrongValueError(
@@ -149,8 +149,8 @@ class SwitchDiTPipeline(DiffusionPipeline):
                 settings,
                 indices=torch.tensor(numbers, device=device),
                 labels=torch.tensor(labels, device=device),
-                latent_shape=(self.transformer.config.options["in_channels"], *self._latent_size()),
-                null_class=self.transformer.config.options["num_classes"],
+                latent_shape=(network["in_channels"], *network["input_size"]),
+                null_class=network["num_classes"],
                 on_step=lambda _step: progress.update(),
             )
         images = self._decoded(latents, output_type)
@@ -159,9 +159,6 @@ class SwitchDiTPipeline(DiffusionPipeline):
 
     def _predict(self, x_t: Tensor, t: Tensor, y: Tensor) -> SimpleNamespace:
         return SimpleNamespace(prediction=self.transformer(x_t, t, y).sample)
-
-    def _latent_size(self) -> tuple[int, int]:
-        return tuple(self.transformer.config.options["input_size"])
 
     def _numbers_of(self, class_labels: Sequence[int | str] | Tensor | int | str) -> list[int]:
         """Turn names to numbers and check them."""
@@ -214,18 +211,14 @@ class SwitchDiTPipeline(DiffusionPipeline):
             return latents
         config = self.vae.config
         self.vae.to(memory_format=torch.channels_last)  # as when samples are drawn in training
-        vae = Vae(
-            self.vae.eval(),
-            source_id="",
-            sha256="",
-            scaling_factor=float(config.scaling_factor),
-            shift_factor=float(config.get("shift_factor") or 0.0),
-            latents_mean=tuple(config.get("latents_mean") or ()),
-            latents_std=tuple(config.get("latents_std") or ()),
-            latent_channels=int(config.latent_channels),
-            downsample=2 ** (len(config.block_out_channels) - 1),
+        normalisation = scale_and_shift(
+            float(config.scaling_factor),
+            float(config.get("shift_factor") or 0.0),
+            config.get("latents_mean") or (),
+            config.get("latents_std") or (),
+            latents.device,
         )
-        pixels = decode_pixels(vae, latents)
+        pixels = decode(self.vae.eval(), latents, *normalisation).numpy()
         return pixels if output_type == "np" else [Image.fromarray(picture) for picture in pixels]
 
 

@@ -1,7 +1,6 @@
 """The network as a model of diffusers: what an exported folder's transformer/ holds.
 
-With everything it uses, it is cut out of this repository into one file
-(training/exports/bundle.py).
+An exported folder carries this module after those that it imports (code_files.py).
 """
 
 from typing import Any
@@ -13,6 +12,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from models.experts import StackedExperts
+from models.merged import MergedDiT
 from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 
@@ -21,10 +21,20 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin):
     """Switch-DiT, DTR or DiT: noisy latents, timesteps and labels in, a prediction out."""
 
     @register_to_config
-    def __init__(self, *, options: dict[str, Any]) -> None:
-        """Build the network; `options` holds the fields of NetworkOptions."""
+    def __init__(self, *, options: dict[str, Any], timesteps: list[int] | None = None) -> None:
+        """Build the network.
+
+        Args:
+            options: the fields of NetworkOptions.
+            timesteps: the ones that its experts are merged for, which are then the only ones that
+                it can be called with; None = a network as it was trained.
+        """
         super().__init__()
-        self.network = SwitchDiT(NetworkOptions(**options))
+        network = NetworkOptions(**options)
+        if timesteps is not None:
+            self.network = MergedDiT(timesteps, network)
+            return
+        self.network = SwitchDiT(network)
         for module in self.modules():
             if isinstance(module, StackedExperts):
                 module.present_stacked()  # diffusers sets parameters by their own names
@@ -41,7 +51,7 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin):
         Args:
             hidden_states: (N, C, H, W) noisy latents.
             timestep: (N,) int64, or (1,) or a number for all samples, for which experts are merged
-                once.
+                once. All samples have one if experts were merged beforehand.
             class_labels: (N,) int64; num_classes means "no label".
             return_dict: return an object with `sample` instead of a tuple.
 
