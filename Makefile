@@ -1,5 +1,6 @@
 # make demo    demo images -> latents -> training -> samples, on any machine (about 15 minutes on two cores)
-# make test    lint and tests
+# make test    lint and tests (about 15 minutes on two cores)
+# make test-fast   lint and the tests that start no process (about 2 minutes)
 # make test-precision   the tests that have to be right with and without bf16 instructions, with both
 # make test-odd   some tests on an odd machine: blanks and umlauts in paths, umask 077, one core, no network ...
 # make test-cluster   the tests that start a real Slurm, OpenMPI, sshd or browser (root, Debian; about 20 minutes)
@@ -32,7 +33,7 @@ if [[ $$bin == *[[:blank:]]* ]] || (($${#bin} > 100)); then \
 fi
 endef
 
-.PHONY: help demo test test-precision test-odd test-cluster test-long lint clean
+.PHONY: help demo test test-fast test-precision test-odd test-cluster test-long lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +51,9 @@ demo: $(INSTALLED)
 
 test: lint
 	pytest
+
+test-fast: lint
+	pytest -m 'not processes and not gpu and not cluster and not long'
 
 # `make test` takes "auto" precision for fp32. Here the hardware is said to multiply bf16, which a
 # CPU without bf16 instructions emulates; then it is asked, and has none (a GPU is not to be seen).

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.process.entry_point import enter
-from training.count import count_parameters
+from training.cost.closed_forms import count_parameters
 from training.monitoring.event_files import read_metrics
 from training.run.directory import SAMPLES_DIR, load_config
 

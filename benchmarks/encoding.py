@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import describe_machine
+from data_tools.encode_latents import parse_arguments
 from data_tools.encoding.command import EncodingRun
 from data_tools.errors import ArgumentParser
 from data_tools.process.entry_point import enter
 from data_tools.sources.images import square_crop
-from data_tools.sources.reading import Reading
 from data_tools.vae.autoencoder import DEMO_VAE, Vae, load_vae, resolve_device
 
 MIN_SIDE, MAX_SIDE = 256, 512
@@ -88,25 +88,15 @@ class NaiveLoop:
 
 def ours(args: argparse.Namespace, device: torch.device, folder: Path, output: Path) -> float:
     """Encode into shards, as the command does; return the VAE's share of the time."""
-    run = EncodingRun(
-        [str(folder)],
-        output,
-        str(args.vae),
-        size=args.size,
-        flip=True,
-        seed=0,
-        shard_size=args.shard_size,
-        batch_size=args.batch_size,
-        precision="fp32",
-        class_names=None,
-        device=device,
-        workers=args.workers,
-        is_strict=True,
-        is_quiet=True,
-        keeps_indexes=False,
-        reading=Reading(),
-        allows_empty_classes=False,
+    given = parse_arguments(
+        [
+            *("--input", str(folder), "--output", str(output), "--vae", str(args.vae), "--strict"),
+            *("--size", str(args.size), "--shard-size", str(args.shard_size)),
+            *("--batch-size", str(args.batch_size), "--device", str(device)),
+            *(("--workers", str(args.workers)) if args.workers else ()),
+        ]
     )
+    run = EncodingRun(given, is_quiet=True)
     run.encode()
     return run.busy_share
 

@@ -18,8 +18,8 @@ from benchmarks.rank_steps import StepJob, measure_steps
 from benchmarks.start_ranks import run_on_ranks, slowest
 from training.config.preset import load_preset
 from training.config.tree import Config
+from training.cost.closed_forms import count_parameters, num_averages
 from training.cost.memory import model_memory
-from training.count import count_parameters, num_averages
 
 MIB = 2**20
 SAMPLES_PER_RANK = 8

@@ -25,7 +25,7 @@ from benchmarks.layer_comparison import Measured, compare
 from benchmarks.layer_problem import Sizes
 from benchmarks.measure import describe_machine
 from benchmarks.start_ranks import run_on_ranks
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error, refuse_below_one
 from data_tools.process.entry_point import enter
 from models.switch_dit import MODEL_SIZES
 
@@ -63,10 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot run, before processes start."""
-    for name in ("experts", "top_k", "width", "tokens", "batch", "depth", "steps"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} must be at least 1, not {getattr(args, name)}.")
+    refuse_below_one(args, "experts", "top_k", "width", "tokens", "batch", "depth", "steps")
     if args.top_k > args.experts:
         raise ConfigError(f"--top-k {args.top_k} is more than --experts {args.experts}.")
     if args.device not in ("cpu", "cuda"):

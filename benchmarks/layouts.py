@@ -14,8 +14,8 @@ from training.config.network import network_options
 from training.config.precision import Hardware, precision_of
 from training.config.tree import Config
 from training.config.validation import validate
+from training.cost.closed_forms import count_parameters, num_averages
 from training.cost.memory import WEIGHT_BYTES
-from training.count import count_parameters, num_averages
 
 BYTES_OF = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}  # communication_data_type
 DEFAULT_BUCKET = 5e8  # DeepSpeed's

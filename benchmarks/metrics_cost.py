@@ -41,7 +41,7 @@ import torch
 
 from benchmarks.measure import best_seconds, describe_machine, synchronise
 from benchmarks.sides import DTYPES, Side, config_of, make_batch, our_side
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error, refuse_below_one
 from data_tools.process.entry_point import enter
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan, build_plan
@@ -52,13 +52,15 @@ from training.engine.build import build_model
 from training.monitoring.communication import CommunicationWatch
 from training.monitoring.event_files import Monitor, read_metrics
 from training.monitoring.expert_load import LoadHistory, exchange_shape
-from training.monitoring.interval_sums import NUM_TIMESTEP_BUCKETS, MetricSums
+from training.monitoring.interval_sums import MetricSums
+from training.monitoring.metric import NUM_RANGES
 from training.monitoring.progress import Progress
 from training.monitoring.reporter import Reporter, StepTables
-from training.monitoring.run_history import SAVED, CheckpointNote, RunHistory
+from training.monitoring.run_history import RunHistory
 from training.ranks.heartbeat import FORWARD, Heartbeat
 from training.ranks.process_group import Ranks
 from training.ranks.watchdog import Watchdog
+from training.run.checkpoint_notes import SAVED, CheckpointNote
 
 GROUP_SIZE = 2
 ADDS_PER_TIMING = 20
@@ -99,16 +101,14 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--device must be cpu or cuda, not {args.device}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu.")
-    for flag, value in (("--batch", args.batch), ("--steps", args.steps)):
-        if value < 1:
-            raise ConfigError(f"{flag} must be at least 1, not {value}.")
+    refuse_below_one(args, "batch", "steps")
     if args.step_sec is not None and not 0 < args.step_sec < math.inf:
         raise ConfigError(f"--step-sec must be positive, not {args.step_sec}.")
     if args.experts < 2 or args.experts % GROUP_SIZE:
         raise ConfigError(f"--experts must be an even number, not {args.experts}.")
 
 
-def gate_table(config: Config, device: torch.device) -> torch.Tensor:
+def random_gates(config: Config, device: torch.device) -> torch.Tensor:
     """Draw gates (L, S, E)."""
     E, S = config.model.num_experts, config.diffusion.num_timesteps
     generator = torch.Generator().manual_seed(0)
@@ -135,9 +135,9 @@ def measure_reporter(
     progress = Progress(config.run.max_steps, lambda _: None, False, io.StringIO())
     parts = (config, engine, sums, loads, history, monitor, progress, device, Heartbeat(device))
     reporter = Reporter(*parts, is_main=True)
-    gates = gate_table(config, device)
+    gates = random_gates(config, device)
     plan, terms = group_plan(config, gates, t), LossTerms(*torch.ones(4, device=device))
-    mse, counts = torch.ones(N, device=device), torch.ones(depth, E, NUM_TIMESTEP_BUCKETS)
+    mse, counts = torch.ones(N, device=device), torch.ones(depth, E, NUM_RANGES)
     last = config.run.max_steps
     for step in range(every, last, every):
         loads.add(step, counts)

@@ -33,7 +33,7 @@ from data_tools.user_files.paths import typed_path
 from training.config.command_line import parse_command_line
 from training.config.tree import Config
 from training.config.validation import validate
-from training.monitoring.expert_pictures import save_png
+from training.sampling.image_files import save_png
 
 CPU = "cpu"
 GPU_COUNTS = [2**i for i in range(10)]

@@ -47,7 +47,7 @@ from benchmarks.sides import (
     official_side,
     our_side,
 )
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error, refuse_below_one
 from data_tools.process.entry_point import enter
 from models.flops import training_flops
 from training.config.network import network_options
@@ -120,9 +120,7 @@ def select_device(args: argparse.Namespace) -> torch.device:
         raise ConfigError(f"--device must be cpu or cuda, not {args.device}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu.")
-    for flag, value in (("--steps", args.steps), ("--threads", args.threads)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} must be at least 1, not {value}.")
+    refuse_below_one(args, "steps", "threads")
     for batch in args.batch:
         if batch == "auto" and args.device == "cpu":
             raise ConfigError("--batch auto fills the memory of a GPU; give a number on the CPU.")

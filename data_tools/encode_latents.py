@@ -21,20 +21,19 @@ if not __package__:  # run as a script: Python put this file's own folder first 
     sys.path[0] = str(REPOSITORY)
 
 from data_tools.encoding.changes import edited_sentence
-from data_tools.encoding.command import EncodingRun, choose_device
+from data_tools.encoding.command import EncodingRun
 from data_tools.encoding.input_summary import class_lines
-from data_tools.encoding.output import nothing_left_by_a_refusal
+from data_tools.encoding.output import DEMO_LATENTS, nothing_left_by_a_refusal
 from data_tools.encoding.settings import PRECISIONS, disk_errors_as_config_errors
-from data_tools.errors import ArgumentParser, ConfigError, some
-from data_tools.make_demo_images import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
+from data_tools.errors import ArgumentParser, ConfigError, count_of, some
 from data_tools.process.entry_point import enter, is_reporter
 from data_tools.shards.manifest import MANIFEST_NAME
+from data_tools.sources.emoji import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
 from data_tools.sources.reading import CLASS_SOURCES, Reading
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import DEMO_VAE
 from data_tools.vae.vae_files import DEFAULT_VAE
 
-DEMO_LATENTS = REPOSITORY / "datasets" / "demo"
 DEFAULT_SIZE = 256
 DEFAULT_VAE_SIZES = (256, 512)  # what the paper family uses it for
 SKIPPED_SHOWN = 5
@@ -45,6 +44,7 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
     if args.input is None:
         with disk_errors_as_config_errors(DEMO_IMAGES):
             make_demo_images(DEMO_IMAGES, DEMO_SIZE, DEMO_PER_CLASS)
+        args.input = [str(DEMO_IMAGES)]
     elif any(args.output.resolve() == Path(word).resolve() for word in args.input):
         # Its shards would be taken for the input from then on.
         raise ConfigError(
@@ -55,32 +55,15 @@ def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
 
 
 def _encode(args: argparse.Namespace, is_quiet: bool) -> None:
-    run = EncodingRun(
-        args.input or [str(DEMO_IMAGES)],
-        args.output,
-        args.vae,
-        size=args.size,
-        flip=not args.no_flip,
-        seed=args.seed,
-        shard_size=args.shard_size,
-        batch_size=args.batch_size,
-        precision=args.precision,
-        class_names=args.class_names,
-        device=choose_device(args.device),
-        workers=args.workers,
-        is_strict=args.strict,
-        is_quiet=is_quiet or not is_reporter(),
-        keeps_indexes=not args.dry_run,
-        reading=args.reading,
-        allows_empty_classes=args.allow_empty_classes,
-    )
+    run = EncodingRun(args, is_quiet or not is_reporter())
     run.describe()
     if args.dry_run:
         run.estimate()
         return
     manifest = run.encode()
     skipped = [path for shard in manifest.shards for path in shard.skipped]
-    run.say(f"{args.output}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    num_samples = count_of(manifest.num_samples, "sample")
+    run.say(f"{args.output}: {num_samples} in {count_of(len(manifest.shards), 'shard')}")
     if run.edited:
         run.say(edited_sentence(run.edited))
     if run.settings.vae.latents_mean != manifest.vae.latents_mean:
@@ -90,7 +73,10 @@ def _encode(args: argparse.Namespace, is_quiet: bool) -> None:
         )
     if skipped:
         shown = some(skipped, SKIPPED_SHOWN)
-        run.say(f"skipped {len(skipped)} files that are no readable images: {shown}")
+        what = "file that is no readable image"
+        if len(skipped) > 1:
+            what = "files that are no readable images"
+        run.say(f"skipped {len(skipped)} {what}: {shown}")
     for line in class_lines(manifest.classes)[1:] if skipped else ():
         run.say(line)
 

@@ -1,4 +1,4 @@
-"""JSON files that are read strictly, and files that are written whole or not at all."""
+"""Read JSON strictly into dataclasses, and write files whole or not at all."""
 
 import errno
 import json

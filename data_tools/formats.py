@@ -1,4 +1,4 @@
-"""Format numbers: how the files that this program writes outlive its versions.
+"""Number the formats of this program's files, so that other versions read or refuse them.
 
 - Every file says its format. One without a number is of the first format, which had none.
 - A field that a later version added has a default: an older file lacks it. Where such a field says
@@ -59,7 +59,7 @@ class Format:
             ConfigError: it is too old.
             MalformedError: it says no number.
         """
-        unnumbered = 1 if self.oldest == 1 else None  # no format that is read had none
+        unnumbered = 1 if self.oldest == 1 else None  # later formats always say their number
         number = content.get(self.key, unnumbered) if isinstance(content, dict) else self.oldest
         if number is None:
             raise MalformedError(f"the content lacks ['{self.key}']")
@@ -101,8 +101,8 @@ class Format:
     def dumps(self, content: Any, indent: int | None = 1) -> str:  # noqa: ANN401
         """Return the text of a file, without the end of its last line."""
         numbered = {self.key: self._number(content)}
-        numbered |= said(content) if is_dataclass(content) else content
-        return json.dumps(numbered, indent=indent, default=said)
+        numbered |= stored_values(content) if is_dataclass(content) else content
+        return json.dumps(numbered, indent=indent, default=stored_values)
 
     def write(self, path: Path, content: Any) -> None:  # noqa: ANN401
         """Write a file whole or not at all."""
@@ -146,7 +146,7 @@ class Format:
         return max([self.base, *(since or self.newest for since in _added_in(content))])
 
 
-def said(content: Any) -> dict[str, Any]:  # noqa: ANN401
+def stored_values(content: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a dataclass's values by name, without added fields that have their default."""
     values, added = vars(content), _added(type(content))
     if not added:
@@ -170,7 +170,7 @@ def _added_in(content: Any) -> Iterator[int | None]:  # noqa: ANN401
     """Go through the formats of the added fields that a tree of dataclasses uses."""
     parts: Any = ()
     if is_dataclass(content):
-        used, added = said(content), _added(type(content))
+        used, added = stored_values(content), _added(type(content))
         yield from (added[name][1] for name in used if name in added)
         parts = used.values()
     elif isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""Index tars of latents that others wrote, so that training reads them in place.
+"""Index tars of latents that other programs wrote, so that training reads them in place.
 
     python data_tools/index_shards.py --input 'tars/{000..099}.tar' --array latent.npy --label cls \
         --vae stabilityai/sd-vae-ft-ema
@@ -11,25 +11,22 @@ command again continues it.
 import argparse
 import importlib.metadata
 import sys
-from collections import Counter
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 from tqdm import tqdm
 
 from data_tools.encoding.input_summary import class_lines
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, count_of, os_errors_as
 from data_tools.files import MalformedError, replace_file
 from data_tools.process.entry_point import enter
 from data_tools.shards.foreign_arrays import channels_last, doubts
-from data_tools.shards.foreign_index import NOTES, ScannedShard, Wanted, scan
+from data_tools.shards.foreign_index import NOTES, ScannedShard, WantedMembers, scan
 from data_tools.shards.manifest import (
     DATASET,
     MANIFEST_NAME,
-    ChannelStatistics,
     ClassEntry,
     DatasetManifest,
     ImageFormat,
@@ -39,6 +36,7 @@ from data_tools.shards.manifest import (
     Shard,
     SourceList,
 )
+from data_tools.shards.sidecar import label_counts, statistics_of
 from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources.left_out import LeftOut, Tally, sentence
 from data_tools.storage.locations import Location, parse_location
@@ -113,9 +111,9 @@ def split_input(words: list[str]) -> tuple[Location, list[str]]:
 
 
 def scan_shard(
-    location: Location, name: str, wanted: Wanted, output: Path, vae: Vae
+    location: Location, name: str, wanted: WantedMembers, output: Path, vae: Vae
 ) -> ScannedShard:
-    """Index a tar, unless that was done before; of one that is refused nothing is written."""
+    """Index a tar, unless that was done before; nothing is written of a tar that is refused."""
     stem = name.removesuffix(".tar")
     index, notes = output / f"{stem}.index.npy", output / f"{stem}.index.json"
     known = _known(notes)
@@ -145,12 +143,12 @@ def _known(notes: Path) -> ScannedShard | None:
 
 
 def check_latents(name: str, shard: ScannedShard, vae: Vae) -> None:
-    """Refuse, after the first tar already, what is not of this VAE or no log-variance."""
+    """Refuse latents of another VAE, and standard deviations in the place of log-variances."""
     shape, kind = shard.shape, shard.wanted.kind
     channels = shape[0] // (2 if kind == "moments" else 1)
     if channels != vae.latent_channels:
         raise ConfigError(
-            f"--vae {vae.source_id}: has {vae.latent_channels} latent channels, {name} {channels} "
+            f"--vae {vae.id}: has {vae.latent_channels} latent channels, {name} {channels} "
             f"in its {kind} of shape {tuple(shape)}; give the VAE that made them, or see --kind"
             f"{channels_last(shape)}."
         )
@@ -173,9 +171,8 @@ def describe(
                 f"--input {name}: holds arrays {shard.dtype} {shard.shape}, {names[0]} holds "
                 f"{first.dtype} {first.shape}; index them apart."
             )
-    counts: Counter[int] = Counter()
-    for shard in found:
-        counts.update({int(label): count for label, count in shard.label_counts.items()})
+    totals = [shard.totals for shard in found]
+    counts = label_counts(totals)
     num_classes = max(counts) + 1 if wanted.label else 0
     if class_names and len(class_names) < num_classes:
         raise ConfigError(
@@ -186,16 +183,18 @@ def describe(
     if len(set(ids)) < len(ids):
         raise ConfigError("--class-names: names a class twice; give each line another name.")
     num_samples = sum(shard.num_samples for shard in found)
-    values = num_samples * first.shape[1] * first.shape[2]
-    mean = np.sum([shard.channel_sum for shard in found], axis=0) / values
-    square = np.sum([shard.channel_square_sum for shard in found], axis=0) / values
-    std = np.sqrt(np.maximum(square - mean**2, 0.0))
     return Manifest(
         num_samples=num_samples,
         shards=[
             Shard(
-                *(name, shard.num_samples, shard.bytes, shard.sha256, 0),
-                *(shard.index_sha256, shard.first_key, []),
+                name=name,
+                num_samples=shard.num_samples,
+                bytes=shard.bytes,
+                sha256=shard.sha256,
+                stride=0,
+                index_sha256=shard.index_sha256,
+                first_key=shard.first_key,
+                skipped=[],
             )
             for name, shard in zip(names, found, strict=True)
         ],
@@ -209,7 +208,7 @@ def describe(
         ),
         members=Members(wanted.array, wanted.flip, wanted.label),
         vae=vae.reference,
-        statistics=ChannelStatistics(mean.round(6).tolist(), std.round(6).tolist()),
+        statistics=statistics_of(totals, num_samples, first.shape[1] * first.shape[2]),
         image=ImageFormat(size or first.shape[1] * vae.downsample, "unknown"),
         source=SourceList(num_samples, 0, ""),
         order_seed=0,
@@ -262,23 +261,20 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_vae(args.vae)
     DATASET.refuse_newer(output / MANIFEST_NAME)
     label = "" if args.label == "none" else args.label
-    wanted = Wanted(args.array, args.flip, label, args.kind)
-    try:
+    wanted = WantedMembers(args.array, args.flip, label, args.kind)
+    advice = "choose another folder or make room, and run the same command again (it continues)"
+    with os_errors_as(f"--output {output}: cannot be written", advice):
         found = [
             scan_shard(location, name, wanted, output, vae)
             for name in tqdm(names, unit="tar", disable=not sys.stderr.isatty())
         ]
         DATASET.write(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
-    except OSError as err:
-        raise ConfigError(
-            f"--output {output}: cannot be written ({err.strerror}); choose another folder or make "
-            "room, and run the same command again (it continues)."
-        ) from err
     manifest = DatasetManifest.load(output, check_shards=output == location.folder)
     shape = "x".join(map(str, manifest.latent.shape))
     sys.stdout.write(
-        f"{output}: {manifest.num_samples} samples in {len(names)} tars, {manifest.latent.kind} "
-        f"{shape} {manifest.latent.dtype}, {manifest.num_classes} classes\n"
+        f"{output}: {count_of(manifest.num_samples, 'sample')} in {count_of(len(names), 'tar')}, "
+        f"{manifest.latent.kind} {shape} {manifest.latent.dtype}, "
+        f"{count_of(manifest.num_classes, 'class')}\n"
     )
     shown = "  ".join(f"{std:.3f}" for std in manifest.scaled_std)
     lines = [f"scaled std {shown}  per channel, what the model sees, 1 is usual"]

@@ -1,4 +1,4 @@
-"""Say what is in an encoded data set: samples, sizes, VAE, statistics, classes, and a picture.
+"""Describe an encoded data set: samples, sizes, VAE, statistics and classes; draw a preview.
 
     python data_tools/inspect_dataset.py latents/imagenet256
     python data_tools/inspect_dataset.py latents/imagenet256 --preview preview.png
@@ -18,7 +18,7 @@ from typing import Any
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_tools.errors import ArgumentParser, some
+from data_tools.errors import ArgumentParser, count_of, some
 from data_tools.process.entry_point import enter
 from data_tools.shards.manifest import ClassEntry, DatasetManifest
 from data_tools.sources.left_out import sentence
@@ -59,7 +59,7 @@ def describe(manifest: DatasetManifest) -> dict[str, Any]:
         "vae": vars(manifest.vae),
         "image": vars(manifest.image),
         "statistics": vars(manifest.statistics),
-        "has_own_layout": all(shard.stride for shard in manifest.shards),
+        "has_own_layout": manifest.has_own_layout,
         "source": vars(manifest.source),
         "skipped": [name for shard in manifest.shards for name in shard.skipped],
         "left_out": [vars(entry) for entry in manifest.left_out],
@@ -76,7 +76,7 @@ def page(manifest: DatasetManifest) -> str:
     facts = describe(manifest)
     latent, vae, per_shard = manifest.latent, manifest.vae, facts["samples_per_shard"]
     size = manifest.image.size
-    shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
+    shards = count_of(len(manifest.shards), "shard")
     mirrored = "with" if latent.flip else "without"
     steps = facts["steps_per_epoch"][str(BATCH_SIZE)]
     shift = f", shift {vae.shift_factor:g}" if vae.shift_factor else ""
@@ -131,8 +131,8 @@ def _class_lines(classes: list[ClassEntry]) -> list[str]:
     counts = [entry.count for entry in classes]
     total, mean = max(1, sum(counts)), sum(counts) / len(counts)
     title = (
-        f"{len(classes)} classes of {min(counts)} to {max(counts)} samples, mean {mean:.1f}, "
-        f"Gini {gini(counts):.3f}"
+        f"{count_of(len(classes), 'class')} of {min(counts)} to {max(counts)} samples, mean "
+        f"{mean:.1f}, Gini {gini(counts):.3f}"
     )
     if empty := counts.count(0):
         title += f", {empty} without any"
@@ -161,7 +161,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Define the flags."""
     parser = ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("data", type=typed_path, metavar="FOLDER", help="the data set")
+    parser.add_bare_or_flag("data", "--data", typed_path, "FOLDER", "the data set")
     add("--preview", type=typed_path, metavar="FILE", help="write a PNG of some decoded samples")
     add(
         "--vae",
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
 
         device = resolve_device(args.device)
         number = write_preview(args.preview, manifest, vae=args.vae, device=device)
-        print(f"{args.preview}: {number} samples", file=sys.stderr)
+        print(f"{args.preview}: {count_of(number, 'sample')}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,48 +11,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(REPOSITORY)
 
-from PIL import Image
-
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.process.entry_point import enter
-from data_tools.sources.emoji import draw_emoji, emoji_classes
+from data_tools.sources.emoji import (
+    DEMO_IMAGES,
+    DEMO_PER_CLASS,
+    DEMO_SIZE,
+    emoji_classes,
+    make_demo_images,
+)
 from data_tools.user_files.paths import typed_path
 
-DEMO_IMAGES = REPOSITORY / "datasets" / "demo_images"
-DEMO_SIZE = 64
-DEMO_PER_CLASS = 120
 MIN_SIZE = 8
-
-
-def evenly(members: tuple[str, ...], count: int) -> list[str]:
-    """Choose at most `count` members at equal distances, so that every kind is represented."""
-    count = min(count, len(members))
-    return [members[index * len(members) // count] for index in range(count)]
-
-
-def make_demo_images(output: Path, size: int, per_class: int) -> int:
-    """Write output/CLASS/SEQUENCE.png; the same arguments give the same pictures.
-
-    A class with fewer emoji than `per_class` has them all. Existing files of the set are drawn
-    again, files of another set are refused.
-
-    Returns:
-        the number of pictures.
-    """
-    chosen = {name: evenly(members, per_class) for name, members in emoji_classes().items()}
-    wanted = {f"{name}/{sequence}.png" for name, members in chosen.items() for sequence in members}
-    found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    if strangers := sorted(found - wanted):
-        raise ConfigError(
-            f"--output {output}: holds {len(strangers)} other files ({strangers[0]}, ...); "
-            "give a new or empty folder."
-        )
-    for name, members in chosen.items():
-        folder = output / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for sequence in members:
-            Image.fromarray(draw_emoji(sequence, size)).save(folder / f"{sequence}.png")
-    return len(wanted)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, count_of, os_errors_as
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.verification.findings import SHARD_PARTS, Verification
@@ -28,7 +28,7 @@ from data_tools.verification.verify import default_workers, verify
 PLAIN_PROGRESS_SEC = 10.0  # between lines where the output is no terminal
 
 
-class _Progress:
+class _CheckedBytes:
     """Counts checked bytes on a terminal's bar, or in plain lines (a batch job's log)."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class _Progress:
 
 def check(args: argparse.Namespace, known: Verification | None = None) -> Verification:
     """Verify as the flags say; take over from `known` the shards that were sound."""
-    progress = _Progress()
+    progress = _CheckedBytes()
     result = verify(
         args.data,
         is_quick=args.quick,
@@ -96,7 +96,7 @@ def write_preview_picture(result: Verification, args: argparse.Namespace) -> Non
     number = write_preview(
         args.preview, result.manifest, vae=args.vae, device=device, without=without
     )
-    print(f"{args.preview}: {number} samples", flush=True)
+    print(f"{args.preview}: {count_of(number, 'sample')}", flush=True)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,7 +106,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="The exit code is 0 if the data set is intact and 2 if not.",
     )
     add = parser.add_argument
-    add("--data", type=typed_path, required=True, metavar="FOLDER", help="the data set")
+    parser.add_bare_or_flag("data", "--data", typed_path, "FOLDER", "the data set")
     add("--quick", action="store_true", help="sizes, first and last samples only: seconds")
     add(
         "--report",
@@ -164,14 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.monotonic() - started
     print(report(result, seconds, done), end="", flush=True)
     if args.report:
-        try:
-            args.report.write_text(
-                report(result, seconds, done, max_findings=None), "utf-8", "backslashreplace"
-            )
-        except OSError as err:
-            raise ConfigError(
-                f"--report {args.report}: cannot be written ({err.strerror}); name another file."
-            ) from err
+        text = report(result, seconds, done, max_findings=None)
+        with os_errors_as(f"--report {args.report}: cannot be written", "name another file"):
+            args.report.write_text(text, "utf-8", "backslashreplace")
     if args.preview:
         write_preview_picture(result, args)
     if result.damaged():

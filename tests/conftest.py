@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -19,6 +20,31 @@ from training.config.precision import BF16_VARIABLE
 os.environ.setdefault(BF16_VARIABLE, "0")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when a test imports it
+
+
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
+_starts = Counter()  # of processes, from now on, by what Python calls them
+_starting_fixtures = set()
+sys.addaudithook(lambda event, _: _starts.update([event]) if event in STARTS else None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    before = _starts.total()
+    result = yield
+    if _starts.total() > before:
+        _starting_fixtures.add(fixturedef.argname)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = _starts.total()
+    result = yield
+    is_starting = _starts.total() > before or _starting_fixtures & set(item.fixturenames)
+    if is_starting and not item.get_closest_marker("processes"):
+        pytest.fail("starts a process; mark it with @pytest.mark.processes (for make test-fast)")
+    return result
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,11 +1,12 @@
-"""A checked command: what a run needs, found out before any process group exists."""
+"""Check a training command: all that can be known before a process group exists."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.shards.manifest import DatasetManifest
+from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
+from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.stream.training_data import TrainingData, open_data
 from data_tools.vae.autoencoder import Vae, load_decoder
@@ -17,7 +18,7 @@ from training.config.deepspeed_config import merge_deepspeed, stage_of
 from training.config.precision import precision_of
 from training.config.tree import Config
 from training.config.validation import check_data, validate
-from training.count import checkpoint_bytes, snapshot_bytes
+from training.cost.closed_forms import checkpoint_bytes, snapshot_bytes
 from training.ranks.process_group import Ranks
 from training.run.directory import check_free_space, check_run_directory
 from training.run.init_from import check_initial_weights, check_is_elsewhere, with_own_origin
@@ -89,6 +90,12 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     data = open_data(config.data.data, config.data.data_shards, on_failure=warn)
     manifest = data.manifest
     check_data(config, manifest)
+    num_classes, held = config.model.num_classes, manifest.num_classes
+    if num_classes > held:
+        warn(
+            f"--num-classes {num_classes} is more than the {held} of --data {config.data.data}; "
+            f"classes from number {held} on are never trained."
+        )
     data.check_streams(config.data.data_streams)
     cache = None
     if not command.dry_run:
@@ -102,10 +109,38 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)
-    job = Job(*(config, deepspeed_config, data, cache, layout, warm_start, vae, notes))
+    job = Job(
+        config=config,
+        deepspeed_config=deepspeed_config,
+        data=data,
+        cache=cache,
+        layout=layout,
+        warm_start=warm_start,
+        vae=vae,
+        notes=notes,
+    )
     if (point := newest_point(Path(config.run.run_dir))) is not None:
         job.check_resumable(point.manifest)
     return job
+
+
+def is_demo_missing(config: Config) -> bool:
+    """Tell whether the configuration wants the demo data set and nobody has made it yet."""
+    is_demo = Path(config.data.data).resolve() == DEMO_LATENTS.resolve()
+    return is_demo and not (DEMO_LATENTS / MANIFEST_NAME).exists()
+
+
+def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
+    """Make the demo data set if this command needs it and would otherwise be right."""
+    if not is_demo_missing(command.config):
+        return
+    check_without_data(command, ranks)
+    is_silent = command.quiet or not ranks.is_main
+    if not is_silent:
+        text = f"{command.config.data.data} is missing: preparing the demo data set.\n"
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    prepare_demo(quiet=is_silent)
 
 
 def _warn(text: str) -> None:

@@ -22,9 +22,9 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
-from data_tools.user_files.paths import typed_path, typed_text
 from training.playground.playground import Playground
 from training.ranks.process_group import enter_job, select_accelerator
+from training.sampling.flags import add_run_argument, add_vae_flag
 
 REQUIREMENTS = "requirements-demo.txt"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 7860
@@ -38,7 +38,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
+    add_run_argument(parser)
+    add_vae_flag(parser)
     parser.add_argument(
         "--host",
         default=DEFAULT_HOST,
@@ -52,9 +53,6 @@ def build_parser() -> ArgumentParser:
         default=DEFAULT_PORT,
         metavar="N",
         help="0 = any free one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="default: the run's"
     )
     return parser
 

@@ -22,11 +22,11 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, count_of, exit_on_config_error
 from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
-from data_tools.user_files.paths import typed_data, typed_path, typed_text
+from data_tools.user_files.paths import typed_data, typed_path
 from training.checkpoints.weight_files import load_model
 from training.engine.objective import build_diffusion
 from training.evaluation.card import (
@@ -43,22 +43,20 @@ from training.evaluation.card import (
 from training.evaluation.drawing import (
     CARD_FILE,
     LABEL_RULES,
-    Artist,
     as_rank_0_says,
-    assemble,
     disk_errors,
     draw,
     fail_together,
+    merge_parts,
     prepare_folder,
     write_pngs,
 )
-from training.evaluation.feature_flags import add_network_flags
 from training.evaluation.held_out_loss import SEED, held_out_loss
 from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check, name_of_weights
+from training.evaluation.networks import add_network_flags
 from training.evaluation.score_events import write_score_events
 from training.evaluation.scores import score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
-from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import (
     Ranks,
     enter_job,
@@ -66,7 +64,9 @@ from training.ranks.process_group import (
     select_accelerator,
     start_drawing_group,
 )
-from training.sampling.flags import add_sampling_flags
+from training.sampling.flags import add_sampling_flags, add_vae_flag, add_weight_flags
+from training.sampling.image_files import save_png
+from training.sampling.pipeline import load_pipeline
 
 DEFAULT_BATCH_SIZE = 64
 # A rank that is done waits for the slowest, who may draw for long; a dead one is noticed at once.
@@ -77,14 +77,8 @@ def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
-    add("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
-    add("--raw", action="store_true", help="raw weights instead of averaged ones")
-    add("--ema", metavar="NAME", help="an average by name, e.g. 0.9999 (default: first)")
-    add("--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
-    add(
-        "--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="that decodes (default: the run's)"
-    )
+    add_weight_flags(parser)
+    add_vae_flag(parser)
     add("--output", type=typed_path, metavar="FOLDER", help=f"default: RUN/{EVALUATION_DIR}")
     add("--force", action="store_true", help="draw and score anew what is there already")
     add = parser.add_argument_group("images").add_argument
@@ -134,16 +128,7 @@ def draw_images(
     args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
 ) -> None:
     """Draw what is missing of all points. All ranks must call this."""
-    weaker = job.weaker_run
-    artist = Artist(
-        load_model(job.config, job.weights, device),
-        None if weaker is None else load_model(weaker.config, weaker.weights, device),
-        build_diffusion(job.config).to(device),
-        job.vae,
-        job.config.model.latent_shape,
-        job.class_counts,
-        device,
-    )
+    pipeline = load_pipeline(job.config, job.weights, job.weaker_run, job.vae, device)
     for point in job.points:
         error = None
         if ranks.is_main:
@@ -159,7 +144,15 @@ def draw_images(
             desc=f"drawing {point.folder.name}",
             disable=not ranks.is_main,
         ) as progress:
-            draw(artist, point.settings, point.sampler, point.folder, ranks, progress.update)
+            draw(
+                pipeline,
+                point.settings,
+                point.sampler,
+                job.class_counts,
+                point.folder,
+                ranks,
+                progress.update,
+            )
 
 
 def finish_point(
@@ -170,7 +163,7 @@ def finish_point(
     Returns:
         The card; without "metrics" if there is nothing to compare with.
     """
-    samples = assemble(point.folder, point.settings, job.class_counts)
+    samples = merge_parts(point.folder, point.settings, job.class_counts)
     if args.png:
         write_pngs(samples, point.folder)
     path, reference = point.folder / CARD_FILE, job.reference
@@ -208,7 +201,7 @@ def finish(
     cards = [finish_point(args, job, point, device) for point in job.points]
     for point, card in zip(job.points, cards, strict=True):
         found = "".join(f", {name} {value:.4f}" for name, value in card.get("metrics", {}).items())
-        print(f"{point.folder}: {point.settings.num_images:,} images{found}")
+        print(f"{point.folder}: {count_of(f'{point.settings.num_images:,}', 'image')}{found}")
     if len(job.points) > 1 and job.reference is not None:
         print(f"sweep: {write_sweep(job, cards)} and .png")
     if job.output == job.run_dir / EVALUATION_DIR:  # else they are nobody's but the user's

@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 
 from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
-from data_tools.user_files.paths import typed_path, typed_text
-from training.checkpoints.background_write import describe_disk_error
+from data_tools.user_files.paths import typed_path
+from training.checkpoints.weight_files import describe_disk_error
 from training.config.old_flags import OLD_FORMATS
 from training.exports.card import model_card
 from training.exports.job import (
@@ -45,7 +45,7 @@ from training.exports.pipeline_folder import (
     write_safetensors,
 )
 from training.exports.torch_program import write_program
-from training.sampling.flags import add_sampling_flags
+from training.sampling.flags import add_sampling_flags, add_vae_flag, add_weight_flags
 
 README_FILE = "README.md"
 
@@ -72,15 +72,11 @@ def build_parser() -> ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run_dir", type=typed_path, help="a run, e.g. runs/demo, or one of its checkpoints")
     add("--format", type=_format, choices=FORMATS, default="diffusers", help="default: diffusers")
-    add("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
-    add("--raw", action="store_true", help="raw weights instead of averaged ones")
-    add("--ema", metavar="NAME", help="an average, e.g. 0.9999 or std0.050 (default: first)")
-    add("--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
-    add("--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="default: the run's")
     add("--output", type=typed_path, metavar="FOLDER", help=f"default: RUN/{EXPORTS_DIR}/NAME")
     add("--force", action="store_true", help="replace an export that is there")
+    add_weight_flags(parser)
+    add_vae_flag(parser)
     add_sampling_flags(parser)
     return parser
 

@@ -1,32 +1,22 @@
-"""Run the training loop: when things happen. What is computed is in engine/ and models/."""
+"""Run the training loop: decide when things happen. engine/ and models/ compute them."""
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, OutageError
-from data_tools.stream.loader import Batch, LatentStream
-from training.checkpoints.average_snapshots import SnapshotWriter
+from data_tools.stream.loader import Batch
 from training.checkpoints.background_write import Outcome
-from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.manifest import TrainState
-from training.config.tree import Config
 from training.engine.build import learning_rate, set_learning_rate
 from training.engine.deepspeed_internals import drop_skipped_gradients
-from training.engine.expert_placement import ExpertPlacement
-from training.engine.interface import Engine
 from training.engine.non_finite import (
     MicroStepRecord,
     describe_non_finite,
     poison_non_finite,
 )
-from training.engine.objective import Objective
-from training.monitoring.communication import CommunicationWatch
-from training.monitoring.event_files import Monitor
-from training.monitoring.interval_sums import MetricSums
-from training.monitoring.reporter import Reporter, StepTables
-from training.monitoring.run_history import FAILED, SAVED, CheckpointNote
+from training.monitoring.reporter import StepTables
+from training.ranks.agreement import RunError, agreed_message
 from training.ranks.heartbeat import (
     AGREEING,
     BACKWARD,
@@ -36,9 +26,10 @@ from training.ranks.heartbeat import (
     SAMPLING,
     SAVING,
     UPDATING,
-    Heartbeat,
 )
-from training.ranks.process_group import RANK_FAILED, RunError, StopSignal, agreed_message
+from training.ranks.stop_signal import RANK_FAILED, StopSignal
+from training.run.checkpoint_notes import FAILED, SAVED, CheckpointNote
+from training.run_parts import Training
 
 
 class NonFiniteLossError(RunError):
@@ -60,33 +51,6 @@ class DataOutageError(DataError):
     """No rank has damaged data; a server failed for too long, and may be there for the next try."""
 
     exit_code = OutageError.exit_code
-
-
-@dataclass
-class Training:
-    """The parts of one run, put together by run_parts.py."""
-
-    config: Config
-    engine: Engine
-    stream: LatentStream
-    objective: Objective
-    sums: MetricSums
-    monitor: Monitor
-    reporter: Reporter
-    checkpointer: Checkpointer
-    placement: ExpertPlacement
-    snapshots: SnapshotWriter
-    draw_samples: Callable[[int], None]  # step -> grid of samples into the run directory
-    is_main: bool
-    heartbeat: Heartbeat
-    communication: CommunicationWatch
-    skipped_in_a_row: int = 0  # steps left out since the last one that was not
-    pause_sec: float = 0.0  # for which the last save interrupted training
-
-    def report(self, step: int, event: str) -> None:
-        """Tell the person who watches, and TensorBoard, of an event. Of rank 0 only."""
-        self.heartbeat.enter(LOGGING, step)
-        self.reporter.warn(step, event)
 
 
 @dataclass

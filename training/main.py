@@ -14,7 +14,7 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from training.ranks.exit_codes import end_early_on_signals
+    from data_tools.process.signals import end_early_on_signals
 
     end_early_on_signals()
 
@@ -23,14 +23,19 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
-from data_tools.encode_latents import DEMO_LATENTS, prepare_demo
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, exit_on_config_error
+from data_tools.errors import count_of, exit_on_config_error
+from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE, CRASH_EXIT_CODE, SAVED_EXIT_CODE
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
-from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.stream.training_data import is_absent
 from models.switch_dit import MODEL_NAMES
-from training.checked_job import Job, check, check_without_data
+from training.checked_job import (
+    Job,
+    check,
+    check_without_data,
+    is_demo_missing,
+    prepare_demo_if_missing,
+)
 from training.checkpoints.manifest import TrainState
 from training.checkpoints.publishing import name_latest
 from training.checkpoints.resume_point import ResumePoint, choose_together
@@ -39,14 +44,15 @@ from training.config.deepspeed_config import load_deepspeed_json
 from training.config.precision import explain_precision
 from training.config.tree import Config, differences
 from training.config.validation import check_compiler
-from training.count import describe
+from training.cost.closed_forms import describe
 from training.monitoring.progress import Progress
-from training.monitoring.run_history import DAMAGED, CheckpointNote
 from training.ranks import process_group
-from training.ranks.exit_codes import SAVED_EXIT_CODE
+from training.ranks.agreement import RunError, agreed_message, check_agreement, from_main
 from training.ranks.heartbeat import LEAVING
 from training.ranks.process_group import Ranks
+from training.ranks.stop_signal import StopSignal
 from training.ranks.watchdog import Watchdog, limit_all_groups
+from training.run.checkpoint_notes import DAMAGED, CheckpointNote
 from training.run.console_log import log_to
 from training.run.directory import CONFIG_FILE, create_run_directory, load_config
 from training.run.lock import WAIT_SEC, hold_run_directory
@@ -54,33 +60,16 @@ from training.run.program import count_hosts, read_starts, record_start
 from training.run.starts import describe_crash_loop
 
 
-class CrashLoopError(process_group.RunError):
+class CrashLoopError(RunError):
     """Starting again and again leads nowhere."""
 
     exit_code = CONFIG_ERROR_EXIT_CODE
 
 
-class RunDirectoryInUseError(process_group.RunError):
+class RunDirectoryInUseError(RunError):
     """Another job writes to the run directory, or, worth another try, this one's earlier ranks."""
 
-    exit_code = 1 if is_started_again() else CONFIG_ERROR_EXIT_CODE
-
-
-def is_demo_missing(config: Config) -> bool:
-    """Tell whether the configuration wants the demo data set and nobody has made it yet."""
-    is_demo = Path(config.data.data).resolve() == DEMO_LATENTS.resolve()
-    return is_demo and not (DEMO_LATENTS / MANIFEST_NAME).exists()
-
-
-def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
-    """Make the demo data set if this command needs it and would otherwise be right."""
-    if not is_demo_missing(command.config):
-        return
-    check_without_data(command, ranks)
-    is_silent = command.quiet or not ranks.is_main
-    if not is_silent:
-        print(f"{command.config.data.data} is missing: preparing the demo data set.", flush=True)
-    prepare_demo(quiet=is_silent)
+    exit_code = CRASH_EXIT_CODE if is_started_again() else CONFIG_ERROR_EXIT_CODE
 
 
 def dry_run(command: CommandLine, ranks: Ranks) -> str:
@@ -117,10 +106,10 @@ def train_job(
         RunError: on all ranks, with what ended the run.
     """
     from training.loop import train
-    from training.run_parts import assemble  # DeepSpeed reads its environment when imported
+    from training.run_parts import open_training  # DeepSpeed reads its environment on import
 
     watchdog = watchdog or Watchdog(ranks, device)
-    process_group.check_agreement(
+    check_agreement(
         {
             "the configuration": job.config.to_dict(),
             "the DeepSpeed configuration": job.deepspeed_config,
@@ -134,8 +123,8 @@ def train_job(
     patience = process_group.collective_timeout() / 2
     wait_sec = patience.total_seconds() if is_started_again() else WAIT_SEC
     lock = hold_run_directory(run_dir, wait_sec) if ranks.is_main else contextlib.nullcontext()
-    with lock as claim:
-        staging, problem = process_group.from_main(claim)
+    with lock as access:
+        staging, problem = from_main(access)
         if problem is not None:
             raise RunDirectoryInUseError(problem)
         # Again: the job before may have published one since this job was checked.
@@ -145,9 +134,9 @@ def train_job(
         hosts = count_hosts()
         if ranks.is_main:
             problem = _write_start(job, state, point, hosts)
-        if problem := process_group.agreed_message(problem):
-            raise process_group.RunError(problem)
-        stop = process_group.StopSignal(device)
+        if problem := agreed_message(problem):
+            raise RunError(problem)
+        stop = StopSignal(device)
         started = time.monotonic()
         terminal = sys.stderr
         log = log_to(run_dir, is_quiet) if ranks.is_main else contextlib.nullcontext()
@@ -155,7 +144,9 @@ def train_job(
         with (
             log as note,
             Progress(job.config.run.max_steps, note, is_quiet, terminal) as progress,
-            assemble(job, ranks, device, state, staging, watchdog.heartbeat, progress) as training,
+            open_training(
+                job, ranks, device, state, staging, watchdog.heartbeat, progress
+            ) as training,
             watchdog.reporting(),
         ):
             limit_all_groups()
@@ -173,9 +164,11 @@ def train_job(
             if ranks.is_main:
                 print(_start_text(job, ranks, state, point), flush=True)
                 progress.begin(state.step, len(read_starts(run_dir)))
+            first_step = state.step
             state = train(training, state, stop)
             if ranks.is_main:
-                print(_end_line(job.config, state, time.monotonic() - started), flush=True)
+                elapsed_sec = time.monotonic() - started
+                print(_end_line(job.config, first_step, state, elapsed_sec), flush=True)
         stop.restore()
     return state
 
@@ -188,7 +181,7 @@ def _check_crash_loop(run_dir: Path, state: TrainState, max_steps: int, ranks: R
         if text and not is_over:
             sys.stderr.write(f"warning: {text}\n")
         problem = text if is_over else None
-    if problem := process_group.agreed_message(problem):
+    if problem := agreed_message(problem):
         raise CrashLoopError(problem)
 
 
@@ -234,14 +227,22 @@ def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | 
     return "\n".join(lines)
 
 
-def _end_line(config: Config, state: TrainState, elapsed_sec: float) -> str:
-    run_dir = config.run.run_dir
-    if state.step < config.run.max_steps:
+def _end_line(config: Config, first_step: int, state: TrainState, elapsed_sec: float) -> str:
+    run_dir, max_steps = config.run.run_dir, config.run.max_steps
+    if first_step >= max_steps:
+        return (
+            f"done: nothing was trained, {run_dir} is already at step {first_step} and --max-steps "
+            f"is {max_steps}; raise it to go on"
+        )
+    if state.step < max_steps:
         return (
             f"stopped by a signal after step {state.step}; the checkpoint is saved and the same "
             "command continues from it"
         )
-    return f"done: {state.step} steps, {elapsed_sec:.0f} s in this process; results in {run_dir}"
+    return (
+        f"done: {count_of(state.step, 'step')}, {elapsed_sec:.0f} s in this process; "
+        f"results in {run_dir}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
                 state = train_job(job, ranks, device, watchdog, command.quiet)
                 if state.step < job.config.run.max_steps:
                     exit_code = SAVED_EXIT_CODE
-            except process_group.RunError as err:
+            except RunError as err:
                 if ranks.is_main:
                     sys.stderr.write(f"error: {err}\n")
                 exit_code = err.exit_code

@@ -1,13 +1,13 @@
-"""Whether the nodes of a job can train together: asked before the expensive part.
+"""Check that the nodes of a job can train together, before the expensive part.
 
     srun python training/preflight.py [the flags of training/main.py]
 
 Every rank tells rank 0 what its node has, through a plain store and before any collective, so that
-a node that is missing or hangs is named. Nodes that differ, lack data, disk or GPUs, or exchange
-too little end the job with one sentence each; the bandwidth is printed.
+a node that is missing or hangs can be named. The job ends with one sentence for each node that
+differs from the others, lacks data, disk or GPUs, or exchanges too little. It prints the bandwidth.
 
 Rank 0 waits for the others COLLECTIVE_TIMEOUT_SEC, and leaves after twice that and ten seconds,
-whatever it does. The others wait for rank 0 longer than it may take, and leave after three times
+whatever it does. The others give rank 0 more time than it may take, and leave after three times
 that and half a minute.
 """
 
@@ -24,13 +24,13 @@ from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from training.ranks.exit_codes import end_early_on_signals
+    from data_tools.process.signals import end_early_on_signals
 
     end_early_on_signals()
 
 import torch
 
-from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, exit_on_config_error
+from data_tools.errors import CONFIG_ERROR_EXIT_CODE, ConfigError, count_of, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import (
     allocated_nodes,
@@ -38,10 +38,11 @@ from data_tools.process.launcher import (
     own_node,
     written_meeting_point,
 )
-from training.checked_job import check, check_without_data
+from data_tools.process.leaving import leave, skip_teardown
+from data_tools.process.signals import end_on_signals_with
+from training.checked_job import check, check_without_data, is_demo_missing
 from training.checkpoints.resume_point import newest_point
 from training.config.command_line import CommandLine, parse_command_line
-from training.main import is_demo_missing
 from training.nodes.bandwidth import Bandwidth, measure
 from training.nodes.facts import (
     NodeFacts,
@@ -51,7 +52,6 @@ from training.nodes.facts import (
     summary,
 )
 from training.ranks import process_group
-from training.ranks.exit_codes import end_on_signals_with
 from training.ranks.process_group import Ranks
 from training.ranks.rendezvous import port_problem
 
@@ -65,10 +65,15 @@ class PreflightError(Exception):
 
 
 class Stage:
-    """What is being done, for the sentence of a rank that runs out of time.
+    """End this rank when its time is over, with a sentence on what it was doing.
 
-    Rank 0 has two limits, one to look at its own node and one for the others' reports. The others
-    have another one and more grace, so that they never give up a rank 0 that may still speak.
+    Rank 0 has the time limit twice: for a look at its own node, and for the others' reports. The
+    others have it three times and more grace, so that they do not give up a rank 0 that may still
+    speak.
+
+    Args:
+        ranks: this process's place.
+        timeout: the time limit, COLLECTIVE_TIMEOUT_SEC.
     """
 
     def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
@@ -89,13 +94,12 @@ class Stage:
         return max(0.0, self._ends - time.monotonic())
 
     def _give_up(self) -> None:
-        sys.stderr.write(f"error: {self._sentence}\n")
-        sys.stderr.flush()
-        os._exit(CONFIG_ERROR_EXIT_CODE)  # the main thread may hang where no exception reaches
+        # The main thread may hang where no exception reaches it.
+        leave(CONFIG_ERROR_EXIT_CODE, f"error: {self._sentence}\n")
 
 
 def floor_gbps() -> float:
-    """Return what a node must exchange with the first one, gigabytes per second."""
+    """Return what a node must exchange with the first one at least, in GB/s (MIN_NODE_GBPS)."""
     text = os.environ.get(FLOOR_VARIABLE, "0")
     try:
         return float(text)
@@ -248,6 +252,8 @@ def exchange(
             world_size=ranks.world_size,
             timeout=timeout,
         )
+        if ranks.world_size > 1:
+            skip_teardown()
         bandwidth = measure(nodes, device, stage.begin)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -292,7 +298,9 @@ def report(
         for sentence in problems[:MAX_SENTENCES]:
             sys.stderr.write(f"error: {sentence}\n")
         if len(problems) > MAX_SENTENCES:
-            sys.stderr.write(f"error: and {len(problems) - MAX_SENTENCES} nodes more.\n")
+            sys.stderr.write(
+                f"error: and {count_of(len(problems) - MAX_SENTENCES, 'node')} more.\n"
+            )
     else:
         end_on_signals_with(exit_code)
         with contextlib.suppress(RuntimeError):  # rank 0 no longer waits
@@ -323,9 +331,8 @@ def main(argv: list[str] | None = None) -> None:
             report(problems, ranks, store, exit_code)
         bandwidth = exchange(store, ranks, nodes, timeout, stage)
     except PreflightError as err:
-        sys.stderr.write(f"error: [rank {ranks.rank}] {err}\n")
-        sys.stderr.flush()
-        os._exit(CONFIG_ERROR_EXIT_CODE)  # threads of broken connections would hold up an exit
+        # The threads of broken connections would hold up an exit.
+        leave(CONFIG_ERROR_EXIT_CODE, f"error: [rank {ranks.rank}] {err}\n")
     slow, odd = judge(bandwidth, floor)
     if slow:
         report(slow, ranks, store)

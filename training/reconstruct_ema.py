@@ -23,14 +23,18 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 from training.checkpoints.average_snapshots import Snapshot, list_snapshots, snapshot_file
-from training.checkpoints.background_write import describe_disk_error
-from training.checkpoints.weight_files import NonFiniteWeightsError, write_weights
+from training.checkpoints.weight_files import (
+    NonFiniteWeightsError,
+    describe_disk_error,
+    write_weights,
+)
 from training.config.option import check_value
 from training.config.tree import option_named
 from training.config.wording import did_you_mean
 from training.engine.average_fit import Fit, fit_profile
 from training.engine.average_profiles import PowerProfile
 from training.run.directory import load_config
+from training.sampling.flags import add_run_argument
 
 POSTHOC_DIR = "posthoc"
 # Relative residuals of the fit: above the one it is warned of, above the other refused.
@@ -51,7 +55,7 @@ class Reconstruction(NamedTuple):
 def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
+    add_run_argument(parser)
     parser.add_argument("--std", type=float, required=True, metavar="X", help="relative width")
     parser.add_argument(
         "--step", type=int, metavar="N", help="of a stored snapshot (default: the newest)"

@@ -18,19 +18,28 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import (
+    ArgumentParser,
+    ConfigError,
+    exit_on_config_error,
+    refuse_below_one,
+)
+from data_tools.permutations import permutation
 from data_tools.process.entry_point import enter
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.inputs import open_source
 from data_tools.sources.source import ImageSource
-from data_tools.stream.order import permutation
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.vae.autoencoder import resolve_device
 from training.evaluation.drawing import disk_errors
-from training.evaluation.feature_flags import add_network_flags, load_network
 from training.evaluation.image_npz import LABELS, write_npz
-from training.evaluation.networks import BATCH_SIZE, InceptionNetwork
-from training.evaluation.scores import NETWORK_SHA256, arrays_of, check_count, look_at
+from training.evaluation.networks import (
+    BATCH_SIZE,
+    InceptionNetwork,
+    add_network_flags,
+    load_network,
+)
+from training.evaluation.scores import NETWORK_SHA256, arrays_of, check_count, feature_statistics
 
 DEFAULT_SIZE, DEFAULT_KEEP = 256, 10_000  # those of ADM's ImageNet files
 KEEP_SEED = 0
@@ -89,9 +98,7 @@ def _batches(
 
 def run(args: argparse.Namespace) -> None:
     """Make the file that the command line asks for."""
-    for flag, value in (("--size", args.size), ("--keep", args.keep)):
-        if value < 1:
-            raise ConfigError(f"{flag} must be at least 1, not {value}.")
+    refuse_below_one(args, "size", "keep")
     if args.output.exists() and not args.force:
         raise ConfigError(f"--output {args.output}: exists; choose another or add --force.")
     if args.output.suffix != ".npz" or not args.output.absolute().parent.is_dir():
@@ -103,13 +110,13 @@ def run(args: argparse.Namespace) -> None:
     chosen = np.sort(permutation(len(source), KEEP_SEED)[: args.keep]).tolist()
     kept: dict[int, np.ndarray | None] = dict.fromkeys(chosen)
     with tqdm(total=len(source), unit="image", desc="looking") as progress:
-        looked = look_at(
+        statistics = feature_statistics(
             network, _batches(source, args.size, kept), lambda _: False, progress.update
         )
     arrays = {LABELS: source.labels[chosen].astype(np.int64)}
     for layer, (mean, covariance) in arrays_of(network).items():
-        arrays[mean] = looked.gaussians[layer].mean.numpy()
-        arrays[covariance] = looked.gaussians[layer].covariance.numpy()
+        arrays[mean] = statistics.gaussians[layer].mean.numpy()
+        arrays[covariance] = statistics.gaussians[layer].covariance.numpy()
     if not isinstance(network, InceptionNetwork):
         arrays[NETWORK_SHA256] = np.array(network.sha256)
     pictures = (kept[i][None] for i in chosen)

@@ -18,7 +18,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import jinja2
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, count_of, exit_on_config_error
 from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
@@ -76,7 +76,7 @@ def _experts_of(run: RunData) -> str:
     model = run.config.model
     if model.routing != "switch":
         return model.routing
-    return f"{model.num_experts} experts, {model.top_k} per timestep"
+    return f"{count_of(model.num_experts, 'expert')}, {model.top_k} per timestep"
 
 
 def write_report(runs: list[RunData], folder: Path) -> Path:

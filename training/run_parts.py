@@ -1,12 +1,14 @@
-"""Put the parts of a run together and take them apart again."""
+"""Build the parts of one run, and close them at its end."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from data_tools.process.leaving import flushed_when_leaving
 from data_tools.stream.loader import LatentStream
 from models.latents import scale_and_shift
 from training.checked_job import Job
@@ -14,25 +16,62 @@ from training.checkpoints.average_snapshots import SnapshotWriter
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.manifest import TrainState
 from training.checkpoints.warm_start import initial_values
+from training.config.tree import Config
 from training.engine.build import build_engine
 from training.engine.expert_placement import ExpertPlacement
+from training.engine.interface import Engine
 from training.engine.objective import Objective
-from training.loop import Training
 from training.monitoring.communication import CommunicationWatch
 from training.monitoring.event_files import Monitor, read_metrics
 from training.monitoring.expert_load import LoadHistory, exchange_shape
 from training.monitoring.interval_sums import MetricSums
 from training.monitoring.progress import Progress
 from training.monitoring.reporter import Reporter
-from training.monitoring.run_history import RunHistory, read_notes
+from training.monitoring.run_history import RunHistory
 from training.monitoring.sample_grid import SampleGrid
-from training.ranks.heartbeat import READING, SAVING, Heartbeat
+from training.ranks.heartbeat import LOGGING, READING, SAVING, Heartbeat
 from training.ranks.process_group import Ranks
+from training.run.checkpoint_notes import read_notes
 from training.run.program import read_starts
 
 
+@dataclass
+class Training:
+    """The parts of one run.
+
+    Attributes:
+        engine: DeepSpeed's.
+        draw_samples: draws a grid of samples into the run directory; takes the step.
+        is_main: True on the one rank that prints and writes shared files.
+        skipped_in_a_row: steps that were left out since the last one that was not.
+        pause_sec: seconds for which the last save interrupted training.
+    """
+
+    config: Config
+    engine: Engine
+    stream: LatentStream
+    objective: Objective
+    sums: MetricSums
+    monitor: Monitor
+    reporter: Reporter
+    checkpointer: Checkpointer
+    placement: ExpertPlacement
+    snapshots: SnapshotWriter
+    draw_samples: Callable[[int], None]
+    is_main: bool
+    heartbeat: Heartbeat
+    communication: CommunicationWatch
+    skipped_in_a_row: int = 0
+    pause_sec: float = 0.0
+
+    def report(self, step: int, event: str) -> None:
+        """Tell the person who watches, and TensorBoard, of an event; only rank 0 does."""
+        self.heartbeat.enter(LOGGING, step)
+        self.reporter.warn(step, event)
+
+
 @contextmanager
-def assemble(
+def open_training(
     job: Job,
     ranks: Ranks,
     device: torch.device,
@@ -44,13 +83,16 @@ def assemble(
     """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this.
 
     Args:
-        job: checked.
+        job: what to train.
         ranks: this process's place.
-        device: of this process.
+        device: to train on.
         state: to begin with.
         staging: this job's folder for what it will publish.
         heartbeat: of this process.
         progress: what a person watches.
+
+    Yields:
+        The parts; the stream and the event files are closed afterwards.
     """
     config, manifest, data = job.config, job.manifest, job.config.data
     run_dir = Path(config.run.run_dir)
@@ -106,7 +148,7 @@ def assemble(
     if ranks.is_main:
         reporter.begin(starts)
     grid = SampleGrid(config, engine, objective.diffusion, ranks, device, monitor, job.vae)
-    try:
+    with closing(monitor), closing(stream), flushed_when_leaving(monitor.flush):
         yield Training(
             config=config,
             engine=engine,
@@ -125,6 +167,3 @@ def assemble(
                 monitor, device, config.run.save_every, ranks.is_main and ranks.world_size > 1
             ),
         )
-    finally:
-        stream.close()
-        monitor.close()

@@ -9,6 +9,7 @@ torchrun --nproc-per-node 2 training/sample.py runs/demo
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +21,27 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import (
+    ArgumentParser,
+    ConfigError,
+    exit_on_config_error,
+    refuse_below_one,
+)
 from data_tools.process.entry_point import enter
 from data_tools.shards.manifest import DatasetManifest
-from data_tools.user_files.paths import typed_path, typed_text
-from data_tools.vae.autoencoder import Vae, decode_pixels, load_decoder
-from training.checkpoints.weight_files import load_model
+from data_tools.user_files.paths import typed_path
+from data_tools.vae.autoencoder import Vae, load_decoder
 from training.config.tree import Config
-from training.engine.objective import build_diffusion
-from training.monitoring.expert_pictures import save_png
+from training.evaluation.drawing import (
+    DRAW,
+    SETTINGS_FILE,
+    DrawSettings,
+    as_rank_0_says,
+    disk_errors,
+    fail_together,
+    holds,
+)
+from training.evaluation.job import draw_settings
 from training.ranks.process_group import (
     Ranks,
     enter_job,
@@ -36,19 +49,25 @@ from training.ranks.process_group import (
     select_accelerator,
     start_drawing_group,
 )
-from training.run.directory import SAMPLES_DIR, load_config, load_manifest
-from training.run.weights import find_weights
+from training.run.directory import SAMPLES_DIR
 from training.sampling.checks import WrongValueError
 from training.sampling.class_choice import ClassChoice
 from training.sampling.flags import (
     WeakerRun,
     add_sampling_flags,
+    add_vae_flag,
+    add_weight_flags,
+    class_names,
     find_weaker_run,
+    open_run,
     sampler_settings,
 )
-from training.sampling.latents import SamplerSettings, image_grid, sample_latents
+from training.sampling.image_files import image_grid, save_png
+from training.sampling.latents import SamplerSettings
+from training.sampling.pipeline import draw_batch, load_pipeline
 
 DEFAULT_MAX_CLASSES = 10
+GRID_FILE = "grid.png"
 
 
 @dataclass(frozen=True)
@@ -71,20 +90,14 @@ class SampleJob:
     weaker_run: WeakerRun | None
     vae: Vae
     output: Path  # exists
+    drawn: DrawSettings  # what will be in it
 
 
 def build_parser() -> ArgumentParser:
     """Build the command line."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run_dir", type=typed_path, help="a run directory, e.g. runs/demo")
-    parser.add_argument("--checkpoint", metavar="TAG", help="e.g. step-0001000 (default: latest)")
-    parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
-    parser.add_argument(
-        "--ema", metavar="NAME", help="an average by name, e.g. 0.9999 or std0.050 (default: first)"
-    )
-    parser.add_argument(
-        "--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike"
-    )
+    add_weight_flags(parser)
+    add_vae_flag(parser)
     parser.add_argument(
         "--classes",
         metavar="LIST",
@@ -97,10 +110,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images per class")
     parser.add_argument("--batch-size", type=int, default=40, metavar="N", help="images at a time")
     parser.add_argument(
-        "--vae", type=typed_text, metavar="FOLDER|FILE|ID", help="default: the run's"
-    )
-    parser.add_argument(
-        "--output", type=typed_path, metavar="FOLDER", help="default: RUN/samples/TAG"
+        "--output",
+        type=typed_path,
+        metavar="FOLDER",
+        help="default: RUN/samples/TAG, or TAG-2 and so on if other images are there",
     )
     add_sampling_flags(parser)
     return parser
@@ -117,9 +130,8 @@ def plan_images(args: argparse.Namespace, config: Config, manifest: DatasetManif
         return ImagePlan([0] * args.per_class, ["unconditional"], args.per_class)
     if len(given) > 1:
         raise ConfigError("--classes and --class-numbers both choose the classes; give one.")
-    names = {entry.index: entry.name for entry in manifest.classes}
     flag = given[0] if given else "--classes"
-    choice = ClassChoice(num_classes, names, flag, "--class-numbers {}")
+    choice = ClassChoice(num_classes, class_names(manifest), flag, "--class-numbers {}")
     try:
         if args.classes is not None:
             chosen = choice.find_all(args.classes)
@@ -133,90 +145,111 @@ def plan_images(args: argparse.Namespace, config: Config, manifest: DatasetManif
     return ImagePlan(labels, [choice.name_of(index) for index in chosen], args.per_class)
 
 
-def check_counts(args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be meant."""
-    for name in ("per_class", "batch_size"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} must be at least 1, not {getattr(args, name)}.")
-
-
 def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
     """Check everything before a process group exists; then, last, make the output folder."""
-    config = load_config(args.run_dir)
-    check_counts(args)
+    run = open_run(args)
+    config, manifest = run.config, run.manifest
+    refuse_below_one(args, "per_class", "batch_size")
     settings = sampler_settings(args, config)
-    manifest = load_manifest(args.run_dir)
     plan = plan_images(args, config, manifest)
-    weights = find_weights(
-        args.run_dir,
-        config,
-        checkpoint=args.checkpoint,
-        ema=args.ema,
-        is_raw=args.raw,
-        file=args.weights,
-    )
+    weights = run.find_weights(args)
     weaker_run = None
     if args.autoguidance is not None:
         weaker_run = find_weaker_run(args.autoguidance, config, manifest, weights)
     vae = load_decoder(args.vae or config.run.vae, manifest.vae, device)
+    drawn = draw_settings(
+        config,
+        settings,
+        num_images=len(plan.labels),
+        labels=",".join(map(str, plan.labels[:: plan.per_class])),
+        batch_size=args.batch_size,
+        weights=weights,
+        weaker_run=weaker_run,
+        vae=vae,
+    )
     name = weights.parent.name if args.weights is None else weights.stem
-    output = args.output or args.run_dir / SAMPLES_DIR / name
+    output = args.output or run.folder / SAMPLES_DIR / name
     try:
+        if args.output is None:
+            output = unused_folder(output, drawn)
         output.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"--output {output}: {err.strerror}; choose another.") from err
-    return SampleJob(config, plan, settings, weights, weaker_run, vae, output)
+    return SampleJob(
+        config=config,
+        plan=plan,
+        settings=settings,
+        weights=weights,
+        weaker_run=weaker_run,
+        vae=vae,
+        output=output,
+        drawn=drawn,
+    )
+
+
+def unused_folder(folder: Path, drawn: DrawSettings) -> Path:
+    """Return the first of FOLDER, FOLDER-2, ... that holds nothing, or these very images."""
+    found, number = folder, 1
+    while found.exists() and any(found.iterdir()) and not holds(found, drawn):
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
 
 
 def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.device) -> Path:
     """Draw this rank's images into the output folder, and on rank 0 the grid.
 
+    All ranks must call this.
+
     Returns:
         The path of the grid.
     """
-    config, plan, output = job.config, job.plan, job.output
-    model = load_model(config, job.weights, device)
-    weaker = job.weaker_run
-    weak_model = None if weaker is None else load_model(weaker.config, weaker.weights, device)
-    diffusion = build_diffusion(config).to(device)
-    mine = list(range(ranks.rank, len(plan.labels), ranks.world_size))
-    batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    plan, output = job.plan, as_rank_0_says(job.output, ranks)
+    grid_path = output / GRID_FILE
+    error = None
+    try:
+        if ranks.is_main:
+            with disk_errors(output):
+                _begin_folder(output, job.drawn)
+        for i, picture in _pictures(args, job, ranks, device):
+            with disk_errors(output):
+                save_png(output / _file_name(i, plan), picture)
+    except ConfigError as err:
+        error = err
+    fail_together(error, ranks)
+    if ranks.is_main:
+        files = [output / _file_name(i, plan) for i in range(len(plan.labels))]
+        pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+        grid = image_grid(pixels, columns=plan.per_class, row_labels=plan.class_names)
+        with disk_errors(output):
+            save_png(grid_path, grid)
+    return grid_path
+
+
+def _begin_folder(output: Path, drawn: DrawSettings) -> None:
+    """Write what the folder will hold; warn if that replaces other images."""
+    is_used = any((output / name).exists() for name in (GRID_FILE, SETTINGS_FILE))
+    if is_used and not holds(output, drawn):
+        sys.stderr.write(f"warning: --output {output}: replaces images drawn otherwise.\n")
+    DRAW.write(output / SETTINGS_FILE, drawn)
+
+
+def _pictures(
+    args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.device
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Draw this rank's images: the number of each, and its pixels (H, W, 3) uint8."""
+    pipeline = load_pipeline(job.config, job.weights, job.weaker_run, job.vae, device)
+    labels = torch.tensor(job.plan.labels, device=device)
+    mine = torch.arange(ranks.rank, len(labels), ranks.world_size, device=device)
+    batches = mine.split(args.batch_size) if len(mine) else ()
     with tqdm(
         total=len(batches) * args.steps, unit="step", disable=not ranks.is_main, desc="sampling"
     ) as progress:
         for batch in batches:
-            latents = sample_latents(
-                model,
-                diffusion,
-                job.settings,
-                indices=torch.tensor(batch, device=device),
-                labels=torch.tensor([plan.labels[i] for i in batch], device=device),
-                latent_shape=config.model.latent_shape,
-                null_class=config.model.num_classes,
-                weak_model=weak_model,
-                on_step=lambda _step: progress.update(),
+            pictures = draw_batch(
+                pipeline, job.settings, batch, labels[batch], lambda _step: progress.update()
             )
-            for i, picture in zip(batch, decode_pixels(job.vae, latents), strict=True):
-                _save(output / _file_name(i, plan), picture)
-    if ranks.world_size > 1:
-        torch.distributed.barrier()
-    grid_path = output / "grid.png"
-    if ranks.is_main:
-        files = [output / _file_name(i, plan) for i in range(len(plan.labels))]
-        pixels = np.stack([np.asarray(Image.open(file)) for file in files])
-        _save(grid_path, image_grid(pixels, columns=plan.per_class, row_labels=plan.class_names))
-    return grid_path
-
-
-def _save(path: Path, picture: np.ndarray) -> None:
-    try:
-        save_png(path, picture)
-    except OSError as err:
-        raise ConfigError(
-            f"--output {path.parent}: cannot write {path.name} ({err.strerror}); free some space "
-            "or choose another."
-        ) from err
+            yield from zip(batch.tolist(), pictures, strict=True)
 
 
 def _file_name(i: int, plan: ImagePlan) -> str:

@@ -28,8 +28,8 @@ from training.evaluation.card import (
     say_left_out,
 )
 from training.evaluation.drawing import disk_errors
-from training.evaluation.feature_flags import add_network_flags, load_network
 from training.evaluation.image_npz import ImageNpz
+from training.evaluation.networks import add_network_flags, load_network
 from training.evaluation.scores import Reference, check_count, score
 
 

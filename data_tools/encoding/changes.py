@@ -1,4 +1,4 @@
-"""Images that are not there, or not what they were when an earlier command encoded them."""
+"""Compare the input with what is encoded already: missing files, and images edited since."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import numpy as np
 from data_tools.encoding.encoder import SPLIT
 from data_tools.encoding.output import EncodingOutput
 from data_tools.encoding.settings import EncodingSettings
-from data_tools.errors import ConfigError, some
+from data_tools.errors import ConfigError, count_of, some
+from data_tools.permutations import permutation
 from data_tools.sources.source import FileSource, ImageSource
-from data_tools.stream.order import permutation
 
 _NAMES_SHOWN = 5
 
@@ -70,5 +70,7 @@ def edited_sentence(names: list[str]) -> str:
 
 def finished_before(begun: EncodingSettings, source: ImageSource) -> str:
     """Say that there was nothing to do, and what was compared."""
-    compared = f"the sizes of {len(begun.sizes)} of its {len(source)} images were compared"
+    compared = (
+        f"the sizes of {len(begun.sizes)} of its {count_of(len(source), 'image')} were compared"
+    )
     return f"finished before: nothing was encoded, {compared}"

@@ -1,4 +1,4 @@
-"""Claims on pieces of work by processes on any machines that share a folder.
+"""Claim pieces of work, so that processes on several machines divide it without a server.
 
 A claim is a file that one process created (O_CREAT | O_EXCL is atomic on NFS too). A thread renews
 it. A claim is stale when its process is dead, which the same machine sees at once, or when it was

@@ -1,5 +1,6 @@
-"""One command that encodes: alone or among other processes over the same output folder."""
+"""Run one encoding command: alone, or beside others that write into the same output folder."""
 
+import argparse
 import dataclasses
 import os
 import shutil
@@ -16,7 +17,7 @@ from data_tools.encoding.claims import Claims
 from data_tools.encoding.encoder import ShardEncoder
 from data_tools.encoding.input_summary import refuse_mostly_empty, summary
 from data_tools.encoding.output import CLAIMS_NAME, INDEXES_NAME, EncodingOutput, claim_name
-from data_tools.encoding.progress import Progress, duration
+from data_tools.encoding.progress import EncodingProgress, duration
 from data_tools.encoding.settings import (
     POLL_SEC,
     PRECISIONS,
@@ -36,14 +37,14 @@ from data_tools.encoding.trial import (
     first_images,
     timed_trial,
 )
-from data_tools.errors import ConfigError, one_line
+from data_tools.errors import ConfigError, count_of, one_line
 from data_tools.process.launcher import BY_TORCH, read_place_on_node
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest
 from data_tools.sources.inputs import open_source, read_class_names
-from data_tools.sources.reading import Reading
 from data_tools.vae.autoencoder import load_vae, resolve_device, with_dtype
 
 MAX_THREADS = 16
+PRESETS_PATCH = 2  # side of the patches of all of training's presets, in latent pixels
 
 
 def local_processes() -> int:
@@ -69,87 +70,38 @@ def choose_threads(asked: int | None) -> int:
 class EncodingRun:
     """One command: its images, VAE and settings, of which the batch size may still be open."""
 
-    def __init__(
-        self,
-        inputs: Sequence[str],
-        output: Path,
-        vae: str,
-        *,
-        size: int,
-        flip: bool,
-        seed: int,
-        shard_size: int,
-        batch_size: int | None,
-        precision: str,
-        class_names: Path | None,
-        device: torch.device,
-        workers: int | None,
-        is_strict: bool,
-        is_quiet: bool,
-        keeps_indexes: bool,
-        reading: Reading,
-        allows_empty_classes: bool,
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, is_quiet: bool = False) -> None:
         """Check everything that can be checked before a shard is written.
 
         Args:
-            inputs: as typed, the words of --input.
-            output: of the shards.
-            vae: as typed.
-            size: side of the images.
-            flip: store the latents of mirrored images too.
-            seed: of the dealing of images to shards.
-            shard_size: images per shard.
-            batch_size: None: that of the data set, or for a new one what fits.
-            precision: of the VAE's arithmetic.
-            class_names: file, see read_class_names.
-            device: of the VAE.
-            workers: threads that decode; None: as many as cores.
-            is_strict: stop at the first image that cannot be decoded.
+            args: what parse_arguments of encode_latents.py returns, --input and --vae filled in.
             is_quiet: print nothing.
-            keeps_indexes: write those of tars into the output, for other processes.
-            reading: how the input is read.
-            allows_empty_classes: begin although nearly all classes have no image.
         """
-        self.output, self.is_strict, self.is_quiet = output, is_strict, is_quiet
+        self.output, self.is_strict, self.is_quiet = args.output, args.strict, is_quiet
         # A finished set stays as it is.
-        keeps_indexes &= not (output / MANIFEST_NAME).exists()
-        with disk_errors_as_config_errors(output):
-            cache = output / INDEXES_NAME if keeps_indexes else None
-            self.source = as_begun(output, open_source(*inputs, cache=cache, reading=reading))
+        keeps_indexes = not args.dry_run and not (args.output / MANIFEST_NAME).exists()
+        with disk_errors_as_config_errors(args.output):
+            cache = args.output / INDEXES_NAME if keeps_indexes else None
+            source = open_source(*args.input, cache=cache, reading=args.reading)
+            self.source = as_begun(args.output, source)
         classes = self.source.classes
-        self.class_names = read_class_names(class_names, classes) if class_names else {}
-        self.exact = load_vae(vae, device=device)
-        if size % self.exact.downsample:
-            raise ConfigError(
-                f"--size {size}: is not divisible by {self.exact.downsample}, the factor by "
-                f"which --vae {vae} reduces images; use a multiple of {self.exact.downsample}."
-            )
-        self.num_threads, self.is_batch_free = choose_threads(workers), batch_size is None
+        self.class_names = read_class_names(args.class_names, classes) if args.class_names else {}
+        self.exact = load_vae(args.vae, device=choose_device(args.device))
+        self.num_threads = choose_threads(args.workers)
         self._encoder: ShardEncoder | None = None
         self.busy_share = 0.0  # of the time spent encoding, that of the VAE's computing
-        self.settings = make_settings(
-            self.source,
-            self.exact,
-            size=size,
-            flip=flip,
-            seed=seed,
-            shard_size=shard_size,
-            batch_size=batch_size or 0,
-            precision=precision,
-            reading=reading,
-        )
-        with disk_errors_as_config_errors(output):
-            self.begun = begun_settings(output, self.settings, self.is_batch_free, self.source)
+        self.settings = make_settings(self.source, self.exact, args)
+        with disk_errors_as_config_errors(args.output):
+            self.begun = begun_settings(args.output, self.settings, self.source)
         sizes = self.settings.sizes
         if self.begun is None:
             check_files_exist(self.source, sizes)
             # Names for all of them show that they are meant.
-            if not (allows_empty_classes or self.class_names):
+            if not (args.allow_empty_classes or self.class_names):
                 refuse_mostly_empty(self.source)
             self.edited = []
         else:
-            self.edited = edited_images(output, self.begun, self.source, sizes)
+            self.edited = edited_images(args.output, self.begun, self.source, sizes)
 
     def say(self, text: str) -> None:
         """Print a line, where anybody wants to read it; names of files may hold anything."""
@@ -160,12 +112,21 @@ class EncodingRun:
     def describe(self) -> None:
         """Say what will be encoded into what."""
         settings, source = self.settings, self.source
-        num_bytes = settings.num_files * settings.layout.stride
+        num_bytes = settings.num_files * settings.latent.record_layout.stride
         self.say(
-            f"{source.text}: {len(source)} images in {len(source.classes)} classes -> "
-            f"{self.output}: {settings.num_shards} shards, {num_bytes / 2**20:.0f} MiB, latents "
-            f"{settings.latent.shape} of {self.exact.source_id}"
+            f"{source.text}: {count_of(len(source), 'image')} in "
+            f"{count_of(len(source.classes), 'class')} -> {self.output}: "
+            f"{count_of(settings.num_shards, 'shard')}, {num_bytes / 2**20:.0f} MiB, latents "
+            f"{settings.latent.shape} of {self.exact.id}"
         )
+        side, step = settings.latent.shape[1], self.exact.downsample
+        if side % PRESETS_PATCH:
+            size = settings.image.size
+            self.say(
+                f"latents of {side} x {side} cannot be cut into patches of {PRESETS_PATCH}, as "
+                f"every preset's network does: encode with --size {size - step} or {size + step}, "
+                f"or train with a --patch-size that divides {side}"
+            )
         for line in summary(source):
             self.say(line)
 
@@ -214,7 +175,7 @@ class EncodingRun:
     def estimate(self) -> None:
         """Say what encoding would take."""
         settings = self.begun or self.complete(self.settings)
-        stride = settings.layout.stride
+        stride = settings.latent.record_layout.stride
         self.say(
             f"{settings.num_files * stride:,} bytes in all, {stride:,} a sample, "
             f"{settings.shard_size * stride:,} a shard of {settings.shard_size}"
@@ -224,7 +185,7 @@ class EncodingRun:
         done = EncodingOutput(self.output, settings).num_images_done if self.begun else 0
         left = settings.num_files - done
         self.say(
-            f"{done} images are done; about {per_sec:.1f} images/s here (decoding "
+            f"{count_of(done, 'image', 'are')} done; about {per_sec:.1f} images/s here (decoding "
             f"{1000 * trial.decode_sec:.1f} ms on each of {self.num_threads} threads, encoding "
             f"{1000 * trial.vae_sec:.1f} ms), {duration(left / per_sec)} for one process"
         )
@@ -244,14 +205,7 @@ class EncodingRun:
                     return folder.write_manifest(self.source, self.class_names)
             self.output.mkdir(parents=True, exist_ok=True)
             with Claims(self.output / CLAIMS_NAME) as claims:
-                settings = settle(
-                    self.output,
-                    self.settings,
-                    self.is_batch_free,
-                    self.source,
-                    self.complete,
-                    claims,
-                )
+                settings = settle(self.output, self.settings, self.source, self.complete, claims)
                 folder = EncodingOutput(self.output, settings)
                 folder.remove_leftovers(claims)
                 folder.restore_sidecars()
@@ -270,7 +224,7 @@ class EncodingRun:
         encoder = self.encoder(folder.settings)
         encoder.stated = {name: shard.sha256 for name, shard in folder.stated_shards().items()}
         # Closed whatever happens: what is said then is not written into the bar.
-        with closing(Progress(folder, claims, self.is_quiet)) as progress:
+        with closing(EncodingProgress(folder, claims, self.is_quiet)) as progress:
             self._share_shards(encoder, folder, claims, progress)
         self.busy_share = encoder.busy_share
         if encoder.wall_sec:
@@ -280,7 +234,11 @@ class EncodingRun:
             )
 
     def _share_shards(
-        self, encoder: ShardEncoder, folder: EncodingOutput, claims: Claims, progress: Progress
+        self,
+        encoder: ShardEncoder,
+        folder: EncodingOutput,
+        claims: Claims,
+        progress: EncodingProgress,
     ) -> None:
         """Encode what no other process does, until all is done."""
         is_waiting = False
@@ -295,7 +253,8 @@ class EncodingRun:
             folder.refresh()
             if folder.missing and not num_taken:
                 if not is_waiting:
-                    self.say(f"waiting for other processes: {len(folder.missing)} shards")
+                    num_left = count_of(len(folder.missing), "shard")
+                    self.say(f"waiting for other processes: {num_left}")
                     is_waiting = True
                 progress.look_now_and_then()
                 time.sleep(POLL_SEC)
@@ -333,8 +292,8 @@ def reopen(
     source = as_begun(output, open_source(*inputs, reading=settings.reading))
     if source.fingerprint() != settings.source:
         raise ConfigError(
-            f"--input {source.text}: its {len(source)} images are not the {settings.num_files} "
-            f"that {output} was made of; give those."
+            f"--input {source.text}: its {count_of(len(source), 'image', 'are')} not the "
+            f"{settings.num_files} that {output} was made of; give those."
         )
     where = choose_device(device)
     found = load_vae(vae or settings.vae.id, device=where, expected_sha256=settings.vae.sha256)

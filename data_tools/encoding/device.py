@@ -1,4 +1,4 @@
-"""The device that encodes: results on their way from it, how busy it was, whether it is full."""
+"""Copy results from the encoding device, measure how busy it is, and tell when it is full."""
 
 import contextlib
 import time

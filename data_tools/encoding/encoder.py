@@ -1,4 +1,4 @@
-"""Encoding images into shards of raw latents, so that the VAE never waits where the cores allow.
+"""Encode images into shards of raw latents, reading ahead so that the VAE does not wait.
 
 The shard is the unit of work. Which images form a shard, and which of them form a batch, follows
 from the settings alone; so an interrupted run that is repeated, or several processes that share
@@ -32,15 +32,15 @@ from torch import Tensor
 from data_tools.encoding.device import BusyClock, EncodedBatch, is_out_of_memory
 from data_tools.encoding.output import finished_sidecar, shard_name
 from data_tools.encoding.settings import EncodingSettings
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.files import replace_file
+from data_tools.permutations import permutation
 from data_tools.shards.manifest import Shard
 from data_tools.shards.records import Sample, sample_key
 from data_tools.shards.sidecar import SIDECAR, ShardTotals, Sidecar, add_samples
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.source import ImageSource
-from data_tools.stream.order import permutation
-from data_tools.vae.autoencoder import Vae, tensor_moments
+from data_tools.vae.autoencoder import Vae, encode_moments
 
 SPLIT = 3  # key of the permutation that deals images to shards
 _WRITTEN_BEHIND = 2  # batches encoded and not written yet, per shard
@@ -137,20 +137,15 @@ class ShardEncoder:
         size = self.settings.shard_size
         return self.order[index * size : (index + 1) * size]
 
-    def encode(
-        self, index: int, on_images: Callable[[int], object] = lambda count: None
-    ) -> Sidecar:
-        """Write one shard and its sidecar, each whole or not at all, over what may be there.
-
-        Args:
-            index: of the shard.
-            on_images: called with the number of image files just finished.
-        """
-        (sidecar,) = self.encode_all(iter([index]), lambda _, count: on_images(count))
+    def encode(self, index: int) -> Sidecar:
+        """Write one shard and its sidecar, each whole or not at all, over what may be there."""
+        (sidecar,) = self.encode_all(iter([index]))
         return sidecar
 
     def encode_all(
-        self, indices: Iterator[int], on_images: Callable[[int, int], object]
+        self,
+        indices: Iterator[int],
+        on_images: Callable[[int, int], object] = lambda index, count: None,
     ) -> Iterator[Sidecar]:
         """Write shards as `encode`, yielding each sidecar; close the generator if it is left early.
 
@@ -224,13 +219,9 @@ class ShardEncoder:
         good = []
         for row, (place, future) in enumerate(zip(batch.places, batch.read, strict=True)):
             name = self.source.name(place)
-            try:
+            problem = f"--input {self.source.text}: {name} cannot be read"
+            with os_errors_as(problem, "make it readable and run the same command again"):
                 damage = future.result()
-            except OSError as err:
-                raise ConfigError(
-                    f"--input {self.source.text}: {name} cannot be read ({err.strerror}); make it "
-                    "readable and run the same command again."
-                ) from err
             if damage is None:
                 good.append(row)
                 continue
@@ -258,8 +249,8 @@ class ShardEncoder:
         """
         try:
             pixels = pixels.to(self.device, non_blocking=True)
-            flips = tensor_moments(self.vae, pixels.flip(2)) if self.settings.latent.flip else None
-            return EncodedBatch(tensor_moments(self.vae, pixels), flips)
+            flips = encode_moments(self.vae, pixels.flip(2)) if self.settings.latent.flip else None
+            return EncodedBatch(encode_moments(self.vae, pixels), flips)
         except RuntimeError as err:
             if not is_out_of_memory(err):
                 raise
@@ -286,7 +277,7 @@ class ShardEncoder:
 
         def write(file: IO[bytes]) -> None:
             nonlocal num_bytes
-            self.settings.layout.write(_Hashing(file, digest), samples())
+            self.settings.latent.record_layout.write(_Hashing(file, digest), samples())
             num_bytes = file.tell()
             self._check_stated(tar.name, digest.hexdigest())
 
@@ -296,7 +287,7 @@ class ShardEncoder:
                 num_samples=len(keys),
                 bytes=num_bytes,
                 sha256=digest.hexdigest(),
-                stride=self.settings.layout.stride,
+                stride=self.settings.latent.record_layout.stride,
                 index_sha256="",
                 first_key=keys[0] if keys else "",
                 skipped=sorted(shard.skipped),
@@ -330,7 +321,7 @@ class ShardEncoder:
         for part in (moments, flips):
             if part is not None and not np.isfinite(part).all():
                 raise ConfigError(
-                    f"--vae {self.vae.source_id}: its moments do not fit into float16 "
+                    f"--vae {self.vae.id}: its moments do not fit into float16 "
                     f"(--precision {self.settings.latent.precision}); use another VAE or precision."
                 )
 

@@ -1,4 +1,4 @@
-"""What encoding says about its input before it begins: classes, doubts, what is left out."""
+"""Summarise the input before encoding begins: its classes, doubts, and what is left out."""
 
 import statistics
 from collections.abc import Sequence

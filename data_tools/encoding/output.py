@@ -1,4 +1,4 @@
-"""The folder that encoding fills: which shards are whole, what describes them, what is left over.
+"""Look after the output folder: find finished shards, remove leftovers, write dataset.json.
 
 Each shard 00012.tar has a sidecar 00012.json, written after it; dataset.json is written last.
 """
@@ -8,14 +8,13 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_tools.encoding.claims import Claims
 from data_tools.encoding.settings import SETTINGS_NAME, EncodingSettings
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.files import MalformedError, parse_json
 from data_tools.formats import FORMAT_KEY
 from data_tools.shards.manifest import (
@@ -29,9 +28,10 @@ from data_tools.shards.manifest import (
     SourceList,
 )
 from data_tools.shards.shard_check import read_shard
-from data_tools.shards.sidecar import SIDECAR, Sidecar, statistics_of
+from data_tools.shards.sidecar import SIDECAR, Sidecar, label_counts, statistics_of
 from data_tools.sources.source import ImageSource
 
+DEMO_LATENTS = Path(__file__).resolve().parents[2] / "datasets" / "demo"  # without --output
 CLAIMS_NAME = ".claims"  # folder with the claims of processes at work
 INDEXES_NAME = ".sources"  # folder with the indexes of the input's tars
 _TOOLS = ("torch", "diffusers", "numpy", "pillow", "webdataset")
@@ -165,10 +165,10 @@ class EncodingOutput:
             finished_sidecar(self.folder, index) for index in range(self.settings.num_shards)
         ]
         complete = [sidecar for sidecar in sidecars if sidecar is not None]
-        if len(complete) < len(sidecars):
+        if num_lost := len(sidecars) - len(complete):
             raise ConfigError(
-                f"--output {self.folder}: {len(sidecars) - len(complete)} finished shards were "
-                "removed or changed meanwhile; run the same command again."
+                f"--output {self.folder}: {count_of(num_lost, 'finished shard', 'were')} removed "
+                "or changed meanwhile; run the same command again."
             )
         manifest = _manifest(self.settings, source, class_names, complete)
         path = self.folder / MANIFEST_NAME
@@ -199,9 +199,8 @@ def _manifest(
     class_names: dict[str, tuple[str, str]],
     sidecars: list[Sidecar],
 ) -> Manifest:
-    counts: Counter[int] = Counter()
-    for sidecar in sidecars:
-        counts.update({int(name): n for name, n in sidecar.totals.class_counts.items()})
+    totals = [sidecar.totals for sidecar in sidecars]
+    counts = label_counts(totals)
     shards = [sidecar.shard for sidecar in sidecars]
     num_samples = sum(shard.num_samples for shard in shards)
     num_skipped = sum(len(shard.skipped) for shard in shards)
@@ -217,9 +216,7 @@ def _manifest(
         latent=settings.latent,
         members=Members("moments.npy", "flip.npy" if settings.latent.flip else "", "cls"),
         vae=settings.vae,
-        statistics=statistics_of(
-            [sidecar.totals for sidecar in sidecars], num_samples, height * width
-        ),
+        statistics=statistics_of(totals, num_samples, height * width),
         image=settings.image,
         source=SourceList(settings.num_files, num_skipped, settings.source),
         order_seed=settings.seed,

@@ -1,4 +1,4 @@
-"""How far encoding is, over all processes and restarts, on a terminal's bar or in plain lines."""
+"""Report encoding's progress over all processes and restarts: a bar, or lines in a log."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-class Progress:
+class EncodingProgress:
     """Counts the images that all processes have encoded, whenever they did.
 
     The rate is that of all processes since this one started: what was done before does not count,

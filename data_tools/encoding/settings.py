@@ -1,5 +1,6 @@
-"""What decides the bytes of a data set's shards: encoding.json in the output folder."""
+"""The settings that decide the bytes of a data set's shards, kept as encoding.json beside them."""
 
+import argparse
 import dataclasses
 import errno
 import math
@@ -23,7 +24,7 @@ from data_tools.shards.manifest import (
     LatentFormat,
     VaeReference,
 )
-from data_tools.shards.records import RecordLayout
+from data_tools.shards.records import KEY_DIGITS
 from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources.class_names import number_difference
 from data_tools.sources.reading import Reading
@@ -69,12 +70,6 @@ class EncodingSettings:
         """How many shards the images fill."""
         return math.ceil(self.num_files / self.shard_size)
 
-    @property
-    def layout(self) -> RecordLayout:
-        """The bytes of a sample."""
-        channels, height, width = self.latent.shape
-        return RecordLayout((channels, height, width), self.latent.flip)
-
     def files_in(self, index: int) -> int:
         """How many images a shard has, damaged ones included."""
         return min(self.shard_size, self.num_files - index * self.shard_size)
@@ -98,20 +93,29 @@ def disk_errors_as_config_errors(output: Path) -> Iterator[None]:
         ) from err
 
 
-def make_settings(
-    source: ImageSource,
-    vae: Vae,
-    *,
-    size: int,
-    flip: bool,
-    seed: int,
-    shard_size: int,
-    batch_size: int,
-    precision: str,
-    reading: Reading,
-) -> EncodingSettings:
-    """Collect the settings of a run."""
-    side = size // vae.downsample
+def make_settings(source: ImageSource, vae: Vae, args: argparse.Namespace) -> EncodingSettings:
+    """Collect what decides the bytes of a data set.
+
+    Args:
+        source: the images.
+        vae: that encodes them.
+        args: of encode_latents.py; a batch size that is still open becomes 0.
+
+    Raises:
+        ConfigError: the VAE cannot reduce images of this size, or there are more of them than a
+            shard's keys can number.
+    """
+    if args.size % vae.downsample:
+        raise ConfigError(
+            f"--size {args.size}: is not divisible by {vae.downsample}, the factor by which "
+            f"--vae {args.vae} reduces images; use a multiple of {vae.downsample}."
+        )
+    if len(source) > 10**KEY_DIGITS:
+        raise ConfigError(
+            f"--input {source.text}: {len(source):,} images; one data set holds "
+            f"{10**KEY_DIGITS:,}, make several."
+        )
+    side = args.size // vae.downsample
     return EncodingSettings(
         vae=vae.reference,
         latent=LatentFormat(
@@ -119,17 +123,17 @@ def make_settings(
             shape=[2 * vae.latent_channels, side, side],
             dtype="float16",
             layout="mean | log-variance on axis 0, unscaled",
-            flip=flip,
-            precision=precision,
+            flip=not args.no_flip,
+            precision=args.precision,
         ),
-        image=ImageFormat(size=size, crop=CROP),
+        image=ImageFormat(size=args.size, crop=CROP),
         source=source.fingerprint(),
         sizes=source.sizes(),
         num_files=len(source),
-        seed=seed,
-        shard_size=shard_size,
-        batch_size=batch_size,
-        reading=reading,
+        seed=args.seed,
+        shard_size=args.shard_size,
+        batch_size=args.batch_size or 0,
+        reading=args.reading,
     )
 
 
@@ -147,14 +151,13 @@ def load_settings(output: Path) -> EncodingSettings | None:
 
 
 def begun_settings(
-    output: Path, settings: EncodingSettings, is_batch_free: bool, source: ImageSource
+    output: Path, settings: EncodingSettings, source: ImageSource
 ) -> EncodingSettings | None:
     """Return the settings of a folder that these may continue; None if it is new.
 
     Args:
         output: may not exist yet.
-        settings: of this command.
-        is_batch_free: take over the folder's batch size.
+        settings: of this command; without a batch size, that of the folder is taken over.
         source: the images of this command.
     """
     DATASET.refuse_newer(output / MANIFEST_NAME)  # before hours of work that would replace it
@@ -166,7 +169,7 @@ def begun_settings(
                 "unknown; give a new folder."
             )
         return None
-    if is_batch_free:
+    if not settings.batch_size:
         settings = dataclasses.replace(settings, batch_size=found.batch_size)
     old, new = _leaves(asdict(found)), _leaves(asdict(settings))
     different = [
@@ -216,7 +219,6 @@ def as_begun(output: Path, source: ImageSource) -> ImageSource:
 def settle(
     output: Path,
     settings: EncodingSettings,
-    is_batch_free: bool,
     source: ImageSource,
     complete: Callable[[EncodingSettings], EncodingSettings],
     claims: Claims,
@@ -225,13 +227,12 @@ def settle(
 
     Args:
         output: exists.
-        settings: of this command.
-        is_batch_free: take over the folder's batch size.
+        settings: of this command; without a batch size, that of the folder is taken over.
         source: the images of this command.
         complete: chooses what is free, in the first process only.
         claims: of this process.
     """
-    while (found := begun_settings(output, settings, is_batch_free, source)) is None:
+    while (found := begun_settings(output, settings, source)) is None:
         if not claims.take(SETTINGS_NAME):
             time.sleep(POLL_SEC)
             continue

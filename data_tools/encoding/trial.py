@@ -1,4 +1,4 @@
-"""What a few batches tell before a data set is encoded: errors, memory, time.
+"""Try a few batches before encoding: measure rounding errors, memory and time.
 
 N batch, C latent channels, H W latent size.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from data_tools.encoding.device import is_out_of_memory
 from data_tools.encoding.encoder import ShardEncoder
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.source import ImageSource
-from data_tools.vae.autoencoder import Vae, tensor_moments
+from data_tools.vae.autoencoder import Vae, encode_moments
 
 # Of the rms error of reduced precision over the standard deviation of the latents. 0.03 is -30 dB,
 # while the VAEs themselves reproduce images at 25 to 35 dB.
@@ -82,7 +82,7 @@ def precision_error(exact: Vae, reduced: Vae, pixels: np.ndarray) -> float:
     """Return the rms error of posterior means over their standard deviation; inf if not finite."""
     images = torch.from_numpy(pixels)
     wanted, found = (
-        tensor_moments(vae, images).float().chunk(2, dim=1)[0] for vae in (exact, reduced)
+        encode_moments(vae, images).float().chunk(2, dim=1)[0] for vae in (exact, reduced)
     )
     if not torch.isfinite(found).all():
         return float("inf")
@@ -94,12 +94,13 @@ def check_precision(exact: Vae, reduced: Vae, pixels: np.ndarray, name: str) -> 
     error = precision_error(exact, reduced, pixels)
     if error > MAX_PRECISION_ERROR:
         raise ConfigError(
-            f"--precision {name}: the latents of {len(pixels)} images differ from those in fp32 by "
+            f"--precision {name}: the latents of {count_of(len(pixels), 'image')} differ from "
+            "those in fp32 by "
             f"{error:.2g} of their standard deviation, more than {MAX_PRECISION_ERROR}; use fp32."
         )
     return (
         f"--precision {name}: rms error {error:.2g} of the latents' standard deviation on "
-        f"{len(pixels)} images, at most {MAX_PRECISION_ERROR} is accepted"
+        f"{count_of(len(pixels), 'image')}, at most {MAX_PRECISION_ERROR} is accepted"
     )
 
 
@@ -152,13 +153,13 @@ def choose_batch_size(vae: Vae, size: int, num_processes: int) -> int:
 
 def _peak_bytes(vae: Vae, size: int, count: int, device: torch.device) -> int:
     pixels: Tensor = torch.full((count, size, size, 3), 127, dtype=torch.uint8, device=device)
-    tensor_moments(vae, pixels)  # what is allocated once does not count
+    encode_moments(vae, pixels)  # what is allocated once does not count
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        tensor_moments(vae, pixels)
+        encode_moments(vae, pixels)
         return torch.cuda.max_memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
-    tensor_moments(vae, pixels)
+    encode_moments(vae, pixels)
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 

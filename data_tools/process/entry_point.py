@@ -1,7 +1,7 @@
-"""How every command begins and ends: output that may fail, signals that stop it, mistakes.
+"""Run a command: output that may fail, signals that stop it, mistakes in one sentence.
 
-What a command prints is never worth its work. A terminal that is gone, a full disk under the log, a
-reader such as `head` that has left, a closed stream: what cannot be written is lost, and the work
+Output that fails must not end the work. If the terminal is gone, the disk of the log is full, a
+reader such as `head` has left, or a stream is closed, what cannot be written is lost and the work
 goes on. A character that the terminal's encoding lacks is written as an escape.
 """
 
@@ -19,14 +19,13 @@ from types import FrameType
 from typing import TextIO
 
 from data_tools.errors import ConfigError, exit_on_config_error
+from data_tools.exit_codes import CRASH_EXIT_CODE, SIGNAL_EXIT_CODE
 from data_tools.process.launcher import read_place_on_node
+from data_tools.process.leaving import leave, without_teardown_if_asked
+from data_tools.process.signals import unignored_signals
 
-# Of a terminal, of a terminal or connection that closes, of a batch system, which lets people
-# choose (Slurm's --signal).
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REPEAT_SEC = 2.0  # a launcher repeats the signal that its whole process group has received
-SIGNAL_EXIT_CODE = 128  # plus the signal's number, as shells have it
-LOST_RESULT_EXIT_CODE = 1
+SLOW_READER_SEC = 10.0  # for what a command has printed before a signal
 GONE = (errno.EPIPE, errno.EIO)  # nobody reads any more, so nobody misses anything
 
 
@@ -74,19 +73,20 @@ def enter(
 
     Args:
         main: takes its arguments from the command line.
-        when_stopped: what to do after a signal has ended it.
-        prints_result: its output is all that it makes, so that a lost part is a failure.
+        when_stopped: what to advise after a signal has ended it.
+        prints_result: its output is all that it makes, so that it fails if a part is lost.
     """
     _read_names_as_utf8()
     output = protect_output()
-    with exit_on_config_error(), _leaving_on_signals(when_stopped):
-        main()
-    sys.stdout.flush()
-    error = None if output is None else output.error
-    if error is not None and error.errno not in GONE:
-        sys.stderr.write(f"warning: a part of the output is lost ({error.strerror}).\n")
-        if prints_result:
-            sys.exit(LOST_RESULT_EXIT_CODE)
+    with without_teardown_if_asked():
+        with exit_on_config_error(), _leaving_on_signals(when_stopped):
+            main()
+        sys.stdout.flush()
+        error = None if output is None else output.error
+        if error is not None and error.errno not in GONE:
+            sys.stderr.write(f"warning: a part of the output is lost ({error.strerror}).\n")
+            if prints_result:
+                sys.exit(CRASH_EXIT_CODE)
 
 
 def _read_names_as_utf8() -> None:
@@ -140,22 +140,16 @@ def _protected(stream: TextIO | None, name: str) -> tuple[_LossyFile | None, Tex
 
 
 def is_reporter() -> bool:
-    """Tell whether this process speaks for those that a launcher started with it."""
+    """Tell whether this process prints for all that a launcher started with it."""
     try:
         return read_place_on_node().rank == 0
     except ConfigError:  # said where the place decides something
         return True
 
 
-def minded_signals() -> list[signal.Signals]:
-    """List the signals to stop at; nohup and others have a process ignore some from its start."""
-    ignored = (signal.SIG_IGN, None)
-    return [number for number in STOP_SIGNALS if signal.getsignal(number) not in ignored]
-
-
 @contextmanager
 def _leaving_on_signals(when_stopped: str) -> Iterator[None]:
-    """Turn signals into one line and an exit; what is open is closed on the way."""
+    """Turn signals into one line and an exit; what is open is closed first."""
     last_sec = -REPEAT_SEC
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -164,7 +158,7 @@ def _leaving_on_signals(when_stopped: str) -> Iterator[None]:
         if not is_repeated:
             raise StopRequest(number)
 
-    for number in minded_signals():
+    for number in unignored_signals():
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)
     try:
@@ -172,9 +166,6 @@ def _leaving_on_signals(when_stopped: str) -> Iterator[None]:
     except KeyboardInterrupt as err:
         number = err.number if isinstance(err, StopRequest) else signal.SIGINT
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        if is_reporter():
-            start = "\n" if sys.stderr.isatty() else ""  # behind ^C, or a bar
-            sys.stderr.write(f"{start}stopped by {name}; {when_stopped}\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(SIGNAL_EXIT_CODE + number)  # connections to other ranks would abort an exit
+        start = "\n" if sys.stderr.isatty() else ""  # behind ^C, or a bar
+        text = f"{start}stopped by {name}; {when_stopped}\n" if is_reporter() else ""
+        leave(SIGNAL_EXIT_CODE + number, text, SLOW_READER_SEC)

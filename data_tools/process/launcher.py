@@ -1,11 +1,11 @@
-"""The launcher that started this process: the only reader of launchers' variables in the project.
+"""Read launchers' variables; no other module of the project does.
 
-deepspeed, torchrun, srun, mpirun, jsrun and flux each say in variables of their own which of how
-many processes this one is. Here they are read once and written as the five that torch and DeepSpeed
-read: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. A launcher that says less than that is
-refused by name: it must never be taken for none, or every process would train alone.
+deepspeed, torchrun, srun, mpirun, jsrun and flux each use other variables to say which of how many
+processes this one is. They are read here and written as the five that torch and DeepSpeed read:
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. A launcher that says less is refused by
+name: if it were taken for none, every process would train alone.
 
-It imports nothing that takes time: training/retry.py runs between a crash and the next start.
+Imports nothing that takes time: training/retry.py runs between a crash and the next start.
 """
 
 import os
@@ -27,7 +27,7 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 class _Family(NamedTuple):
-    """The variables of one kind of launcher; of several names the first that is set counts."""
+    """The variables of one kind of launcher; of several names, the first that is set counts."""
 
     launcher: str
     rank: str
@@ -81,11 +81,11 @@ class Place:
     """Which of how many processes this one is.
 
     Attributes:
-        launcher: that said so, as a user calls it; empty for a process that nobody launched.
-        rank: of all processes.
-        world_size: their number.
-        local_rank: of those on this node.
-        local_size: their number; None if the launcher does not say.
+        launcher: its name as users know it; empty for a process that nobody launched.
+        rank: this process's number among all.
+        world_size: number of all processes.
+        local_rank: this process's number on its node.
+        local_size: number of processes on this node; None if the launcher does not say.
     """
 
     launcher: str
@@ -248,7 +248,7 @@ def has_agent_store(env: Mapping[str, str] = os.environ) -> bool:
     return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def said_port(place: Place, env: Mapping[str, str] = os.environ) -> int:
+def said_port(place: Place, env: Mapping[str, str]) -> int:
     """Return the port at which the ranks meet: MASTER_PORT, the job's own, or the usual one."""
     if text := env.get("MASTER_PORT"):
         if not (text.isascii() and text.isdecimal() and 0 < int(text) <= MAX_PORT):
@@ -263,7 +263,7 @@ def said_port(place: Place, env: Mapping[str, str] = os.environ) -> int:
     return DEFAULT_MASTER_PORT
 
 
-def said_host(place: Place, env: Mapping[str, str] = os.environ) -> str | None:
+def said_host(place: Place, env: Mapping[str, str]) -> str | None:
     """Return the node of rank 0: MASTER_ADDR, or the first of srun's step; None = nobody says."""
     lists = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     if env.get("MASTER_ADDR"):
@@ -279,35 +279,33 @@ def first_of_node_list(text: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
-def write_place(
-    place: Place, host: str, port: int, env: MutableMapping[str, str] = os.environ
-) -> None:
+def write_place(place: Place, host: str, port: int, env: MutableMapping[str, str]) -> None:
     """Set the variables that torch and DeepSpeed read."""
     env["RANK"], env["WORLD_SIZE"] = str(place.rank), str(place.world_size)
     env["LOCAL_RANK"] = str(place.local_rank)
     env["MASTER_ADDR"], env["MASTER_PORT"] = host, str(port)
 
 
-def written_meeting_point(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+def written_meeting_point() -> tuple[str, int]:
     """Return the host and port that `write_place` has set."""
-    return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
-def use_first_device(env: MutableMapping[str, str] = os.environ) -> None:
+def use_first_device() -> None:
     """Tell DeepSpeed, which takes LOCAL_RANK for a device's number, that there is but one."""
-    env["LOCAL_RANK"] = "0"
+    os.environ["LOCAL_RANK"] = "0"
 
 
-def has_one_device_of_its_own(env: Mapping[str, str] = os.environ) -> bool:
+def has_one_device_of_its_own(env: Mapping[str, str]) -> bool:
     """Tell whether a launcher shows this process one GPU only, which then has number 0."""
     names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     visible = next((env[name] for name in names if env.get(name)), "")
     return bool(env.get("SLURM_GPUS_PER_TASK")) or (visible != "" and "," not in visible)
 
 
-def slurm_gpus(env: Mapping[str, str] = os.environ) -> int:
+def slurm_gpus() -> int:
     """Return how many GPUs Slurm has given to this process or its node; 0 if it does not say."""
-    text = env.get("SLURM_GPUS_PER_TASK") or env.get("SLURM_GPUS_ON_NODE", "")
+    text = os.environ.get("SLURM_GPUS_PER_TASK") or os.environ.get("SLURM_GPUS_ON_NODE", "")
     return int(text) if text.isdecimal() else 0
 
 
@@ -330,14 +328,14 @@ def is_restarted_by_torchrun(env: Mapping[str, str] = os.environ) -> bool:
     return env.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
-def own_node(env: Mapping[str, str] = os.environ) -> str:
+def own_node() -> str:
     """Return the name by which a user knows this node."""
-    return env.get("SLURMD_NODENAME") or os.uname().nodename
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
-def allocated_nodes(env: Mapping[str, str] = os.environ) -> list[str]:
+def allocated_nodes() -> list[str]:
     """Return the nodes that Slurm gave the job; none without Slurm, or where it does not answer."""
-    nodes = env.get("SLURM_JOB_NODELIST")
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
     if nodes is None or shutil.which("scontrol") is None:
         return []
     command = ["scontrol", "show", "hostnames", nodes]

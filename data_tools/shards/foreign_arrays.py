@@ -1,4 +1,4 @@
-"""Latents as other programs store them: what is usual elsewhere and cannot be used, and what to do.
+"""Recognise latents that other programs stored in a way that cannot be used, and say what to do.
 
 C latent channels, H W latent size.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_tools.user_files.file_kinds import HEAD_BYTES, kind_of
+from data_tools.user_files.file_kinds import HEAD_BYTES, content_kind
 
 DTYPES = ("float16", "float32")
 USUAL_STD = (0.3, 3.0)  # of latents as a model sees them, which are scaled to about 1
@@ -21,7 +21,7 @@ def not_npy(content: bytes) -> str:
     elif content.startswith(_PICKLE):
         kind = "a pickle, which is never loaded"
     else:
-        kind = kind_of(content[:HEAD_BYTES]) or "something else"
+        kind = content_kind(content[:HEAD_BYTES]) or "something else"
     return f"is no .npy file but {kind}; write each array with numpy.save"
 
 

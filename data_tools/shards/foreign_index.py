@@ -1,9 +1,8 @@
-"""Tars of latents that others wrote: what is in them and where, found in one pass.
+"""Index a tar of latents that another program wrote, in one pass over it.
 
-A sample's members share a key, see sources/tar_samples.py. What a run needs to read any of them at
-once is the offset of its arrays and its label, which go into an index beside dataset.json. Arrays
-must all be of one shape and dtype and stored as numpy.save stores them; their headers are parsed
-without ever loading a pickle.
+A sample's members share a key, see sources/tar_samples.py. To read any sample at once, a run needs
+the offsets of its arrays and its label; these go into an index beside dataset.json. All arrays must
+have one shape and dtype.
 
 C latent channels, H W latent size.
 """
@@ -15,27 +14,26 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.files import SINCE
 from data_tools.formats import Format
-from data_tools.shards.foreign_arrays import channels_last, not_npy, unusable
+from data_tools.shards.foreign_arrays import channels_last
+from data_tools.shards.foreign_tar import RefusedTarError, TarSample, walk_samples
 from data_tools.shards.manifest import Members
-from data_tools.shards.records import NPY_HEADER_ERRORS
+from data_tools.shards.records import npy_bytes
+from data_tools.shards.sidecar import ShardTotals, add_samples
 from data_tools.sources.left_out import LeftOut, Tally, sentence
-from data_tools.sources.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
-from data_tools.sources.tar_members import BadTarError, content_of, walk
-from data_tools.sources.tar_samples import IncompleteSampleError, TarParts, grouped
+from data_tools.sources.tar_members import BadTarError
+from data_tools.sources.tar_samples import IncompleteSampleError
 from data_tools.storage.fetch import read_small
 from data_tools.storage.locations import Location
-from models.latents import LOG_VARIANCE_MAX, LOG_VARIANCE_MIN
 
-_MAX_HEADER_BYTES = 4096  # of an npy file; numpy's own have 128
 _MAX_REMOTE_BYTES = 1 << 33  # of one tar, which is held in memory while it is scanned
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedMembers:
     """Which members of a sample are what, by the suffix after its key and a dot."""
 
     array: str
@@ -48,7 +46,7 @@ class Wanted:
 class ScannedShard:
     """What one pass over a tar found; kept beside its index, so that a scan can be continued."""
 
-    wanted: Wanted
+    wanted: WantedMembers
     num_samples: int
     bytes: int
     sha256: str
@@ -63,15 +61,16 @@ class ScannedShard:
     # Least of all moments; else, or where it is unknown, -1.
     log_variance_min: float = field(default=-1.0, metadata={SINCE: 2})
 
+    @property
+    def totals(self) -> ShardTotals:
+        """The sums that a sidecar would hold."""
+        return ShardTotals(self.label_counts, self.channel_sum, self.channel_square_sum)
+
 
 NOTES = Format(newest=2, kind=ScannedShard)
 
 
-class _RefusedError(Exception):
-    """Something in a tar that cannot be used; the caller names the tar."""
-
-
-def scan(location: Location, name: str, wanted: Wanted) -> tuple[ScannedShard, bytes]:
+def scan(location: Location, name: str, wanted: WantedMembers) -> tuple[ScannedShard, bytes]:
     """Read a tar from its beginning to its end.
 
     Returns:
@@ -82,154 +81,85 @@ def scan(location: Location, name: str, wanted: Wanted) -> tuple[ScannedShard, b
     try:
         if location.folder is None:
             return _scan(io.BytesIO(read_small(location, name, _MAX_REMOTE_BYTES)), wanted)
-        with (location.folder / name).open("rb") as file:
+        with (
+            os_errors_as(f"--input {where}: cannot be read", "give tars that are there"),
+            (location.folder / name).open("rb") as file,
+        ):
             return _scan(file, wanted)
-    except OSError as err:
-        raise ConfigError(
-            f"--input {where}: cannot be read ({err.strerror}); give tars that are there."
-        ) from err
-    except (BadTarError, _RefusedError) as err:
+    except BadTarError as err:
         raise ConfigError(f"--input {where}: {err}.") from err
 
 
-def _scan(file: BinaryIO, wanted: Wanted) -> tuple[ScannedShard, bytes]:
+def _scan(file: BinaryIO, wanted: WantedMembers) -> tuple[ScannedShard, bytes]:
     hashing, left_out = _HashingReader(file), Tally()
-    sums = _Sums(wanted.kind)
+    uniform, totals = _Uniform(wanted.kind), ShardTotals()
     rows: list[tuple[int, int, int]] = []
-    counts, first_key = {}, ""
-    suffixes = Members(wanted.array, wanted.flip, wanted.label).suffixes
+    first_key = ""
+    members = Members(wanted.array, wanted.flip, wanted.label)
     try:
-        for sample in grouped(walk(hashing), suffixes, left_out):
-            offset, flip_offset = _read_arrays(hashing, sample, wanted, sums)
-            label = _label(hashing, sample, wanted.label)
+        for sample in walk_samples(hashing, members, left_out):
+            uniform.check(sample)
+            add_samples(totals, [sample.label], sample.array[None], wanted.kind)
             first_key = first_key or sample.key
-            rows.append((offset, flip_offset, label))
-            counts[str(label)] = counts.get(str(label), 0) + 1
+            rows.append(sample.row)
     except IncompleteSampleError as err:
         there = f"; the tar has {sentence(left_out.entries())}" if left_out else ""
-        raise _RefusedError(f"{err}{there}") from err
+        raise RefusedTarError(f"{err}{there}") from err
     hashing.drain()
     if not rows:
         there = f" (it has {sentence(left_out.entries())})" if left_out else ""
-        raise _RefusedError(f"holds no samples{there}; see --array")
+        raise RefusedTarError(f"holds no samples{there}; see --array")
     rows.sort()  # labels that stand elsewhere complete samples late
-    index = io.BytesIO()
-    np.save(index, np.array(rows, np.dtype("<i8")))
+    index = npy_bytes(np.array(rows, np.dtype("<i8")))
     found = ScannedShard(
         wanted=wanted,
         num_samples=len(rows),
         bytes=hashing.count,
         sha256=hashing.digest.hexdigest(),
-        index_sha256=hashlib.sha256(index.getvalue()).hexdigest(),
+        index_sha256=hashlib.sha256(index).hexdigest(),
         first_key=first_key,
-        shape=list(sums.shape),
-        dtype=sums.dtype,
-        label_counts=counts,
-        channel_sum=sums.total.tolist(),
-        channel_square_sum=sums.squares.tolist(),
+        shape=list(uniform.shape),
+        dtype=uniform.dtype,
+        label_counts=totals.class_counts,
+        channel_sum=totals.channel_sum,
+        channel_square_sum=totals.channel_square_sum,
         left_out=left_out.entries(),
-        log_variance_min=sums.log_variance_min,
+        log_variance_min=uniform.log_variance_min,
     )
-    return found, index.getvalue()
+    return found, index
 
 
-def _read_arrays(
-    file: "_HashingReader", sample: TarParts, wanted: Wanted, sums: "_Sums"
-) -> tuple[int, int]:
-    """Check and add up a sample's arrays; return the offsets of the array and the mirrored one."""
-    offsets = [-1, -1]
-    for place, suffix in enumerate((wanted.array, wanted.flip)):
-        if suffix:
-            member = sample.by_suffix[suffix]
-            name = f"{sample.shown}.{suffix}"
-            sums.add(_array(content_of(file, member), name), name, suffix == wanted.array)
-            offsets[place] = member.offset_data
-    return offsets[0], offsets[1]
-
-
-def _label(file: "_HashingReader", sample: TarParts, label: str) -> int:
-    if not label:
-        return 0
-    suffix, field = split_label(label)
-    try:
-        number = parse_label(content_of(file, sample.by_suffix[suffix], LABEL_BYTES), field)
-    except LabelError as err:
-        raise _RefusedError(
-            f"sample {sample.shown} has {err} as its {label}, which gives no whole number; "
-            "see --label"
-        ) from err
-    if not 0 <= number < 1 << 31:
-        raise _RefusedError(f"sample {sample.shown} has the label {number}; labels count from 0")
-    return number
-
-
-def _array(content: bytes, name: str) -> np.ndarray:
-    """Return the array of an .npy file, which must be as numpy.save writes it."""
-    file = io.BytesIO(content)
-    if not content.startswith(np.lib.format.MAGIC_PREFIX):
-        raise _RefusedError(f"{name} {not_npy(content)}")
-    try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("an npy version that numpy.save does not write for numbers")
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(
-            file, max_header_size=_MAX_HEADER_BYTES
-        )
-    except NPY_HEADER_ERRORS as err:
-        raise _RefusedError(f"{name} is no .npy file of numbers ({err}); write it anew") from err
-    if problem := unusable(shape, dtype, is_fortran):
-        raise _RefusedError(f"{name} {problem}")
-    expected = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        expected, {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    )
-    start = file.tell()
-    if dtype.str[0] == ">" or content[:start] != expected.getvalue():
-        raise _RefusedError(f"{name} was not written by numpy.save of today; write it anew")
-    if len(content) != start + int(np.prod(shape)) * dtype.itemsize:
-        raise _RefusedError(
-            f"{name} is shorter or longer than its shape {shape} says; write it anew"
-        )
-    return np.frombuffer(content, dtype, offset=start).reshape(shape)
-
-
-class _Sums:
-    """Sums over posterior draws per channel, and the shape and dtype that all arrays have."""
+class _Uniform:
+    """The shape and dtype that all arrays of a tar must have, and their least log-variance."""
 
     def __init__(self, kind: str) -> None:
         self.kind, self.shape, self.dtype = kind, (), ""
-        self.total = self.squares = np.zeros(0)
         self.log_variance_min = np.inf if kind == "moments" else -1.0
 
-    def add(self, array: np.ndarray, name: str, is_counted: bool) -> None:
-        """Check an array (C, H, W) or (2C, H, W); mirrored ones are not counted."""
+    def check(self, sample: TarSample) -> None:
+        """Refuse arrays (C, H, W) or (2C, H, W) that are not as the others, or not finite."""
+        first = sample.array
         if not self.shape:
-            self.shape, self.dtype = array.shape, array.dtype.name
-            if self.kind == "moments" and array.shape[0] % 2:
-                raise _RefusedError(
-                    f"arrays have {array.shape[0]} channels, but mean | log-variance are an even "
+            self.shape, self.dtype = first.shape, first.dtype.name
+            if self.kind == "moments" and len(first) % 2:
+                raise RefusedTarError(
+                    f"arrays have {len(first)} channels, but mean | log-variance are an even "
                     "number; use --kind latents for draws of the posterior"
-                    f"{channels_last(array.shape)}"
+                    f"{channels_last(first.shape)}"
                 )
-        if (array.shape, array.dtype.name) != (self.shape, self.dtype):
-            raise _RefusedError(
-                f"holds arrays {self.dtype} {self.shape} and {array.dtype.name} {array.shape}; all "
-                "samples must have one shape and dtype"
-            )
-        if not np.isfinite(array).all():
-            raise _RefusedError(
-                f"{name} holds a value that is no number; write the tar without that sample"
-            )
-        if not is_counted:
-            return
-        values, variance = array.astype(np.float64), 0.0
+        for name, array in sample.arrays.items():
+            if (array.shape, array.dtype.name) != (self.shape, self.dtype):
+                raise RefusedTarError(
+                    f"holds arrays {self.dtype} {self.shape} and {array.dtype.name} "
+                    f"{array.shape}; all samples must have one shape and dtype"
+                )
+            if not np.isfinite(array).all():
+                raise RefusedTarError(
+                    f"{name} holds a value that is no number; write the tar without that sample"
+                )
         if self.kind == "moments":
-            values, log_variance = np.split(values, 2)
-            self.log_variance_min = min(self.log_variance_min, float(log_variance.min()))
-            variance = np.exp(log_variance.clip(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX))
-        if not len(self.total):
-            self.total = self.squares = np.zeros(len(values))
-        self.total = self.total + values.sum(axis=(1, 2))
-        self.squares = self.squares + (values**2 + variance).sum(axis=(1, 2))
+            least = float(first[len(first) // 2 :].min())
+            self.log_variance_min = min(self.log_variance_min, least)
 
 
 class _HashingReader:

@@ -1,17 +1,30 @@
-"""Walking the members of a tar of latents that may have been written by others."""
+"""Read the samples of a tar of latents that another program may have written.
 
+Arrays must be stored as numpy.save stores them. Their headers are parsed without ever loading a
+pickle.
+"""
+
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.shards.manifest import LatentFormat, Members
-from data_tools.shards.records import NPY_HEADER_ERRORS, DamagedRecordError
-from data_tools.sources.sample_labels import LABEL_BYTES, LabelError, parse_label, split_label
+from data_tools.shards.foreign_arrays import not_npy, unusable
+from data_tools.shards.manifest import Members
+from data_tools.shards.records import NPY_HEADER_ERRORS
+from data_tools.sources.left_out import Tally
+from data_tools.sources.sample_labels import LabelError
 from data_tools.sources.sample_names import split_name
-from data_tools.sources.tar_members import BadTarError, Member, content_of, walk
+from data_tools.sources.tar_members import BadTarError, SeekableFile, content_of, walk
 from data_tools.sources.tar_samples import TarParts, grouped
+
+_MAX_HEADER_BYTES = 4096  # of an npy file; numpy's own have 128
+
+
+class RefusedTarError(BadTarError):
+    """Something in a tar that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +33,24 @@ class TarSample:
 
     Attributes:
         key: what its members' names begin with.
-        array_offset: of the .npy member's content, in bytes from the start of the tar.
-        flip_offset: likewise of the mirrored image; -1 where there is none.
-        label: 0 where the set has no labels.
-        values: the stored array, (2C, H, W) or (C, H, W).
+        row: of an index: where the content of the array's .npy member begins in the tar, and that
+            of the mirrored image or -1, in bytes; the label, 0 where the set has none.
+        arrays: (2C, H, W) or (C, H, W) by the names of their members; the mirrored image's second.
     """
 
     key: str
-    array_offset: int
-    flip_offset: int
-    label: int
-    values: np.ndarray
+    row: tuple[int, int, int]
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def label(self) -> int:
+        """The label."""
+        return self.row[2]
+
+    @property
+    def array(self) -> np.ndarray:
+        """The array of the image as it is."""
+        return next(iter(self.arrays.values()))
 
 
 def index_name(shard_name: str) -> str:
@@ -49,58 +69,69 @@ def first_foreign_member(file: BinaryIO, members: Members) -> str | None:
     return None
 
 
-def walk_samples(file: BinaryIO, members: Members, latent: LatentFormat) -> Iterator[TarSample]:
+def walk_samples(
+    file: SeekableFile, members: Members, left_out: Tally | None = None
+) -> Iterator[TarSample]:
     """Read all samples of a tar in order.
 
+    Args:
+        file: the tar.
+        members: what the parts of a sample are called.
+        left_out: counts all other members.
+
     Raises:
-        DamagedRecordError: a header is damaged, a part is missing, occurs twice or is not what
-            `latent` says; nothing in the file is ever unpickled.
+        BadTarError: a header is damaged, a part is missing, occurs twice, or is no array or label
+            that can be used; a clause that follows the tar's name, and what to do.
     """
+    for parts in grouped(walk(file), members.suffixes, left_out):
+        arrays, offsets = {}, []
+        for suffix in filter(None, (members.array, members.flip)):
+            member = parts.by_suffix[suffix]
+            name = f"{parts.shown}.{suffix}"
+            arrays[name] = _array(content_of(file, member), name)
+            offsets.append(member.offset_data)
+        flip_offset = offsets[1] if members.flip else -1
+        row = (offsets[0], flip_offset, _label(file, parts, members.label))
+        yield TarSample(parts.key, row, arrays)
+
+
+def _label(file: SeekableFile, parts: TarParts, label: str) -> int:
     try:
-        for sample in grouped(walk(file), members.suffixes):
-            yield _sample(file, sample, members, latent)
-    except BadTarError as err:
-        raise DamagedRecordError(str(err).rpartition("; ")[0]) from err
+        number = parts.label(file, label)
+    except LabelError as err:
+        raise RefusedTarError(
+            f"sample {parts.shown} has {err} as its {label}, which gives no whole number; "
+            "see --label"
+        ) from err
+    if not 0 <= number < 1 << 31:
+        raise RefusedTarError(f"sample {parts.shown} has the label {number}; labels count from 0")
+    return number
 
 
-def _sample(file: BinaryIO, sample: TarParts, members: Members, latent: LatentFormat) -> TarSample:
-    shown, parts = sample.shown, sample.by_suffix
-    array_offset, values = _array(file, parts[members.array], shown, latent)
-    flip_offset = -1
-    if members.flip:
-        flip_offset, flipped = _array(file, parts[members.flip], shown, latent)
-        if not np.isfinite(flipped).all():
-            raise DamagedRecordError(f"a value that is no number in the mirrored {shown!r}")
-    label = 0
-    if members.label:
-        suffix, field = split_label(members.label)
-        try:
-            label = parse_label(content_of(file, parts[suffix], LABEL_BYTES), field)
-        except LabelError as err:
-            raise DamagedRecordError(f"the label of sample {shown!r} is not a number") from err
-    return TarSample(sample.key, array_offset, flip_offset, label, values)
-
-
-def _array(
-    file: BinaryIO, member: Member, shown: str, latent: LatentFormat
-) -> tuple[int, np.ndarray]:
-    file.seek(member.offset_data)
+def _array(content: bytes, name: str) -> np.ndarray:
+    """Return the array of an .npy file, which must be as numpy.save writes it."""
+    file = io.BytesIO(content)
+    if not content.startswith(np.lib.format.MAGIC_PREFIX):
+        raise RefusedTarError(f"{name} {not_npy(content)}")
     try:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("an npy version that numpy.save does not write for numbers")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(
+            file, max_header_size=_MAX_HEADER_BYTES
         )
-        shape, is_fortran, dtype = read(file)
     except NPY_HEADER_ERRORS as err:
-        raise DamagedRecordError(f"sample {shown!r} holds no .npy array ({err})") from err
-    if list(shape) != latent.shape or dtype != np.dtype(latent.dtype) or is_fortran:
-        raise DamagedRecordError(
-            f"sample {shown!r} is {dtype} {list(shape)}, dataset.json says {latent.dtype} "
-            f"{latent.shape}"
+        raise RefusedTarError(f"{name} is no .npy file of numbers ({err}); write it anew") from err
+    if problem := unusable(shape, dtype, is_fortran):
+        raise RefusedTarError(f"{name} {problem}")
+    expected = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        expected, {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    )
+    start = file.tell()
+    if dtype.str[0] == ">" or content[:start] != expected.getvalue():
+        raise RefusedTarError(f"{name} was not written by numpy.save of today; write it anew")
+    if len(content) != start + int(np.prod(shape)) * dtype.itemsize:
+        raise RefusedTarError(
+            f"{name} is shorter or longer than its shape {shape} says; write it anew"
         )
-    data = file.read(dtype.itemsize * int(np.prod(shape)))
-    if len(data) != dtype.itemsize * int(np.prod(shape)):
-        raise DamagedRecordError(f"ends inside sample {shown!r}")
-    return member.offset_data, np.frombuffer(data, dtype).reshape(shape)
+    return np.frombuffer(content, dtype, offset=start).reshape(shape)

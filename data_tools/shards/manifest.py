@@ -1,4 +1,4 @@
-"""The description of an encoded data set: dataset.json and its checks.
+"""dataset.json: the description of an encoded data set, its dataclasses and checks.
 
 dataset.json is written last, so its presence means that encoding finished.
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE, MalformedError, parse_json
-from data_tools.formats import FORMAT_KEY, Format, said
+from data_tools.formats import FORMAT_KEY, Format, stored_values
 from data_tools.shards.records import IndexedLayout, RecordLayout
 from data_tools.shards.undescribed import MANIFEST_NAME, explain, run_folder
 from data_tools.sources.left_out import LeftOut
@@ -35,9 +35,8 @@ class Shard:
     num_samples: int
     bytes: int
     sha256: str
-    stride: (
-        int  # bytes from one sample to the next; 0: the index beside the tar says where they lie
-    )
+    # Bytes from one sample to the next; 0: the index beside the tar says where they lie.
+    stride: int
     index_sha256: str  # of that index, which only tars written by others need; else ""
     first_key: str
     skipped: list[str]  # image files that could not be decoded, relative to the input folder
@@ -53,6 +52,16 @@ class LatentFormat:
     layout: str
     flip: bool  # those of the mirrored images are stored too
     precision: str  # of the VAE's arithmetic: fp32, bf16, fp16, or unknown
+
+    @property
+    def record_layout(self) -> RecordLayout:
+        """The bytes of a sample in shards that this project wrote."""
+        return RecordLayout(self.shape, self.flip)
+
+    @property
+    def indexed_layout(self) -> IndexedLayout:
+        """How samples are read from tars of others."""
+        return IndexedLayout(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -71,13 +80,21 @@ class Members:
 
 @dataclass(frozen=True)
 class VaeReference:
-    """Which VAE made the latents, and its numbers."""
+    """Which VAE made the latents, and its numbers.
+
+    Attributes:
+        id: finds it again: a hub id, or a path; inside this repository relative to it.
+        sha256: of the weights (names, shapes and fp32 values), whatever file they came from.
+        scaling_factor: final = (latent - shift_factor) * scaling_factor.
+        shift_factor: 0 where the VAE's configuration has none.
+        latents_mean: (C,), which replaces shift_factor; most VAEs have none.
+        latents_std: (C,), by which final latents are divided; most VAEs have none.
+    """
 
     id: str
     sha256: str
     scaling_factor: float
     shift_factor: float
-    # (C,); most VAEs have none.
     latents_mean: list[float] = field(default_factory=list, metadata={SINCE: 3})
     latents_std: list[float] = field(default_factory=list, metadata={SINCE: 3})
 
@@ -189,7 +206,19 @@ class DatasetManifest(Manifest):
             where: that was found, for messages.
             folder: that holds it.
         """
-        return cls.of(_parse(where, text, folder), folder)
+        advice = f"check the address, and that {_ENCODE} wrote the file"
+        if folder is not None:
+            advice = f"copy it again, or run {_VERIFY} --data {folder}, it says what to do"
+        if is_lfs_pointer(text):
+            raise ConfigError(f"{where}: {LFS_REASON}.")
+        try:
+            manifest = DATASET.parse(parse_json(text), where)
+            _check_consistent(manifest)
+        except MalformedError as err:
+            raise ConfigError(f"{where}: {err}; {advice}.") from err
+        except ValueError as err:
+            raise ConfigError(f"{where}: is not JSON ({err}); {advice}.") from err
+        return cls.of(manifest, folder)
 
     @classmethod
     def of(cls, manifest: Manifest, folder: Path | None = None) -> "DatasetManifest":
@@ -239,21 +268,14 @@ class DatasetManifest(Manifest):
         return len(self.classes)
 
     @property
+    def has_own_layout(self) -> bool:
+        """Whether this project wrote all shards, so that none needs an index."""
+        return all(shard.stride for shard in self.shards)
+
+    @property
     def is_indexed(self) -> bool:
         """Whether others wrote the tars, so that an index beside each says where samples lie."""
         return self.shards[0].stride == 0
-
-    @property
-    def layout(self) -> RecordLayout:
-        """The bytes of a sample in shards that this project wrote."""
-        channels, height, width = self.latent.shape
-        return RecordLayout((channels, height, width), self.latent.flip)
-
-    @property
-    def indexed_layout(self) -> IndexedLayout:
-        """How samples are read from tars of others."""
-        channels, height, width = self.latent.shape
-        return IndexedLayout((channels, height, width), self.latent.dtype)
 
 
 def content_hash(manifest: Manifest) -> str:
@@ -263,34 +285,18 @@ def content_hash(manifest: Manifest) -> str:
     a data set that was copied or encoded again with newer tools to the same bytes is the same. Nor
     does a field that was added since and says nothing.
     """
-    said_here = said(manifest)
-    content = {f.name: said_here[f.name] for f in fields(Manifest) if f.name in said_here}
+    stored = stored_values(manifest)
+    content = {f.name: stored[f.name] for f in fields(Manifest) if f.name in stored}
     content = {name: value for name, value in content.items() if name not in NOT_READ}
-    vae = {name: value for name, value in said(manifest.vae).items() if name != "id"}
+    vae = {name: value for name, value in stored_values(manifest.vae).items() if name != "id"}
     classes = [
-        {name: value for name, value in said(entry).items() if name != "name"}
+        {name: value for name, value in stored_values(entry).items() if name != "name"}
         for entry in manifest.classes
     ]
     counted = content | {FORMAT_KEY: HASHED_FORMAT, "vae": vae, "classes": classes}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=said).encode()).hexdigest()
-
-
-def _parse(path: str, text: bytes, folder: Path | None) -> Manifest:
-    advice = f"check the address, and that {_ENCODE} wrote the file"
-    if folder is not None:
-        advice = f"copy it again, or run {_VERIFY} --data {folder}, it says what to do"
-    if is_lfs_pointer(text):
-        raise ConfigError(f"{path}: {LFS_REASON}.")
-    try:
-        content = parse_json(text)
-    except ValueError as err:
-        raise ConfigError(f"{path}: is not JSON ({err}); {advice}.") from err
-    try:
-        manifest = DATASET.parse(content, path)
-        _check_consistent(manifest)
-        return manifest
-    except MalformedError as err:
-        raise ConfigError(f"{path}: {err}; {advice}.") from err
+    return hashlib.sha256(
+        json.dumps(counted, sort_keys=True, default=stored_values).encode()
+    ).hexdigest()
 
 
 def _check_consistent(manifest: Manifest) -> None:
@@ -314,24 +320,19 @@ def _check_consistent(manifest: Manifest) -> None:
             raise MalformedError(f"a shard is called {shard.name!r}, which is no plain NAME.tar")
         if min(shard.num_samples, shard.bytes) < 0:
             raise MalformedError(f"{shard.name} has a negative size")
-    if any(shard.stride for shard in manifest.shards):
-        _check_own_layout(manifest)
+    if any(shard.stride for shard in manifest.shards):  # else all tars are of others
+        if (latent.kind, latent.dtype) != ("moments", "float16"):
+            raise MalformedError(f"shards with a stride hold float16 moments, not {latent.dtype}")
+        stride = latent.record_layout.stride
+        for shard in manifest.shards:
+            if shard.stride not in (0, stride):
+                what = f"{shard.name} has stride {shard.stride}"
+                raise MalformedError(f"{what}, its shape asks {stride}")
     if [entry.index for entry in manifest.classes] != list(range(len(manifest.classes))):
         raise MalformedError("the class indices are not 0, 1, 2, ...")
     if len({entry.id for entry in manifest.classes}) < len(manifest.classes):
         # Sets are united by these: samples of both classes would get one label.
         raise MalformedError("two classes have the same id")
-
-
-def _check_own_layout(manifest: Manifest) -> None:
-    """Check what holds for shards that this project wrote, which have a stride."""
-    latent = manifest.latent
-    if (latent.kind, latent.dtype) != ("moments", "float16"):
-        raise MalformedError(f"shards with a stride hold float16 moments, not {latent.dtype}")
-    stride = RecordLayout((latent.shape[0], latent.shape[1], latent.shape[2]), latent.flip).stride
-    for shard in manifest.shards:
-        if shard.stride not in (0, stride):  # 0: a union with tars of others
-            raise MalformedError(f"{shard.name} has stride {shard.stride}, its shape asks {stride}")
 
 
 def _check_shard(path: Path, shard: Shard) -> None:

@@ -13,7 +13,7 @@ import io
 import math
 import os
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -48,7 +48,8 @@ def sample_key(index: int) -> str:
     return f"{index:0{KEY_DIGITS}d}"
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """Return an array as the content of an .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
@@ -61,11 +62,11 @@ def _padded(num_bytes: int) -> int:
 class RecordLayout:
     """Where the parts of a sample lie, in bytes from its start; follows from shape and flip."""
 
-    def __init__(self, shape: tuple[int, int, int], has_flip: bool) -> None:
+    def __init__(self, shape: Sequence[int], has_flip: bool) -> None:
         """Compute the layout for raw latents of `shape` (2C, H, W)."""
-        self.shape, self.has_flip = shape, has_flip
+        self.shape, self.has_flip = tuple(shape), has_flip
         self.array_bytes = math.prod(shape) * 2  # float16
-        empty = _npy(np.zeros(shape, np.float16))
+        empty = npy_bytes(np.zeros(shape, np.float16))
         self.npy_header = np.frombuffer(empty[: len(empty) - self.array_bytes], np.uint8)
         member = TAR_BLOCK + _padded(len(empty))
         self.label_bytes = 2 * TAR_BLOCK  # header and content of KEY.cls
@@ -89,9 +90,9 @@ class RecordLayout:
                 assert (sample.flip is not None) == self.has_flip, "flip: all samples or none"
                 key = {"__key__": sample_key(sample.key)}
                 label = str(sample.label).encode()
-                writer.write(key | {"cls": label, "moments.npy": _npy(sample.moments)})
+                writer.write(key | {"cls": label, "moments.npy": npy_bytes(sample.moments)})
                 if sample.flip is not None:  # apart, because TarWriter sorts the parts by name
-                    writer.write(key | {"flip.npy": _npy(sample.flip)})
+                    writer.write(key | {"flip.npy": npy_bytes(sample.flip)})
                 count += 1
                 assert writer.tarstream.offset == count * self.stride, "a sample's size differs"
         return count
@@ -164,11 +165,10 @@ class IndexedLayout:
     image's (-1: none), and the label.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: str) -> None:
+    def __init__(self, shape: Sequence[int], dtype: str) -> None:
         """Compute the layout for arrays of `shape` and `dtype` (float16 or float32)."""
-        self.shape = shape
         self.array_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        empty = _npy(np.zeros(shape, dtype))
+        empty = npy_bytes(np.zeros(shape, dtype))
         self.npy_header = np.frombuffer(empty[: len(empty) - self.array_bytes], np.uint8)
 
     @property

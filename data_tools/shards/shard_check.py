@@ -1,4 +1,4 @@
-"""Reading one shard in full and saying, in the user's words, what is wrong with it.
+"""Check every byte of one shard, and say what is wrong with it.
 
 Headers are checked by the tar format's own sums, so a damaged one is found and its sample named;
 the values have no sum but the shard's sha256. Where a shard does not look as it should, its members
@@ -15,10 +15,17 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.shards.foreign_tar import first_foreign_member, index_name, walk_samples
+from data_tools.errors import count_of
+from data_tools.shards.foreign_tar import (
+    RefusedTarError,
+    first_foreign_member,
+    index_name,
+    walk_samples,
+)
 from data_tools.shards.manifest import DatasetManifest, Shard
-from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
+from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK
 from data_tools.shards.sidecar import ShardTotals, add_samples
+from data_tools.sources.tar_members import BadTarError
 from data_tools.user_files.file_kinds import LFS_REASON, is_lfs_pointer_file
 
 OTHER_BYTES = "its sha256 is not that of dataset.json"
@@ -109,8 +116,7 @@ class _StridedCheck:
 
     def __init__(self, shard: Shard, manifest: DatasetManifest, content: ShardContent) -> None:
         self.shard, self.manifest, self.content = shard, manifest, content
-        shape = manifest.latent.shape
-        self.layout = RecordLayout((shape[0], shape[1], shape[2]), manifest.latent.flip)
+        self.layout = manifest.latent.record_layout
         self.faults: dict[str, list[int]] = {}  # what: rows
         self.keys: list[np.ndarray] = []
 
@@ -138,7 +144,7 @@ class _StridedCheck:
     def _report(self, num_rows: int) -> None:
         problems = self.content.problems
         if num_rows < self.shard.num_samples:
-            problems.append(f"holds {num_rows} samples, not {self.shard.num_samples}")
+            problems.append(f"holds {count_of(num_rows, 'sample')}, not {self.shard.num_samples}")
         for what, rows in self.faults.items():
             others = f" and {len(rows) - 1} others" if len(rows) > 1 else ""
             problems.append(f"holds {what} in sample {rows[0]}{others}")
@@ -154,7 +160,9 @@ class _StridedCheck:
             digest.update(chunk)
             is_clean = is_clean and not np.frombuffer(chunk, np.uint8).any()
         if not is_clean and not self.faults:
-            self.content.problems.append(f"holds more than {self.shard.num_samples} samples")
+            self.content.problems.append(
+                f"holds more than {count_of(self.shard.num_samples, 'sample')}"
+            )
 
     def _fault(self, what: str, is_bad: np.ndarray, first_row: int) -> None:
         if is_bad.any():
@@ -190,7 +198,7 @@ class _StridedCheck:
         self._fault("a damaged header", is_damaged, first_row)
         self._fault("a label that is not a number", ~is_label & ~is_damaged, first_row)
         is_beyond = is_label & (labels >= max(1, self.manifest.num_classes))
-        what = f"a label beyond the {max(1, self.manifest.num_classes)} classes"
+        what = f"a label beyond the {count_of(max(1, self.manifest.num_classes), 'class')}"
         self._fault(what, is_beyond & ~is_damaged, first_row)
         is_good &= ~is_damaged
         arrays = moments[is_good].reshape(-1, *latent.shape)
@@ -245,22 +253,30 @@ def _check_foreign(
     """Walk a tar that others wrote, and compare the index beside it with what was found."""
     found: list[tuple[int, int, int]] = []
     latent, num_classes = manifest.latent, max(1, manifest.num_classes)
+    wanted = (tuple(latent.shape), latent.dtype)
     try:
-        for sample in walk_samples(file, manifest.members, latent):
-            found.append((sample.array_offset, sample.flip_offset, sample.label))
-            if not np.isfinite(sample.values).all():
-                content.problems.append(f"a value that is no number in sample {sample.key!r}")
-            if not 0 <= sample.label < num_classes:
+        for sample in walk_samples(file, manifest.members):
+            for name, array in sample.arrays.items():
+                if (array.shape, array.dtype.name) != wanted:
+                    raise RefusedTarError(
+                        f"{name} is {array.dtype} {list(array.shape)}, dataset.json says "
+                        f"{latent.dtype} {latent.shape}; copy it again"
+                    )
+                if not np.isfinite(array).all():
+                    content.problems.append(f"a value that is no number in {name}")
+            found.append(sample.row)
+            if sample.label >= num_classes:
                 content.problems.append(
-                    f"label {sample.label} of {sample.key!r} is beyond the {num_classes} classes"
+                    f"label {sample.label} of {sample.key!r} is beyond the "
+                    f"{count_of(num_classes, 'class')}"
                 )
-            add_samples(content.totals, [sample.label], sample.values[None], latent.kind)
-    except DamagedRecordError as err:
-        content.problems.append(str(err))
+            add_samples(content.totals, [sample.label], sample.array[None], latent.kind)
+    except BadTarError as err:
+        content.problems.append(str(err).rpartition("; ")[0])
     found.sort()  # as an index has them; labels that stand elsewhere complete samples late
     content.num_samples = len(found)
     if len(found) != shard.num_samples:
-        content.problems.append(f"holds {len(found)} samples, not {shard.num_samples}")
+        content.problems.append(f"holds {count_of(len(found), 'sample')}, not {shard.num_samples}")
     content.problems += _index_problems(folder / index_name(shard.name), shard, np.array(found))
 
 

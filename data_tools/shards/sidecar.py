@@ -1,4 +1,4 @@
-"""The file 00012.json beside the shard 00012.tar, and the sums in it.
+"""Sidecars: 00012.json beside the shard 00012.tar, with sums over its samples.
 
 Encoding adds them up as it writes a shard, verification as it reads one; both must come to the same
 last digit, so that a lost sidecar can be written anew from its shard, byte for byte.
@@ -6,6 +6,8 @@ last digit, so that a lost sidecar can be written anew from its shard, byte for 
 N samples, C latent channels, H W latent size.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +68,14 @@ def add_samples(
     totals.channel_square_sum = np.cumsum(np.vstack([square_before, square_sums]), axis=0)[
         -1
     ].tolist()
+
+
+def label_counts(totals: Iterable[ShardTotals]) -> Counter[int]:
+    """Count the samples of each label in all shards."""
+    counts: Counter[int] = Counter()
+    for part in totals:
+        counts.update({int(label): count for label, count in part.class_counts.items()})
+    return counts
 
 
 def statistics_of(

@@ -1,4 +1,4 @@
-"""What a place that should be a data set is, where it has no dataset.json, and what to do."""
+"""Explain a place that was named as a data set and has no dataset.json: what it is, what to do."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from data_tools.errors import some
 from data_tools.sources.images import IMAGE_SUFFIXES
 from data_tools.sources.sample_names import is_hidden
 from data_tools.sources.tar_members import BadTarError, walk
-from data_tools.user_files.file_kinds import HEAD_BYTES, kind_of
+from data_tools.user_files.file_kinds import HEAD_BYTES, content_kind
 from data_tools.user_files.paths import absence, broken_link
 
 MANIFEST_NAME = "dataset.json"
@@ -100,7 +100,7 @@ def held_data(folder: Path) -> str:
 def _explain_tars(tars: list[Path], place: Path) -> str:
     try:
         with tars[0].open("rb") as file:
-            kind = kind_of(file.read(HEAD_BYTES))
+            kind = content_kind(file.read(HEAD_BYTES))
             members = [member.name for member in islice(walk(file), _MAX_MEMBERS)]
     except BadTarError as err:
         if kind is None:

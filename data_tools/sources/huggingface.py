@@ -11,12 +11,12 @@ import numpy as np
 
 from data_tools.errors import ConfigError, first_line
 from data_tools.files import parse_json
-from data_tools.sources.class_names import Classes
 from data_tools.sources.images import BadImageError
 from data_tools.sources.reading import Reading
 from data_tools.sources.source import (
     MAX_CLASSES,
     MAX_IMAGE_BYTES,
+    Classes,
     ImageClass,
     ImageSource,
     Names,
@@ -48,17 +48,12 @@ _NUMBER_COLUMNS = ("label", "labels", "cls")  # of class numbers, where no colum
 class HuggingFaceSource(ImageSource):
     """Images in a column of an Arrow table.
 
-    An image is called ROW/PATH, with the path that its row has beside the bytes; it only names.
+    An image is called ROW/PATH. PATH is what its row says beside the bytes, and is never opened.
     """
 
-    def __init__(
-        self,
-        text: str,
-        images: "pa.ChunkedArray",
-        classes: Classes,
-    ) -> None:
+    def __init__(self, text: str, images: "pa.ChunkedArray", classes: Classes) -> None:
         """Describe a column of structs {bytes, path}."""
-        super().__init__(text, classes.labels, classes.classes, notes=classes.notes)
+        super().__init__(text, classes)
         self.images = images
         self.paths = Names(_paths(images))
 
@@ -148,7 +143,7 @@ def open_saved_dataset(folder: Path, reading: Reading | None = None) -> HuggingF
             f"{', '.join(others) or 'none'}; give one of them."
         )
     table = found.with_format("arrow", columns=[images, *([labels] if labels else [])])[:]
-    classes = Classes(np.zeros(len(found), np.int32))
+    classes = Classes.none(len(found))
     if labels:
         kind = found.features[labels]
         names = kind.names if isinstance(kind, ClassLabel) else None
@@ -207,9 +202,9 @@ def _column_classes(
         return _value_classes(folder, column.cast("string"), name)
     numbers = _label_numbers(folder, column, name)
     if numbers is None:
-        return Classes(np.zeros(len(column), np.int32))
+        return Classes.none(len(column))
     if class_names is None:
-        return Classes(numbers, numbered_classes(str(folder), numbers))
+        return numbered_classes(str(folder), numbers)
     if int(numbers.max()) >= len(class_names):
         raise ConfigError(
             f"--input {folder}: column {name} has a class above {len(class_names) - 1} and "
@@ -240,7 +235,7 @@ def _value_classes(folder: Path, column: "pa.ChunkedArray", name: str) -> Classe
             f"--label-column {name}: has {what}, which can be no classes; choose another column."
         )
     texts = [value.decode("utf-8", "backslashreplace") for value in ids]
-    return Classes(*classes_of(texts, encoded.indices.to_numpy()))
+    return classes_of(texts, encoded.indices.to_numpy())
 
 
 def _has_files(folder: Path) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.files import parse_json
-from data_tools.sources.class_names import Classes, ClassFolders
+from data_tools.sources.class_names import ClassFolders
 from data_tools.sources.images import IMAGE_SUFFIXES
 from data_tools.sources.left_out import Tally, sentence
 from data_tools.sources.reading import Reading
@@ -19,11 +19,11 @@ from data_tools.sources.sample_names import (
     companion_key,
     is_hidden,
     is_image,
-    kind_of,
     split_last,
     split_name,
+    suffix_kind,
 )
-from data_tools.sources.source import MAX_CLASSES, FileSource, Names, numbered_classes
+from data_tools.sources.source import MAX_CLASSES, Classes, FileSource, Names, numbered_classes
 from data_tools.user_files.paths import absence
 
 LABELS_NAME = "dataset.json"  # as the tools of StyleGAN and EDM write it beside images
@@ -32,7 +32,7 @@ _WITHOUT_IMAGES = "folders without images, which are no classes"
 
 
 @dataclass
-class _Found:
+class _BesideImages:
     """What a walk meets beside images.
 
     Attributes:
@@ -59,14 +59,14 @@ class _Found:
     def notes(self) -> list[str]:
         """Say what may not be meant."""
         return [
-            f"{entry.count} images are called as {entry.examples[0]} is, beside one without "
-            f".{entry.kind}: if they are masks or the like, name the images in a list"
+            f"{count_of(entry.count, 'image', 'are')} called as {entry.examples[0]} is, beside "
+            f"one without .{entry.kind}: if they are masks or the like, name the images in a list"
             for entry in self.companions.entries()[:_COMPANIONS_SHOWN]
         ]
 
 
 def _walk(
-    folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: "_Found"
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: "_BesideImages"
 ) -> Iterator[str]:
     """Yield image paths relative to the root, in the order of the whole strings."""
     status = os.stat(folder)
@@ -86,7 +86,7 @@ def _walk(
             elif is_image(split_last(entry.name)[1]):
                 listed.append(entry.name)
             else:
-                others.append((entry.name, kind_of(entry.name)))
+                others.append((entry.name, suffix_kind(entry.name)))
     for name, kind in sorted(others):
         if prefix or name != LABELS_NAME:
             found.left_out.add(kind, prefix + name)
@@ -114,7 +114,7 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
     reading.refuse_others(str(root), "a folder of images", "class_from")
     if reading.class_from == "tar":
         raise ConfigError(f"--class-from tar: {flag} {root} holds no tars; leave it out.")
-    found, walked = ClassFolders(reading), _Found(flag)
+    found, walked = ClassFolders(reading), _BesideImages(flag)
     left_out = walked.left_out
 
     def paths() -> Iterator[bytes]:
@@ -143,7 +143,7 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
         classes = _stored_classes(f"{flag} {labels_file}", stored, names, left_out)
     if classes is None:
         if stored:
-            left_out.add(kind_of(LABELS_NAME), LABELS_NAME)
+            left_out.add(suffix_kind(LABELS_NAME), LABELS_NAME)
         with_images = found.first_folders()
         for folder in folders:
             if not is_hidden(folder) and os.fsencode(folder) not in with_images:
@@ -153,20 +153,16 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
             classes.notes.append(
                 f'{LABELS_NAME} is not used: it holds no {{"labels": [[file, number], ...]}}'
             )
-    return FileSource(
-        *(str(root), root, names, classes.labels, classes.classes),
-        former=classes.former,
-        notes=[*classes.notes, *walked.notes()],
-        left_out=left_out.entries(),
-    )
+    classes.notes.extend(walked.notes())
+    return FileSource(str(root), root, names, classes, left_out.entries())
 
 
 def _folder_classes(found: ClassFolders, root: Path, flag: str, num_images: int) -> Classes:
     if 0 < found.num_loose < num_images and found.reading.class_from != "none":
         loose = found.first_loose.decode("utf-8", "backslashreplace")
         raise ConfigError(
-            f"{flag} {root}: {found.num_loose} images ({loose}, ...) lie beside class folders; "
-            "move them into a class folder, or all images into one flat folder."
+            f"{flag} {root}: {count_of(found.num_loose, 'image', 'lie')} beside class folders "
+            f"({loose}, ...); move them into a class folder, or all images into one flat folder."
         )
     return found.classes(f"{flag} {root}", lambda part: f"give {flag} {root / part}")
 
@@ -177,7 +173,7 @@ def _stored_classes(where: str, content: bytes, names: Names, left_out: Tally) -
         pairs = parse_json(content)["labels"]
         if pairs is None:
             note = f"{LABELS_NAME} says that the images have no classes"
-            return Classes(np.zeros(len(names), np.int32), notes=[note])
+            return Classes.none(len(names), note)
         label_of = {os.fsencode(name): label for name, label in pairs}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -201,4 +197,4 @@ def _stored_classes(where: str, content: bytes, names: Names, left_out: Tally) -
         left_out.add(f"labels of {LABELS_NAME} without an image", os.fsdecode(name))
     found = np.frombuffer(labels, np.int32)
     note = f"classes are the labels in {LABELS_NAME}"
-    return Classes(found, numbered_classes(where.partition(" ")[2], found), notes=[note])
+    return numbered_classes(where.partition(" ")[2], found, note)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.errors import ConfigError
-from data_tools.sources.source import FileSource, Names, classes_of, numbered_classes
+from data_tools.errors import ConfigError, os_errors_as
+from data_tools.sources.source import Classes, FileSource, Names, classes_of, numbered_classes
 from data_tools.user_files.user_text import TextError, text_lines
 
 _WINDOWS_PATH = re.compile(rb"[A-Za-z]:[\\/]|\\\\")
@@ -66,12 +66,9 @@ def read_list(path: Path) -> FileSource:
             yield name
 
     try:
-        mending.refuse_other_lists()
-        names = Names(found())
-    except OSError as err:
-        raise ConfigError(
-            f"--input {path}: cannot be read ({err.strerror}); give a list of images."
-        ) from err
+        with os_errors_as(f"--input {path}: cannot be read", "give a list of images"):
+            mending.refuse_other_lists()
+            names = Names(found())
     except TextError as err:
         raise ConfigError(f"--input {path}: is no text that can be read: {err}.") from err
     if not len(names):
@@ -83,7 +80,7 @@ def read_list(path: Path) -> FileSource:
         )
     folder = path.parent
     if num_plain:
-        return FileSource(str(path), folder, names, np.zeros(len(names), np.int32), ())
+        return FileSource(str(path), folder, names, Classes.none(len(names)))
     places = np.frombuffer(members, np.int32)
     if odd := next((name for name in place_of if _NEGATIVE.fullmatch(name)), b""):
         raise ConfigError(
@@ -92,10 +89,10 @@ def read_list(path: Path) -> FileSource:
     if all(name.isdigit() for name in place_of):
         # Seven digits are too large already; Python refuses to read thousands of them.
         numbers = np.array([int(name.lstrip(b"0")[:7] or b"0") for name in place_of], np.int32)
-        labels = numbers[places]
-        return FileSource(str(path), folder, names, labels, numbered_classes(str(path), labels))
+        classes = numbered_classes(str(path), numbers[places])
+        return FileSource(str(path), folder, names, classes)
     ids = [name.decode("utf-8", "backslashreplace") for name in place_of]
-    return FileSource(str(path), folder, names, *classes_of(ids, places))
+    return FileSource(str(path), folder, names, classes_of(ids, places))
 
 
 def _mended(text: bytes, mends: Iterable[_Mend]) -> bytes:
@@ -105,11 +102,11 @@ def _mended(text: bytes, mends: Iterable[_Mend]) -> bytes:
 
 
 class _Mending:
-    """How the texts of a list become names of files: alike for all that look alike."""
+    """How the texts of a list become names of files; texts that look alike are treated alike."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, os.fsencode(path.parent)
-        # By what could be done to a text, what is done.
+        # What could be done to a text: what is done to it.
         self._chosen: dict[tuple[_Mend, ...], tuple[_Mend, ...]] = {(): ()}
 
     def of(self, text: bytes) -> tuple[_Mend, ...]:

@@ -1,4 +1,4 @@
-"""Leaving the metadata of an image file out, so that damage in it does not hide the picture.
+"""Cut the metadata out of an image file, so that damage in it does not hide the picture.
 
 Pillow reads texts, colour profiles and EXIF before the pixels, and gives the whole file up where
 one of them is damaged or unusually large. Pixels, palettes and transparent colours stay as they

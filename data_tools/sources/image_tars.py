@@ -1,29 +1,30 @@
 """Images in webdataset tars, read at the places that a scan of the tars' headers found.
 
-Nothing is extracted: names in a tar only name samples.
+Nothing is extracted: a name in a tar is never used as a path.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of, os_errors_as
 from data_tools.files import MalformedError, from_json, replace_file
-from data_tools.sources.class_names import Classes, ClassFolders
+from data_tools.sources.class_names import ClassFolders
 from data_tools.sources.images import BadImageError
 from data_tools.sources.left_out import LeftOut, Tally, sentence
 from data_tools.sources.reading import Reading
 from data_tools.sources.source import (
     MAX_IMAGE_BYTES,
+    Classes,
     ImageSource,
     Names,
     classes_of,
@@ -35,20 +36,14 @@ _SCANNERS = 8  # tars whose headers are read at once: over a network, reading th
 _INDEX_VERSION = 2
 
 
-def _readable(look: Callable[[Path], Any], path: Path) -> Any:  # noqa: ANN401
-    try:
-        return look(path)
-    except OSError as err:
-        raise ConfigError(
-            f"--input {path}: cannot be read ({err.strerror}); give tars of images."
-        ) from err
-
-
 def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
     """Scan a tar, or read what an earlier scan wrote while the tar was the same."""
+    readable = partial(os_errors_as, f"--input {path}: cannot be read", "give tars of images")
     if cache is None:
-        return _readable(lambda tar: scan_tar(tar, reading), path)
-    status = _readable(Path.stat, path)
+        with readable():
+            return scan_tar(path, reading)
+    with readable():
+        status = path.stat()
     state = np.array([_INDEX_VERSION, status.st_size, status.st_mtime_ns], np.int64)
     what = b"%b\0%b" % (os.fsencode(path.resolve()), repr(reading).encode(errors="replace"))
     stored = cache / f"{hashlib.sha256(what).hexdigest()[:32]}.npz"
@@ -61,7 +56,8 @@ def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
                 return TarIndex(names, *arrays, left_out)
     except (FileNotFoundError, KeyError, ValueError, EOFError, BadZipFile, MalformedError):
         pass  # none yet, or one that was damaged: it is written again
-    index = _readable(lambda tar: scan_tar(tar, reading), path)
+    with readable():
+        index = scan_tar(path, reading)
     names = index.names
     arrays = {"blob": names.blob, "ends": names.ends, "offsets": index.offsets}
     arrays |= {"sizes": index.sizes, "labels": index.labels, "state": state}
@@ -86,12 +82,7 @@ class TarSource(ImageSource):
         left_out: Sequence[LeftOut] = (),
     ) -> None:
         """Join the indexes of the tars, which count their images one after the other."""
-        super().__init__(
-            *(text, classes.labels, classes.classes),
-            former=classes.former,
-            notes=classes.notes,
-            left_out=left_out,
-        )
+        super().__init__(text, classes, left_out)
         folder = os.path.commonpath([path.parent for path in paths])
         self.paths = paths
         self.tar_names = [os.fsencode(os.path.relpath(path, folder)) for path in paths]
@@ -187,23 +178,20 @@ def _no_images_error(text: str, paths: list[Path], entries: list[LeftOut]) -> Co
     inside = next((entry for entry in entries if entry.kind == TARS_INSIDE), None)
     if inside is not None:
         return ConfigError(
-            f"--input {text}: holds {inside.count} tars ({inside.examples[0]}, ...) and no images; "
+            f"--input {text}: holds {count_of(inside.count, 'tar')} ({inside.examples[0]}, ...) "
+            "and no images; "
             f"unpack it once, tar -xf {paths[0]} -C FOLDER, and give --input FOLDER (with "
             "--class-from tar if each tar in it is a class)."
         )
     instead = f"; left out: {sentence(entries)}" if entries else ""
     return ConfigError(
-        f"--input {text}: no images (KEY.jpg, .png, ...) in its {len(paths)} tars{instead}; give "
-        "tars of images."
+        f"--input {text}: no images (KEY.jpg, .png, ...) in its "
+        f"{count_of(len(paths), 'tar')}{instead}; give tars of images."
     )
 
 
 def _classes(
-    text: str,
-    paths: list[Path],
-    indexes: list[TarIndex],
-    labels: np.ndarray,
-    reading: Reading,
+    text: str, paths: list[Path], indexes: list[TarIndex], labels: np.ndarray, reading: Reading
 ) -> Classes:
     num_labelled = int((labels >= 0).sum())
     if reading.class_from == "tar":
@@ -214,11 +202,11 @@ def _classes(
                 f"--class-from tar: two tars of --input {text} are called "
                 f"{max(ids, key=ids.count)}; rename one."
             )
-        return Classes(*classes_of(ids, members))
+        return classes_of(ids, members)
     if reading.class_from:
         return _folder_classes(text, indexes, reading)
     if num_labelled == len(labels):
-        return Classes(labels, numbered_classes(text, labels))
+        return numbered_classes(text, labels)
     if num_labelled:
         source = TarSource(text, paths, indexes, Classes(labels))
         example = source.name(int(np.argmin(labels)))

@@ -1,4 +1,4 @@
-"""Image files: decoding them whatever their mode, and one square crop of each.
+"""Decode image files of any colour mode into RGB, and cut one square crop of each.
 
 Raw pixels are uint8 (size, size, 3) RGB throughout the project.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_tools.sources.image_metadata import without_metadata
-from data_tools.user_files.file_kinds import HEAD_BYTES, LFS_REASON, is_lfs_pointer, kind_of
+from data_tools.user_files.file_kinds import HEAD_BYTES, LFS_REASON, content_kind, is_lfs_pointer
 
 # Everything else in a folder (annotations, scripts, a README) is not looked at; a file with one of
 # these names that is no image is reported as skipped.
@@ -28,7 +28,7 @@ _FORMATS = [
     for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
 ]
-# What kind_of calls the formats above, and other pictures.
+# What content_kind calls the formats above, and other pictures.
 _KINDS = {"a Netpbm picture", "AVIF", "BMP", "GIF", "JPEG", "JPEG 2000", "PNG", "TIFF", "WebP"}
 _PICTURES = {"HEIC", "HEIF", "JPEG XL", "OpenEXR", "QOI", "Radiance HDR", "SVG"}
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
@@ -38,11 +38,9 @@ MAX_PIXELS = 178_956_970
 # Pillow warns from half of that on, which would be a line per large photograph.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Pillow reports damage in any of these ways, depending on the format and on what is damaged.
-_DAMAGE = (
-    *(Image.DecompressionBombError, EOFError, IndexError, KeyError, OSError),
-    *(OverflowError, RuntimeError, SyntaxError, TypeError, ValueError, ZeroDivisionError),
-    *(struct.error, zlib.error),
-)
+_BAD_VALUES = (IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
+_BAD_FILE = (EOFError, OSError, RuntimeError, SyntaxError, struct.error, zlib.error)
+_DAMAGE = (Image.DecompressionBombError, *_BAD_VALUES, *_BAD_FILE)
 
 
 class BadImageError(Exception):
@@ -109,7 +107,7 @@ def _reason(data: bytes, err: Exception) -> str:
     head = data[:HEAD_BYTES]
     if is_lfs_pointer(head):
         return LFS_REASON
-    kind = kind_of(head)
+    kind = content_kind(head)
     if not isinstance(err, UnidentifiedImageError):
         is_sentence = isinstance(err, (OSError, SyntaxError, ValueError, RuntimeError)) and str(err)
         return str(err) if is_sentence else f"is damaged ({type(err).__name__}: {err})"

@@ -1,18 +1,17 @@
-"""What --input and --class-names may be, and which source each is."""
+"""Open what --input names as a source of images, and read --class-names."""
 
 import os
 from pathlib import Path
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.files import parse_json
-from data_tools.shards.records import KEY_DIGITS
 from data_tools.sources.huggingface import is_saved_dataset, open_saved_dataset
 from data_tools.sources.image_folders import scan_folder
 from data_tools.sources.image_list import read_list
 from data_tools.sources.image_tars import open_tars
 from data_tools.sources.left_out import Tally
 from data_tools.sources.reading import Reading
-from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, kind_of
+from data_tools.sources.sample_names import HIDDEN_KIND, TAR_NAME, is_hidden, suffix_kind
 from data_tools.sources.source import ImageClass, ImageSource
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from data_tools.user_files.place_names import is_address, places_of
@@ -20,10 +19,6 @@ from data_tools.user_files.user_text import read_text
 
 _LIST_SUFFIXES = (".txt", ".tsv")
 _TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".xls", ".xlsx")
-_PACKED_TARS = tuple(
-    f".{name}"
-    for name in ("tgz", "tbz", "tbz2", "txz", "tar.gz", "tar.bz2", "tar.xz", "tar.zst", "tar.lz4")
-)
 
 
 def open_source(
@@ -45,7 +40,7 @@ def open_source(
     places = [place for word in words for place in places_of(word, "--input")]
     path = Path(places[0])
     is_saved, is_list, tars, beside = False, False, [], Tally()
-    try:
+    with os_errors_as(f"--input {text}: cannot be read", "give a path that can be"):
         if len(places) > 1 or (path.suffix.lower() == ".tar" and not path.is_dir()):
             tars = _tars(places, text)
         elif not (is_saved := is_saved_dataset(path)):
@@ -53,10 +48,6 @@ def open_source(
             is_list = path.is_file() and path.suffix.lower() in _LIST_SUFFIXES
             if not path.is_dir():
                 _refuse_packed(places[0])
-    except OSError as err:
-        raise ConfigError(
-            f"--input {text}: cannot be read ({err.strerror}); give a path that can be."
-        ) from err
     if is_saved:
         source = open_saved_dataset(path, reading)
     elif tars:
@@ -78,11 +69,6 @@ def open_source(
         )
     else:
         source = _scan_images(path, reading)
-    if len(source) > 10**KEY_DIGITS:
-        raise ConfigError(
-            f"--input {text}: {len(source):,} images; one data set holds {10**KEY_DIGITS:,}, make "
-            "several."
-        )
     return source
 
 
@@ -97,14 +83,14 @@ def _tars_in(folder: Path) -> tuple[list[Path], Tally]:
         elif entry.is_dir():
             beside.add("folders beside the tars", entry.name)
         else:
-            beside.add(kind_of(entry.name), entry.name)
+            beside.add(suffix_kind(entry.name), entry.name)
     return tars, beside
 
 
 def _refuse_packed(text: str) -> None:
     """Refuse an archive of another kind, saying how to unpack it."""
     name = text.lower()
-    if name.endswith(_PACKED_TARS):
+    if TAR_NAME.search(name) and not name.endswith(".tar"):
         raise ConfigError(
             f"--input {text}: is a compressed tar, so that no single image can be read from it; "
             f"unpack it once, tar -xf {text} -C FOLDER, and give --input FOLDER."
@@ -169,12 +155,9 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
         id and name for the manifest, by the input's id.
     """
     try:
-        text = read_text(path)
+        with os_errors_as(f"--class-names {path}: cannot be read", "give a JSON or TSV file"):
+            text = read_text(path)
         pairs = parse_json(text) if path.suffix.lower() == ".json" else _from_lines(text)
-    except OSError as err:
-        raise ConfigError(
-            f"--class-names {path}: cannot be read ({err.strerror}); give a JSON or TSV file."
-        ) from err
     except ValueError as err:
         raise ConfigError(
             f"--class-names {path}: is no JSON object and no lines of id, tab, name ({err}); "

@@ -1,4 +1,4 @@
-"""What an input holds that is not used: counted by kind, with a few names."""
+"""Count by kind what an input holds and encoding does not use, with a few names."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How an input is to be read where its names alone do not say it: flags of encode_latents.py."""
+"""The flags that say how an input is read, where its names alone do not."""
 
 from dataclasses import asdict, dataclass, field
 

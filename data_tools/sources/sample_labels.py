@@ -1,4 +1,4 @@
-"""Labels of samples in tars: the number in KEY.cls, or in a field of KEY.json."""
+"""Read labels of samples in tars: the number in KEY.cls, or in a field of KEY.json."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What the name of a file or of a tar's member says: KEY, SUFFIX, image, label, or nothing of ours.
+"""Split names of files and tar members into KEY and SUFFIX, and tell images from other files.
 
 A sample's files share a KEY. It ends at the first dot of the last part of the path, as webdataset
 has it; photographs have dots in their names, so where nobody names suffixes the last dot counts.
@@ -13,6 +13,7 @@ HIDDEN_KIND = "hidden or system files"  # as one kind of what is left out
 _JUNK_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 )
+TAR_NAME = re.compile(r"(?i)[.](tar|tgz|tbz2?|txz|tar[.](gz|bz2|xz|zst|lz4))$")  # packed, too
 _SUFFIX = re.compile(r"[a-z0-9]{1,9}")
 _WORD = re.compile(r"[A-Za-z_]")
 
@@ -50,11 +51,11 @@ def companion_key(key: str) -> str | None:
 
 
 def is_hidden(part: str) -> bool:
-    """Tell a file or folder that nobody means: .x, ._x, __MACOSX, @eaDir and their like."""
+    """Tell files and folders that systems make and nobody means as data: .x, ._x, __MACOSX, ..."""
     return (part.startswith(".") and part not in (".", "..")) or part in _JUNK_FOLDERS
 
 
-def kind_of(name: str) -> str:
+def suffix_kind(name: str) -> str:
     """Name the kind of a file that is not used: its suffix, where it has one."""
     suffix = split_last(name)[1]
     return f".{suffix}" if _SUFFIX.fullmatch(suffix) else "files without a suffix"

@@ -1,4 +1,4 @@
-"""Where images come from: files that a folder or a list names; what all sources have.
+"""ImageSource, the base of everything that images are read from, and its form for plain files.
 
 A source is a numbered sequence of images with labels that is the same in every process. It may
 hold 100 million of them, so names are bytes in one buffer and not Python strings.
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,28 @@ class ImageClass:
     index: int
     id: str
     count: int
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Labels and classes of all images.
+
+    Attributes:
+        labels: int32 (N,), class of each image; all 0 without classes.
+        classes: by label; empty: the images have none.
+        former: what earlier versions gave, where they gave others.
+        notes: lines for people, about what could be understood in another way.
+    """
+
+    labels: np.ndarray
+    classes: tuple[ImageClass, ...] = ()
+    former: "Classes | None" = None
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def none(cls, num_images: int, *notes: str) -> "Classes":
+        """Describe images without classes."""
+        return cls(np.zeros(num_images, np.int32), notes=list(notes))
 
 
 class Names:
@@ -84,26 +106,14 @@ class ImageSource(ABC):
 
     Attributes:
         text: the input as typed, for messages.
-        labels: int32 (N,), class of each image; all 0 when unconditional.
-        classes: by label; empty when unconditional.
-        former: labels and classes as earlier versions gave them, where they gave others.
-        notes: lines for people, about what could be understood in another way.
+        labels, classes, former, notes: see Classes.
         left_out: what the input holds beside these images.
     """
 
-    def __init__(
-        self,
-        text: str,
-        labels: np.ndarray,
-        classes: tuple[ImageClass, ...],
-        *,
-        former: tuple[np.ndarray, tuple[ImageClass, ...]] | None = None,
-        notes: Sequence[str] = (),
-        left_out: Sequence[LeftOut] = (),
-    ) -> None:
+    def __init__(self, text: str, classes: Classes, left_out: Sequence[LeftOut] = ()) -> None:
         """Hold what every kind of source has."""
-        self.text, self.labels, self.classes = text, labels, classes
-        self.former, self.notes, self.left_out = former, list(notes), list(left_out)
+        self.text, self.labels, self.classes = text, classes.labels, classes.classes
+        self.former, self.notes, self.left_out = classes.former, classes.notes, list(left_out)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -149,7 +159,7 @@ class ImageSource(ABC):
         """Return the same images with the labels that earlier versions gave them."""
         assert self.former is not None
         other = copy.copy(self)
-        other.labels, other.classes = self.former
+        other.labels, other.classes = self.former.labels, self.former.classes
         return other
 
     def sizes(self, count: int = NUM_SIZES) -> list[int]:
@@ -193,12 +203,11 @@ class FileSource(ImageSource):
         text: str,
         folder: Path,
         names: Names,
-        labels: np.ndarray,
-        classes: tuple[ImageClass, ...],
-        **others: Any,  # noqa: ANN401
+        classes: Classes,
+        left_out: Sequence[LeftOut] = (),
     ) -> None:
         """Describe files whose names are relative to `folder`, or absolute."""
-        super().__init__(text, labels, classes, **others)
+        super().__init__(text, classes, left_out)
         self.folder, self.names = os.fsencode(folder), names
 
     def raw_names(self) -> Iterator[bytes]:
@@ -242,37 +251,34 @@ def _each(values: np.ndarray) -> Iterator[int]:
         yield from values[first : first + _CHUNK].tolist()
 
 
-def classes_of(
-    ids: list[str], members: np.ndarray, order: Sequence[Any] | None = None
-) -> tuple[np.ndarray, tuple[ImageClass, ...]]:
+def classes_of(ids: list[str], members: np.ndarray, order: Sequence[Any] | None = None) -> Classes:
     """Give the classes their labels in the order of their ids.
 
     Args:
         ids: each once.
         members: int (N,), place in `ids` of each image's class.
         order: what the classes are sorted by instead, one for each id.
-
-    Returns:
-        int32 (N,) labels; the classes.
     """
     order = sorted(range(len(ids)), key=(order or ids).__getitem__)
     label_of = np.empty(len(ids), np.int32)
     label_of[order] = np.arange(len(ids), dtype=np.int32)
     counts = np.bincount(members, minlength=len(ids))
     classes = (ImageClass(i, ids[place], int(counts[place])) for i, place in enumerate(order))
-    return label_of[members], tuple(classes)
+    return Classes(label_of[members], tuple(classes))
 
 
-def numbered_classes(text: str, labels: np.ndarray) -> tuple[ImageClass, ...]:
+def numbered_classes(text: str, labels: np.ndarray, *notes: str) -> Classes:
     """Describe classes that the input numbers itself, 0 to the largest; some may have no image.
 
     Args:
         text: the input as typed.
         labels: int (N,); numbers from MAX_CLASSES on, however cut to a type's range, are refused.
+        notes: for people.
     """
     if int(labels.max()) >= MAX_CLASSES:
         raise too_large_label(text)
-    return tuple(ImageClass(i, str(i), int(n)) for i, n in enumerate(np.bincount(labels)))
+    classes = (ImageClass(i, str(i), int(n)) for i, n in enumerate(np.bincount(labels)))
+    return Classes(labels, tuple(classes), notes=list(notes))
 
 
 def too_large_label(text: str) -> ConfigError:

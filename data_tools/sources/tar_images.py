@@ -1,6 +1,5 @@
-"""The images of one tar and their labels, found in one pass over its headers."""
+"""Find the images of one tar and their labels, in one pass over its headers."""
 
-import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.sources.left_out import LeftOut, Tally
 from data_tools.sources.reading import Reading
 from data_tools.sources.sample_labels import (
@@ -21,19 +20,19 @@ from data_tools.sources.sample_labels import (
 )
 from data_tools.sources.sample_names import (
     HIDDEN_KIND,
+    TAR_NAME,
     companion_key,
     is_hidden_path,
     is_image,
-    kind_of,
     split_last,
     split_name,
+    suffix_kind,
 )
 from data_tools.sources.source import MAX_CLASSES, Names
 from data_tools.sources.tar_members import SHOWN_NAME, BadTarError, Member, content_of, walk
 from data_tools.sources.tar_samples import unusable_kind
 
 TARS_INSIDE = "tars in the tar"
-_TAR = re.compile(r"(?i)[.](tar|tgz|tbz2?|txz|tar[.](gz|bz2|xz|zst|lz4))$")
 _NO_LABEL = -1
 
 
@@ -145,7 +144,7 @@ class _Scan:
             return key, suffix, ""
         if self.is_cut_first and suffix:
             return "", "", f".{suffix}"
-        return "", "", TARS_INSIDE if _TAR.search(name) else kind_of(name)
+        return "", "", TARS_INSIDE if TAR_NAME.search(name) else suffix_kind(name)
 
     def _label(self, member: Member, file: BinaryIO) -> int:
         try:
@@ -265,10 +264,10 @@ class _Scan:
         if self.companions:
             suffix = split_name(self._name(min(self.companions)))[1]
             hint = f", for example --image-suffix {suffix}{self._label_hint()}"
-        first = self.orphans[0][:SHOWN_NAME]
+        first, num_bare = self.orphans[0][:SHOWN_NAME], int((labels == _NO_LABEL).sum())
         return self._error(
             f"{len(self.orphans)} .{self.label_suffix} ({first}, ...) have no image "
-            f"beside them, and {int((labels == _NO_LABEL).sum())} images have no label; give both "
+            f"beside them, and {count_of(num_bare, 'image', 'have')} no label; give both "
             f"one KEY, or say what follows KEY and a dot with --image-suffix and --label-suffix"
             f"{hint}"
         )

@@ -1,4 +1,4 @@
-"""The members of a tar, one after the other: the only reader of tars by others in this project.
+"""Walk the members of a tar: this project's only reader of tars that others wrote.
 
 It reads headers only, goes on into archives that were joined (cat a.tar b.tar), and refuses a tar
 of which something may be lost: damaged headers, cut ends, compression.
@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
-from data_tools.user_files.file_kinds import kind_of
+from data_tools.user_files.file_kinds import content_kind
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK_BYTES = 1 << 20
@@ -123,7 +123,7 @@ def _reason(file: SeekableFile, last: Member | None, start: int, err: Exception)
 def _other_kind(file: SeekableFile, err: Exception) -> str:
     file.seek(0)
     begin = file.read(_BLOCK)
-    kind = kind_of(begin)
+    kind = content_kind(begin)
     if kind in _UNPACK:
         what = kind if kind.endswith("archive") else f"compressed with {kind}"
         return (

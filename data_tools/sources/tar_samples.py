@@ -1,11 +1,12 @@
-"""The samples of a tar of latents: members that share a KEY, wherever they stand in the tar."""
+"""Group the members of a tar of latents into samples by their KEY, wherever they stand."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from data_tools.sources.left_out import Tally
-from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, kind_of, split_name
-from data_tools.sources.tar_members import SHOWN_NAME, BadTarError, Member
+from data_tools.sources.sample_labels import LABEL_BYTES, parse_label, split_label
+from data_tools.sources.sample_names import HIDDEN_KIND, is_hidden, split_name, suffix_kind
+from data_tools.sources.tar_members import SHOWN_NAME, BadTarError, Member, SeekableFile, content_of
 
 
 class IncompleteSampleError(BadTarError):
@@ -23,6 +24,21 @@ class TarParts:
     def shown(self) -> str:
         """Its key, short enough for a message."""
         return self.key[:SHOWN_NAME]
+
+    def label(self, file: SeekableFile, wanted: str) -> int:
+        """Read the label from the tar.
+
+        Args:
+            file: the tar.
+            wanted: the label's suffix, or json:FIELD; "" where there are no labels, which gives 0.
+
+        Raises:
+            LabelError: it is no whole number; what it is instead.
+        """
+        if not wanted:
+            return 0
+        suffix, field_name = split_label(wanted)
+        return parse_label(content_of(file, self.by_suffix[suffix], LABEL_BYTES), field_name)
 
 
 def grouped(
@@ -80,7 +96,7 @@ def _look(member: Member) -> tuple[str, str, str]:
     # The last part only: sets that are in use may have samples in hidden folders.
     if is_hidden(member.name.rpartition("/")[2]):
         return HIDDEN_KIND, key, suffix
-    return unusable_kind(member) or ("" if suffix else kind_of(member.name)), key, suffix
+    return unusable_kind(member) or ("" if suffix else suffix_kind(member.name)), key, suffix
 
 
 def unusable_kind(member: Member) -> str:

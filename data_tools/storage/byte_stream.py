@@ -1,6 +1,6 @@
-"""Byte streams that are given up when they stall; those of commands.
+"""Read bytes from another machine and give up when they stall; here, from a command's output.
 
-One attempt only: storage/fetch.py repeats it.
+A stream is one attempt; storage/fetch.py repeats it.
 """
 
 import os
@@ -80,7 +80,7 @@ class Stream(Protocol):
         start: what was asked for, or 0 if the other side can only begin at the beginning.
         length: of the whole file, where it is known.
         validator: ETag or date, by which a server recognises the same version of the file.
-        origin: the type of content that the server announces, and whereto it redirected; or "".
+        origin: the type of content that the server announces, and where it redirected to; or "".
     """
 
     start: int

@@ -1,6 +1,6 @@
-"""The files that this node has fetched, shared by all processes on it.
+"""The node's cache of fetched shards, shared by all processes on it.
 
-A file is called by the sha256 of its content, so copies of a data set share it and nothing that a
+A file's name is the sha256 of its content. So copies of a data set share it, and nothing that a
 manifest or a URL says decides where it lies. All locks are flocks, which end with the process:
 
     SHA.tar         a whole file; shared lock: in use, exclusive lock: being evicted
@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, os_errors_as
 from data_tools.storage.checksums import RememberedChecksums
 from data_tools.storage.locks import StoppedError, lock, lock_file, try_lock, try_lock_file
 from data_tools.user_files.paths import expand
@@ -105,18 +105,14 @@ class ShardCache:
         """
         if not _SHA256.fullmatch(sha256):
             raise ConfigError(f"sha256 {sha256!r}: is none; correct the dataset.json that says so.")
-        try:
+        problem = f"{_FLAG} {self.folder}: a file of {num_bytes} bytes cannot be kept there"
+        with os_errors_as(problem, "free space or name another folder, then start again"):
             while True:
                 descriptor = self._open_whole(sha256, num_bytes, cancel)
                 if descriptor is None:
                     descriptor = self._fill(sha256, num_bytes, fetch, cancel)
                 if descriptor is not None:
                     return descriptor
-        except OSError as err:
-            raise ConfigError(
-                f"{_FLAG} {self.folder}: a file of {num_bytes} bytes cannot be kept there "
-                f"({err.strerror}); free space or name another folder, then start again."
-            ) from err
 
     def _open_whole(
         self, sha256: str, num_bytes: int, cancel: threading.Event | None
@@ -257,15 +253,11 @@ class ShardCache:
 
 
 def _make_private(folder: Path) -> None:
-    try:
+    with os_errors_as(f"{_FLAG} {folder}: cannot be made", "name a folder on the node's disk"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         link, status = folder.lstat(), folder.stat()
-    except OSError as err:
-        raise ConfigError(
-            f"{_FLAG} {folder}: cannot be made ({err.strerror}); name a folder on the node's disk."
-        ) from err
     if not stat.S_ISDIR(status.st_mode):
         raise ConfigError(f"{_FLAG} {folder}: is no folder; name another one.")
     # Whoever can write there, or can exchange the folder, decides what is trained on.

@@ -1,4 +1,4 @@
-"""sha256 of files, computed once per node as long as a file stays the same."""
+"""Check files against their sha256, once per node as long as a file stays the same."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""Fetching files from a location: repeated on failure, resumed where possible, always checked."""
+"""Fetch files from a location: try again on failure, resume where possible, always check."""
 
 import os
 import random
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from data_tools.errors import ConfigError, OutageError
+from data_tools.errors import ConfigError, OutageError, count_of
 from data_tools.storage.byte_stream import (
     Patience,
     ProcessStream,
@@ -226,7 +226,7 @@ def _persist(
             times[type(err)] += 1
             if times.total() >= patience.attempts or times[type(err)] >= err.max_times:
                 lasting = MissingFileError if err.is_missing else ConfigError
-                tried = "1 attempt" if times.total() == 1 else f"{times.total()} attempts"
+                tried = count_of(times.total(), "attempt")
                 raise (lasting if err.is_lasting else OutageError)(
                     f"{what}: could not be fetched in {tried}, the last time because {err}; see to "
                     "it that it can be read, then start again."

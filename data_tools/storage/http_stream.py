@@ -1,4 +1,4 @@
-"""Files from web servers, by the standard library."""
+"""Read files from web servers, with the standard library."""
 
 import base64
 import email.message
@@ -112,7 +112,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _SecureConnection(_Connection, http.client.HTTPSConnection):
-    """Likewise, encrypted."""
+    """The same over TLS."""
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):

@@ -1,4 +1,4 @@
-"""Where the files of a data set lie: a folder, a web server, an object store, a shell command.
+"""Parse where a data set lies: in a folder, on a server, in a bucket, or behind a command.
 
 A location comes from the user's own command line or config, never from a file that was read. The
 names that are looked up in it come from such files, so only plain file names are accepted.

@@ -1,4 +1,4 @@
-"""Locks between the processes of a node: flocks, which end with the process that holds them."""
+"""Lock files between the processes of a node, with flocks, which end with their process."""
 
 import errno
 import fcntl
@@ -63,7 +63,7 @@ def lock_file(path: Path, stop: threading.Event | None = None) -> Iterator[None]
 
 @contextmanager
 def try_lock_file(path: Path) -> Iterator[bool]:
-    """Likewise without waiting; False if another process has it."""
+    """Do the same without waiting; yield False if another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         is_mine = try_lock(descriptor, path) and _is_at(path, descriptor)

@@ -1,4 +1,4 @@
-"""Files in s3:// and gs:// buckets, by a Python package or a program that reads them."""
+"""Read files in s3:// and gs:// buckets, through a Python package or the store's own program."""
 
 import importlib.util
 import re

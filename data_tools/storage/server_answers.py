@@ -1,9 +1,9 @@
-"""What servers send in the place of a file: login pages, error messages, pointers to it."""
+"""Recognise what servers send in the place of a file: login pages, error messages, pointers."""
 
 import re
 
 from data_tools.files import parse_json
-from data_tools.user_files.file_kinds import is_lfs_pointer, kind_of
+from data_tools.user_files.file_kinds import content_kind, is_lfs_pointer
 
 HEAD_BYTES = 4096  # of what was sent, enough for its message
 _TAR_MAGIC = slice(257, 262)
@@ -20,7 +20,7 @@ def instead_of_file(head: bytes, name: str, origin: str) -> str:
     """
     if is_lfs_pointer(head):
         return f"it is a git-lfs pointer and no {name}: ask for what the site's downloads give"
-    kind = kind_of(head)
+    kind = content_kind(head)
     if kind not in ("HTML", "XML", "JSON") or head[_TAR_MAGIC] == b"ustar":
         return ""
     if kind == "JSON" and name.endswith(".json"):
@@ -33,12 +33,12 @@ def instead_of_file(head: bytes, name: str, origin: str) -> str:
 
 def error_message(body: bytes) -> str:
     """Return what an error's body says beyond its status; a page's title repeats the status."""
-    return "" if kind_of(body) == "HTML" else server_says(body)
+    return "" if content_kind(body) == "HTML" else server_says(body)
 
 
 def server_says(body: bytes) -> str:
     """Return the message in what object stores and web services send; a page's title; or ""."""
-    kind, text = kind_of(body), body[:HEAD_BYTES].decode("utf-8", "replace")
+    kind, text = content_kind(body), body[:HEAD_BYTES].decode("utf-8", "replace")
     if kind == "XML":
         found = [re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message")]
         said = ": ".join(match[1] for match in found if match)
@@ -55,7 +55,7 @@ def server_says(body: bytes) -> str:
 
 def json_message(text: bytes) -> str:
     """Return the message, where JSON is one and no data; else ""."""
-    return server_says(text) if kind_of(text) == "JSON" and len(text) <= HEAD_BYTES else ""
+    return server_says(text) if content_kind(text) == "JSON" and len(text) <= HEAD_BYTES else ""
 
 
 def _json_message(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The stream of batches that training consumes.
+"""Read the batches that training consumes, ahead of their use.
 
 Batch composition is arithmetic on the stream position (stream/order.py, stream/plan.py); samples
 are read by preadv at known offsets (stream/reader.py). One thread reads batches ahead, a few others
@@ -11,7 +11,6 @@ N micro-batch, C latent channels, H W latent size.
 import queue
 import threading
 import time
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -28,7 +27,7 @@ from models.randomness import Stream, uniform
 
 QUEUE_DEPTH = 4  # micro-batches ready ahead of the consumer
 FLIP_PROBABILITY = 0.5
-# Ranks that share a stream: beyond them, each reads too little of a shard to have it read whole.
+# If more ranks than this share a stream, each reads too little of a shard to read all of it ahead.
 _MAX_SHARING_RANKS = 8
 _CLOSE_POLL_SEC = 0.1  # how long the thread may take to notice close()
 _CLOSE_SEC = 2.0  # how long close() waits for threads that wait for a server
@@ -80,10 +79,7 @@ class BatchReader:
             )
         self.data, self.seed, self.horizontal_flip = data, seed, horizontal_flip
         self.plan = data.plan(
-            seed=seed,
-            window=window,
-            global_batch_size=global_batch_size,
-            num_streams=num_streams,
+            seed=seed, window=window, global_batch_size=global_batch_size, num_streams=num_streams
         )
         self._dtype = getattr(torch, data.manifest.latent.dtype)
         self._global_batch_size, self._own = global_batch_size, global_batch_size // world_size
@@ -204,12 +200,7 @@ class LatentStream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _prefetch(self) -> None:

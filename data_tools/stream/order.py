@@ -6,48 +6,17 @@ permuted together. So every sample occurs exactly once per epoch whatever the sh
 `window` shards are in use at a time, any position is found without walking to it, and the state of
 a job is one integer.
 
-A part of the data has such an order of its own: the shards in a seeded order, cut into equal parts
-wherever the cuts fall.
-
-Permutations are argsorts of 64-bit hashes (the finaliser of splitmix64, Steele et al., OOPSLA 2014)
-and not of a library's random stream, which may change with its version.
+For several streams the data is cut into equal parts, each with such an order of its own. What is
+cut is the row of shards in a seeded order, and a cut may fall inside a shard.
 """
 
 import numpy as np
 
+from data_tools.permutations import derived_seed, permutation
+
 ORDER_VERSION = 1  # part of what a checkpoint means: any change of the order needs a new number
 
-_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
-_MASK_64 = (1 << 64) - 1
 _SHARDS, _WINDOW, _SPLIT, _PART = 1, 2, 3, 4  # keep what is drawn apart
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Scramble uint64 values; products wrap around, as they should."""
-    values = values + _INCREMENT
-    values = (values ^ (values >> np.uint64(30))) * _MULTIPLIER_1
-    values = (values ^ (values >> np.uint64(27))) * _MULTIPLIER_2
-    return values ^ (values >> np.uint64(31))
-
-
-def _state(key: tuple[int, ...]) -> np.ndarray:
-    state = np.zeros(1, np.uint64)  # an array: numpy warns of overflow on scalars only
-    for number in key:
-        state = _mix(state ^ np.array([number & _MASK_64], np.uint64))
-    return state
-
-
-def permutation(length: int, *key: int) -> np.ndarray:
-    """Permute range(length), int64; the same key gives the same permutation on any machine."""
-    hashes = _mix(_mix(np.arange(length, dtype=np.uint64)) ^ _state(key))
-    return np.argsort(hashes, kind="stable")
-
-
-def derived_seed(*key: int) -> int:
-    """Return a seed for a part of what a seed is for, in [0, 2^64)."""
-    return int(_state(key)[0])
 
 
 class StreamOrder:

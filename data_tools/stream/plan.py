@@ -1,13 +1,14 @@
-"""The order of samples where there are several data sets or several streams.
+"""Combine the orders of several data sets and several streams into one.
 
 Three rules, one inside the other, each a pure function of the stream position:
 
-streams   a global batch of G is cut into C equal chunks; chunk c takes the samples of part c of the
-data, which has epochs and windows of its own (stream/order.py). A node that trains on some chunks
-needs only their parts on its disk. mixture   in a stream, each block of 1,000 positions holds of
-every set exactly its weight in thousandths, dealt by a permutation of (seed, stream, block). order
-the n-th position of a set in a stream is the n-th of the order of that part of it, so every set has
-its own exact epochs.
+- Streams. A global batch of G is cut into C equal chunks. Chunk c takes the samples of part c of
+  the data, which has epochs and windows of its own (stream/order.py). So a node that trains on some
+  chunks needs only their parts on its disk.
+- Mixture. Within a stream, each block of 1,000 positions holds exactly each set's weight in
+  thousandths, dealt by a permutation of (seed, stream, block).
+- Order. The n-th position of a set in a stream is the n-th of the order of that part of the set. So
+  every set has its own exact epochs.
 
 With one stream and one set this is that set's order.
 """
@@ -17,7 +18,8 @@ from itertools import count
 
 import numpy as np
 
-from data_tools.stream.order import StreamOrder, derived_seed, permutation
+from data_tools.permutations import derived_seed, permutation
+from data_tools.stream.order import StreamOrder
 
 BLOCK = 1000  # positions that hold exactly the weights of a mixture
 _SET, _MIXTURE = 5, 6  # keep what is drawn apart, from stream/order.py's kinds too

@@ -1,4 +1,4 @@
-"""Random access to the samples of the data sets that a run trains on.
+"""Read any samples of the data sets that a run trains on, by their ids.
 
 A sample is read by one preadv where all that is needed of it lies together, by two otherwise; its
 headers are checked and its label parsed for a whole batch at once.
@@ -142,7 +142,8 @@ class PartReader:
         sizes = [shard.num_samples for shard in manifest.shards]
         self.first_id = np.concatenate(([0], np.cumsum(sizes)))
         self.is_indexed = manifest.is_indexed
-        self.layout = manifest.indexed_layout if self.is_indexed else manifest.layout
+        latent = manifest.latent
+        self.layout = latent.indexed_layout if self.is_indexed else latent.record_layout
         self._index_of = lru_cache(NUM_INDEXES)(store.open_index)
         self._heads = np.empty((0, self.layout.head_bytes), np.uint8)
         self._head_views: list[memoryview] = []

@@ -1,4 +1,4 @@
-"""Shards made ready ahead of their use, by threads: fetched, checked, read into memory."""
+"""Prepare shards ahead of their use, in threads: fetch, check, and read them into memory."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ NUM_THREADS = 4  # shards that are fetched or checked at a time
 class ShardFeed:
     """Prepares the shards that are wanted, in their order, and lets go of all others.
 
-    Shards count through all stores. What a thread meets, `open` of that shard raises.
+    Shards are numbered through all stores. An error in a thread is raised by `open` of its shard.
     """
 
     def __init__(self, stores: list[ShardStore], reads_ahead: bool) -> None:
@@ -127,4 +127,4 @@ class ShardFeed:
 
 
 class ClosedError(Exception):
-    """A shard was asked for after, or while, everything was taken apart."""
+    """A shard was asked for while the feed was being closed, or later."""

@@ -1,4 +1,4 @@
-"""Opens the shards of one data set, wherever they lie, if they are what dataset.json says."""
+"""Open the shards of one data set, wherever they lie, after checking them with dataset.json."""
 
 import hashlib
 import io
@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.errors import ConfigError
+from data_tools.shards.foreign_tar import index_name
 from data_tools.shards.manifest import Manifest
+from data_tools.shards.records import npy_bytes
 from data_tools.storage.byte_stream import Patience
 from data_tools.storage.cache import ShardCache, default_cache_folder
 from data_tools.storage.fetch import fetch, read_small
@@ -45,7 +47,8 @@ class ShardStore:
             index_location: where the indexes of tars of others lie; default there too.
             check: of local shards before their first use: "sha256", or "size" alone. What is
                 fetched is always checked in full.
-            cache: keeps what is fetched, and remembers which local shards were checked.
+            cache: keeps what is fetched, and remembers which local shards were checked; for these
+                alone, that of the node by default.
             patience: with the other side; default from the environment.
         """
         assert check in CHECKS
@@ -56,7 +59,9 @@ class ShardStore:
         self.manifest, self.location, self.check = manifest, location, check
         self.num_downloads = 0
         self._index_location = index_location or location
-        self._cache = cache or ShardCache(default_cache_folder())
+        if cache is None and check == "sha256":
+            cache = ShardCache(default_cache_folder())
+        self._cache = cache
         self._patience = patience or Patience.from_environment()
         is_local = location.folder is not None
         self._paths = [location.path(shard.name) for shard in manifest.shards if is_local]
@@ -81,7 +86,7 @@ class ShardStore:
             os.close(descriptor)
 
     def release(self, shard: int) -> None:
-        """Let the cache evict a prepared shard; one that was not prepared is none of its business.
+        """Let the cache evict a prepared shard; does nothing for one that was not prepared.
 
         Descriptors from open() keep it until they are closed.
         """
@@ -117,13 +122,15 @@ class ShardStore:
             int64 (n, 3): offset of the array, of the mirrored one or -1, label.
         """
         entry = self.manifest.shards[shard]
-        name = entry.name.removesuffix(".tar") + ".index.npy"
-        num_bytes = _index_bytes(entry.num_samples)
+        name = index_name(entry.name)
+        # Its size follows from its shape.
+        num_bytes = len(npy_bytes(np.zeros((entry.num_samples, INDEX_COLUMNS), np.int64)))
         if self._index_location.folder is None:
             descriptor = self._open_remote(
                 self._index_location, name, entry.index_sha256, num_bytes
             )
-            content = _read_and_close(descriptor, num_bytes)
+            with open(descriptor, "rb") as file:
+                content = file.read(num_bytes)
         else:
             content = read_small(self._index_location, name, num_bytes)
         if hashlib.sha256(content).hexdigest() != entry.index_sha256:
@@ -184,18 +191,3 @@ class ShardStore:
             )
 
         return self._cache.open(sha256, num_bytes, bring, self._closing)
-
-
-def _index_bytes(num_samples: int) -> int:
-    """Return the size of an index file, which follows from its shape."""
-    header = io.BytesIO()
-    shape = (num_samples, INDEX_COLUMNS)
-    np.lib.format.write_array_header_1_0(
-        header, {"shape": shape, "fortran_order": False, "descr": "<i8"}
-    )
-    return header.tell() + num_samples * INDEX_COLUMNS * np.dtype(np.int64).itemsize
-
-
-def _read_and_close(descriptor: int, num_bytes: int) -> bytes:
-    with open(descriptor, "rb") as file:
-        return file.read(num_bytes)

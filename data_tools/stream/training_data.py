@@ -1,4 +1,4 @@
-"""The data that a run trains on: one or several data sets, as --data names them.
+"""Open what --data names: one data set, a union of several, or a mixture with weights.
 
     datasets/a                    one data set
     datasets/{a,b}  or  a,b       one union: each sample once per epoch of all together
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.shards.manifest import (
     MANIFEST_NAME,
     ChannelStatistics,
@@ -79,26 +79,17 @@ class TrainingData:
         """Samples in each shard of all parts."""
         return [shard.num_samples for part in self.parts for shard in part.manifest.shards]
 
-    def plan(
-        self, *, seed: int, window: int, global_batch_size: int, num_streams: int = 1
-    ) -> StreamPlan:
-        """Return the order of this data's samples; see there for the arguments."""
-        return StreamPlan(
-            self._set_sizes(),
-            seed=seed,
-            window=window,
-            global_batch_size=global_batch_size,
-            weights=self.weights,
-            num_streams=num_streams,
-        )
+    def plan(self, **settings: int) -> StreamPlan:
+        """Return the order of this data's samples; `settings` are arguments of StreamPlan."""
+        return StreamPlan(self._set_sizes(), weights=self.weights, **settings)
 
     def check_streams(self, num_streams: int) -> None:
         """Refuse more streams than a set has samples."""
         fewest = min(map(sum, self._set_sizes()))
         if fewest < num_streams:
             raise ConfigError(
-                f"--data-streams {num_streams} is more than the {fewest} samples of the smallest "
-                "data set; use fewer streams."
+                f"--data-streams {num_streams} is more than the {count_of(fewest, 'sample')} of "
+                "the smallest data set; use fewer streams."
             )
 
     def _set_sizes(self) -> list[list[int]]:
@@ -132,10 +123,11 @@ class TrainingData:
                 shape = "x".join(map(str, found.latent.shape))
                 flip = " with mirrored images" if found.has_flip else ""
                 lines.append(
-                    f"{share}{part.location.text}: {found.num_samples:,} samples, "
-                    f"{len(found.shards):,} shards, {size / 2**30:,.2f} GiB, "
+                    f"{share}{part.location.text}: "
+                    f"{count_of(f'{found.num_samples:,}', 'sample')}, "
+                    f"{count_of(f'{len(found.shards):,}', 'shard')}, {size / 2**30:,.2f} GiB, "
                     f"{found.latent.kind} {shape} {found.latent.dtype}{flip}, "
-                    f"{found.num_classes} classes"
+                    f"{count_of(found.num_classes, 'class')}"
                 )
         return "\n".join(lines)
 
@@ -210,8 +202,8 @@ def open_data(
         elsewhere = [place for one in places for place in one.locations]
         if len(elsewhere) != len(named):
             raise ConfigError(
-                f"--data-shards {data_shards} names {len(elsewhere)} places but --data "
-                f"{len(named)} data sets; give one for each, in the same order."
+                f"--data-shards {data_shards} names {count_of(len(elsewhere), 'place')} but --data "
+                f"{count_of(len(named), 'data set')}; give one for each, in the same order."
             )
     found = []
     for place, tars in zip(named, elsewhere, strict=True):
@@ -296,7 +288,7 @@ def _united(
     counts: tuple[int, ...],
     weights: tuple[int, ...],
 ) -> DatasetManifest:
-    """Describe all data sets as one; of what may differ and is only told, the first counts."""
+    """Describe all data sets as one; what is only told to people is that of the first."""
     first = manifests[0]
     if len(manifests) == 1:
         return first

@@ -30,8 +30,6 @@ class PlannedSamples(IterableDataset):
         self,
         data: TrainingData,
         *,
-        seed: int,
-        window: int,
         batch_size: int,
         global_batch_size: int | None = None,
         rank: int = 0,
@@ -44,15 +42,13 @@ class PlannedSamples(IterableDataset):
 
         Args:
             data: what is read.
-            seed: of the order and of the flips.
-            window: shards that are shuffled together.
             batch_size: of the batches that later stages make; a worker reads as many in one go.
             global_batch_size: samples per step over all ranks; None = batch_size x world_size.
             rank: of this process.
             world_size: number of processes.
             start_position: stream position to begin at, between two steps.
             stop_position: where to end; None = never.
-            settings: of BatchReader: num_streams, horizontal_flip, check, cache.
+            settings: of BatchReader: seed and window, perhaps num_streams and others.
         """
         super().__init__()
         self.data, self.batch_size, self.stop_position = data, batch_size, stop_position
@@ -61,7 +57,7 @@ class PlannedSamples(IterableDataset):
             "rank": rank,
             "world_size": world_size,
         }
-        self._settings = {"seed": seed, "window": window, **self._ranks, **settings}
+        self._settings = {**self._ranks, **settings}
         self._start_position = start_position
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says: for the reason why it is not used."""
+"""Tell what a file is by its first bytes, so that a message can say why it is not used."""
 
 import re
 from pathlib import Path
@@ -67,7 +67,7 @@ _MARKUP = (
 )
 
 
-def kind_of(head: bytes) -> str | None:
+def content_kind(head: bytes) -> str | None:
     """Name what a file is; None if its first bytes are of no kind known here."""
     if head[4:8] == b"ftyp":
         return _BRANDS.get(head[8:12], "a video (MP4 or QuickTime)")

@@ -1,7 +1,7 @@
-"""Paths as people type them, and what to say of one that is not there.
+"""Expand paths as people type them, and say what is wrong with one that is not there.
 
-A shell puts the home folder for ~ and values for $VARIABLES, but not behind --flag=, and nobody
-does in a YAML file. Taken literally they would become folders called "~" and "$SCRATCH".
+A shell replaces ~ and $VARIABLES, but not behind --flag=, and nothing replaces them in a YAML file.
+Taken literally they would become folders called "~" and "$SCRATCH".
 """
 
 import os
@@ -56,12 +56,12 @@ def _check_possible(text: str, where: str) -> None:
 
 
 def expand_name(text: str, where: str) -> str:
-    """Do so for a path that may be gone: a run goes on without the weights that it began with."""
+    """Expand a path that may be gone: a run goes on without the weights that it began with."""
     return _expanded(text, where, _HOME)
 
 
 def expand_data(text: str, where: str) -> str:
-    """Do so for a text that may name several data sets; a pipe's command is the shell's."""
+    """Expand a text that may name several data sets; a pipe's command is left to the shell."""
     return text if text.startswith(PIPE) else _expanded(text, where, _HOME_OF_DATA)
 
 
@@ -127,7 +127,7 @@ def broken_link(wanted: Path) -> Path | None:
 
 
 def absence(wanted: Path, named: Path | None = None) -> str:
-    """Say of a path that is not there how that is: a link to nothing, or nothing at all.
+    """Say in what way a path is not there: it is a link to nothing, or nothing at all.
 
     Args:
         wanted: the path.

@@ -1,7 +1,7 @@
-"""What a user's text names: files and folders by name, by braces and by wildcards.
+"""Expand a user's text into the places that it names: by name, by braces, by wildcards.
 
-What exists under the text as it was typed is meant, whatever letters it has; only then do letters
-such as {, *, a comma or = mean something.
+A text that exists as it was typed stands for itself, whatever characters it has. Only in any other
+text do characters such as {, *, a comma or = have a meaning.
 """
 
 import glob

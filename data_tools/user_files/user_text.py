@@ -1,4 +1,4 @@
-"""Text files that people write, as editors on any system save them.
+"""Read text files as editors on any system save them.
 
 A byte order mark is left out, and UTF-16 and UTF-32 are read where a mark says so.
 """

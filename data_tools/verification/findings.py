@@ -1,11 +1,11 @@
-"""What a verification looks at and finds; the small files beside the shards."""
+"""The result of a verification: its findings; and the check of the sidecars."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_tools.files import MalformedError, from_json, parse_json
-from data_tools.formats import said
+from data_tools.formats import stored_values
 from data_tools.shards.manifest import DatasetManifest, Shard
 from data_tools.shards.shard_check import ShardContent
 from data_tools.shards.sidecar import SIDECAR, ShardTotals
@@ -42,7 +42,6 @@ class Verification:
         contents: of the shards, full checks only.
         checked: what was compared, and with what outcome, for the report.
         skipped: what could not be compared, and why.
-        num_bytes: read.
     """
 
     folder: Path
@@ -52,7 +51,6 @@ class Verification:
     contents: dict[str, ShardContent] = field(default_factory=dict)
     checked: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    num_bytes: int = 0
 
     def damaged(self, *parts: str) -> list[str]:
         """Name the files with findings of these parts, all but notes if none is given."""
@@ -62,7 +60,7 @@ class Verification:
 
 def expects_sidecars(result: Verification, manifest: DatasetManifest) -> bool:
     """Whether sidecars are to be expected: a copy for training only may come without."""
-    if any(not shard.stride for shard in manifest.shards):
+    if not manifest.has_own_layout:
         return False
     if (result.folder / SETTINGS_NAME).exists():
         return True
@@ -91,7 +89,7 @@ def read_sidecar(
         if with_totals:
             from_json(ShardTotals, content["totals"])
         found = content["shard"]
-        differs = [name for name, value in said(shard).items() if found[name] != value]
+        differs = [name for name, value in stored_values(shard).items() if found[name] != value]
     except FileNotFoundError:
         return None, "is missing"
     except OSError as err:

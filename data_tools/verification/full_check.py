@@ -1,4 +1,4 @@
-"""Every byte of every shard, and what they hold together against dataset.json."""
+"""Check every byte of every shard, and compare the whole set with dataset.json."""
 
 import math
 from collections import Counter
@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.errors import count_of
 from data_tools.shards.manifest import MANIFEST_NAME, ChannelStatistics, DatasetManifest, Shard
 from data_tools.shards.records import sample_key
 from data_tools.shards.shard_check import OTHER_BYTES, ShardContent, read_shard
-from data_tools.shards.sidecar import statistics_of
+from data_tools.shards.sidecar import label_counts, statistics_of
 from data_tools.verification.findings import Finding, Verification, expects_sidecars, read_sidecar
 
 # dataset.json keeps 6 decimals; the order of additions costs less.
@@ -53,14 +54,13 @@ def run_full(
         result.contents[shard.name] = content
         result.findings += found
     num_shards, num_bad = len(manifest.shards), len(result.damaged("shard"))
-    result.num_bytes = sum(shard.bytes for shard in manifest.shards)
-    good = f"{num_shards - num_bad} of {num_shards} shards"
+    good = f"{num_shards - num_bad} of {count_of(num_shards, 'shard')}"
     result.checked.append(("size, sha256, members, shapes, finite values, labels", good))
     if with_sidecars:
         num_odd = len(result.damaged("sidecar"))
         result.checked.append(("sidecars", f"{num_shards - num_odd} of {num_shards}"))
     if num_bad:
-        why = f"{num_bad} shards are damaged; verify again after the repair"
+        why = f"{count_of(num_bad, 'shard', 'are')} damaged; verify again after the repair"
         result.skipped.append(("keys, labels and statistics of the whole set", why))
         return
     for compare in (_compare_keys, _compare_counts, _compare_statistics):
@@ -128,10 +128,7 @@ def _compare_counts(result: Verification, manifest: DatasetManifest) -> None:
 
 def class_counts(result: Verification) -> Counter[int]:
     """Count the samples of each label in all shards."""
-    counts: Counter[int] = Counter()
-    for content in result.contents.values():
-        counts.update({int(label): n for label, n in content.totals.class_counts.items()})
-    return counts
+    return label_counts(content.totals for content in result.contents.values())
 
 
 def computed_statistics(result: Verification) -> ChannelStatistics:

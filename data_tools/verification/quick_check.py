@@ -1,4 +1,4 @@
-"""A look at every shard that reads no more than a few blocks of it: seconds for 50,000 shards."""
+"""Check a few blocks of every shard: sizes, first and last sample; seconds for 50,000 shards."""
 
 import os
 import stat
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.errors import count_of
 from data_tools.shards.foreign_tar import index_name
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest, Shard
 from data_tools.shards.records import KEY_DIGITS, TAR_BLOCK, DamagedRecordError, RecordLayout
@@ -26,7 +27,7 @@ def run_quick(
     """Look at sizes, at both ends of every shard and at the sidecars."""
     with_sidecars = expects_sidecars(result, manifest)
     # Tars of others have no common layout; then no shard below asks for it.
-    layout = manifest.layout if all(shard.stride for shard in manifest.shards) else None
+    layout = manifest.latent.record_layout if manifest.has_own_layout else None
     first_keys = {shard.first_key: shard.name for shard in manifest.shards if shard.num_samples}
 
     def look(shard: Shard) -> list[Finding]:
@@ -44,7 +45,7 @@ def run_quick(
     for found in pool.map(lambda piece: [f for shard in piece for f in look(shard)], pieces):
         result.findings += found
     num_bad, num_shards = len(result.damaged("shard", "index")), len(manifest.shards)
-    good = f"{num_shards - num_bad} of {num_shards} shards"
+    good = f"{num_shards - num_bad} of {count_of(num_shards, 'shard')}"
     result.checked.append(("presence, size, first and last sample", good))
     if with_sidecars:
         num_bad = len(result.damaged("sidecar"))

@@ -1,4 +1,4 @@
-"""Making a damaged data set what it was: shards from the images, small files from the shards.
+"""Repair a damaged data set: make shards from the images, and small files from the shards.
 
 A shard is encoded into a scratch folder first and takes its place only if it has the bytes that
 dataset.json asks for; so a repair on another machine, or from changed images, harms nothing.
@@ -15,7 +15,7 @@ from data_tools.encoding.command import reopen
 from data_tools.encoding.encoder import ShardEncoder
 from data_tools.encoding.output import EncodingOutput, finished_sidecar, shard_name
 from data_tools.encoding.settings import disk_errors_as_config_errors
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from data_tools.shards.manifest import DATASET, MANIFEST_NAME, DatasetManifest, Shard
 from data_tools.shards.sidecar import SIDECAR, Sidecar
 from data_tools.verification.findings import SHARD_PARTS, Verification
@@ -58,14 +58,13 @@ def repair_shards(
     broken = result.damaged(*SHARD_PARTS)
     if manifest is not None and not broken:
         return []
-    if manifest is not None and not all(shard.stride for shard in manifest.shards):
+    if manifest is not None and not manifest.has_own_layout:
         raise ConfigError(
             f"--repair: {', '.join(broken[:3])} of {folder} were written by others and cannot be "
             "encoded again; fetch them again from where they came."
         )
     if source.input is None:
-        shards = "1 shard" if len(broken) == 1 else f"{len(broken)} shards"
-        what = shards if manifest is not None else MANIFEST_NAME
+        what = count_of(len(broken), "shard") if manifest is not None else MANIFEST_NAME
         raise ConfigError(
             f"--repair: {what} of {folder} can only be made again from the images; name them with "
             "--input, or copy the files again from another copy of the data set."

@@ -1,8 +1,9 @@
-"""A verification in one page of text."""
+"""Write the result of a verification as one page of text."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from data_tools.errors import count_of
 from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources import left_out
@@ -51,7 +52,8 @@ def report(
     if result.manifest is not None:
         num_bytes = sum(shard.bytes for shard in result.manifest.shards)
         lines.append(
-            f"{result.manifest.num_samples} samples in {len(result.manifest.shards)} shards, "
+            f"{count_of(result.manifest.num_samples, 'sample')} in "
+            f"{count_of(len(result.manifest.shards), 'shard')}, "
             f"{readable_bytes(num_bytes)}, data set {result.manifest.hash[:12]}"
         )
         if result.manifest.left_out:
@@ -79,7 +81,7 @@ def _verdict(result: Verification) -> list[str]:
 
 def _advice(result: Verification) -> list[str]:
     command = f"python data_tools/verify_shards.py --data {result.folder} --repair"
-    is_foreign = result.manifest is not None and not all(s.stride for s in result.manifest.shards)
+    is_foreign = result.manifest is not None and not result.manifest.has_own_layout
     lines = []
     if result.manifest is None:
         lines.append(f"{MANIFEST_NAME}: copy it again, or write it anew from the sidecars:")
@@ -115,9 +117,8 @@ def sentence(result: Verification, report_path: Path | None) -> str:
     if shards:
         number = len(result.manifest.shards) if result.manifest else "?"
         verb = "is" if len(shards) == 1 else "are"
-        parts.append(
-            f"{len(shards)} of {number} shards {verb} damaged: {', '.join(_shown(shards))}"
-        )
+        whole = count_of(number, "shard")
+        parts.append(f"{len(shards)} of {whole} {verb} damaged: {', '.join(_shown(shards))}")
     if others:
         verb = "is" if len(others) == 1 else "are"
         parts.append(f"{', '.join(_shown(others))} {verb} wrong or missing")

@@ -1,4 +1,4 @@
-"""Checking a data set against its dataset.json: at a glance, or every byte.
+"""Check a data set against its dataset.json: at a glance, or every byte.
 
 Threads share the shards: hashing, reading and numpy's arithmetic all release the interpreter.
 """

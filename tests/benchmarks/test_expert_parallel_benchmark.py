@@ -20,7 +20,7 @@ def compare_small_layers(rank, world_size):
             assert stock.sent_bytes > (2.0 if routing == "prior" else 1.0) * ours.sent_bytes
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_both_sides_agree_and_ours_waits_once_and_sends_less():
     run_ranks(compare_small_layers, 2)
 

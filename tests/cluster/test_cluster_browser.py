@@ -13,10 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support import evaluated_run
+from tests.support import evaluated_run, reported_run
 from tests.support.browser import TIMEOUT_MS, visit
 from tests.support.launch import finish, run, start
-from tests.training.reports import test_report
 from training.checkpoints.manifest import CHECKPOINT_DIR, RAW_FILE, tag_of
 from training.playground.playground import Playground
 
@@ -153,7 +152,7 @@ def test_another_host_is_warned_of_and_a_mistake_is_one_sentence(tmp_path):
 
 
 def test_a_report_opens_without_asking_for_anything(tmp_path):
-    folders = [test_report.make_run(tmp_path / "a"), test_report.make_run(tmp_path / "b", lr=0.5)]
+    folders = [reported_run.make_run(tmp_path / "a"), reported_run.make_run(tmp_path / "b", lr=0.5)]
     evaluated_run.make_run(tmp_path / "other", tmp_path / "data")
     shutil.copytree(tmp_path / "other" / CHECKPOINT_DIR, folders[0] / CHECKPOINT_DIR)
     run("python", "training/report.py", *folders, "--output", tmp_path / "both")

@@ -175,4 +175,4 @@ def test_a_command_typed_into_the_shell_of_salloc_is_a_single_process(
 
     assert "it is step 4294967290" in said, said
     assert "1 rank(s), ZeRO 2" in said, said
-    assert "done: 1 steps" in said
+    assert "done: 1 step," in said

@@ -27,9 +27,9 @@ from training.checkpoints.manifest import (
 )
 from training.config.preset import load_preset
 from training.monitoring.event_files import read_metrics
-from training.monitoring.run_history import CHECKPOINTS_FILE, read_notes
 from training.ranks import process_group
 from training.ranks.process_group import Ranks
+from training.run.checkpoint_notes import CHECKPOINTS_FILE, read_notes
 from training.run.directory import CONFIG_FILE
 from training.run.lock import hold_run_directory
 
@@ -577,7 +577,7 @@ def test_a_manifest_lists_size_and_checksum_of_every_file(trained):
     assert all(isinstance(record, FileRecord) for record in files.values())
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 class TestThroughTheLauncher:
     """With two ranks, as a user starts them."""
 
@@ -592,7 +592,7 @@ class TestThroughTheLauncher:
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 class TestWithTwoRanks:
     """The same without the launcher."""

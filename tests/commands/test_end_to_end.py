@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.exit_codes import SAVED_EXIT_CODE
 from tests.support.launch import deepspeed, finish, free_port, run, start
 from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
@@ -19,9 +20,9 @@ from training.checkpoints.manifest import (
     read_manifest,
 )
 from training.monitoring.event_files import read_metrics
-from training.ranks.exit_codes import SAVED_EXIT_CODE
+from training.monitoring.metrics import METRICS, PICTURES
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 STEPS = 12
 SAVE_EVERY = 4
@@ -143,9 +144,10 @@ def test_running_a_finished_run_again_changes_nothing(trained, demo_latents):
     run_dir, _ = trained
     before = {path: path.stat().st_mtime_ns for path in (run_dir / CHECKPOINT_DIR).rglob("*.pt")}
 
-    output = run(*train_command(demo_latents, run_dir, num_ranks=2))
+    output = run(*train_command(demo_latents, run_dir, "--max-steps", 8, num_ranks=2))
 
     assert "resuming" in output
+    assert f"done: nothing was trained, {run_dir} is already at step 12 and" in output
     after = {path: path.stat().st_mtime_ns for path in (run_dir / CHECKPOINT_DIR).rglob("*.pt")}
     assert after == before
 
@@ -155,11 +157,13 @@ def test_a_dry_run_describes_and_writes_nothing(demo_latents, tmp_path):
         "python",
         "training/main.py",
         *("--data", demo_latents, "--run-dir", tmp_path / "run", "--dry-run"),
+        *("--num-classes", 12),
     )
 
     assert "size: demo" in output
     assert "parameters" in output
     assert "per epoch" in output
+    assert f"warning: --num-classes 12 is more than the 10 of --data {demo_latents}; " in output
     assert not (tmp_path / "run").exists()
 
 
@@ -175,8 +179,8 @@ class TestSampling:
         )
 
         names = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert len(names) == 5
-        assert names[-1] == "grid.png"
+        assert len(names) == 6
+        assert names[-2:] == ["grid.png", "settings.json"]
         assert f"grid of samples: {tmp_path / 'out' / 'grid.png'}" in output
         assert Image.open(tmp_path / "out" / names[0]).size == (64, 64)
 
@@ -246,6 +250,9 @@ def test_a_real_tensorboard_serves_the_run(trained):
     }
     assert len(layout["category"]) == 5
     assert not empty
+    patterns = [re.sub("{.*?}", "[^/]+", metric.tag) for metric in METRICS]
+    undocumented = [tag for tag in tags if not any(re.fullmatch(p, tag) for p in patterns)]
+    assert not undocumented and set(images) <= set(PICTURES)
 
 
 def finish_tensorboard(process):

@@ -14,7 +14,7 @@ from training import evaluate, export, report, sample
 from training.checkpoints.manifest import latest_checkpoint
 from training.monitoring.event_files import read_metrics
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 NAME = "betas=[0.9,0.95] *?{a,b} %s%(x)d {0} $ (v1)+ ~ 'q' \"r\" #&;|"
 FLAGS = [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.process.entry_point import STOP_SIGNALS
+from data_tools.process.signals import STOP_SIGNALS
 from tests.support.encode_jobs import flags, make_pictures
 from tests.support.launch import REPOSITORY, environment, finish, start
 from tests.support.synthetic import make_dataset
@@ -257,7 +257,7 @@ def check_whole(run_dir):
     assert lines[-1].endswith(f"results in {run_dir}")
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_training_goes_on_when_the_disk_of_its_output_is_full(train_forked, demo_latents, tmp_path):
     run_dir = tmp_path / "l\u00e4ufe"
 
@@ -268,7 +268,7 @@ def test_training_goes_on_when_the_disk_of_its_output_is_full(train_forked, demo
     check_whole(run_dir)
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_training_goes_on_when_its_terminal_is_gone(train_forked, demo_latents, tmp_path):
     run_dir, metrics = tmp_path / "run", tmp_path / "run/metrics.jsonl"
     master, slave = pty.openpty()

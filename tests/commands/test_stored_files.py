@@ -26,7 +26,7 @@ from training.checkpoints.manifest import EMA_FILE, latest_checkpoint, read_mani
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores, write_score_events
 from training.monitoring.event_files import read_metrics
-from training.monitoring.run_history import read_notes
+from training.run.checkpoint_notes import read_notes
 from training.run.directory import load_config
 from training.run.init_from import check_warm_start
 from training.run.program import STARTS_FILE, read_starts
@@ -70,7 +70,7 @@ def digests(folder):
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).digest() for f in files}
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_run_goes_on(stored, copy, train_forked, num_ranks):
     run_dir = copy("run", *LARGE)

@@ -16,7 +16,7 @@ from data_tools.encoding.output import EncodingOutput, finished_sidecar
 from data_tools.encoding.settings import SETTINGS, load_settings
 from data_tools.errors import ConfigError
 from data_tools.files import SINCE, MalformedError, append_line
-from data_tools.formats import FORMAT_KEY, Format, NewerFormatError, said
+from data_tools.formats import FORMAT_KEY, Format, NewerFormatError, stored_values
 from data_tools.index_shards import _known
 from data_tools.index_shards import main as index_tars
 from data_tools.shards.foreign_index import NOTES
@@ -41,10 +41,10 @@ from training.evaluation.drawing import DRAW, check_folder
 from training.evaluation.score_events import read_scores
 from training.exports.job import EXPORT
 from training.monitoring.event_files import METRICS, METRICS_FILE, Monitor, read_metrics
-from training.monitoring.run_history import NOTE, CheckpointNote, append_note, read_notes
-from training.retry import RESTARTS, Restarts, read_restarts
+from training.run.checkpoint_notes import NOTE, CheckpointNote, append_note, read_notes
 from training.run.directory import INIT, load_config, load_manifest
 from training.run.program import START, read_starts
+from training.run.starts import RESTARTS, Restarts, read_restarts
 
 SCORE = "run/evaluation/step-0000002-ema-ddim2-14-seed0"
 
@@ -208,7 +208,7 @@ def test_the_next_version_reads_todays_files_and_todays_reads_its_unless_they_sa
     unsaid, saying = later.dumps(found), later.dumps(dataclasses.replace(found, added="new"))
 
     assert found.added == ""
-    assert said(today.loads(unsaid, "")) == said(found)
+    assert stored_values(today.loads(unsaid, "")) == stored_values(found)
     assert json.loads(saying)[today.key] == today.newest + 1
     assert later.loads(saying, "") == dataclasses.replace(found, added="new")
     with pytest.raises(NewerFormatError, match=rf"^here was written .* knows {today.newest}\)"):
@@ -425,8 +425,8 @@ def test_the_report_leaves_out_a_newer_card_and_says_so(tmp_path, capsys):
     assert f"warning: {path} was written by a newer program (format 2" in capsys.readouterr().err
 
 
-def test_the_readme_lists_every_format():
-    text = Path(preset.__file__).resolve().parents[2].joinpath("README.md").read_text()
+def test_the_documentation_lists_every_format():
+    text = Path(preset.__file__).resolve().parents[2].joinpath("docs/checkpoints.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     stated = {row[0]: row[1] for row in rows if len(row) == 3}
     names = {

@@ -1,5 +1,6 @@
 """What inspect_dataset says, for people and for programs."""
 
+import io
 import json
 
 import numpy as np
@@ -75,5 +76,7 @@ def test_a_preview_has_as_many_of_each_class(demo_latents, tmp_path):
 @pytest.mark.parametrize(("number", "side"), [(1, 8), (7, 300), (60, 32)])
 def test_a_grid_is_drawn_for_any_number_of_pictures(number, side):
     pixels = np.zeros((number, side, side, 3), np.uint8)
-    picture = draw_grid(pixels, [f"a class with a long name {i}" for i in range(number)], "title")
-    assert picture.getextrema()[0] == (0, 255)
+    names = [f"a class with a long name of ${i}_$" for i in range(number)]
+    file = io.BytesIO()
+    draw_grid(pixels, names, "a title that is longer than a single picture is wide").savefig(file)
+    assert Image.open(file).convert("L").getextrema() == (0, 255)

@@ -90,7 +90,7 @@ def count_reads_on_ranks(rank, world_size):
             assert all(p.grad is not None for p in model.blocks[-1].mixture.parameters())
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_an_expert_parallel_step_reads_from_the_device_once_at_any_depth():
     run_ranks(count_reads_on_ranks, 2)
 

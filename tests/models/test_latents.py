@@ -91,7 +91,7 @@ STATISTICS = {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 
 def test_latents_are_normalised_as_the_pipelines_of_diffusers_do(tmp_path, numbers):
     vae = load_vae(save_small_vae(tmp_path / "vae", **numbers))
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    raw = encode_moments(vae, pixels)
+    raw = encode_moments(vae, torch.from_numpy(pixels))
     noise = torch.randn(3, 4, 8, 8)
     mean, log_variance = raw.float().chunk(2, dim=1)
     draw = mean + torch.exp(0.5 * log_variance) * noise

@@ -166,7 +166,7 @@ def check_all_dispatches(rank, world_size):
         assert is_starved > 0, "the premise: some rank receives nothing in some block"
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_experts_shared_out_over_ranks_equal_one_process(world_size):
     run_ranks(check_all_dispatches, world_size)
@@ -178,7 +178,7 @@ def fail_on_rank_one(rank, world_size):
         raise ValueError(f"rank {rank} of process {os.getpid()} gives up")
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_the_error_of_a_rank_is_raised_by_the_test():
     with pytest.raises(AssertionError, match="rank1 failed[^$]*ValueError: rank 1 of process"):
         run_ranks(fail_on_rank_one, 2)

@@ -246,7 +246,7 @@ def check_shared_out_model(options, rank, world_size):
         )
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_a_model_with_shared_out_experts_equals_one_process():
     run_ranks(check_shared_out_models, 2)
 

@@ -9,7 +9,7 @@ SHARD = "00001.tar"
 
 
 def layout_of(folder):
-    return DatasetManifest.load(folder, check_shards=False).layout
+    return DatasetManifest.load(folder, check_shards=False).latent.record_layout
 
 
 def overwrite(path, offset, data):

@@ -13,7 +13,7 @@ from training.checkpoints.average_snapshots import SNAPSHOT_DIR
 from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.monitoring.event_files import read_metrics
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 STEPS = 6
 RELATIVE = 1e-5

@@ -12,14 +12,17 @@ from safetensors import SafetensorError, safe_open
 from data_tools.errors import ConfigError
 from data_tools.files import MalformedError
 from data_tools.formats import FORMAT_KEY, Format
-from training.checkpoints.background_write import describe_disk_error
 from training.checkpoints.manifest import tag_of
-from training.checkpoints.weight_files import NonFiniteWeightsError, write_weights
+from training.checkpoints.weight_files import (
+    NonFiniteWeightsError,
+    describe_disk_error,
+    write_weights,
+)
 from training.engine.average_profiles import PowerProfile
 from training.engine.deepspeed_internals import base_optimizer
 from training.engine.interface import Engine
 from training.engine.zero_weights import consolidated_weights
-from training.ranks.process_group import agreed_message
+from training.ranks.agreement import agreed_message
 
 SNAPSHOT_DIR = "ema_snapshots"
 SNAPSHOT = Format(newest=1)

@@ -41,9 +41,15 @@ from training.checkpoints.publishing import (
     prune,
     publish,
 )
-from training.checkpoints.weight_files import NonFiniteWeightsError, average_file, write_weights
+from training.checkpoints.weight_files import (
+    NonFiniteWeightsError,
+    average_file,
+    describe_disk_error,
+    write_weights,
+)
+from training.ranks.agreement import RunError
 from training.ranks.heartbeat import LONGEST_END_AFTER
-from training.ranks.process_group import RunError, collective_timeout
+from training.ranks.process_group import collective_timeout
 
 STORE_PREFIX = "checkpoint"
 SHORTEST_POLL_SEC, LONGEST_POLL_SEC = 0.01, 0.5
@@ -206,8 +212,13 @@ class BackgroundWrite:
             return self._describe(err)
         return None
 
-    def _describe(self, error: Exception) -> str:
-        return GIVEN_UP if self._is_given_up else describe_write_error(error)
+    def _describe(self, error: WriteError) -> str:
+        """Say what went wrong and what to do."""
+        if self._is_given_up:
+            return GIVEN_UP
+        if isinstance(error, NonFiniteWeightsError):
+            return f"{error}; lower --lr, raise --warmup-steps or set --gradient-clipping"
+        return f"{describe_disk_error(error)}; free some space or choose another --run-dir"
 
     def _write_own_files(self) -> dict[str, Any]:
         """Write this rank's files; return its problem and their records, ready for JSON."""
@@ -301,20 +312,3 @@ class _StoppableFile(io.FileIO):
 
 def _given_up() -> OSError:
     return OSError(errno.ECANCELED, GIVEN_UP)
-
-
-def describe_write_error(error: Exception) -> str:
-    """Say what went wrong and what to do."""
-    if isinstance(error, NonFiniteWeightsError):
-        return f"{error}; lower --lr, raise --warmup-steps or set --gradient-clipping"
-    return f"{describe_disk_error(error)}; free some space or choose another --run-dir"
-
-
-def describe_disk_error(error: Exception) -> str:
-    """Return one line; what the system said, where torch's zip writer hides it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror + (f" ({cause.filename})" if cause.filename else "")
-        cause = cause.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]

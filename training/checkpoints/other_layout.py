@@ -21,7 +21,7 @@ from training.engine.deepspeed_internals import base_optimizer, masters, renew_w
 from training.engine.interface import Engine
 from training.engine.zero_fragments import EXPERTS, Fragment, fragments, states, values_per_slot
 from training.engine.zero_weights import block_of
-from training.ranks.process_group import RunError
+from training.ranks.agreement import RunError
 
 ENTRY = "partitions"  # of the files that hold optimizer state
 STEP = "step"  # the only optimizer state that is one number

@@ -14,7 +14,7 @@ from pathlib import Path
 from data_tools.errors import CONFIG_ERROR_EXIT_CODE
 from data_tools.files import replace_file
 from training.checkpoints.manifest import LATEST_FILE, MANIFEST_FILE, checkpoints_up_to, step_of
-from training.ranks.process_group import RunError
+from training.ranks.agreement import RunError
 
 
 class TakenOverError(RunError):

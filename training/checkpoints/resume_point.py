@@ -18,7 +18,7 @@ from training.checkpoints.manifest import (
     verify_file,
 )
 from training.checkpoints.unpickling import foreign_objects
-from training.ranks.process_group import RunError, agreed_message, from_main
+from training.ranks.agreement import RunError, agreed_message, from_main
 
 PICKLE_SUFFIX = ".pt"
 

@@ -54,6 +54,16 @@ def write_weights(
         raise
 
 
+def describe_disk_error(error: Exception) -> str:
+    """Return one line; what the system said, where torch's zip writer hides it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror + (f" ({cause.filename})" if cause.filename else "")
+        cause = cause.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def load_model(config: Config, path: Path, device: torch.device) -> SwitchDiT:
     """Build a run's network with the weights of a file, ready to sample from."""
     if lacks_compiler(config, device):  # trained elsewhere; compiling only saves time

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.encode_latents import DEMO_LATENTS
+from data_tools.encoding.output import DEMO_LATENTS
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.user_files.paths import typed_path
 from training.config.location import (

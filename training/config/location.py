@@ -1,4 +1,4 @@
-"""Which file a preset is, and which folder a run is in. Imports nothing that takes time."""
+"""Find the file of a preset and the folder of a run. Imports nothing that takes time."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ CONFIG_FILE, DEEPSPEED_FILE = "config.yaml", "deepspeed.json"  # of a run direct
 
 
 def preset_file(name_or_path: str) -> Path:
-    """Return the file of a preset: of its name, a YAML file, or a run directory's own.
+    """Return the file that --preset means: a preset's name, a YAML file, or a run directory.
 
-    A folder that is called like a preset does not stand in for it; ./NAME means the folder.
+    A name is a preset's even where a folder has the same name; ./NAME means the folder.
     """
     named = PRESET_FOLDER / f"{name_or_path}.yaml"
     if "/" not in name_or_path and named.is_file():
@@ -41,6 +41,6 @@ def run_dir_of(preset: Path, said: str) -> str:
 
 
 def in_repository(path: Path) -> Path:
-    """Return a file as named from the working folder, else one of that name in the repository."""
+    """Return a path as it is, or the one in the repository if only that exists."""
     own = REPOSITORY / path
     return own if not path.exists() and own.exists() else path

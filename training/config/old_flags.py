@@ -1,4 +1,4 @@
-"""Flags that other trainers, older guides and this project's relatives have, and ours instead."""
+"""Flags of other trainers, and what to write instead of them."""
 
 _RUN = "nothing: the same command continues a run; --run-dir RUN names it"
 _PRECISION = "--deepspeed JSON: precision belongs to ds_configs/"

@@ -1,4 +1,4 @@
-"""One key of the configuration: how it is declared, and what its values must be."""
+"""Declare a key of the configuration, and check its values."""
 
 import dataclasses
 import math

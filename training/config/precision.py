@@ -1,4 +1,4 @@
-"""Precision: what the hardware multiplies, what a DeepSpeed configuration uses, and why."""
+"""Find a run's precision: what the hardware can multiply, and what the DeepSpeed file asks for."""
 
 import json
 import os
@@ -19,7 +19,7 @@ BF16_VARIABLE = "SWITCH_DIT_BF16"
 
 
 class Hardware(NamedTuple):
-    """What decides the precision that "auto" stands for."""
+    """The hardware that "auto" in a DeepSpeed file depends on."""
 
     name: str
     has_bf16: bool

@@ -1,4 +1,4 @@
-"""Presets: YAML files that hold a configuration."""
+"""Read presets: YAML files that hold a configuration."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ from training.config.wording import did_you_mean
 
 # A key that had another name in an older version, with what its value has become.
 _RENAMED = {("optim", "ema_decay"): ("ema_decays", lambda decay: [decay])}
-# A key that older versions had, with what became of it: a sentence, without its end.
+# A key that older versions had, with what became of it: a sentence without its full stop.
 _REMOVED: dict[tuple[str, str], str] = {}
 
 

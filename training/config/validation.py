@@ -1,7 +1,9 @@
-"""Everything about a run that can be refused before a process group exists.
+"""Check a configuration before a process group exists: refuse values that do not fit together.
 
-From plain values, cheap, and the same on every rank. Each mistake is one sentence that begins with
-the flag or the file at fault.
+The checks are cheap and come to the same on every rank. A mistake is one sentence that begins with
+the flag or the file at fault. Two things are refused elsewhere: in config/deepspeed_config.py a
+DeepSpeed file that no run could use, in checkpoints/resume_point.py a checkpoint that this run must
+not continue from.
 """
 
 import math
@@ -13,16 +15,19 @@ from typing import Any, Protocol
 
 import torch
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from models.loss_weights import FLOW_ONLY, NUM_CLUSTERS
 from models.sampler import methods_for
 from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
-from training.config.deepspeed_config import plan_batch
-from training.config.expert_parallel_checks import check_expert_parallelism
+from training.config.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+from training.config.network import network_options
 from training.config.tree import Config
 from training.config.wording import either
+
+# With fewer values a rank may hold none of a group, and its optimizer state does not load again.
+MIN_EXPERT_VALUES_PER_RANK = 2
 
 
 class Dataset(Protocol):
@@ -37,23 +42,17 @@ class Dataset(Protocol):
     has_flip: bool
 
 
-def validate(
-    config: Config,
-    deepspeed_path: Path,
-    world_size: int,
-) -> None:
-    """Raise ConfigError for the first thing that does not fit.
+def validate(config: Config, deepspeed_path: Path, world_size: int) -> None:
+    """Check a resolved configuration, its DeepSpeed file and a number of ranks.
 
-    Args:
-        config: the resolved configuration.
-        deepspeed_path: the DeepSpeed JSON file.
-        world_size: number of ranks.
+    Raises:
+        ConfigError: for the first thing that does not fit.
     """
     _check_model(config)
     _check_routing(config)
     _check_objective(config)
     _check_averages(config)
-    check_expert_parallelism(config, deepspeed_path, world_size)
+    _check_expert_parallelism(config, deepspeed_path, world_size)
     _check_rebalancing(config)
     _check_streams(config)
     plan_batch(config, world_size)
@@ -174,6 +173,67 @@ def _check_averages(config: Config) -> None:
         )
 
 
+def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: int) -> None:
+    """Refuse what DeepSpeed 0.19.8 cannot do with shared-out experts.
+
+    It takes most of this and trains on wrong gradients, or stops in the middle with a traceback.
+    """
+    deepspeed_json = load_deepspeed_json(deepspeed_path)
+    if config.run.expert_parallel_size > 1:
+        _check_expert_sizes(config, world_size)
+        _check_expert_zero(config, deepspeed_json, deepspeed_path)
+
+
+def _check_expert_sizes(config: Config, world_size: int) -> None:
+    model, size = config.model, config.run.expert_parallel_size
+    if model.routing != "switch":
+        raise ConfigError(
+            f"--expert-parallel-size {size} needs --routing switch, since {model.routing} has no "
+            "experts to share out; use --expert-parallel-size 1."
+        )
+    if model.num_experts % size:
+        raise ConfigError(
+            f"--expert-parallel-size {size} does not divide --num-experts {model.num_experts}; "
+            "use a divisor, so that every rank holds equally many."
+        )
+    if world_size % size:
+        raise ConfigError(
+            f"--expert-parallel-size {size} does not divide the {world_size} rank(s); start a "
+            f"multiple of {size} ranks or lower it."
+        )
+    num_values, num_holders = expert_values(config) // size, world_size // size
+    if num_values < MIN_EXPERT_VALUES_PER_RANK * num_holders:
+        raise ConfigError(
+            f"--expert-parallel-size {size} leaves {num_values} values of experts to {num_holders} "
+            "ranks that would share them, too few for ZeRO to shard; use fewer ranks."
+        )
+
+
+def expert_values(config: Config) -> int:
+    """Count the parameters of all experts of all blocks."""
+    network = network_options(config)
+    D, H = network.hidden_size, network.expert_hidden_size
+    of_one = D * D + D if network.expert_kind == "affine" else 2 * D * H + H + D
+    return network.depth * network.num_experts * of_one
+
+
+def _check_expert_zero(config: Config, deepspeed_json: dict[str, Any], path: Path) -> None:
+    size, clipping = config.run.expert_parallel_size, config.optim.gradient_clipping
+    if stage_of(deepspeed_json) == 0 and clipping > 0:
+        raise ConfigError(
+            f"--gradient-clipping {clipping} with --expert-parallel-size {size} at ZeRO stage 0 "
+            f"({path}) would clip by a wrong norm (DeepSpeed #8475); use ds_configs/zero1.json or "
+            "--gradient-clipping 0."
+        )
+    zero = deepspeed_json.get("zero_optimization", {})
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if zero.get(key) is False:
+            raise ConfigError(
+                f"{path}: zero_optimization.{key} must be true with --expert-parallel-size {size}; "
+                "remove the key."
+            )
+
+
 def _check_rebalancing(config: Config) -> None:
     run = config.run
     if run.rebalance_every and run.placement != "balanced":
@@ -216,8 +276,8 @@ def check_data(config: Config, manifest: Dataset) -> None:
         )
     if manifest.num_classes > model.num_classes > 0:
         raise ConfigError(
-            f"{where} has {manifest.num_classes} classes but the model has --num-classes "
-            f"{model.num_classes}; use --num-classes {manifest.num_classes}."
+            f"{where} has {count_of(manifest.num_classes, 'class')} but the model has "
+            f"--num-classes {model.num_classes}; use --num-classes {manifest.num_classes}."
         )
     if model.num_classes > 0 and manifest.num_classes == 0:
         raise ConfigError(

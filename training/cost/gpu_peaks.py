@@ -1,4 +1,4 @@
-"""Peaks of GPUs, for the share of them that a model's products reach (MFU)."""
+"""List the peak speeds of GPUs, which MFU is measured against."""
 
 import re
 
@@ -17,7 +17,7 @@ _BF16_TFLOPS = {
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Return what a device does at most in bf16, TFLOP/s; None if that is not known here."""
+    """Return the peak speed of a device in bf16, TFLOP/s; None for one that is not listed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

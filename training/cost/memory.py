@@ -1,4 +1,4 @@
-"""Memory that training takes on a rank, in closed form: what ZeRO leaves, and activations.
+"""Compute the memory of a rank in closed form: the model's state under ZeRO, and activations.
 
 N batch, T tokens, D width, L blocks, E experts, K experts per sample, S diffusion timesteps,
 W ranks, R ranks of an expert-parallel group.
@@ -33,14 +33,14 @@ def model_memory(
     expert_parallel_size: int,
     num_averages: int,
 ) -> Memory:
-    """Compute what ZeRO leaves on each rank.
+    """Compute what each rank holds of weights, gradients and optimizer state.
 
-    With D dense and X expert parameters, a rank holds D + X / R parameters. What ZeRO shards, it
-    shards over W ranks (dense) or over the W / R ranks that hold the same experts: (D + X) / W
-    either way. Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights. Gradients
-    accumulate in fp32; stage 1 in bf16 keeps the bf16 gradients beside them. ZeRO keeps fp32
-    masters apart from the weights even when those are fp32; stage 0 has fp32 weights and no
-    others.
+    With D dense and X expert parameters, a rank has D + X / R parameters. ZeRO shards dense
+    parameters over W ranks and experts over the W / R ranks that have the same ones: (D + X) / W
+    are left in both cases. Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights.
+    Gradients accumulate in fp32; stage 1 in bf16 keeps the bf16 gradients as well. From stage 1 on
+    there are fp32 masters even beside fp32 weights; at stage 0 the weights are fp32 and the only
+    copy.
 
     Args:
         num_parameters: of the whole model, all experts included.
@@ -68,11 +68,11 @@ class Activations(NamedTuple):
     """Bytes that a forward pass keeps for its backward pass."""
 
     kept: int  # until the backward pass reaches them
-    recomputed: int  # of one block at a time, with activation checkpointing
+    recomputed: int  # in the backward pass, a block at a time, with activation checkpointing
 
 
 def activation_bytes(options: NetworkOptions, batch_size: int, *, precision: str) -> Activations:
-    """Count what a forward pass keeps, without compilation, which keeps less.
+    """Count what a forward pass keeps. A compiled one keeps less.
 
     Args:
         options: of the network.

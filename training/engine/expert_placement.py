@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.gate import TimestepGate
-from models.layers import TimestepEmbedder
 from models.placement import chosen_experts, place, rank_loads, worst_over_mean
 from models.switch_dit import MODEL_SIZES
 from training.config.tree import Config
@@ -22,6 +20,7 @@ from training.engine.deepspeed_internals import (
     expert_group,
     renew_weights,
 )
+from training.engine.gate_table import engine_gate_table
 from training.engine.interface import Engine
 from training.engine.objective import Objective
 from training.engine.zero_weights import block_of, full_value, gathered_slots, set_full_value
@@ -75,7 +74,7 @@ class ExpertPlacement:
             On rank 0, what it has done to the load; empty on the others.
         """
         kind, slots = self.config.run.placement, self.engine.module.gate.slots
-        table, target, report = gate_table(self.engine, self.config), slots.clone(), ""
+        table, target, report = engine_gate_table(self.engine, self.config), slots.clone(), ""
         if torch.distributed.get_rank() == 0:
             # Only one rank computes, so that no rounding can make ranks disagree.
             chosen = chosen_experts(table, self.config.model.top_k)
@@ -91,30 +90,6 @@ class ExpertPlacement:
         self._kind = kind
         self.objective.use_slots(target.cpu())
         return report
-
-
-def gate_table(engine: Engine, config: Config) -> Tensor:
-    """Compute the gates of all timesteps, (L, S, E), on the host. All ranks must call this.
-
-    From the fp32 masters and outside of the engine's module, so it is a function of what a
-    checkpoint holds, on every ZeRO stage.
-    """
-    depth, hidden_size, _ = MODEL_SIZES[config.model.size]
-    with torch.device("meta"):  # their values are replaced
-        parts = {
-            "t_embedder": TimestepEmbedder(hidden_size),
-            "gate": TimestepGate(depth, hidden_size, config.model.num_experts),
-        }
-    values: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
-    for name, param in engine.module.named_parameters():
-        part, _, rest = name.partition(".")
-        if part in parts:
-            values[part][rest] = full_value(engine, param, None).cpu()
-    for name, part in parts.items():
-        part.load_state_dict(values[name], assign=True)
-    with torch.no_grad():
-        t = torch.arange(config.diffusion.num_timesteps)
-        return parts["gate"](parts["t_embedder"](t))
 
 
 def move_experts(engine: Engine, slot_of_expert: Tensor) -> None:

@@ -75,7 +75,7 @@ def describe_images(settings: DrawSettings) -> dict[str, Any]:
 def describe_vae(vae: Vae, reference: VaeReference) -> dict[str, Any]:
     """Say which decoder made pixels, and whether it belongs to the encoder of the data."""
     return {
-        "id": vae.source_id,
+        "id": vae.id,
         "sha256": vae.sha256,
         "is_the_encoders": vae.sha256 == reference.sha256,
     }

@@ -30,14 +30,13 @@ from data_tools.errors import ConfigError
 from data_tools.files import MalformedError, replace_file
 from data_tools.formats import Format
 from data_tools.process.launcher import is_started_again
-from data_tools.vae.autoencoder import Vae, decode_pixels
-from models.diffusion import Diffusion
 from models.randomness import Stream, integers, uniform
-from models.switch_dit import SwitchDiT
 from training.evaluation.image_npz import LABELS, ImageNpz, write_npz
-from training.monitoring.expert_pictures import save_png
-from training.ranks.process_group import Ranks, agreed_message
-from training.sampling.latents import SamplerSettings, sample_latents
+from training.ranks.agreement import agreed_message, from_main
+from training.ranks.process_group import Ranks
+from training.sampling.image_files import save_png
+from training.sampling.latents import SamplerSettings
+from training.sampling.pipeline import DrawingPipeline, draw_batch
 
 SETTINGS_FILE = "settings.json"
 SAMPLES_FILE = "samples.npz"
@@ -57,7 +56,7 @@ class DrawSettings:
 
     num_images: int
     seed: int
-    labels: str  # of LABEL_RULES; "none" without classes
+    labels: str  # of LABEL_RULES, or the numbers of classes; "none" without classes
     sampler: str
     steps: int
     shift: float
@@ -83,19 +82,6 @@ class DrawSettings:
 
 
 DRAW = Format(newest=1, kind=DrawSettings)
-
-
-@dataclass(frozen=True)
-class Artist:
-    """What images are drawn with."""
-
-    model: SwitchDiT
-    weak_model: SwitchDiT | None
-    diffusion: Diffusion
-    vae: Vae
-    latent_shape: tuple[int, int, int]
-    class_counts: list[int]  # of the data set, by class; empty without classes
-    device: torch.device
 
 
 def labels_of(settings: DrawSettings, indices: Tensor, class_counts: list[int]) -> Tensor:
@@ -155,7 +141,7 @@ def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> 
     they are what it has drawn so far, or the same ones.
     """
     with disk_errors(folder):
-        if is_forced and folder.exists() and not (is_started_again() and _holds(folder, settings)):
+        if is_forced and folder.exists() and not (is_started_again() and holds(folder, settings)):
             for name in (PARTS_DIR, PNG_DIR):
                 shutil.rmtree(folder / name, ignore_errors=True)
             for path in (folder / SAMPLES_FILE, folder / CARD_FILE, *folder.glob("score-*.json")):
@@ -165,7 +151,8 @@ def prepare_folder(folder: Path, settings: DrawSettings, *, is_forced: bool) -> 
         (folder / PARTS_DIR).mkdir(exist_ok=True)
 
 
-def _holds(folder: Path, settings: DrawSettings) -> bool:
+def holds(folder: Path, settings: DrawSettings) -> bool:
+    """Tell whether a folder was begun with these very settings."""
     try:
         return DRAW.loads((folder / SETTINGS_FILE).read_bytes(), str(folder)) == settings
     except (FileNotFoundError, ValueError, MalformedError):
@@ -180,14 +167,15 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as err:
         raise ConfigError(
             f"--output {folder}: cannot write {err.filename or 'a file'} ({err.strerror}); free "
-            "some space or choose another and run the same command again, finished parts stay."
+            "some space or choose another, and run the same command again."
         ) from err
 
 
 def draw(
-    artist: Artist,
+    pipeline: DrawingPipeline,
     settings: DrawSettings,
     sampler: SamplerSettings,
+    class_counts: list[int],
     folder: Path,
     ranks: Ranks,
     on_images: Callable[[int], None] = lambda _: None,
@@ -195,9 +183,10 @@ def draw(
     """Draw the parts that are missing, shared among the ranks. All ranks must call this.
 
     Args:
-        artist: what is drawn with.
+        pipeline: that draws.
         settings: of the images.
         sampler: the same, as the sampler takes it.
+        class_counts: of the data set, by class; empty without classes.
         folder: prepared by rank 0.
         ranks: this process's place.
         on_images: called with the number of images of each part of this rank.
@@ -207,7 +196,9 @@ def draw(
     try:
         for part in missing[ranks.rank :: ranks.world_size]:
             indices = settings.indices(part)
-            pixels = _pictures(artist, settings, sampler, indices)
+            numbers = torch.tensor(indices, device=pipeline.device)
+            labels = labels_of(settings, numbers, class_counts)
+            pixels = draw_batch(pipeline, sampler, numbers, labels)
             with disk_errors(folder):
                 _write_part(folder / PARTS_DIR, part, pixels)
             on_images(len(indices))
@@ -221,10 +212,7 @@ def as_rank_0_says(value: Any, ranks: Ranks) -> Any:
 
     One rank looks at what is on the disk: a network disk may show the others an older state.
     """
-    shared = [value]
-    if ranks.world_size > 1:
-        torch.distributed.broadcast_object_list(shared)
-    return shared[0]
+    return from_main(value) if ranks.world_size > 1 else value
 
 
 def fail_together(error: ConfigError | None, ranks: Ranks) -> None:
@@ -247,36 +235,13 @@ def _part_name(part: int) -> str:
     return f"{part:06d}.npy"
 
 
-def _pictures(
-    artist: Artist, settings: DrawSettings, sampler: SamplerSettings, indices: range
-) -> np.ndarray:
-    """Draw images, uint8 (N, H, W, 3)."""
-    numbers = torch.tensor(indices, device=artist.device)
-    latents = sample_latents(
-        artist.model,
-        artist.diffusion,
-        sampler,
-        indices=numbers,
-        labels=labels_of(settings, numbers, artist.class_counts),
-        latent_shape=artist.latent_shape,
-        null_class=artist.model.options.num_classes,
-        weak_model=artist.weak_model,
-    )
-    if not latents.isfinite().all():
-        raise ConfigError(
-            f"--checkpoint: its weights draw images {indices[0]} to {indices[-1]} that are not "
-            "finite; choose another checkpoint or more --steps."
-        )
-    return decode_pixels(artist.vae, latents)
-
-
 def _write_part(folder: Path, part: int, pixels: np.ndarray) -> None:
     path = folder / _part_name(part)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     replace_file(path, lambda file: np.save(file, pixels), temporary)
 
 
-def assemble(folder: Path, settings: DrawSettings, class_counts: list[int]) -> ImageNpz:
+def merge_parts(folder: Path, settings: DrawSettings, class_counts: list[int]) -> ImageNpz:
     """Make samples.npz of the parts, and remove them. Only rank 0 calls this."""
     path, parts = folder / SAMPLES_FILE, folder / PARTS_DIR
     shape = (settings.num_images, *settings.image_size, 3)

@@ -86,8 +86,6 @@ def open_held_out(
         raise ConfigError(
             f"--validation-timesteps {num_timesteps} is not between 1 and the {steps} of the model."
         )
-    if num_samples < 1:
-        raise ConfigError(f"--validation-samples must be at least 1, not {num_samples}.")
     middles = [int((k + 0.5) * steps / num_timesteps) for k in range(num_timesteps)]
     classes = _classes(where, config, manifest, found)
     return HeldOut(data, classes, min(num_samples, found.num_samples), middles)

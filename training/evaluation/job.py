@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, refuse_below_one
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.vae.autoencoder import Vae, load_decoder
@@ -15,13 +15,17 @@ from training.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from training.config.tree import Config
 from training.evaluation.card import weights_sha256
 from training.evaluation.drawing import DrawSettings, check_folder
-from training.evaluation.feature_flags import load_network
 from training.evaluation.held_out_loss import HeldOut, open_held_out
+from training.evaluation.networks import load_network
 from training.evaluation.scores import Reference, check_count
 from training.ranks.process_group import Ranks
-from training.run.directory import load_config, load_manifest
-from training.run.weights import find_weights
-from training.sampling.flags import DEFAULT_STEPS, WeakerRun, find_weaker_run, sampler_settings
+from training.sampling.flags import (
+    DEFAULT_STEPS,
+    WeakerRun,
+    find_weaker_run,
+    open_run,
+    sampler_settings,
+)
 from training.sampling.latents import SamplerSettings
 
 EVALUATION_DIR = "evaluation"
@@ -67,25 +71,27 @@ class EvaluationJob:
 
 def check(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> EvaluationJob:
     """Check everything before a process group exists and before anything is drawn or written."""
-    config = load_config(args.run_dir)
+    run = open_run(args)
+    config, manifest = run.config, run.manifest
     _check_flags(args)
-    manifest = load_manifest(args.run_dir)
-    weights = find_weights(
-        args.run_dir,
-        config,
-        checkpoint=args.checkpoint,
-        ema=args.ema,
-        is_raw=args.raw,
-        file=args.weights,
-    )
-    output = args.output or args.run_dir / EVALUATION_DIR
+    weights = run.find_weights(args)
+    output = args.output or run.folder / EVALUATION_DIR
     points, weaker_run, vae, reference = [], None, None, None
     if args.num_images is not None:
         if args.autoguidance is not None:
             weaker_run = find_weaker_run(args.autoguidance, config, manifest, weights)
         vae = load_decoder(args.vae or config.run.vae, manifest.vae, device)
         for sampler in _ways(args, config):
-            settings = _draw_settings(args, config, sampler, weights, weaker_run, vae)
+            settings = draw_settings(
+                config,
+                sampler,
+                num_images=args.num_images,
+                labels=args.labels if config.model.num_classes else "none",
+                batch_size=args.batch_size,
+                weights=weights,
+                weaker_run=weaker_run,
+                vae=vae,
+            )
             folder = output / _name_of(weights, settings)
             points.append(Point(sampler, settings, folder))
             check_folder(folder, settings, is_forced=args.force)
@@ -99,26 +105,23 @@ def check(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Evalu
         held_out = _held_out(args, config, manifest, weights)
         cache = open_cache(config.data.data_cache, config.data.data_cache_gib)
     return EvaluationJob(
-        args.run_dir,
-        config,
-        manifest,
-        weights,
-        weaker_run,
-        vae,
-        points,
-        reference,
-        held_out,
-        cache,
-        output,
+        run_dir=run.folder,
+        config=config,
+        manifest=manifest,
+        weights=weights,
+        weaker_run=weaker_run,
+        vae=vae,
+        points=points,
+        reference=reference,
+        held_out=held_out,
+        cache=cache,
+        output=output,
     )
 
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse numbers that cannot be meant, and flags that do nothing together."""
-    for name in ("num_images", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+    refuse_below_one(args, "num_images", "batch_size", "validation_samples")
     needed = {"--reference": args.num_images, "--png": args.num_images}
     needed |= {f"--sweep-{name}": args.num_images for name in ("cfg-scale", "steps", "sampler")}
     for flag, other in needed.items():
@@ -168,19 +171,22 @@ def _listed(text: str | None, flag: str, kind: type) -> list:
     return values
 
 
-def _draw_settings(
-    args: argparse.Namespace,
+def draw_settings(
     config: Config,
     sampler: SamplerSettings,
+    *,
+    num_images: int,
+    labels: str,
+    batch_size: int,
     weights: Path,
     weaker_run: WeakerRun | None,
     vae: Vae,
 ) -> DrawSettings:
+    """Put together what decides the bytes of an image set."""
     guidance, (_, height, width) = sampler.guidance, config.model.latent_shape
     kind = "classifier-free" if weaker_run is None else "autoguidance"
-    labels = args.labels if config.model.num_classes else "none"
     return DrawSettings(
-        num_images=args.num_images,
+        num_images=num_images,
         seed=sampler.seed,
         labels=labels,
         sampler=sampler.method,
@@ -190,7 +196,7 @@ def _draw_settings(
         guidance_scale=float(guidance.scale),
         guidance_channels=guidance.num_channels or 0,
         guidance_interval=list(guidance.interval or ()),
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         image_size=[height * vae.downsample, width * vae.downsample],
         weights_sha256=weights_sha256(weights),
         weaker_weights_sha256="" if weaker_run is None else weights_sha256(weaker_run.weights),

@@ -1,8 +1,9 @@
-"""The networks that images are looked at by: Inception for FID, or one that the user gives.
+"""Turn images into features: by the Inception network of FID, or by one that the user gives.
 
 N images, H W size in pixels, D width of features.
 """
 
+import argparse
 import urllib.error
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.user_files.paths import typed_path
 from training.checkpoints.manifest import sha256_of
 from training.evaluation.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
 
@@ -45,7 +47,7 @@ class FeatureNetwork(ABC):
     device: torch.device
 
     @abstractmethod
-    def look(self, pixels: Tensor) -> dict[str, Tensor]:
+    def features(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return float32 features (N, D) by layer, of pixels uint8 (N, H, W, 3) on any device."""
 
     @property
@@ -71,7 +73,7 @@ class InceptionNetwork(FeatureNetwork):
         self.name, self.sha256, self.device = "inception-2015-12-05", sha256, device
         self.widths = {POOL: POOL_WIDTH, SPATIAL: SPATIAL_WIDTH}
 
-    def look(self, pixels: Tensor) -> dict[str, Tensor]:
+    def features(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return pool_3 (N, 2048) and mixed_6/conv (N, 2023)."""
         with torch.no_grad(), full_precision():
             found = self.model(pixels.to(self.device))
@@ -100,9 +102,9 @@ class ScriptedNetwork(FeatureNetwork):
             ) from err
         self.name, self.sha256, self.device = path.name, sha256_of(path), device
         blank = torch.zeros(2, *image_size, 3, dtype=torch.uint8)
-        self.widths = {POOL: self.look(blank)[POOL].shape[1]}
+        self.widths = {POOL: self.features(blank)[POOL].shape[1]}
 
-    def look(self, pixels: Tensor) -> dict[str, Tensor]:
+    def features(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return what the file computes."""
         try:
             with torch.no_grad(), full_precision():
@@ -125,6 +127,35 @@ class ScriptedNetwork(FeatureNetwork):
                 f"{self._flag}: gives features that are not finite; mend the network."
             )
         return {POOL: features.float()}
+
+
+def add_network_flags(parser: ArgumentParser) -> None:
+    """Add --inception and --features to a command that looks at images."""
+    add = parser.add_argument_group("features").add_argument
+    add(
+        "--inception",
+        type=typed_path,
+        metavar="FILE",
+        help="weights of FID's Inception (default: torch's cache, else they are fetched)",
+    )
+    add(
+        "--features",
+        type=typed_path,
+        metavar="FILE",
+        help="any TorchScript network, uint8 (N, 3, H, W) to (N, D), instead: the Fréchet distance "
+        "by its features, which is no FID",
+    )
+
+
+def load_network(
+    args: argparse.Namespace, image_size: tuple[int, int], device: torch.device
+) -> FeatureNetwork:
+    """Load the network that --inception and --features choose, for images of (H, W)."""
+    if args.features is None:
+        return load_inception(args.inception, device)
+    if args.inception is not None:
+        raise ConfigError("--inception and --features both choose the network; give one of them.")
+    return ScriptedNetwork(args.features, image_size, device)
 
 
 def load_inception(given: Path | None, device: torch.device) -> InceptionNetwork:

@@ -15,12 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.errors import ConfigError
+from data_tools.errors import ConfigError, count_of
 from training.checkpoints.manifest import sha256_of
-from training.evaluation.frechet import Gaussian, GaussianFit, frechet_distance
+from training.evaluation.distances import (
+    NEIGHBOURS,
+    Gaussian,
+    GaussianFit,
+    frechet_distance,
+    inception_score,
+    precision_and_recall,
+)
 from training.evaluation.image_npz import ImageNpz
-from training.evaluation.inception_score import inception_score
-from training.evaluation.manifold import NEIGHBOURS, precision_and_recall
 from training.evaluation.networks import (
     BATCH_SIZE,
     POOL,
@@ -37,8 +42,8 @@ NETWORK_SHA256 = "features_sha256"  # of the network that made the latter
 
 
 @dataclass
-class Looked:
-    """What a network saw in a set of images."""
+class FeatureStatistics:
+    """What a network makes of a set of images."""
 
     gaussians: dict[str, Gaussian]  # by layer; empty if there were fewer than two images
     pool: Tensor  # (N, D) float32 on the CPU
@@ -49,16 +54,16 @@ def arrays_of(network: FeatureNetwork) -> dict[str, tuple[str, str]]:
     return INCEPTION_ARRAYS if isinstance(network, InceptionNetwork) else OTHER_ARRAYS
 
 
-def look_at(
+def feature_statistics(
     network: FeatureNetwork,
     batches: Iterable[np.ndarray],
     keeps: Callable[[int], bool] = lambda _: True,
     on_batch: Callable[[int], None] = lambda _: None,
-) -> Looked:
+) -> FeatureStatistics:
     """Run the network over images.
 
     Args:
-        network: that looks.
+        network: that turns images into features.
         batches: uint8 (n, H, W, 3).
         keeps: whether the features of the n-th image are wanted themselves.
         on_batch: called with the number of images of each batch.
@@ -66,7 +71,7 @@ def look_at(
     fits = {layer: GaussianFit() for layer in network.widths}
     pool, seen = [torch.zeros(0, network.widths[POOL])], 0
     for batch in batches:
-        features = network.look(torch.from_numpy(batch.copy()))
+        features = network.features(torch.from_numpy(batch.copy()))
         for layer, fit in fits.items():
             fit.add(features[layer])
         kept = [i for i in range(len(batch)) if keeps(seen + i)]
@@ -74,7 +79,7 @@ def look_at(
         seen += len(batch)
         on_batch(len(batch))
     gaussians = {layer: fit.gaussian() for layer, fit in fits.items() if seen > 1}
-    return Looked(gaussians, torch.cat(pool))
+    return FeatureStatistics(gaussians, torch.cat(pool))
 
 
 class Reference:
@@ -92,7 +97,7 @@ class Reference:
 
         Args:
             path: --reference.
-            network: that images will be looked at by.
+            network: that will turn images into features.
             image_size: (H, W) of the images that are scored.
         """
         self.path, self.network, self._flag = path, network, f"--reference {path}"
@@ -126,7 +131,7 @@ class Reference:
         if SPATIAL in self.network.widths and SPATIAL not in self.layers:
             lacks["sfid"] = "no mu_s and sigma_s in the reference"
         if self.num_images <= NEIGHBOURS:
-            held = f"{self.num_images} images" if self.num_images else "no images (arr_0)"
+            held = count_of(self.num_images, "image") if self.num_images else "no images (arr_0)"
             lacks |= dict.fromkeys(("precision", "recall"), f"{held} in the reference")
         return lacks
 
@@ -178,16 +183,16 @@ class Reference:
         return set(layers)
 
     @cached_property
-    def looked(self) -> Looked:
+    def statistics(self) -> FeatureStatistics:
         """The statistics by layer, and the features (M, D) of the images; M may be 0."""
-        looked = Looked({}, torch.zeros(0, 0))
+        statistics = FeatureStatistics({}, torch.zeros(0, 0))
         if self.num_images:
-            looked = look_at(self.network, self._file.batches(BATCH_SIZE))
+            statistics = feature_statistics(self.network, self._file.batches(BATCH_SIZE))
         stated = {
             layer: Gaussian(*(self._doubles(name) for name in arrays_of(self.network)[layer]))
             for layer in self.stated
         }
-        return Looked(looked.gaussians | stated, looked.pool)
+        return FeatureStatistics(statistics.gaussians | stated, statistics.pool)
 
     def _doubles(self, name: str) -> Tensor:
         return torch.from_numpy(self._file.array(name).astype(np.float64))
@@ -215,20 +220,20 @@ def score(
         in `reference.left_out` are not there.
     """
     network = reference.network
-    looked = look_at(network, samples.batches(BATCH_SIZE), on_batch=on_batch)
-    pool = reference.looked.pool
+    statistics = feature_statistics(network, samples.batches(BATCH_SIZE), on_batch=on_batch)
+    pool = reference.statistics.pool
     distances = {
-        layer: frechet_distance(looked.gaussians[layer], reference.looked.gaussians[layer])
+        layer: frechet_distance(statistics.gaussians[layer], reference.statistics.gaussians[layer])
         for layer in reference.layers
     }
     if isinstance(network, InceptionNetwork):
         found = {"fid": distances[POOL]}
         if SPATIAL in distances:
             found["sfid"] = distances[SPATIAL]
-        found["inception_score"] = inception_score(network.logits(looked.pool))
+        found["inception_score"] = inception_score(network.logits(statistics.pool))
     else:
         found = {"frechet_distance": distances[POOL]}
     if len(pool) > NEIGHBOURS:
-        shares = precision_and_recall(pool.to(network.device), looked.pool.to(network.device))
+        shares = precision_and_recall(pool.to(network.device), statistics.pool.to(network.device))
         found |= {"precision": shares.precision, "recall": shares.recall}
     return found

@@ -83,7 +83,7 @@ def _vae_fact(job: ExportJob) -> str:
     if job.vae is None:
         return f"not included; the data was encoded with {reference.id}, sha256 {reference.sha256}"
     other = "" if job.vae.sha256 == reference.sha256 else " (not the one that encoded the data)"
-    name = Path(job.vae.source_id)  # a path of this machine tells others nothing
+    name = Path(job.vae.id)  # a path of this machine tells others nothing
     return f"{name.name if name.is_absolute() else name}, sha256 {job.vae.sha256}{other}"
 
 
@@ -157,7 +157,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _licences(job: ExportJob) -> str:
     lines = ["No licence is stated for these weights: whoever publishes them must choose one."]
-    if job.vae is not None and REPOSITORY / job.vae.source_id == DEMO_VAE:
+    if job.vae is not None and REPOSITORY / job.vae.id == DEMO_VAE:
         lines.append(
             "The VAE is the demo's, trained on OpenMoji (https://openmoji.org, CC BY-SA 4.0); it "
             "and pictures decoded with it are offered under CC BY-SA 4.0. See `vae/README.md`."

@@ -16,7 +16,6 @@ from data_tools.vae.autoencoder import Vae, load_decoder
 from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
 from training.checkpoints.manifest import (
-    CHECKPOINT_DIR,
     MANIFEST_FILE,
     RAW_FILE,
     read_manifest,
@@ -25,9 +24,7 @@ from training.checkpoints.manifest import (
 from training.config.network import network_options
 from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
-from training.run.directory import load_config, load_manifest
-from training.run.weights import find_weights
-from training.sampling.flags import sampler_settings
+from training.sampling.flags import class_names, open_run, sampler_settings
 from training.sampling.latents import SamplerSettings, can_guide_without_classifier
 
 EXPORTS_DIR = "exports"
@@ -79,7 +76,7 @@ class ExportJob:
         """Names of the classes by number, as JSON has them; None without classes."""
         if self.config.model.num_classes == 0:
             return None
-        return {str(entry.index): entry.name for entry in self.manifest.classes}
+        return {str(number): name for number, name in class_names(self.manifest).items()}
 
     @property
     def default_guidance(self) -> dict[str, Any]:
@@ -118,18 +115,15 @@ def check_job(args: argparse.Namespace, has_vae: bool) -> ExportJob:
         args: the command line.
         has_vae: the format holds the VAE.
     """
-    run_dir, checkpoint = _split_checkpoint(args.run_dir, args.checkpoint)
-    config = load_config(run_dir)
+    run = open_run(args)
+    run_dir, config, manifest = run.folder, run.config, run.manifest
     if args.autoguidance is not None:
         raise ConfigError(
             f"--autoguidance {args.autoguidance} needs the weights of two runs, and an export "
             "holds those of one; drop the flag."
         )
     settings = sampler_settings(args, config)
-    manifest = load_manifest(run_dir)
-    weights = find_weights(
-        run_dir, config, checkpoint=checkpoint, ema=args.ema, is_raw=args.raw, file=args.weights
-    )
+    weights = run.find_weights(args)
     origin = _origin_of(weights, run_dir, config)
     output = args.output
     if output is None:
@@ -153,13 +147,6 @@ def check_job(args: argparse.Namespace, has_vae: bool) -> ExportJob:
         vae=vae,
         output=output,
     )
-
-
-def _split_checkpoint(run_dir: Path, checkpoint: str | None) -> tuple[Path, str | None]:
-    """Take runs/NAME/checkpoints/TAG for run and checkpoint."""
-    if checkpoint is None and run_dir.absolute().parent.name == CHECKPOINT_DIR:
-        return run_dir.absolute().parents[1], run_dir.name
-    return run_dir, checkpoint
 
 
 def _origin_of(weights: Path, run_dir: Path, config: Config) -> Origin:

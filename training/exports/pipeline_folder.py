@@ -146,7 +146,7 @@ def _write_vae(job: ExportJob, folder: Path) -> None:
     config = json.loads(config_file.read_bytes())
     config.pop("_name_or_path", None)  # a path of this machine
     config_file.write_text(as_json(config), encoding="utf-8")
-    card = REPOSITORY / job.vae.source_id / "README.md"
+    card = REPOSITORY / job.vae.id / "README.md"
     if card.is_file():
         shutil.copyfile(card, folder / "vae" / "README.md")
 

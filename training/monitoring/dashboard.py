@@ -1,8 +1,10 @@
-"""What TensorBoard opens on: charts in the order in which a person looks at a run."""
+"""Arrange the registry's metrics as charts of TensorBoard's page "custom scalars"."""
 
 from typing import Any
 
 from training.config.tree import Config
+from training.monitoring import metrics as registry
+from training.monitoring.metric import Metric, RunTraits
 
 Chart = list[Any]  # as SummaryWriter.add_custom_scalars wants it: a kind, and regular expressions
 Layout = dict[str, dict[str, Chart]]
@@ -11,7 +13,7 @@ Layout = dict[str, dict[str, Chart]]
 def dashboard(
     config: Config, depth: int, num_experts: int, num_ranks: int, has_peak: bool
 ) -> Layout:
-    """Return the layout of TensorBoard's page "custom scalars".
+    """Return the charts of a training run.
 
     Args:
         config: of the run; charts of what it does not have are left out.
@@ -20,87 +22,33 @@ def dashboard(
         num_ranks: that train.
         has_peak: whether the peak of the device, which speeds are compared with, is known.
     """
-    layout = {
-        "Is it learning?": _learning(config),
-        "Is it fast?": _speed(config, num_ranks, has_peak),
-    }
-    if num_experts:
-        layout["What do the experts do?"] = _experts()
-        layout["Share of the samples, block by block"] = {
-            f"block {block:02d}": _lines(f"moe_load/block_{block:02d}/") for block in range(depth)
-        }
-    layout["Did it survive?"] = {
-        "starts so far; see Images, run/history": _lines("run/starts"),
-        "training stood still for a checkpoint, seconds": _lines("checkpoint/pause_sec"),
-        "a checkpoint was written beside training, seconds": _lines("checkpoint/write_sec"),
-        "loss spikes and skipped steps": _lines("loss/spikes", "optim/skipped_steps"),
-    }
-    return layout
+    run = RunTraits(config, num_experts, num_ranks, has_peak)
+    return _layout(
+        [
+            metric
+            for metric in registry.METRICS
+            if metric.group != registry.IMAGES and all(one.holds(run) for one in metric.conditions)
+        ],
+        depth,
+    )
 
 
 def evaluation_charts() -> Layout:
     """Return the charts of a run's scores, which come with them: TensorBoard merges layouts."""
-    return {
-        "How good are its images?": {
-            "FID, sFID, or a Frechet distance: lower is better": _lines(
-                *("eval/fid", "eval/sfid", "eval/frechet_distance")
-            ),
-            "inception score: higher is better": _lines("eval/inception_score"),
-            "precision and recall: higher is better": _lines("eval/precision", "eval/recall"),
-            "held-out loss": _lines("eval/loss_"),
-        }
-    }
+    return _layout([metric for metric in registry.METRICS if metric.group == registry.IMAGES])
 
 
-def _learning(config: Config) -> dict[str, Chart]:
-    charts = {
-        "loss": _lines("loss/total", "loss/mse$"),
-        "variational bound": _lines("loss/vlb"),
-    }
-    if config.model.routing == "switch":
-        charts["distance from the prior"] = _lines("loss/prior")
-    charts |= {
-        "mse by timestep (000 is clean)": _lines("mse_by_timestep/"),
-        "gradient norm": _lines("optim/grad_norm"),
-        "learning rate": _lines("optim/lr"),
-    }
-    if config.diffusion.loss_weight == "uncertainty":
-        charts["learned weights: log variance"] = _lines("uncertainty/")
-    return charts
-
-
-def _speed(config: Config, num_ranks: int, has_peak: bool) -> dict[str, Chart]:
-    charts = {
-        "samples per second": _lines("speed/samples_per_sec"),
-        "model TFLOP/s of a rank": _lines("speed/tflops_per_rank"),
-    }
-    if has_peak:
-        charts["share of the GPU's peak, %"] = _lines("speed/mfu_pct")
-    charts |= {
-        "waiting for data, %": _lines("speed/data_wait_pct"),
-        "peak memory, GiB": _lines("memory/"),
-    }
-    if num_ranks > 1:
-        charts["communication, and what nothing hides of it, %"] = _lines(
-            "comm/share_pct", "comm/exposed_pct"
-        )
-    if config.run.expert_parallel_size > 1:
-        charts["MiB that a rank sends per step, experts only"] = _lines("comm/mib_sent_per_step")
-        charts["busiest rank of a group over the mean"] = _lines("comm/rank_load_max_over_mean")
-    return charts
-
-
-def _experts() -> dict[str, Chart]:
-    return {
-        "entropy of the loads, 1 = even": _lines("moe/load_entropy"),
-        "largest load over the mean": _lines("moe/load_max_over_mean"),
-        "idle, starved, dead and never used": _lines("moe/.*_experts"),
-        "how far gates moved in an interval": _lines("moe/gate_drift"),
-        "entropy by timestep, 1 = all experts alike": _lines("moe_entropy_by_timestep/"),
-        "entropy by block": _lines("moe_entropy/"),
-        "largest load over the mean, by block": _lines("moe_max_over_mean/"),
-    }
-
-
-def _lines(*patterns: str) -> Chart:
-    return ["Multiline", list(patterns)]
+def _layout(metrics: list[Metric], depth: int = 0) -> Layout:
+    layout: Layout = {}
+    for metric in metrics:
+        if metric.chart is None:
+            continue
+        charts = layout.setdefault(metric.group.title, {})
+        blocks = range(depth) if "{block}" in metric.chart else [None]
+        for block in blocks:
+            title, tag = metric.chart, metric.tag
+            if block is not None:
+                title, tag = (text.replace("{block}", f"{block:02d}") for text in (title, tag))
+            prefix, brace, _ = tag.partition("{")
+            charts.setdefault(title, ["Multiline", []])[1].append(prefix if brace else f"{tag}$")
+    return layout

@@ -108,6 +108,11 @@ class Monitor:
         """Record something out of the ordinary that happened at a step."""
         self.text("events", text, step)
 
+    def flush(self) -> None:
+        """Write what TensorBoard's writer still holds; any thread may call this."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def close(self) -> None:
         """Flush and close both files."""
         if self._writer is not None:

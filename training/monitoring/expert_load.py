@@ -1,10 +1,11 @@
-"""What the counts of an interval say of experts: balance, dead and starved ones, traffic.
+"""Describe what experts did, from the counts of an interval: balance, idle ones, traffic.
 
 L blocks, E experts, B timestep buckets, R ranks of an expert-parallel group, T tokens, D width.
 """
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -124,56 +125,55 @@ def exchange_shape(model: Any, rank: int, group_size: int, precision: str) -> Ex
     return ExchangeShape(rank % group_size, group_size, row_bytes, num_passes)
 
 
-class ExchangeSums:
-    """Rows that this rank sends to each rank of its group, from the plans' split sizes.
+def num_exchange_sums(depth: int, shape: ExchangeShape) -> int:
+    """Return the length of the vector that `add_exchanges` adds to."""
+    return depth * shape.group_size + 2
+
+
+def add_exchanges(sums: Tensor, plan: RoutingPlan, num_samples: int, shape: ExchangeShape) -> None:
+    """Count the rows that this rank sends to each rank of its group, from a plan's split sizes.
 
     They are numbers of the host already, so nothing here touches the device.
+
+    Args:
+        sums: what is added to: rows by block and rank (L * R), rows that stay, samples.
+        plan: of a micro-step.
+        num_samples: of the micro-step.
+        shape: of what is sent.
     """
+    rows = [dispatch.send_splits for dispatch in plan.dispatch]  # (L, R)
+    num_kept = sum(of_block[shape.group_rank] for of_block in rows)
+    sums += torch.tensor([*chain.from_iterable(rows), num_kept, num_samples])
 
-    def __init__(self, depth: int, shape: ExchangeShape) -> None:
-        self._shape = shape
-        self._rows = torch.zeros(depth, shape.group_size, dtype=torch.float64)
-        self._kept = torch.zeros(1, dtype=torch.float64)
 
-    def add(self, plan: RoutingPlan) -> None:
-        """Count one micro-step's plan."""
-        rows = torch.tensor([dispatch.send_splits for dispatch in plan.dispatch])  # (L, R)
-        self._rows += rows
-        self._kept += rows[:, self._shape.group_rank].sum()
+def exchange_metrics(
+    sums: Tensor, shape: ExchangeShape, num_steps: int, world_size: int
+) -> dict[str, float]:
+    """Describe an interval's exchanges.
 
-    def flat(self) -> Tensor:
-        """Return the sums as one vector of the host, to be added up over ranks."""
-        return torch.cat((self._rows.flatten(), self._kept))
+    Args:
+        sums: of `add_exchanges`, summed over ranks.
+        shape: of what was sent.
+        num_steps: of the interval.
+        world_size: ranks of the job.
 
-    def metrics(
-        self, flat: Tensor, num_samples: float, num_steps: int, world_size: int
-    ) -> dict[str, float]:
-        """Describe an interval's exchanges.
-
-        Args:
-            flat: what `flat` returned, summed over ranks.
-            num_samples: of the interval, over all ranks.
-            num_steps: of the interval.
-            world_size: ranks of the job.
-
-        Returns:
-            MiB that a rank sends to others per step (mean over ranks; every row there and its sum
-            back, in every pass), copies of a sample per block that leave its rank, and the rows
-            that the busiest place of a group receives relative to the mean: the mean over blocks
-            and the worst block. They are those of the interval's sums, so a place that is the
-            busiest in every step shows, and chance does not.
-        """
-        shape, depth = self._shape, len(self._rows)
-        rows, kept = flat[:-1].view(depth, shape.group_size), float(flat[-1])
-        moved = float(rows.sum()) - kept
-        sent_bytes = 2 * moved * shape.row_bytes * shape.num_passes
-        max_over_mean = rows.amax(dim=1) / rows.mean(dim=1)  # (L,)
-        return {
-            "comm/mib_sent_per_step": sent_bytes / world_size / num_steps / 2**20,
-            "comm/copies_per_sample": moved / (num_samples * depth),
-            "comm/rank_load_max_over_mean": float(max_over_mean.mean()),
-            "comm/rank_load_max_over_mean_worst_block": float(max_over_mean.max()),
-        }
+    Returns:
+        MiB that a rank sends to others per step (mean over ranks; every row there and its sum
+        back, in every pass), copies of a sample per block that leave its rank, and the rows that
+        the busiest place of a group receives relative to the mean: the mean over blocks and the
+        worst block. They are those of the interval's sums, so a place that is the busiest in every
+        step shows, and chance does not.
+    """
+    rows, (kept, num_samples) = sums[:-2].view(-1, shape.group_size), sums[-2:].tolist()
+    moved = float(rows.sum()) - kept
+    sent_bytes = 2 * moved * shape.row_bytes * shape.num_passes
+    max_over_mean = rows.amax(dim=1) / rows.mean(dim=1)  # (L,)
+    return {
+        "comm/mib_sent_per_step": sent_bytes / world_size / num_steps / 2**20,
+        "comm/copies_per_sample": moved / (num_samples * len(rows)),
+        "comm/rank_load_max_over_mean": float(max_over_mean.mean()),
+        "comm/rank_load_max_over_mean_worst_block": float(max_over_mean.max()),
+    }
 
 
 class LoadHistory:

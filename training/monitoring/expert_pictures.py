@@ -6,14 +6,12 @@ and nobody could read the texts.
 L blocks, E experts, S timesteps, B ranges of timesteps.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data_tools.files import replace_file
+from training.sampling.image_files import font
 
 MAP_ROW_PIXELS, MAP_GAP_PIXELS = 10, 4
 MIN_ROW_PIXELS, MAP_PIXELS = 2, 1200  # many rows are narrower, so that maps are about so high
@@ -22,6 +20,7 @@ NO_SAMPLES_GREY = 128
 GAP_COLOUR = (150, 170, 200)  # no value has it
 MAX_COLUMNS = 280
 HISTORY_ROW_PIXELS = 40
+TEXT_SIZE = 11
 AXIS_GREY = (150, 150, 150)
 CELL_HEIGHT, CELL_WIDTH, MIN_CELL_WIDTH = 20, 46, 6  # of a table of experts, with its lines
 TABLE_PIXELS = 736  # of a table's cells; more experts get narrower ones
@@ -89,15 +88,15 @@ def active_experts(expert_weight: Tensor) -> np.ndarray:
     cell = max(MIN_CELL_WIDTH, min(CELL_WIDTH, TABLE_PIXELS // E))
     size = (MAP_LEFT_PIXELS + E * cell, HEAD_PIXELS + L * CELL_HEIGHT)
     canvas = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
-    draw.text((2, HEAD_PIXELS // 2), "expert", fill="black", font=font, anchor="lm")
+    draw, small = ImageDraw.Draw(canvas), font(TEXT_SIZE)
+    draw.text((2, HEAD_PIXELS // 2), "expert", fill="black", font=small, anchor="lm")
     for expert in range(0, E, -(-CELL_WIDTH // cell)):  # as many numbers as fit side by side
         middle = MAP_LEFT_PIXELS + expert * cell + cell // 2
-        draw.text((middle, HEAD_PIXELS // 2), f"{expert}", fill="black", font=font, anchor="mm")
+        draw.text((middle, HEAD_PIXELS // 2), f"{expert}", fill="black", font=small, anchor="mm")
     for block, name in enumerate(_block_names(L)):
         top = HEAD_PIXELS + block * CELL_HEIGHT
         middle = top + CELL_HEIGHT // 2
-        draw.text((2, middle), name, fill="black", font=font, anchor="lm")
+        draw.text((2, middle), name, fill="black", font=small, anchor="lm")
         for expert in range(E):
             left, value = MAP_LEFT_PIXELS + expert * cell, values[block, expert]
             corners = (left, top, left + cell - 2, top + CELL_HEIGHT - 2)
@@ -105,7 +104,7 @@ def active_experts(expert_weight: Tensor) -> np.ndarray:
             if value > 0 and cell == CELL_WIDTH:
                 fill = "white" if brightness[block, expert] < DARK else "black"
                 place = (left + cell // 2, middle)
-                draw.text(place, f"{value:.2f}", fill=fill, font=font, anchor="mm")
+                draw.text(place, f"{value:.2f}", fill=fill, font=small, anchor="mm")
     return np.asarray(canvas)
 
 
@@ -162,18 +161,18 @@ def _with_axes(rows: np.ndarray, names: list[str], ticks: list[str]) -> np.ndarr
     height, width, _ = rows.shape
     canvas = Image.new("RGB", (MAP_LEFT_PIXELS + width, height + MAP_BELOW_PIXELS), "white")
     canvas.paste(Image.fromarray(rows), (MAP_LEFT_PIXELS, 0))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    draw, small = ImageDraw.Draw(canvas), font(TEXT_SIZE)
     # Else nobody would see where a map ends that is white, as its page is.
     corner = (MAP_LEFT_PIXELS - 1, height)
     draw.line([(corner[0], 0), corner, (canvas.width, height)], fill=AXIS_GREY)
     for i, name in enumerate(names):
         middle = (i + 0.5) * height / len(names) - MAP_GAP_PIXELS / 2
-        draw.text((2, middle), name, fill="black", font=font, anchor="lm")
+        draw.text((2, middle), name, fill="black", font=small, anchor="lm")
     last = len(ticks) - 1
     for i, tick in enumerate(ticks):
         anchor = "la" if i == 0 else "ra" if i == last else "ma"
         place = (MAP_LEFT_PIXELS + i * (width - 1) // last, height + 2)
-        draw.text(place, tick, fill="black", font=font, anchor=anchor)
+        draw.text(place, tick, fill="black", font=small, anchor=anchor)
     return np.asarray(canvas)
 
 
@@ -219,9 +218,3 @@ def load_history(loads: np.ndarray, steps: list[int]) -> np.ndarray:
     rows = np.concatenate((bands, gap), axis=1).reshape(-1, MAX_COLUMNS, 3)
     ticks = [f"{steps[tick * (len(steps) - 1) // 4]:,}" for tick in range(5)]
     return _with_axes(rows, _block_names(L), ticks)
-
-
-def save_png(path: Path, picture: np.ndarray) -> None:
-    """Write a picture (H, W, 3) uint8 whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))

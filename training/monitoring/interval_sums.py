@@ -1,16 +1,16 @@
-"""Metrics of a logging interval: summed on the device, reduced over ranks in one collective.
+"""Sum a logging interval's metrics on the device and reduce them over ranks in one collective.
 
-Sums are taken from what a micro-step returned, outside the model, so accumulation counts every
-micro-step and activation recomputation counts nothing twice.
+What is summed is in the registry (metrics.py), which decides where each sum lies in the vector that
+travels. Sums are taken from what a micro-step returned, outside the model, so accumulation counts
+every micro-step and activation recomputation counts nothing twice.
 
-What the counts say of experts is in monitoring/expert_load.py.
-
-N samples, L blocks, E experts, K experts per sample, B timestep buckets.
+N samples, L blocks, E experts, K experts per sample, B ranges of timesteps.
 """
 
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,14 +18,10 @@ from torch import Tensor
 
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan
-from training.monitoring.expert_load import (
-    ExchangeShape,
-    ExchangeSums,
-    entropy_by_timestep,
-    load_metrics,
-)
-
-NUM_TIMESTEP_BUCKETS = 10
+from training.monitoring import metrics as registry
+from training.monitoring.expert_load import ExchangeShape
+from training.monitoring.metric import NUM_RANGES, MicroStep, Sum, SumShape, Totals
+from training.monitoring.sums import SERVED, expert_count
 
 
 class Interval(NamedTuple):
@@ -36,11 +32,32 @@ class Interval(NamedTuple):
     expert_count: Tensor | None = None  # (L, E, B) float64 on the host; None if nothing counted
 
 
+class _Vector:
+    """Sums that lie in one float64 vector, behind one other number."""
+
+    def __init__(self, sums: Iterable[Sum], shape: SumShape, device: torch.device) -> None:
+        sizes = {sum_: size for sum_ in sums if (size := sum_.size(shape))}
+        self.flat = torch.zeros(1 + sum(sizes.values()), dtype=torch.float64, device=device)
+        self._sizes = [1, *sizes.values()]
+        self.first, *places = self.flat.split(self._sizes)
+        self.places = dict(zip(sizes, places, strict=True))
+
+    def split(self, flat: Tensor) -> tuple[float, dict[Sum, Tensor]]:
+        """Take a vector like this one apart: the number before the sums, and every sum."""
+        first, *places = flat.split(self._sizes)
+        return float(first), dict(zip(self.places, places, strict=True))
+
+    def add(self, micro_step: MicroStep) -> None:
+        """Add a micro-step to every sum."""
+        for sum_, place in self.places.items():
+            sum_.add(place, micro_step)
+
+
 class MetricSums:
     """Running sums of one rank over the micro-steps since the last `reduce`.
 
-    A micro-step whose loss is not finite is left out, except from `step_losses`: its step changed
-    nothing.
+    A micro-step whose loss is not finite is left out, except from `step_losses` and from what the
+    host counts: its step changed nothing.
 
     Args:
         depth: L.
@@ -58,27 +75,26 @@ class MetricSums:
         device: torch.device,
         exchange: ExchangeShape | None = None,
     ) -> None:
-        self.depth, self.num_experts, self.num_timesteps = depth, num_experts, num_timesteps
-        self.device, self.exchange = device, exchange
+        self.shape = SumShape(depth, num_experts, num_timesteps, exchange)
+        self.device = device
+        self._tags: dict[Sum, list[str]] = {}
+        for metric in registry.METRICS:
+            if metric.sum is not None:
+                self._tags.setdefault(metric.sum, []).append(metric.tag)
         self._clear()
 
     def _clear(self) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=self.device)
-
-        self._num_samples, self._num_finite = 0, zeros(1)
-        self._terms = zeros(len(LossTerms._fields))
+        # Before the sums: the seconds, and the samples of micro-steps whose loss is finite.
+        self._on_host, self._on_device = (
+            _Vector([one for one in self._tags if one.is_on_host == is_host], self.shape, device)
+            for is_host, device in ((True, torch.device("cpu")), (False, self.device))
+        )
         self._step_loss: dict[int, Tensor] = {}  # step -> mean over this rank's samples
-        self._bucket_mse, self._bucket_count = (zeros(NUM_TIMESTEP_BUCKETS) for _ in range(2))
-        # Flat per block, expert by expert, so that one scatter counts both.
-        self._expert_count = zeros(self.depth, self.num_experts * NUM_TIMESTEP_BUCKETS)
-        self._exchanged = self.exchange and ExchangeSums(self.depth, self.exchange)
-        self._wait_sec = 0.0
         self._clock_started = time.monotonic()
 
     def restart_clock(self) -> None:
         """Start timing an interval that holds no step yet: what came before was not training."""
-        assert self._num_samples == 0, "the interval has begun; reduce it first"
+        assert not self._step_loss, "the interval has begun; reduce it first"
         self._clock_started = time.monotonic()
 
     def add(
@@ -104,90 +120,54 @@ class MetricSums:
             num_micro_steps: equal micro-steps of a step.
         """
         N = t.shape[0]
-        self._num_samples += N
         values = torch.stack([term.detach() for term in terms]).double()
         is_finite = torch.isfinite(values).all()
-        self._num_finite += N * is_finite
-        self._terms += N * torch.where(is_finite, values, 0.0)
         total = values[LossTerms._fields.index("total")]
         self._step_loss[step] = self._step_loss.get(step, 0.0) + total / num_micro_steps
-        bucket = t * NUM_TIMESTEP_BUCKETS // self.num_timesteps  # (N,)
-        ones = is_finite.double().expand(N)
-        self._bucket_mse.index_add_(0, bucket, torch.where(is_finite, mse.double(), 0.0))
-        self._bucket_count.index_add_(0, bucket, ones)
-        if plan is not None:
-            place = plan.expert_index * NUM_TIMESTEP_BUCKETS + bucket[:, None]  # (L, N, K)
-            place = place.flatten(1)
-            self._expert_count.scatter_add_(1, place, is_finite.double().expand(place.shape))
-        if self._exchanged is not None:
-            self._exchanged.add(plan)
-        self._wait_sec += wait_sec
+        micro_step = MicroStep(
+            shape=self.shape,
+            num_samples=N,
+            wait_sec=wait_sec,
+            is_finite=is_finite.double(),
+            terms=N * torch.where(is_finite, values, 0.0),
+            mse=torch.where(is_finite, mse.double(), 0.0),
+            t=t,
+            timestep_range=t * NUM_RANGES // self.shape.num_timesteps,
+            plan=plan,
+        )
+        self._on_device.first.add_(micro_step.is_finite, alpha=N)
+        self._on_device.add(micro_step)
+        self._on_host.add(micro_step)
 
     def reduce(self) -> Interval:
         """Sum over ranks, name the results and start a new interval. All ranks must call this."""
-        elapsed = time.monotonic() - self._clock_started
-        host = torch.tensor(
-            [self._num_samples, self._wait_sec / elapsed, elapsed], dtype=torch.float64
-        )
-        exchanged = torch.zeros(0) if self._exchanged is None else self._exchanged.flat()
-        parts = [
-            host.to(self.device),
-            exchanged.to(self.device),
-            self._num_finite,
-            self._terms,
+        self._on_host.first[0] = time.monotonic() - self._clock_started
+        parts = (
+            self._on_host.flat.to(self.device),
+            self._on_device.flat,
             torch.stack(list(self._step_loss.values())),
-            self._bucket_mse,
-            self._bucket_count,
-            self._expert_count.flatten(),
-        ]
+        )
         sums = torch.cat(parts)
         torch.distributed.all_reduce(sums)
-        parts = sums.cpu().split([len(part) for part in parts])
-        (num_samples, wait, elapsed), exchanged, num_finite, terms, steps, *buckets, count = parts
-        world_size = torch.distributed.get_world_size()
-        num_finite = float(num_finite)
-        metrics, expert_count = {}, None
+        host, device, steps = sums.cpu().split([len(part) for part in parts])
+        rank_sec, found = self._on_host.split(host)
+        num_finite, of_device = self._on_device.split(device)
         if num_finite > 0:
-            metrics |= {
-                f"loss/{name}": float(value) / num_finite
-                for name, value in zip(LossTerms._fields, terms, strict=True)
-            }
-            metrics |= _bucket_metrics(*buckets, self.num_timesteps)
-            if self.num_experts:
-                expert_count = count.view(self.depth, self.num_experts, NUM_TIMESTEP_BUCKETS)
-                metrics |= load_metrics(expert_count.sum(dim=2), num_finite)
-                metrics |= entropy_by_timestep(expert_count, _ranges(self.num_timesteps))
-        if self._exchanged is not None:
-            metrics |= self._exchanged.metrics(
-                exchanged, float(num_samples), len(self._step_loss), world_size
-            )
-        metrics["speed/samples_per_sec"] = float(num_samples) / (float(elapsed) / world_size)
-        metrics["speed/data_wait_pct"] = 100.0 * float(wait) / world_size
-        metrics |= _memory_metrics(self.device)
-        step_losses = (steps / world_size).tolist()
-        interval = Interval(
-            metrics, dict(zip(self._step_loss, step_losses, strict=True)), expert_count
-        )
+            found |= of_device
+        world_size = torch.distributed.get_world_size()
+        totals = Totals(self.shape, num_finite, rank_sec, len(self._step_loss), world_size)
+        values = _memory_metrics(self.device)
+        for one, place in found.items():
+            described = one.describe(place, totals)
+            values |= described if isinstance(described, dict) else {self._tag(one): described}
+        count = expert_count(found[SERVED], self.shape) if SERVED in found else None
+        losses = dict(zip(self._step_loss, (steps / world_size).tolist(), strict=True))
         self._clear()
-        return interval
+        return Interval(values, losses, count)
 
-
-def _ranges(num_timesteps: int) -> list[str]:
-    """Name the B ranges of timesteps."""
-    width = num_timesteps / NUM_TIMESTEP_BUCKETS
-    return [
-        f"{round(b * width):03d}-{round((b + 1) * width) - 1:03d}"
-        for b in range(NUM_TIMESTEP_BUCKETS)
-    ]
-
-
-def _bucket_metrics(mse: Tensor, count: Tensor, num_timesteps: int) -> dict[str, float]:
-    """Mean mse per range of timesteps; a range that drew no sample is left out."""
-    return {
-        f"mse_by_timestep/{name}": float(mse[b] / count[b])
-        for b, name in enumerate(_ranges(num_timesteps))
-        if count[b] > 0
-    }
+    def _tag(self, one: Sum) -> str:
+        (tag,) = self._tags[one]  # of several metrics it must name the values itself
+        return tag
 
 
 def _memory_metrics(device: torch.device) -> dict[str, float]:

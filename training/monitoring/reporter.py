@@ -16,15 +16,16 @@ from training.config.tree import Config
 from training.cost.gpu_peaks import peak_tflops
 from training.engine.build import learning_rate
 from training.engine.interface import Engine
-from training.engine.non_finite import SpikeDetector
 from training.monitoring.dashboard import dashboard
 from training.monitoring.event_files import Monitor
 from training.monitoring.expert_load import DEAD_INTERVALS, GateDrift, LoadHistory
 from training.monitoring.expert_pictures import affinity_map, expert_map, load_history, load_map
 from training.monitoring.interval_sums import MetricSums
+from training.monitoring.loss_spikes import SpikeDetector
 from training.monitoring.progress import Progress
-from training.monitoring.run_history import CheckpointNote, RunHistory, append_note
+from training.monitoring.run_history import RunHistory
 from training.ranks.heartbeat import AGREEING, LOGGING, Heartbeat
+from training.run.checkpoint_notes import CheckpointNote, append_note
 from training.run.program import Start
 
 TERA = 1e12

@@ -1,69 +1,33 @@
-"""What befell a run, along its steps: starts, checkpoints, loss spikes and steps left out.
-
-checkpoints.jsonl    a line per checkpoint: saved, failed, or found damaged at a start
-"""
+"""Draw the history of a run along its steps: its error, starts, checkpoints, spikes, lost steps."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.files import FIRST
-from data_tools.formats import Format
+from training.monitoring.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    new_figure,
+    pixels_of,
+    points,
+)
+from training.run.checkpoint_notes import DAMAGED, FAILED, SAVED, CheckpointNote
 from training.run.program import Start
 
-CHECKPOINTS_FILE = "checkpoints.jsonl"
-SAVED, FAILED, DAMAGED = "saved", "failed", "damaged"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 MAX_POINTS = 600  # of a line; more are averaged
-
-WIDTH, CURVE_HEIGHT, LANE_HEIGHT = 340, 150, 18  # TensorBoard shows pictures about so wide
-LEFT, RIGHT, TOP, GAP, BOTTOM = 62, 10, 22, 8, 20  # the gap is between curve and lanes
-OVERSAMPLING = 2  # drawn so much larger and reduced, for smooth lines
-FONT_SIZE = 12
+# Pixels; TensorBoard shows pictures about so wide. The gap is between curve and lanes.
+WIDTH, CURVE_HEIGHT, LANE_HEIGHT = 340, 150, 18
+LEFT, RIGHT, TOP, GAP, BOTTOM = 62, 10, 22, 8, 20
+FONT_SIZE = 11
 X_TICKS, Y_TICKS = 4, 3  # intervals between ticks, and ticks
-INK, GREY, BLUE, RED, GREEN, ORANGE = (
-    *("#222222", "#d9d9d9", "#0072b2", "#d62728", "#009e73", "#e69f00"),
-)
-
-
-@dataclass(frozen=True)
-class CheckpointNote:
-    """What became of a checkpoint.
-
-    Attributes:
-        step: of the checkpoint; of a damaged one, the step that the run went on from instead.
-        outcome: SAVED, FAILED or DAMAGED.
-        reason: of a failure or of damage; else empty.
-    """
-
-    step: int
-    outcome: str
-    reason: str = field(default="", metadata=FIRST)
-
-
-NOTE = Format(newest=1, kind=CheckpointNote)
-
-
-def append_note(run_dir: Path, note: CheckpointNote) -> None:
-    """Add a line to checkpoints.jsonl. Only rank 0 calls this.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    NOTE.append(run_dir / CHECKPOINTS_FILE, note)
-
-
-def read_notes(run_dir: Path) -> list[CheckpointNote]:
-    """Return what became of a run's checkpoints, oldest first."""
-    return NOTE.read_journal(run_dir / CHECKPOINTS_FILE)
-
-
-def last_saved_step(run_dir: Path) -> int | None:
-    """Return the step of the checkpoint that a run saved last; None if it has saved none."""
-    steps = [note.step for note in read_notes(run_dir) if note.outcome == SAVED]
-    return steps[-1] if steps else None
 
 
 def thinned(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +39,7 @@ def thinned(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarr
 
 
 class RunHistory:
-    """Collects what befell a run, and draws it.
+    """What happened to a run so far, and its picture.
 
     Args:
         starts: of the run, oldest first.
@@ -119,91 +83,69 @@ class RunHistory:
         """
         if not self._steps:
             return None
-        damaged = [note.step for note in self.notes if note.outcome == DAMAGED]
-        lanes = (
-            ("start", BLUE, [start.step for start in self.starts], damaged),
-            ("saved", GREEN, self._noted(SAVED), self._noted(FAILED)),
-            ("spike", ORANGE, self._spikes, []),
-            ("left out", INK, self._left_out, []),
+        lanes = {
+            "start": (BLUE, [start.step for start in self.starts], self._noted(DAMAGED)),
+            "saved": (GREEN, self._noted(SAVED), self._noted(FAILED)),
+            "spike": (ORANGE, self._spikes, []),
+            "left out": (INK, self._left_out, []),
+        }
+        lanes_height = LANE_HEIGHT * len(lanes)
+        height, width = TOP + CURVE_HEIGHT + GAP + lanes_height + BOTTOM, WIDTH - LEFT - RIGHT
+        figure = new_figure(WIDTH, height)
+        curve, marks = (
+            figure.add_axes((LEFT / WIDTH, bottom / height, width / WIDTH, tall / height))
+            for bottom, tall in (
+                (BOTTOM + lanes_height + GAP, CURVE_HEIGHT),
+                (BOTTOM, lanes_height),
+            )
         )
-        canvas = _Canvas(len(lanes), max(self._last_step, 1))
-        canvas.draw_axes(np.array(self._errors))
-        for start in self.starts[1:]:
-            canvas.draw_restart(start.step, RED if start.step in damaged else BLUE)
-        canvas.draw_curve(*thinned(self._steps, self._errors))
-        for row, (name, colour, steps, bad_steps) in enumerate(lanes):
-            canvas.draw_lane(row, name, colour, steps)
-            canvas.draw_lane(row, name, RED, bad_steps)
-        return canvas.picture()
+        self._draw_curve(curve)
+        last = max(self._last_step, 1)
+        for row, (colour, good, bad) in enumerate(lanes.values()):
+            for steps, shade in ((good, colour), (bad, RED)):
+                marks.eventplot(
+                    np.minimum(steps, last),
+                    lineoffsets=row + 0.5,
+                    linelengths=0.7,
+                    linewidths=points(2),
+                    colors=shade,
+                    snap=True,
+                    clip_on=False,  # else the first and the last step have half a mark
+                )
+        marks.set_yticks(np.arange(len(lanes)) + 0.5, lanes)
+        marks.set_ylim(len(lanes), 0)
+        marks.hlines(np.arange(len(lanes)) + 1, 0, last, GREY, linewidth=points(1))
+        ticks = [tick * last // X_TICKS for tick in range(X_TICKS + 1)]
+        marks.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        marks.get_xticklabels()[-1].set_horizontalalignment("right")
+        for axes in (curve, marks):
+            axes.set_xlim(0, last)
+            axes.tick_params(labelsize=points(FONT_SIZE), length=0, pad=3)
+            axes.spines[:].set_visible(False)
+            for start in self.starts[1:]:
+                shade = RED if start.step in self._noted(DAMAGED) else BLUE
+                axes.axvline(min(start.step, last), color=shade, linewidth=points(1), zorder=1)
+        return pixels_of(figure)
+
+    def _draw_curve(self, axes: "Axes") -> None:
+        """Draw the errors that have a logarithm."""
+        errors = np.array(self._errors)
+        shown = np.log(errors[errors > 0]) if (errors > 0).any() else np.zeros(1)
+        # One interval of nonsense must not flatten the rest.
+        low, high = np.quantile(shown, [0.0, 0.995]) + np.array([-0.02, 0.02])
+        axes.set_yscale("log")
+        axes.set_ylim(np.exp(low), np.exp(high))
+        axes.minorticks_off()
+        ticks = np.exp(np.linspace(low, high, Y_TICKS))
+        axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.set_xticks([])
+        axes.grid(axis="y", color=GREY, linewidth=points(1))
+        steps, means = thinned(self._steps, self._errors)
+        is_shown = means > 0
+        axes.plot(steps[is_shown], means[is_shown], color=INK, linewidth=points(1.5))
+        axes.axhline(np.exp(low), color=INK, linewidth=points(2))  # half of it lies outside
+        title = "mean squared error (red: a checkpoint failed)"
+        axes.set_title(title, loc="left", fontsize=points(FONT_SIZE), pad=5)
 
     def _noted(self, outcome: str) -> list[int]:
         return [note.step for note in self.notes if note.outcome == outcome]
-
-
-class _Canvas:
-    """A curve above lanes of marks, all over the same steps."""
-
-    def __init__(self, num_lanes: int, last_step: int) -> None:
-        self.last_step = last_step
-        self.bottom = TOP + CURVE_HEIGHT
-        self.lanes_end = self.bottom + GAP + num_lanes * LANE_HEIGHT
-        size = (WIDTH * OVERSAMPLING, (self.lanes_end + BOTTOM) * OVERSAMPLING)
-        self._image = Image.new("RGB", size, "white")
-        self._draw = ImageDraw.Draw(self._image)
-        self._font = ImageFont.load_default(size=FONT_SIZE * OVERSAMPLING)
-        self._low = self._high = 0.0  # of the error's logarithm
-
-    def _x(self, step: float) -> float:
-        return LEFT + (WIDTH - RIGHT - LEFT) * min(step / self.last_step, 1.0)
-
-    def _y(self, error: float) -> float:
-        share = (np.log(error) - self._low) / (self._high - self._low)
-        return self.bottom - float(share.clip(0, 1)) * CURVE_HEIGHT
-
-    def _line(self, points: list[tuple[float, float]], colour: str, width: float) -> None:
-        scaled = [(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in points]
-        self._draw.line(scaled, fill=colour, width=round(width * OVERSAMPLING), joint="curve")
-
-    def _text(self, x: float, y: float, text: str, anchor: str, colour: str = INK) -> None:
-        place = x * OVERSAMPLING, y * OVERSAMPLING
-        self._draw.text(place, text, fill=colour, font=self._font, anchor=anchor)
-
-    def draw_axes(self, errors: np.ndarray) -> None:
-        """Choose what is shown of the errors, and name steps and errors."""
-        shown = np.log(errors[errors > 0]) if (errors > 0).any() else np.zeros(1)
-        # One interval of nonsense must not flatten the rest.
-        self._low, self._high = np.quantile(shown, [0.0, 0.995]) + np.array([-0.02, 0.02])
-        self._text(LEFT, TOP / 2, "mean squared error (red: a checkpoint failed)", "lm")
-        for value in np.exp(np.linspace(self._low, self._high, Y_TICKS)):
-            y = self._y(value)
-            self._line([(LEFT, y), (WIDTH - RIGHT, y)], GREY, 1)
-            self._text(LEFT - 5, y, f"{value:.2g}", "rm")
-        for tick in range(X_TICKS + 1):
-            step = tick * self.last_step // X_TICKS
-            anchor = "la" if tick == 0 else "ra" if tick == X_TICKS else "ma"
-            end = self._x(step) + (RIGHT - 2 if tick == X_TICKS else 0)
-            self._text(end, self.lanes_end + 3, f"{step:,}", anchor)
-        self._line([(LEFT, self.bottom), (WIDTH - RIGHT, self.bottom)], INK, 1)
-
-    def draw_restart(self, step: int, colour: str) -> None:
-        """Mark a start of a run that had begun before."""
-        self._line([(self._x(step), TOP), (self._x(step), self.lanes_end)], colour, 1)
-
-    def draw_curve(self, steps: np.ndarray, errors: np.ndarray) -> None:
-        """Draw the errors that have a logarithm."""
-        points = [(self._x(s), self._y(e)) for s, e in zip(steps, errors, strict=True) if e > 0]
-        if len(points) > 1:
-            self._line(points, INK, 1.5)
-
-    def draw_lane(self, row: int, name: str, colour: str, steps: list[int]) -> None:
-        """Draw marks of one kind."""
-        top = self.bottom + GAP + row * LANE_HEIGHT
-        self._text(LEFT - 5, top + LANE_HEIGHT / 2, name, "rm")
-        self._line([(LEFT, top + LANE_HEIGHT), (WIDTH - RIGHT, top + LANE_HEIGHT)], GREY, 1)
-        for step in steps:
-            x = self._x(step)
-            self._line([(x, top + 3), (x, top + LANE_HEIGHT - 2)], colour, 2)
-
-    def picture(self) -> np.ndarray:
-        """Return what was drawn, (height, WIDTH, 3) uint8."""
-        return np.asarray(self._image.reduce(OVERSAMPLING))

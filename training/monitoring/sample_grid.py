@@ -12,13 +12,12 @@ from training.config.tree import Config
 from training.engine.interface import Engine
 from training.engine.zero_weights import ema_weights
 from training.monitoring.event_files import Monitor
-from training.monitoring.expert_pictures import save_png
 from training.ranks.process_group import Ranks
 from training.run.directory import SAMPLES_DIR
+from training.sampling.image_files import image_grid, save_png
 from training.sampling.latents import (
     SamplerSettings,
     can_guide_without_classifier,
-    image_grid,
     sample_latents,
 )
 

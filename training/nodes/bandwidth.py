@@ -1,4 +1,4 @@
-"""How fast the nodes of a job exchange data: each with the first one, then all together."""
+"""Measure how fast the nodes of a job exchange data: each with the first one, then together."""
 
 import time
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def measure(nodes: list[str], device: torch.device, begin: Callable[[str], None]
     Args:
         nodes: every rank's node.
         device: what the process group works on.
-        begin: told what is exchanged next, so that a failure can be named.
+        begin: called with the name of what is exchanged next, so that a failure can name it.
     """
     rank, world_size = dist.get_rank(), len(nodes)
     leaders = {node: nodes.index(node) for node in dict.fromkeys(nodes)}  # its first rank

@@ -1,4 +1,4 @@
-"""What a rank can say of its node before any collective, and what is wrong with a set of nodes."""
+"""Collect facts about a rank's node before any collective, and find the nodes that cannot train."""
 
 import json
 import os
@@ -33,7 +33,7 @@ class NodeFacts:
 
     rank: int
     node: str
-    problem: str  # why this rank cannot train; empty if it can
+    problem: str  # why this rank cannot train, one sentence; empty if it can
     hardware: str
     commit: str
     sources: str  # sha256 of our Python files

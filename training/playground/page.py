@@ -8,7 +8,6 @@ import numpy as np
 
 from data_tools.errors import ConfigError
 from models.sampler import methods_for
-from training.monitoring.expert_pictures import save_png
 from training.playground.playground import (
     LATEST,
     MAX_IMAGES,
@@ -19,6 +18,7 @@ from training.playground.playground import (
     Playground,
 )
 from training.sampling.flags import DEFAULT_SCALE, DEFAULT_STEPS
+from training.sampling.image_files import save_png
 from training.sampling.latents import can_guide_without_classifier
 
 DEFAULT_IMAGES = 8

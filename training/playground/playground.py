@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, count_of
 from data_tools.vae.autoencoder import decode_pixels, load_decoder
 from models.gate import build_plan
 from models.switch_dit import MODEL_NAMES, SwitchDiT
@@ -23,12 +23,12 @@ from training.checkpoints.manifest import CHECKPOINT_DIR
 from training.checkpoints.weight_files import load_model
 from training.config.option import EXPECTED
 from training.engine.average_profiles import profiles_of
+from training.engine.gate_table import read_gate_table
 from training.engine.objective import build_diffusion
 from training.monitoring.expert_pictures import active_experts, expert_map, mark_timestep
-from training.reports.run_data import read_gate_table
 from training.run.directory import load_config, load_manifest
 from training.run.weights import find_checkpoint, find_weights
-from training.sampling.flags import add_sampling_flags, sampler_settings
+from training.sampling.flags import add_sampling_flags, class_names, sampler_settings
 from training.sampling.latents import SamplerSettings, sample_latents
 
 LATEST = "latest"  # instead of a checkpoint's name
@@ -88,7 +88,7 @@ class Playground:
         self._load(LATEST, "")  # before anybody visits
         self._vae = load_decoder(vae or self.config.run.vae, manifest.vae, device)
         self._diffusion = build_diffusion(self.config).to(device)
-        self._names = {entry.index: entry.name for entry in manifest.classes}
+        self._names = class_names(manifest)
         self._is_stopping, self._is_closed = threading.Event(), False
 
     def classes(self) -> list[tuple[str, int]]:
@@ -110,7 +110,7 @@ class Playground:
     def description(self) -> str:
         """A line on the model."""
         model = self.config.model
-        experts = f", {model.num_experts} experts per block, {model.top_k} per timestep"
+        experts = f", {count_of(model.num_experts, 'expert')} per block, {model.top_k} per timestep"
         routed = experts if self.has_experts else ""
         return f"{MODEL_NAMES[model.routing]}-{model.size}/{model.patch_size}{routed}"
 

@@ -1,19 +1,33 @@
-"""Who waits for whom: sentences about ranks, from what they last said of themselves."""
+"""Diagnose a hang or a failure: find the rank that holds the others up, and say what to do.
 
+From every rank's last heartbeat, or from the exception that a rank met.
+"""
+
+import re
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
+
+from data_tools.errors import ConfigError
+from data_tools.exit_codes import CRASH_EXIT_CODE
 from training.ranks.heartbeat import PHASES, STARTING, Beat
 
+MAX_TRACEBACK_LINES = 60
 AGAIN = "run the same command again: it continues from the last checkpoint"
+MEMORY_ADVICE = (
+    "lower --micro-batch-size, set --activation-checkpointing, take a higher ZeRO stage or more "
+    "ranks, or see what else runs on its node"
+)
 
 
-class Seen(NamedTuple):
+class RankStatus(NamedTuple):
     """What is known of a rank.
 
     Attributes:
-        beat: its last one; None if it never said anything.
-        silent_sec: since then, if that is too long; 0 = it answers.
+        beat: its last heartbeat; None if there was none.
+        silent_sec: seconds since then, if they are too many; 0 = the rank answers.
     """
 
     beat: Beat | None
@@ -21,12 +35,13 @@ class Seen(NamedTuple):
 
 
 class Standstill(NamedTuple):
-    """A job in which nobody moves.
+    """A job in which no rank moves.
 
     Attributes:
-        since_sec: how long, by the rank that moved last.
-        warn_after, end_after: in multiples of COLLECTIVE_TIMEOUT_SEC.
-        text: who waits for whom.
+        since_sec: seconds since a rank moved last.
+        warn_after, end_after: when to warn and when to end the job, in multiples of
+            COLLECTIVE_TIMEOUT_SEC.
+        text: which ranks wait for which.
         advice: what to do.
     """
 
@@ -37,8 +52,26 @@ class Standstill(NamedTuple):
     advice: str
 
 
-def describe_standstill(seen: Mapping[int, Seen]) -> Standstill | None:
-    """Judge what is known of all ranks; None if none of them answers."""
+class Failure(NamedTuple):
+    """Why a rank cannot go on.
+
+    Attributes:
+        is_cause: False if a collective failed, most likely because of another rank.
+        text: one sentence without a full stop.
+        advice: what to do.
+        trace: the traceback of a mistake of the program.
+        exit_code: of the whole job.
+    """
+
+    is_cause: bool
+    text: str
+    advice: str = f"{AGAIN}."
+    trace: str = ""
+    exit_code: int = CRASH_EXIT_CODE
+
+
+def describe_standstill(seen: Mapping[int, RankStatus]) -> Standstill | None:
+    """Say which ranks wait for which; None if no rank answers."""
     living = {rank: one.beat for rank, one in seen.items() if one.beat and not one.silent_sec}
     if not living:
         return None
@@ -46,7 +79,7 @@ def describe_standstill(seen: Mapping[int, Seen]) -> Standstill | None:
     busy = {rank: beat for rank, beat in living.items() if not beat.waits_in}
     since_sec = min(beat.stuck_sec for beat in living.values())
     phases = [PHASES[beat.phase] for beat in (busy or living).values()]
-    # Of a phase as a whole: in some, ranks meet in many short collectives.
+    # The limits are those of a whole phase: in some, ranks meet in many short collectives.
     warn_after = max(phase.warn_after for phase in phases)
     end_after = max(phase.end_after for phase in phases)
     if silent:
@@ -71,7 +104,7 @@ def describe_standstill(seen: Mapping[int, Seen]) -> Standstill | None:
     return Standstill(since_sec, warn_after, end_after, "; ".join(parts), advice)
 
 
-def describe_lost(seen: Mapping[int, Seen], lost: Iterable[int], reason: str) -> str:
+def describe_lost(seen: Mapping[int, RankStatus], lost: Iterable[int], reason: str) -> str:
     """Say that ranks died or hang, after a collective failed because of it."""
     lost = sorted(lost)
     parts = [_silent(rank, seen[rank]) for rank in lost]
@@ -83,12 +116,31 @@ def describe_lost(seen: Mapping[int, Seen], lost: Iterable[int], reason: str) ->
     )
 
 
+def describe_failure(error: BaseException) -> Failure:
+    """Sort an exception by what a person can do about it."""
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, ConfigError):
+        return Failure(True, *str(error).rpartition("; ")[::2], exit_code=error.exit_code)
+    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if is_memory or "can't allocate memory" in first or "Cannot allocate memory" in first:
+        found = re.search(r"tried to allocate [\d.]+ \w+", first, re.IGNORECASE)
+        reason = f" ({found[0].lower()})" if found else ""
+        return Failure(True, f"out of memory{reason}", f"{MEMORY_ADVICE}; {AGAIN}.")
+    if isinstance(error, torch.distributed.DistError) or "gloo" in first:
+        return Failure(False, first.split("] ", 1)[-1].split(". ")[0])
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    if len(lines) > MAX_TRACEBACK_LINES:
+        lines = [*lines[:2], "  ...", *lines[-MAX_TRACEBACK_LINES:]]
+    text, trace = f"{type(error).__name__}: {first}", "\n".join(lines) + "\n"
+    return Failure(True, text, "a mistake of the program, or of its node; see above.", trace)
+
+
 def place(beat: Beat) -> str:
     """Say where in the training a rank was."""
     return f"{beat.phase}, step {beat.step}" if beat.step else beat.phase
 
 
-def _silent(rank: int, one: Seen) -> str:
+def _silent(rank: int, one: RankStatus) -> str:
     if one.beat is None:
         return f"rank {rank}: never heard of"
     return f"rank {rank}: last heard of {one.silent_sec:.0f} s ago, {place(one.beat)}"

@@ -1,8 +1,8 @@
-"""What this rank is doing: a note that costs nothing, and a look at the main thread's stack.
+"""Heartbeat: what this rank is doing, and in which collective it waits.
 
-The training loop notes each phase that it enters; nothing is sent, and no device is asked. Only
-when somebody wants to know (ranks/watchdog.py), the stack says in which collective the main thread
-waits.
+The training loop notes each phase that it enters, which costs nothing: no message is sent, and no
+device is asked. Only when the watchdog wants to know, the stack of the main thread is searched for
+a collective.
 """
 
 import sys
@@ -23,11 +23,11 @@ class Phase(NamedTuple):
     """A part of the work.
 
     Attributes:
-        text: follows "rank 3 has been".
-        warn_after: fraction of COLLECTIVE_TIMEOUT_SEC after which its lasting is worth a warning.
-        end_after: multiple of COLLECTIVE_TIMEOUT_SEC after which it counts as hung. What reads or
-            writes, and lives, gets longer: a slow disk or server is not a lost rank.
-        is_on_device: with a GPU, the host only waits for it here.
+        text: its name in a sentence, such as "reading data".
+        warn_after: multiple of COLLECTIVE_TIMEOUT_SEC after which to warn.
+        end_after: multiple of COLLECTIVE_TIMEOUT_SEC after which the rank counts as hung. A rank
+            that reads or writes gets more time: a slow disk or server is not a lost rank.
+        is_on_device: if there is a GPU, the host only waits for it in this phase.
     """
 
     text: str
@@ -58,14 +58,14 @@ PHASES = {
 
 
 class Beat(NamedTuple):
-    """Where a rank was at a moment; what it publishes.
+    """Where a rank was at one moment; ranks publish this.
 
     Attributes:
-        number: of the beat; one that does not grow any more is of a rank that does not answer.
-        phase: its text.
-        step: being worked on, from 1; 0 before the first.
-        stuck_sec: since it entered the phase.
-        waits_in: the collective, or device, that it waits for; empty if it does something itself.
+        number: counts the beats; a rank whose number stops growing does not answer.
+        phase: text of the phase.
+        step: the step in work, from 1; 0 before the first.
+        stuck_sec: seconds since the rank entered the phase.
+        waits_in: the collective or device that it waits for; empty if it works.
         detail: what the phase is busy with, such as a shard; may be empty.
     """
 
@@ -78,7 +78,7 @@ class Beat(NamedTuple):
 
 
 class Heartbeat:
-    """The phase that the main thread is in; any thread may look.
+    """The phase that the main thread is in; any thread may ask for it.
 
     Args:
         device: of the training.
@@ -99,12 +99,12 @@ class Heartbeat:
         self._now = (phase, step, time.monotonic())
 
     def begin(self, step: int) -> None:
-        """Note that a training begins, whose first step this will be."""
+        """Note that a training begins with this step."""
         self._first_step = step
         self.enter(STARTING, step)
 
     def explain(self, phase: Phase, detail: Callable[[], str]) -> None:
-        """Have `detail` say what a phase is busy with, whenever somebody asks."""
+        """Have `detail` called for what a phase is busy with, whenever the watchdog asks."""
         self._details[phase] = detail
 
     def stuck_sec(self) -> float:
@@ -112,11 +112,11 @@ class Heartbeat:
         return time.monotonic() - self._now[2]
 
     def limit(self, timeout_sec: float) -> float:
-        """Return after how many seconds in this phase a silent rank 0 is lost."""
+        """Return how many seconds of this phase to wait for a silent rank 0."""
         return timeout_sec * self._now[0].end_after
 
     def beat(self, is_asked: bool) -> Beat:
-        """Say where the main thread is; look at its stack only if somebody asked for it."""
+        """Say where the main thread is; search its stack only if `is_asked`."""
         phase, step, since = self._now
         self._number += 1
         waits_in = detail = ""
@@ -130,7 +130,7 @@ class Heartbeat:
 
 
 def _collective_of(frame: FrameType | None) -> str:
-    """Name the collective that a stack is in, with what it works on; empty if it is in none."""
+    """Name the collective on a stack, with the tensor that it works on; empty if there is none."""
     name = ""
     while frame is not None:
         code = frame.f_code

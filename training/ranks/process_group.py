@@ -1,11 +1,10 @@
-"""Processes: a rank's place in the job, the process group, stopping together.
+"""Enter a job and leave it: a rank's place, its device, the process group.
 
-data_tools/process/launcher.py reads that place from the launcher's variables,
+data_tools/process/launcher.py reads the place from the launcher's variables,
 training/ranks/rendezvous.py knows where the ranks meet.
 """
 
 import os
-import signal
 import sys
 import time
 import warnings
@@ -13,27 +12,18 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import FrameType
-from typing import Any
 
 import torch
 
 from data_tools.errors import ConfigError
 from data_tools.process import launcher
-from data_tools.process.entry_point import minded_signals
+from data_tools.process.leaving import skip_teardown
+from data_tools.process.signals import end_on_signals_with, ignore_signals
 from training.ranks import rendezvous
-from training.ranks.exit_codes import end_on_signals_with, ignore_signals
 
 TIMEOUT_VARIABLE = "COLLECTIVE_TIMEOUT_SEC"
 DEFAULT_TIMEOUT_SEC = 300  # longer than rank 0 alone writes files while the others wait
-RANK_FAILED = 1000  # as a stop signal: a rank cannot go on; above every signal number
 FOLLOWER_WAIT_SEC = 30.0  # longer than a launcher needs to notice that rank 0 has left
-
-
-class RunError(RuntimeError):
-    """What ends a run after its start, raised on all ranks alike; one sentence for the user."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -64,10 +54,10 @@ def discover_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
 
 
 def enter_job(is_dry: bool = False) -> Ranks:
-    """Do what `discover_ranks` does, for an entry point: what all ranks find is said once.
+    """Do what `discover_ranks` does, for an entry point: say once what is wrong on all ranks.
 
     Args:
-        is_dry: nobody will meet, so it need not be possible.
+        is_dry: True if the ranks will not meet, so that they need not be able to.
 
     Raises:
         ConfigError: this process's place is unknown.
@@ -91,8 +81,12 @@ def _prepare_to_meet(
     launcher.write_place(place, host, port, env)
 
 
-def collective_timeout(env: MutableMapping[str, str] = os.environ) -> timedelta:
-    """Return how long a rank waits for the others before it takes them for lost."""
+def collective_timeout(env: Mapping[str, str] = os.environ) -> timedelta:
+    """Return how long a rank waits for the others before it takes them for lost.
+
+    Raises:
+        ConfigError: COLLECTIVE_TIMEOUT_SEC is no number of seconds.
+    """
     text = env.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT_SEC))
     if not text.isdecimal() or int(text) == 0:
         raise ConfigError(f"{TIMEOUT_VARIABLE}={text} is no number of seconds; use 1 or more.")
@@ -101,10 +95,10 @@ def collective_timeout(env: MutableMapping[str, str] = os.environ) -> timedelta:
 
 @contextmanager
 def one_sentence(ranks: Ranks) -> Iterator[None]:
-    """Report a mistake that every rank finds by itself once, and exit with its code.
+    """Turn a ConfigError that every rank raises into one sentence of rank 0, and exit.
 
-    The launcher ends all ranks when one leaves, so rank 0 must come first. A rank that is still
-    there after that met a mistake of its own, such as a folder that is missing on its node.
+    The launcher ends all ranks when one leaves, so rank 0 must leave first. A rank that still lives
+    after that has a mistake of its own, such as a folder that is missing on its node, and says it.
     """
     try:
         yield
@@ -126,42 +120,7 @@ def wait_to_be_ended(exit_code: int) -> None:
     time.sleep(FOLLOWER_WAIT_SEC)
 
 
-def agreed_message(error: Exception | str | None) -> str | None:
-    """Tell all ranks the first error among them. All ranks must call this."""
-    messages: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(messages, None if error is None else str(error))
-    return next((message for message in messages if message is not None), None)
-
-
-def from_main(value: Any) -> Any:
-    """Return the main rank's value on all ranks; others' is ignored. All ranks must call this."""
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def check_agreement(decisions: dict[str, Any]) -> None:
-    """Compare what the ranks decided before they could talk. All ranks must call this.
-
-    Args:
-        decisions: what was decided, by the name a user knows it by.
-
-    Raises:
-        RunError: on all ranks, naming the first decision that differs from rank 0's: a node with
-            an old copy of a file, other software, or other hardware.
-    """
-    everyone: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, decisions)
-    for rank, other in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if other[name] != value:
-                raise RunError(
-                    f"rank {rank} has {name} {other[name]}, rank 0 has {value}; make the nodes "
-                    "see the same files, software and hardware, and start again."
-                )
-
-
-def select_accelerator(ranks: Ranks, env: MutableMapping[str, str] = os.environ) -> torch.device:
+def select_accelerator(ranks: Ranks) -> torch.device:
     """Choose CUDA where there is one, else the CPU, before DeepSpeed is imported.
 
     DeepSpeed reads DS_ACCELERATOR at import; without it, it probes and warns on a machine
@@ -170,12 +129,12 @@ def select_accelerator(ranks: Ranks, env: MutableMapping[str, str] = os.environ)
     Raises:
         ConfigError: this node has fewer GPUs than processes.
     """
-    if not torch.cuda.is_available() or env.get("DS_ACCELERATOR") == "cpu":
-        env.setdefault("DS_ACCELERATOR", "cpu")
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    index = device_index(ranks.local_rank, torch.cuda.device_count(), env)
+    index = device_index(ranks.local_rank, torch.cuda.device_count(), os.environ)
     if index != ranks.local_rank:
-        launcher.use_first_device(env)
+        launcher.use_first_device()
     return torch.device("cuda", index)
 
 
@@ -216,9 +175,7 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(
-        "ERROR"
-    )  # its warnings are about choices that config/deepspeed_config.py has made
+    logger.setLevel("ERROR")  # its warnings are about what config/deepspeed_config.py has chosen
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -236,6 +193,8 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
         )
     got = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     assert got == (ranks.rank, ranks.world_size), f"process group is {got}, launcher said {ranks}"
+    if ranks.world_size > 1:
+        skip_teardown()  # the threads of a gloo group can abort it
 
 
 def start_drawing_group(ranks: Ranks, patience: timedelta | None = None) -> None:
@@ -257,82 +216,21 @@ def start_drawing_group(ranks: Ranks, patience: timedelta | None = None) -> None
             world_size=ranks.world_size,
             timeout=patience or timeout,
         )
+    skip_teardown()
     share_cores(ranks)
 
 
 def meet_to_leave() -> None:
-    """Wait for all ranks, deaf to launchers' signals from now on. All ranks must call this.
+    """Wait for all ranks, and ignore launchers' signals from now on. All ranks must call this.
 
-    The first rank that leaves with an error makes the launcher end the others, whose own exit code
-    must not become a signal's.
+    When the first rank leaves with an error, the launcher ends the others; their exit code must not
+    become a signal's.
     """
     ignore_signals()
     torch.distributed.barrier()
 
 
 def stop_process_group() -> None:
-    """Leave together: without this a gloo thread can abort the interpreter at exit."""
+    """Wait for all ranks and close the connections between them. All ranks must call this."""
     meet_to_leave()
     torch.distributed.destroy_process_group()
-
-
-class StopSignal:
-    """A signal to stop on any rank becomes one decision of all ranks at a step boundary.
-
-    SIGINT and SIGTERM always do; SIGHUP, SIGUSR1 and SIGUSR2 unless they are ignored already, as
-    nohup has it.
-
-    What is posted before a step is read before the next one, when the device has long computed it:
-    reading what was posted just now would wait for everything queued before.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        # The stop signal, and whether a checkpoint is due.
-        self._flag = torch.zeros(2, dtype=torch.int32, device=device)
-        self._on_host = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._copied: torch.cuda.Event | None = None
-        self._received = 0
-        numbers = {signal.SIGINT, signal.SIGTERM, *minded_signals()}
-        self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        # A launcher often repeats the signal while the checkpoint is being written.
-        self._received = number
-
-    def is_received(self) -> bool:
-        """Tell whether this rank has received a signal; others may not know it yet."""
-        return self._received != 0
-
-    def post(self, has_failed: bool = False, is_save_due: bool = False) -> None:
-        """Send what this rank received to all ranks. All ranks must call this.
-
-        Args:
-            has_failed: this rank cannot go on; then all ranks read RANK_FAILED.
-            is_save_due: by this rank's clock a checkpoint is due; then it is for all ranks.
-        """
-        self._flag[0] = RANK_FAILED if has_failed else self._received
-        self._flag[1] = int(is_save_due)
-        torch.distributed.all_reduce(self._flag, op=torch.distributed.ReduceOp.MAX)
-        self._on_host.copy_(self._flag, non_blocking=True)
-        if self._flag.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def read(self) -> int:
-        """Return what any rank had received at the last `post`, 0 if nothing; all get the same."""
-        self._wait()
-        return int(self._on_host[0])
-
-    def is_save_due(self) -> bool:
-        """Tell whether by any rank's clock a checkpoint was due at the last `post`."""
-        self._wait()
-        return bool(self._on_host[1])
-
-    def _wait(self) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    def restore(self) -> None:
-        """Give the signals back to the handlers that had them."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

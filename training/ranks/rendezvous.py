@@ -1,7 +1,6 @@
-"""Where the ranks of a job meet, and what to say if they do not.
+"""Find the host and port where the ranks of a job meet, and explain why they did not meet.
 
-Rank 0 listens at a host and a port that all ranks know; the others come there. A process that is
-alone needs neither and chooses a free port of its own.
+Rank 0 listens there, and the others connect. A process that is alone takes any free port.
 """
 
 import errno
@@ -32,11 +31,10 @@ OWN_ADDRESS = "127.0.0.1"
 def meeting_point(place: Place, env: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """Return the host and port at which rank 0 awaits the others.
 
-    A single process meets nobody: whatever MASTER_ADDR an older job has left, it takes a free port
-    of its own.
+    A single process meets nobody: it takes a free port, whatever MASTER_ADDR an older job has left.
 
     Raises:
-        ConfigError: a port that is none, or an address that nobody says.
+        ConfigError: MASTER_PORT is no port, or the host cannot be found out.
     """
     if place.world_size == 1 and not has_agent_store(env):
         return OWN_ADDRESS, _free_port()
@@ -81,9 +79,9 @@ def _host_over_mpi(place: Place) -> str:
 def check_meeting_point(
     place: Place, host: str, port: int, env: Mapping[str, str] = os.environ
 ) -> None:
-    """Refuse a host that nobody knows and, on rank 0, a port that another program has.
+    """Refuse an unknown host and, on rank 0, a port that another program has.
 
-    Before the ranks meet, because those of this job would else talk to the other program.
+    This comes before the ranks meet: they would otherwise talk to the other program.
 
     Raises:
         ConfigError: of which OutageError, where the name service does not answer.

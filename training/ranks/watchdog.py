@@ -1,46 +1,48 @@
-"""Watching each other: why training does not move, and one report when it ends.
+"""Watch all ranks: say why training does not move, and end the job with one report.
 
-A thread of every rank tells the job's store each second where its rank is, and asks whether the job
-is to end. Rank 0 reads what the others said only if it has been in one place for long; then it says
-who waits for whom, and ends all ranks when COLLECTIVE_TIMEOUT_SEC is over. A rank that fails leaves
-word of it and waits for the verdict, so that there is one report however many ranks notice. If rank
-0 does not answer, the last rank takes its part; it is on another node, if there are several.
+On every rank a thread writes a heartbeat into the job's store each second, and asks whether the job
+is to end. Rank 0 reads the other ranks' heartbeats only when it has not moved for long. Then it
+says which ranks wait for which, and ends all of them when COLLECTIVE_TIMEOUT_SEC is over. A rank
+that fails stores its failure and waits until rank 0 ends the job, so that there is one report even
+if many ranks fail. If rank 0 does not answer, the last rank does its part: with several nodes, that
+one is on another node.
 """
 
 import contextlib
 import json
-import os
-import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import Self
 
 import torch
 
+from data_tools.exit_codes import CRASH_EXIT_CODE
+from data_tools.process.leaving import leave, say
+from training.ranks.agreement import RunError
 from training.ranks.diagnosis import (
     AGAIN,
-    Seen,
+    Failure,
+    RankStatus,
+    describe_failure,
     describe_lost,
     describe_standstill,
     name_ranks,
     place,
 )
-from training.ranks.failures import FAILED_EXIT_CODE, Failure, describe_failure
 from training.ranks.heartbeat import LONGEST_END_AFTER, Beat, Heartbeat
-from training.ranks.process_group import TIMEOUT_VARIABLE, Ranks, RunError, collective_timeout
+from training.ranks.process_group import TIMEOUT_VARIABLE, Ranks, collective_timeout
 
 BEAT_SEC = 1.0
 ALARMED_BEAT_SEC = 0.2
 SILENT_SEC = 5.0  # a rank that did not beat for so long does not answer
-SAME_FAILURE_SEC = 1.0  # others with the same mistake come in meanwhile
-DEPUTY_SEC = 3.0  # by which the last rank is later than rank 0 would be
-WRITING_SEC = 1.0  # for a text to reach a person before the launcher ends this rank
-LEAVING_SEC = 3.0  # for the other ranks to read the verdict
-ORPHAN_SEC = 20.0  # after which a rank that hears no verdict ends by itself
-WATCH_AFTER = 0.1  # of COLLECTIVE_TIMEOUT_SEC, in one place: then the others' beats are read
+SAME_FAILURE_SEC = 1.0  # to wait for other ranks with the same failure
+DEPUTY_SEC = 3.0  # that the last rank waits longer than rank 0 would
+LEAVING_SEC = 3.0  # for the other ranks to read that the job ends
+ORPHAN_SEC = 20.0  # after a failure, until a rank that nobody ends leaves by itself
+WATCH_AFTER = 0.1  # of COLLECTIVE_TIMEOUT_SEC without a move: then all beats are read
 SPARE_SEC = 60.0
 PREFIX = "watchdog"
 STATE, LEFT = f"{PREFIX}/state", f"{PREFIX}/left"
@@ -48,9 +50,9 @@ END = 1 << 20  # in STATE, times one more than an exit code: all ranks leave wit
 
 
 def limit_all_groups() -> None:
-    """Give every process group more time than the watchdog, which knows more, gives the ranks.
+    """Give every process group more time than the watchdog, whose report says more than torch's.
 
-    All ranks call this when all groups exist. Those that DeepSpeed makes have torch's half an hour.
+    All ranks must call this when all groups exist. DeepSpeed's groups have torch's half an hour.
     """
     longest = LONGEST_END_AFTER * collective_timeout() + timedelta(seconds=SPARE_SEC)
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
@@ -58,9 +60,9 @@ def limit_all_groups() -> None:
 
 
 class Watchdog:
-    """One rank's part in watching; a context manager around everything that all ranks do together.
+    """One rank's watchdog; a context manager around everything that all ranks do together.
 
-    Until it is entered, it only keeps the heartbeat. `reporting` may be used inside.
+    Before it is entered, it only has the heartbeat. `reporting` may be used inside.
 
     Args:
         ranks: this process's place.
@@ -96,26 +98,31 @@ class Watchdog:
             threading.Thread(target=self._guard_store, name="store guard", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.reporting().__exit__(kind, error, trace)
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self._report(error)
         self._is_closing = True
         self._awake.set()
         self._thread.join()
 
-    def reporting(self) -> "_Reporting":
-        """Return a context manager: what a rank alone raises inside of it ends the job at once.
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """End the job at once when this rank alone raises inside this context.
 
-        What all ranks raise alike (RunError), or leave by (SystemExit), passes.
+        RunError and SystemExit pass, because all ranks raise them alike.
         """
-        return _Reporting(self)
+        try:
+            yield
+        except BaseException as err:
+            self._report(err)
+            raise
+
+    def _report(self, error: BaseException | None) -> None:
+        is_common = isinstance(error, (RunError, SystemExit, KeyboardInterrupt))
+        if error is not None and not is_common:
+            self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """Leave word of an exception and wait for the end; return if nobody watches."""
+        """Store an exception for rank 0 and wait until it ends the job; return if none watches."""
         if self._thread is None or not self._thread.is_alive():
             return
         self._failure = describe_failure(error)
@@ -123,7 +130,7 @@ class Watchdog:
         self._thread.join()
 
     def _connect(self) -> torch.distributed.Store:
-        """Return a connection of this thread's own; its calls may block for ever."""
+        """Return a connection for this thread alone: its calls may block for ever."""
         return torch.distributed.distributed_c10d._get_default_store().clone()
 
     def _key(self, rank: int, of_failure: bool = False) -> str:
@@ -140,7 +147,7 @@ class Watchdog:
                     told = True
                 self._look()
                 self._looked_at = time.monotonic()
-            except RuntimeError:  # the store is a part of rank 0, or of its node
+            except RuntimeError:  # the store is lost with rank 0 or its node
                 self._awake.wait(BEAT_SEC)  # the main thread may notice, and know more
                 if not self._is_closing:
                     self._end_without_store("its store has closed the connection")
@@ -148,11 +155,11 @@ class Watchdog:
             self._awake.clear()
 
     def _look(self) -> None:
-        """Beat, and see whether anything is wrong."""
+        """Write a heartbeat, and act if something is wrong."""
         state = self._store.add(STATE, 0)
         if state >= END:
             self._store.add(LEFT, 1)
-            os._exit(state // END - 1)
+            leave(state // END - 1)
         stuck_sec = self.heartbeat.stuck_sec()
         is_stuck = stuck_sec > WATCH_AFTER * self._limit_sec
         beat = self.heartbeat.beat(is_stuck or state > 0)
@@ -164,7 +171,7 @@ class Watchdog:
             if self._may_judge:
                 self._judge_failures(now - self._alarmed_at)
             elif now - self._alarmed_at > ORPHAN_SEC:
-                os._exit(FAILED_EXIT_CODE)
+                leave(CRASH_EXIT_CODE)
         elif self._may_judge:
             if self._ranks.rank > 0:
                 self._read_beats([0])  # to know where it was, should its store go down
@@ -175,21 +182,21 @@ class Watchdog:
                 self._say(f"training moves again after more than {self._warned_sec:.0f} s")
                 self._warned_sec = 0.0
 
-    def _read_beats(self, ranks: Iterable[int]) -> dict[int, Seen]:
-        """Read what ranks said last, and how long ago that was new."""
+    def _read_beats(self, ranks: Iterable[int]) -> dict[int, RankStatus]:
+        """Read the last heartbeats of ranks, and for how long each has been the last."""
         known = [rank for rank in ranks if self._store.check([self._key(rank)])]
         texts = self._store.multi_get([self._key(rank) for rank in known])
-        now, seen = time.monotonic(), {rank: Seen(None) for rank in ranks}
+        now, seen = time.monotonic(), {rank: RankStatus(None) for rank in ranks}
         for rank, text in zip(known, texts, strict=True):
             beat = Beat(*json.loads(text))
             before = self._seen.get(rank)
             if before is None or before[0].number != beat.number:
                 before = self._seen[rank] = (beat, now)
             silent_sec = now - before[1]
-            seen[rank] = Seen(beat, silent_sec if silent_sec > SILENT_SEC else 0.0)
+            seen[rank] = RankStatus(beat, silent_sec if silent_sec > SILENT_SEC else 0.0)
         return seen
 
-    def _is_mine(self, seen: dict[int, Seen]) -> bool:
+    def _is_mine(self, seen: dict[int, RankStatus]) -> bool:
         """Tell whether this rank speaks for all."""
         return self._ranks.rank == 0 or seen[0].beat is None or bool(seen[0].silent_sec)
 
@@ -237,10 +244,10 @@ class Watchdog:
             self._say(what)
 
     def _guard_store(self) -> None:
-        """See to it that this rank ends even if the store, a part of rank 0, does not answer."""
+        """End this rank if the store, which is in rank 0's process, does not answer."""
         looked_at, waited_sec = 0.0, 0.0
         while not self._is_closing:
-            # By its own looks: a job that was suspended as a whole has lost nobody.
+            # Counted by this thread: a job that was suspended as a whole has lost no rank.
             waited_sec = waited_sec + BEAT_SEC if looked_at == self._looked_at else 0.0
             looked_at = self._looked_at
             stuck_sec = self.heartbeat.stuck_sec()
@@ -254,60 +261,33 @@ class Watchdog:
         if self._failure is not None:
             reason = self._failure.text
         if self._failure is not None and self._failure.is_cause:
-            self._write(_report_causes([self._ranks.rank], own, self._failure) + "\n")
+            say(_report_causes([self._ranks.rank], own, self._failure) + "\n")
         elif self._ranks.rank == self._last:
             beat, since = self._seen.get(0, (None, 0.0))
-            seen = {0: Seen(beat, time.monotonic() - since), self._ranks.rank: Seen(own)}
+            seen = {
+                0: RankStatus(beat, time.monotonic() - since),
+                self._ranks.rank: RankStatus(own),
+            }
             self._say(describe_lost(seen, [0], reason), "error")
         else:
             time.sleep(LEAVING_SEC)  # the first that leaves has the launcher end the others
-        os._exit(FAILED_EXIT_CODE)
+        leave(CRASH_EXIT_CODE)
 
     def _say(self, text: str, kind: str = "warning") -> None:
-        self._write(f"{kind}: [rank {self._ranks.rank}] {text}\n")
+        say(f"{kind}: [rank {self._ranks.rank}] {text}\n")
 
-    def _write(self, text: str) -> None:
-        """Write to the standard error, but do not wait long: the log's disk may be lost."""
-
-        def write() -> None:
-            with contextlib.suppress(OSError, ValueError):  # or be closed
-                sys.stderr.write(text)
-                sys.stderr.flush()
-
-        thread = threading.Thread(target=write, name="watchdog's words", daemon=True)
-        thread.start()
-        thread.join(WRITING_SEC)
-
-    def _end(self, text: str, failure: Failure, seen: dict[int, Seen]) -> None:
-        """Report, and end all ranks; do not wait for those that do not answer."""
-        self._write(f"{failure.trace}error: [rank {self._ranks.rank}] {text}\n")
+    def _end(self, text: str, failure: Failure, seen: dict[int, RankStatus]) -> None:
+        """Report, and end all ranks; do not wait for the silent ones."""
+        say(f"{failure.trace}error: [rank {self._ranks.rank}] {text}\n")
         if self._store.add(STATE, 0) < END:  # else another one has spoken
             self._store.add(STATE, END * (1 + failure.exit_code))
         deadline = time.monotonic() + LEAVING_SEC
         num_others = self._last - sum(bool(one.silent_sec) for one in seen.values())
         while self._store.add(LEFT, 0) < num_others and time.monotonic() < deadline:
             time.sleep(ALARMED_BEAT_SEC / 4)
-        os._exit(failure.exit_code)
+        leave(failure.exit_code)
 
 
 def _report_causes(ranks: list[int], beat: Beat | None, failure: Failure) -> str:
     where = "" if beat is None else f", {place(beat)}"
     return f"{name_ranks(ranks)}{where}: {failure.text}; {failure.advice}"
-
-
-class _Reporting:
-    def __init__(self, watchdog: Watchdog) -> None:
-        self._watchdog = watchdog
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        is_common = isinstance(error, (RunError, SystemExit, KeyboardInterrupt))
-        if error is not None and not is_common:
-            self._watchdog.fail(error)

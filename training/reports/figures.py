@@ -1,4 +1,4 @@
-"""The figures of a report, as PNG files in memory."""
+"""Draw the figures of a report, as PNG files in memory."""
 
 import io
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from training.monitoring import metrics as registry
 from training.monitoring.expert_pictures import affinity_map, expert_map, load_history
+from training.monitoring.metric import Metric
 from training.monitoring.run_history import RunHistory, thinned
 from training.reports.run_data import RunData
 
@@ -29,53 +31,28 @@ class FigureOf(NamedTuple):
     is_wide: bool = False  # needs the page's width to be read
 
 
-class Curve(NamedTuple):
-    """A chart of one number over steps."""
-
-    tag: str
-    title: str
-    text: str
-    is_log: bool = False
-
-
-CURVES = (
-    Curve("loss/mse", "Mean squared error", "Falls; each run's last numbers are in the table."),
-    Curve("loss/total", "Loss", "All terms with their weights."),
-    Curve("loss/vlb", "Variational bound", "Trains the variances only."),
-    Curve("loss/prior", "Distance from the prior", "Falls early, then stays small."),
-    Curve("optim/grad_norm", "Gradient norm", "Peaks go with loss spikes.", is_log=True),
-    Curve("optim/lr", "Learning rate", ""),
-    Curve("speed/samples_per_sec", "Samples per second", "Level but for a start's first steps."),
-    Curve("speed/data_wait_pct", "Waiting for data, %", "Near 0, or the data is too slow."),
-    Curve("memory/max_rss_gib", "Peak memory of the main rank, GiB", "Level."),
-    Curve("memory/max_reserved_gib", "Peak GPU memory, GiB", "Level."),
-    Curve("moe/load_entropy", "Entropy of the experts' loads", "1 = even, 0 = one takes all."),
-    Curve("moe/load_max_over_mean", "Largest load over the mean", "1 = even."),
-    Curve("moe/dead_experts", "Dead experts", "Without a sample in the last 10 intervals."),
-    Curve("comm/mib_sent_per_step", "MiB that a rank sends per step", "Experts' all-to-alls only."),
-)
-HIGHER_IS_BETTER = ("eval/inception_score", "eval/precision", "eval/recall")
 MAX_NAMED_LINES = 8
 
 
 def curves(runs: list[RunData]) -> list[FigureOf]:
     """Draw every number that one of the runs has, over steps."""
     figures = []
-    for curve in CURVES:
-        having = [run for run in runs if run.series(curve.tag)[0]]
+    for metric in registry.METRICS:
+        having = [run for run in runs if metric.curve and run.series(metric.tag)[0]]
         if having:
-            png = _draw(lambda axes, c=curve, h=having: _draw_curve(axes, c, h))
-            figures.append(FigureOf(_file_name(curve.tag), curve.title, curve.text, png))
+            png = _draw(lambda axes, m=metric, h=having: _draw_curve(axes, m, h))
+            name = _file_name(metric.tag)
+            figures.append(FigureOf(name, metric.curve.title, metric.curve.text, png))
     return figures
 
 
-def _draw_curve(axes: Axes, curve: Curve, runs: list[RunData]) -> None:
+def _draw_curve(axes: Axes, metric: Metric, runs: list[RunData]) -> None:
     for run in runs:
-        steps, values = thinned(*run.series(curve.tag))
+        steps, values = thinned(*run.series(metric.tag))
         axes.plot(steps, values, linewidth=1.2, label=run.name)
         for start in run.starts[1:]:
             axes.axvline(start.step, color="0.8", linewidth=0.8, zorder=0)
-    if curve.is_log:
+    if metric.curve.is_log:
         axes.set_yscale("log")
     if len(runs) > 1:
         axes.legend(fontsize=7, frameon=False)
@@ -87,6 +64,7 @@ def scores(runs: list[RunData]) -> list[FigureOf]:
 
     One checkpoint makes no line; the page's table has its scores.
     """
+    texts = {metric.tag: metric.curve.text for metric in registry.METRICS if metric.curve}
     lines: dict[str, list[tuple[str, list[int], list[float]]]] = {}
     for run in runs:
         for way, by_step in sorted(run.scores.items()):
@@ -106,7 +84,7 @@ def scores(runs: list[RunData]) -> list[FigureOf]:
         FigureOf(
             _file_name(tag),
             tag.removeprefix("eval/").replace("_", " "),
-            f"{'Higher' if tag in HIGHER_IS_BETTER else 'Lower'} is better.",
+            texts.get(tag, "Lower is better."),
             _draw(lambda axes, tag=tag: draw(axes, tag)),
         )
         for tag in sorted(lines)

@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from models.gate import TimestepGate
-from models.layers import TimestepEmbedder
 from training.checkpoints.manifest import EMA_FILE, latest_checkpoint, read_manifest
 from training.config.tree import Config
+from training.engine.gate_table import read_gate_table
 from training.evaluation.job import EVALUATION_DIR
 from training.evaluation.score_events import read_scores
 from training.monitoring.event_files import METRICS_FILE, read_metrics
-from training.monitoring.run_history import CheckpointNote, read_notes
+from training.run.checkpoint_notes import CheckpointNote, read_notes
 from training.run.console_log import LOG_FILE, NUM_OLDER
 from training.run.directory import SAMPLES_DIR, load_config
 from training.run.program import Start, read_starts
@@ -99,33 +96,6 @@ class RunData:
 def flat(config: Config) -> dict[str, object]:
     """Return a configuration's values by key."""
     return {key: value for part in config.to_dict().values() for key, value in part.items()}
-
-
-def read_gate_table(path: Path, num_timesteps: int) -> Tensor:
-    """Return the gates (L, S, E) of a file of weights; num_timesteps is S."""
-    with safe_open(path, framework="pt") as file:
-        names = [n for n in file.keys() if n.startswith(("t_embedder.", "gate."))]  # noqa: SIM118
-        weights = {name: file.get_tensor(name) for name in names}
-    return gate_table(weights, num_timesteps)
-
-
-def gate_table(weights: dict[str, Tensor], num_timesteps: int) -> Tensor:
-    """Return the gates (L, S, E) of a model's weights, without building the rest of it.
-
-    Args:
-        weights: of the timestep embedder and the gate, by their names in the model.
-        num_timesteps: S.
-    """
-    depth, num_experts, hidden_size = weights["gate.weight"].shape
-    embedder = TimestepEmbedder(hidden_size)
-    gate = TimestepGate(depth, hidden_size, num_experts)
-    for prefix, module in (("t_embedder.", embedder), ("gate.", gate)):
-        own = {
-            k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)
-        }
-        module.load_state_dict(own)
-    with torch.no_grad():
-        return gate(embedder(torch.arange(num_timesteps)))
 
 
 def load_runs(folders: list[Path]) -> list[RunData]:

@@ -1,78 +1,97 @@
-"""What a run printed, with times, in files of bounded size: log.txt and, older, log.txt.1, ..."""
+"""Log what a run prints: to the terminal as it is, with times to log.txt and, older, log.txt.1, ...
 
+A logger has three handlers: INFO is for the standard output, WARNING for the standard error, and
+the files get both, and DEBUG, which is for them alone. The two standard streams are replaced, so
+that what libraries print, and the traceback of a thread, reach the logger as well. What C code
+writes by itself goes past it.
+"""
+
+import logging
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from logging import Formatter, LogRecord, makeLogRecord
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from training.ranks.process_group import RunError
+from training.ranks.agreement import RunError
 
 LOG_FILE = "log.txt"
 MAX_BYTES = 8 << 20
 NUM_OLDER = 3
+LOG = logging.getLogger("switch-dit")
 
 
-class _File(RotatingFileHandler):
-    """Lose the log rather than the training."""
+class _Timed(logging.Formatter):
+    """A line with its time in UTC."""
 
-    def __init__(self, path: Path, terminal: TextIO) -> None:
+    converter = time.gmtime
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- logging calls it so
+        """Keep of a bar what a terminal shows in the end."""
+        record.message = record.message.rpartition("\r")[2]
+        return super().formatMessage(record)
+
+
+class _LogFile(RotatingFileHandler):
+    """Files of bounded size; a full disk costs lines of the log, not the training."""
+
+    def __init__(self, run_dir: Path, terminal: TextIO) -> None:
         super().__init__(
-            path,
+            run_dir / LOG_FILE,
             maxBytes=MAX_BYTES,
             backupCount=NUM_OLDER,
             encoding="utf-8",
             delay=True,
             errors="backslashreplace",  # names of files may hold any bytes
         )
-        self.setFormatter(Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"))
-        self.formatter.converter = time.gmtime
-        self.terminal, self._has_warned = terminal, False
+        self.setFormatter(_Timed("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"))
+        self._terminal, self._has_warned = terminal, False
 
-    def note(self, line: str) -> None:
-        """Add a line."""
-        self.emit(makeLogRecord({"msg": line}))
-
-    def handleError(self, record: LogRecord) -> None:  # noqa: N802 -- logging calls it so
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging calls it so
         """Say so once; the next line may fit again."""
         if not self._has_warned:
             self._has_warned = True
             reason = sys.exc_info()[1]
-            self.terminal.write(f"warning: {self.baseFilename}: lines are missing ({reason})\n")
+            self._terminal.write(f"warning: {self.baseFilename}: lines are missing ({reason})\n")
 
 
-class _Tee:
-    """A text stream whose lines go to the log too, or only there."""
+class _Console(logging.StreamHandler):
+    """A stream of the terminal, on which a bar steps aside for whole lines."""
 
-    def __init__(self, stream: TextIO, file: _File, is_muted: bool = False) -> None:
-        self._stream, self._file, self._is_muted = stream, file, is_muted
-        self._line, self._unseen = "", ""  # what is not yet in the log, and on the terminal
+    def __init__(self, stream: TextIO, terminal: TextIO, level: int) -> None:
+        super().__init__(stream)
+        self._terminal = terminal
+        self.addFilter(lambda record: record.levelno == level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; tqdm.write would know a bar on this very stream only."""
+        with tqdm.external_write_mode(self._terminal):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging calls it so
+        """Lose what the terminal does not take."""
+
+
+class _LoggedStream:
+    """A text stream whose whole lines are logged."""
+
+    def __init__(self, stream: TextIO, level: int) -> None:
+        self._stream, self._level, self._rest = stream, level, ""
 
     def write(self, text: str) -> int:
-        if not self._is_muted:
-            whole, newline, self._unseen = (self._unseen + text).rpartition("\n")
-            if newline:
-                self._show(whole + newline)
-        *lines, self._line = (self._line + text).split("\n")
+        *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            self._file.note(line.rpartition("\r")[2])
+            LOG.log(self._level, line)
         return len(text)
 
-    def flush(self) -> None:
-        if self._unseen:
-            self._show(self._unseen)
-            self._unseen = ""
-        self._stream.flush()
-
-    def _show(self, text: str) -> None:
-        with tqdm.external_write_mode(self._file.terminal):  # a bar steps aside, for whole lines
-            self._stream.write(text)
+    def end_line(self) -> None:
+        if self._rest:
+            self.write("\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -80,31 +99,48 @@ class _Tee:
 
 @contextmanager
 def log_to(run_dir: Path, is_quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Copy what this process prints to the log of a run. Only rank 0 calls this.
+    """Log what this process prints to the files of a run. Only rank 0 calls this.
 
     A disk that is full, or away, costs the lines of that time.
 
     Args:
         run_dir: of the run.
-        is_quiet: what goes to the standard output is written to the log only.
+        is_quiet: what goes to the standard output is written to the files only.
 
     Yields:
-        What adds a line to the log only.
+        What adds a line to the files only.
     """
-    file = _File(run_dir / LOG_FILE, sys.stderr)
+    terminal = sys.stderr
+    # The files last: a disk that hangs must not keep a line from the terminal.
+    handlers = [_Console(sys.stderr, terminal, logging.WARNING), _LogFile(run_dir, terminal)]
+    if not is_quiet:
+        handlers.insert(0, _Console(sys.stdout, terminal, logging.INFO))
+    LOG.setLevel(logging.DEBUG)
+    LOG.propagate = False
     with ExitStack() as stack:
-        stack.callback(file.close)
-        for redirect, tee in (
-            (redirect_stdout, _Tee(sys.stdout, file, is_quiet)),
-            (redirect_stderr, _Tee(sys.stderr, file)),
-        ):
-            stack.callback(tee.flush)
-            stack.enter_context(redirect(tee))
+        for handler in handlers:
+            LOG.addHandler(handler)
+            stack.callback(handler.close)
+            stack.callback(LOG.removeHandler, handler)
         try:
-            yield file.note
+            with (
+                _logged(redirect_stdout, sys.stdout, logging.INFO),
+                _logged(redirect_stderr, sys.stderr, logging.WARNING),
+            ):
+                yield LOG.debug
         except RunError as err:
-            file.note(f"error: {err}")
+            LOG.debug(f"error: {err}")
             raise
         except BaseException:
-            file.note(traceback.format_exc().rstrip())
+            LOG.debug(traceback.format_exc().rstrip())
             raise
+
+
+@contextmanager
+def _logged(redirect: type, stream: TextIO, level: int) -> Iterator[None]:
+    logged = _LoggedStream(stream, level)
+    with redirect(logged):
+        try:
+            yield
+        finally:
+            logged.end_line()

@@ -1,4 +1,4 @@
-"""A run is a directory: what it was started with, and what it has produced.
+"""Check, create and read a run directory: what a run was started with, and what it has produced.
 
 config.yaml      the resolved configuration, written before the first step
 deepspeed.json   the resolved DeepSpeed configuration
@@ -25,7 +25,7 @@ from training.checkpoints.manifest import CHECKPOINT_DIR, latest_checkpoint
 from training.config.location import CONFIG_FILE, DEEPSPEED_FILE
 from training.config.preset import load_preset
 from training.config.tree import Config, differences
-from training.monitoring.run_history import last_saved_step
+from training.run.checkpoint_notes import last_saved_step
 from training.run.starts import STARTS_FILE
 
 INIT_FILE = "init.json"

@@ -1,9 +1,9 @@
-"""One job per run directory: two would prune and overwrite each other's checkpoints.
+"""Let one job at a time write to a run directory: two would overwrite each other's checkpoints.
 
-Two guards. A lock keeps a second job out while the first one lives, where the file system has
-locks that all nodes see. And whatever a job publishes is moved out of a staging folder of its own,
-which the next job removes before it looks for checkpoints: a job that a cluster has given up, but
-whose processes still run on a node that nobody reaches, cannot publish any more what it had begun.
+There are two guards. A lock keeps a second job out while the first one lives, if the file system
+has locks that all nodes see. And a job moves what it publishes out of its own staging folder, which
+the next job removes before it looks for checkpoints. So a job that the cluster has given up, but
+whose processes still run on a node that nobody reaches, can publish nothing more.
 
     checkpoints/.staging-TOKEN/     checkpoints that are being written, and the next `latest`
 """
@@ -27,15 +27,20 @@ STAGING_PREFIX, REMOVED_PREFIX = ".staging-", ".removed-"
 WAIT_SEC = 15.0  # the processes of a job that was just ended need a moment to leave
 
 
-class Claim(NamedTuple):
-    """What came of a job's wish to write to a run directory."""
+class WriteAccess(NamedTuple):
+    """Whether this job may write to a run directory.
 
-    staging: Path | None  # its own; None = it must not write
-    problem: str | None = None  # why not
+    Attributes:
+        staging: this job's staging folder; None = it must not write.
+        problem: why it must not, in one sentence.
+    """
+
+    staging: Path | None
+    problem: str | None = None
 
 
 @contextmanager
-def hold_run_directory(run_dir: Path, wait_sec: float = WAIT_SEC) -> Iterator[Claim]:
+def hold_run_directory(run_dir: Path, wait_sec: float = WAIT_SEC) -> Iterator[WriteAccess]:
     """Keep other jobs out of a run directory. Only rank 0 calls this.
 
     The system gives the lock back when this process ends, however it ends. On a file system
@@ -51,7 +56,7 @@ def hold_run_directory(run_dir: Path, wait_sec: float = WAIT_SEC) -> Iterator[Cl
     try:
         if _is_locked_by_another(descriptor, wait_sec):
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-            yield Claim(
+            yield WriteAccess(
                 None,
                 f"--run-dir {run_dir} is in use by another job ({holder or 'just started'}); wait "
                 "for it, end it, or choose another --run-dir.",
@@ -63,7 +68,7 @@ def hold_run_directory(run_dir: Path, wait_sec: float = WAIT_SEC) -> Iterator[Cl
             yield _cannot_write(run_dir, err)
             return
         try:
-            yield Claim(staging)
+            yield WriteAccess(staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     finally:
@@ -89,8 +94,9 @@ def take_over(run_dir: Path) -> Path:
     return own
 
 
-def _cannot_write(run_dir: Path, error: OSError) -> Claim:
-    return Claim(None, f"--run-dir {run_dir}: cannot write ({error.strerror}); choose another.")
+def _cannot_write(run_dir: Path, error: OSError) -> WriteAccess:
+    problem = f"--run-dir {run_dir}: cannot write ({error.strerror}); choose another."
+    return WriteAccess(None, problem)
 
 
 def _is_locked_by_another(descriptor: int, wait_sec: float) -> bool:

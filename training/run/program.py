@@ -1,10 +1,10 @@
-"""Where a run comes from: the program, its packages and machines, and a line for every start.
+"""Record where a run comes from: the program, its packages and machines, a line for every start.
 
     starts.jsonl                     one line per start, oldest first
     provenance/packages-HASH.txt     the installed packages, as name==version
     provenance/changes-HASH.patch    how the program differs from its commit
 
-Nothing is taken from the environment but the batch system's number of the job: variables may hold
+The batch system's number of the job is all that is taken from the environment, which may hold
 secrets.
 """
 

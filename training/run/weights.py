@@ -17,7 +17,7 @@ from training.checkpoints.weight_files import average_file, check_weights
 from training.config.tree import Config
 from training.config.wording import did_you_mean
 from training.engine.average_profiles import profiles_of
-from training.monitoring.run_history import last_saved_step
+from training.run.checkpoint_notes import last_saved_step
 from training.run.directory import checkpoints_are_gone
 
 

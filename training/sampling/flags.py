@@ -1,4 +1,7 @@
-"""The flags that say how images are drawn, and what they may not say together."""
+"""Declare and check the flags of commands that use a trained run.
+
+They say which run, which of its weights, and how images are drawn.
+"""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -6,9 +9,10 @@ from pathlib import Path
 
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.shards.manifest import DatasetManifest
-from data_tools.user_files.paths import typed_text
+from data_tools.user_files.paths import typed_path, typed_text
 from models.guidance import OFFICIAL_CHANNELS
 from models.sampler import SAMPLING_METHODS, methods_for
+from training.checkpoints.manifest import CHECKPOINT_DIR
 from training.checkpoints.weight_files import is_same_file
 from training.config.old_flags import OF_DRAWING
 from training.config.tree import Config
@@ -37,11 +41,82 @@ FLAGS = Spelling(
 
 
 @dataclass(frozen=True)
+class TrainedRun:
+    """The run that a command was given, and which of its checkpoints.
+
+    Attributes:
+        folder: the run directory.
+        checkpoint: its name; None = the latest.
+        config: the run's configuration.
+        manifest: of the data that it was trained on.
+    """
+
+    folder: Path
+    checkpoint: str | None
+    config: Config
+    manifest: DatasetManifest
+
+    def find_weights(self, args: argparse.Namespace) -> Path:
+        """Return the file of weights that the flags of `add_weight_flags` choose, checked."""
+        return find_weights(
+            self.folder,
+            self.config,
+            checkpoint=self.checkpoint,
+            ema=args.ema,
+            is_raw=args.raw,
+            file=args.weights,
+        )
+
+
+@dataclass(frozen=True)
 class WeakerRun:
     """The run that autoguidance moves away from."""
 
     config: Config
     weights: Path
+
+
+def add_run_argument(parser: ArgumentParser) -> None:
+    """Add the run itself."""
+    parser.add_bare_or_flag("run_dir", "--run-dir", typed_path, "RUN", "a run, e.g. runs/demo")
+
+
+def add_vae_flag(parser: ArgumentParser) -> None:
+    """Add --vae."""
+    parser.add_argument(
+        "--vae",
+        type=typed_text,
+        metavar="FOLDER|FILE|ID",
+        help="that decodes the images (default: the run's)",
+    )
+
+
+def add_weight_flags(parser: ArgumentParser) -> None:
+    """Add the run, and the flags that choose its weights."""
+    add_run_argument(parser)
+    add = parser.add_argument_group("weights").add_argument
+    add(
+        "--checkpoint",
+        metavar="TAG",
+        help="e.g. step-0001000 (default: latest); or give RUN/checkpoints/TAG as the run",
+    )
+    add("--raw", action="store_true", help="raw weights instead of averaged ones")
+    add(
+        "--ema", metavar="NAME", help="an average by name, e.g. 0.9999 or std0.050 (default: first)"
+    )
+    add("--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
+
+
+def open_run(args: argparse.Namespace) -> TrainedRun:
+    """Read what the run of `add_weight_flags` is.
+
+    Raises:
+        ConfigError: there is no run, or its files are damaged.
+    """
+    folder, checkpoint = args.run_dir, args.checkpoint
+    if checkpoint is None and folder.absolute().parent.name == CHECKPOINT_DIR:
+        folder, checkpoint = folder.absolute().parents[1], folder.name
+    return TrainedRun(folder, checkpoint, load_config(folder), load_manifest(folder))
 
 
 def add_sampling_flags(parser: ArgumentParser, default_steps: int | None = DEFAULT_STEPS) -> None:
@@ -205,7 +280,7 @@ def _check_same_process(
         schedules = weak.diffusion.noise_schedule, config.diffusion.noise_schedule
         pairs.append(("noise_schedule", *schedules))
     if config.model.num_classes:
-        names, weak_names = _class_names(manifest), _class_names(weak_manifest)
+        names, weak_names = class_names(manifest), class_names(weak_manifest)
         for i in sorted(names.keys() | weak_names.keys()):
             pairs.append((f"class {i}", weak_names.get(i, "missing"), names.get(i, "missing")))
     for name, theirs, ours in pairs:
@@ -216,7 +291,8 @@ def _check_same_process(
             )
 
 
-def _class_names(manifest: DatasetManifest) -> dict[int, str]:
+def class_names(manifest: DatasetManifest) -> dict[int, str]:
+    """Return the names of a data set's classes by number."""
     return {entry.index: entry.name for entry in manifest.classes}
 
 

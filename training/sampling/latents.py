@@ -1,4 +1,4 @@
-"""Images from a model: the numbers an image depends on, guidance, grids.
+"""Draw final latents from a model: the numbers that an image depends on, and guidance.
 
 Image i of a seed depends on (seed, i), its class and the sampler's settings, never on the batch it
 was drawn in or on the rank that drew it.
@@ -6,21 +6,16 @@ was drawn in or on the rank that drew it.
 N images, C H W latent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from models.diffusion import Diffusion
 from models.guidance import Guidance, ModelFn, autoguided, classifier_free
 from models.randomness import Stream, normal
 from models.sampler import sample
-
-GRID_MARGIN = 2
-LABEL_HEIGHT = 14
 
 
 @dataclass(frozen=True)
@@ -99,34 +94,3 @@ def _model_fn(model: nn.Module, group_size: int = 1) -> ModelFn:
         return model(x_t, t, y, t.repeat(group_size)).prediction.float()
 
     return call
-
-
-def image_grid(
-    pixels: np.ndarray, *, columns: int, row_labels: Sequence[str] | None = None
-) -> np.ndarray:
-    """Lay images out row by row, each row under its label.
-
-    Args:
-        pixels: (N, H, W, 3) uint8.
-        columns: images per row; the last row may be short.
-        row_labels: one text per row, or None for no labels.
-
-    Returns:
-        (height, width, 3) uint8.
-    """
-    N, H, W, _ = pixels.shape
-    rows = -(-N // columns)
-    label_height = LABEL_HEIGHT if row_labels is not None else 0
-    row_height = label_height + H + GRID_MARGIN
-    size = (columns * (W + GRID_MARGIN) + GRID_MARGIN, rows * row_height + GRID_MARGIN)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=11)
-    for row in range(rows):
-        top = row * row_height + GRID_MARGIN
-        if row_labels is not None:
-            draw.text((GRID_MARGIN + 1, top), row_labels[row], fill="black", font=font)
-        for column, picture in enumerate(pixels[row * columns : (row + 1) * columns]):
-            left = column * (W + GRID_MARGIN) + GRID_MARGIN
-            canvas.paste(Image.fromarray(picture), (left, top + label_height))
-    return np.asarray(canvas)

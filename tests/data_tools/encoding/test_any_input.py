@@ -20,15 +20,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_tools.encode_latents import parse_arguments
 from data_tools.encoding import command
 from data_tools.encoding.command import EncodingRun
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
-from data_tools.sources.reading import Reading
 from data_tools.vae.autoencoder import load_vae
 from data_tools.verification.verify import verify
 
 VAE = load_vae("data_tools/demo_vae", device=torch.device("cpu"))
+FLAGS = (
+    *("--vae", "data_tools/demo_vae", "--device", "cpu", "--size", "8", "--no-flip"),
+    *("--shard-size", "3", "--batch-size", "2", "--workers", "1"),
+    "--dry-run",  # keeps no indexes of tars
+)
 JUNK_FOLDERS = ("__MACOSX", "@eaDir")
 BOUNDED = settings(
     max_examples=60,
@@ -144,25 +149,7 @@ def outcome(text: Path, output: Path) -> Outcome:
     """Encode; check all that holds for every input."""
     is_begun = False
     try:
-        run = EncodingRun(
-            [str(text)],
-            output,
-            "data_tools/demo_vae",
-            size=8,
-            flip=False,
-            seed=0,
-            shard_size=3,
-            batch_size=2,
-            precision="fp32",
-            class_names=None,
-            device=torch.device("cpu"),
-            workers=1,
-            is_strict=False,
-            is_quiet=False,
-            keeps_indexes=False,
-            reading=Reading(),
-            allows_empty_classes=False,
-        )
+        run = EncodingRun(parse_arguments([*FLAGS, "--input", str(text), "--output", str(output)]))
         run.describe()
         assert not output.exists(), "written before it was described"
         is_begun = True

@@ -14,10 +14,10 @@ from PIL import Image
 
 from data_tools.encode_latents import main
 from data_tools.encoding import trial
-from data_tools.encoding.command import reopen
+from data_tools.encoding.command import PRESETS_PATCH, reopen
 from data_tools.encoding.encoder import ShardEncoder
 from data_tools.encoding.output import INDEXES_NAME, EncodingOutput
-from data_tools.encoding.progress import Progress, duration
+from data_tools.encoding.progress import EncodingProgress, duration
 from data_tools.encoding.settings import load_settings
 from data_tools.encoding.trial import check_precision, choose_batch_size, precision_error
 from data_tools.errors import ConfigError
@@ -25,6 +25,7 @@ from data_tools.inspect_dataset import page
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.inputs import open_source
 from data_tools.vae.autoencoder import DEMO_VAE, encode_moments, load_vae, with_dtype
+from data_tools.vae.vae_files import REPOSITORY
 from data_tools.verification.preview import write_preview
 from tests.support.encode_jobs import content, flags, make_pictures
 
@@ -55,7 +56,8 @@ def smooth_pixels(count=4):
 def test_the_error_of_a_precision_is_that_of_its_means(vae):
     pixels = smooth_pixels()
     half = with_dtype(vae, torch.float16)
-    means = [encode_moments(v, pixels).double().chunk(2, 1)[0].numpy() for v in (vae, half)]
+    images = torch.from_numpy(pixels)
+    means = [encode_moments(v, images).double().chunk(2, 1)[0].numpy() for v in (vae, half)]
     expected = np.sqrt(np.mean((means[1] - means[0]) ** 2)) / means[0].std(ddof=1)
     assert precision_error(vae, half, pixels) == pytest.approx(expected, rel=1e-4)
     assert precision_error(vae, vae, pixels) == 0
@@ -108,10 +110,10 @@ def test_a_lack_of_memory_is_one_sentence(images, tmp_path, monkeypatch):
     def full(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("data_tools.encoding.encoder.tensor_moments", full)
+    monkeypatch.setattr("data_tools.encoding.encoder.encode_moments", full)
     with pytest.raises(ConfigError, match=r"^--batch-size 4: out of memory on cpu; end what else"):
         main(flags(images, tmp_path))
-    monkeypatch.setattr("data_tools.encoding.trial.tensor_moments", full)
+    monkeypatch.setattr("data_tools.encoding.trial.encode_moments", full)
     with pytest.raises(ConfigError, match=r"^--batch-size auto: not even 3 images of 32 pixels"):
         main(flags(images, tmp_path / "auto", **{"--batch-size": "auto"}))
     assert not (tmp_path / "auto").exists()
@@ -207,7 +209,7 @@ def test_one_shard_is_encoded_again_to_the_same_bytes(images, encoded, tmp_path)
     (tmp_path / "00001.json").unlink()
     seen = []
     encoder = reopen(tmp_path, [str(images)], "data_tools/demo_vae", "cpu")
-    sidecar = encoder.encode(1, seen.append)
+    (sidecar,) = encoder.encode_all(iter([1]), lambda _, count: seen.append(count))
     assert content(tmp_path) == content(encoded)
     assert sidecar.shard == DatasetManifest.load(encoded).shards[1]
     assert sum(seen) == 8
@@ -234,13 +236,28 @@ def test_a_dry_run_counts_and_estimates(images, encoded, tmp_path, capsys):
     main(flags(images, tmp_path / "set", **{"--dry-run": True, "--precision": "fp16"}))
     text = capsys.readouterr().out
     assert "images per class: blue_cars 8, red_cars 15\n" in text
-    stride = DatasetManifest.load(encoded).layout.stride
+    stride = DatasetManifest.load(encoded).latent.record_layout.stride
     assert f"{23 * stride:,} bytes in all, {stride:,} a sample, {8 * stride:,} a shard of 8" in text
     assert "--precision fp16: rms error 0.00" in text
     assert re.search(r"0 images are done; about [\d.]+ images/s here \(decoding [\d.]+ ms on", text)
     assert not (tmp_path / "set").exists()
     main(flags(images, encoded, **{"--dry-run": True}))
     assert re.search(r"23 images are done; .*, 0 s for one process\n", capsys.readouterr().out)
+
+
+def test_latents_that_no_preset_can_cut_into_patches_are_told_before_they_are_encoded(
+    images, tmp_path, capsys
+):
+    main(flags(images, tmp_path / "odd", **{"--dry-run": True, "--size": "36"}))
+    said = capsys.readouterr().out
+    assert (
+        "latents of 9 x 9 cannot be cut into patches of 2, as every preset's network does: " in said
+    )
+    assert "encode with --size 32 or 40, or train with a --patch-size that divides 9\n" in said
+    for preset in (REPOSITORY / "training" / "presets").glob("*.yaml"):
+        assert f"patch_size: {PRESETS_PATCH}\n" in preset.read_text(), preset
+    main(flags(images, tmp_path / "even", **{"--dry-run": True}))
+    assert "patches" not in capsys.readouterr().out
 
 
 class OtherProcesses:
@@ -265,7 +282,7 @@ def test_progress_counts_what_all_did_and_times_what_was_done_since(
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     claims = OtherProcesses(**{"00001": 3})
     output = EncodingOutput(tmp_path, load_settings(tmp_path))
-    progress = Progress(output, claims, is_quiet=False)
+    progress = EncodingProgress(output, claims, is_quiet=False)
     assert progress.done == 8 + 3
     clock[0] += 2.0
     claims.done["00001"] = 6

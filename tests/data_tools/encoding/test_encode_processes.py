@@ -91,7 +91,7 @@ def test_a_process_waits_for_shards_that_others_encode(images, encoded, tmp_path
     claim = claim_elsewhere(output, 4, 0)
     process = start(*SCRIPT, *flags(images, output))
     lines = []
-    while not lines or "waiting for other processes: 1 shards" not in lines[-1]:
+    while not lines or "waiting for other processes: 1 shard" not in lines[-1]:
         lines.append(process.stdout.readline())
         assert lines[-1], lines
     assert not (output / MANIFEST_NAME).exists()

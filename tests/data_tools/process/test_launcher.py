@@ -309,7 +309,7 @@ def test_sampling_and_evaluation_say_how_many_ranks_came(monkeypatch):
         start_drawing_group(Ranks(0, 3, 0), timedelta(days=1))
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_training_says_how_many_ranks_came(demo_latents, tmp_path):
     waits = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "COLLECTIVE_TIMEOUT_SEC": "1"}
     port = free_port()

@@ -249,7 +249,7 @@ def overwrite(path, offset, data):
 )
 def test_a_damaged_header_is_an_error_and_never_garbage(tmp_path, offset, data, what):
     manifest = make_dataset(tmp_path, [5, 4])
-    overwrite(tmp_path / "00001.tar", 2 * manifest.layout.stride + offset, data)
+    overwrite(tmp_path / "00001.tar", 2 * manifest.latent.record_layout.stride + offset, data)
     assert read(manifest, [0, 6, 8])[0].tolist() == [0, 0, 2]
     with pytest.raises(ConfigError, match=rf"00001\.tar: {what}.*; run python .*verify_sh"):
         read(manifest, [0, 7, 8])
@@ -259,7 +259,7 @@ def test_a_shard_that_ends_early_is_an_error(tmp_path):
     """It may be cut after it was opened; what is cut before is found when it is opened."""
     data = data_of(make_dataset(tmp_path, [5, 4]))
     path = tmp_path / "00001.tar"
-    path.write_bytes(path.read_bytes()[: 3 * data.manifest.layout.stride + 1600])
+    path.write_bytes(path.read_bytes()[: 3 * data.manifest.latent.record_layout.stride + 1600])
     reader = SampleReader(
         data, data.stores("size", None), lambda _: os.open(path, os.O_RDONLY), num_open_shards=1
     )

@@ -12,11 +12,11 @@ from PIL import Image
 
 from data_tools.encode_latents import encode, parse_arguments
 from data_tools.errors import ConfigError
-from data_tools.sources.class_names import Classes
 from data_tools.sources.huggingface import HuggingFaceSource
 from data_tools.sources.images import BadImageError
 from data_tools.sources.inputs import open_source
 from data_tools.sources.reading import Reading
+from data_tools.sources.source import Classes
 from tests.support.encode_jobs import content, flags, make_pictures
 from tests.support.launch import REPOSITORY
 

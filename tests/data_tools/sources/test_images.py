@@ -9,8 +9,15 @@ import pytest
 from PIL import Image
 
 from data_tools.errors import ConfigError
-from data_tools.make_demo_images import evenly, make_demo_images, parse_arguments
-from data_tools.sources.emoji import all_emoji, draw_emoji, emoji_classes, without_skin_tone
+from data_tools.make_demo_images import parse_arguments
+from data_tools.sources.emoji import (
+    all_emoji,
+    draw_emoji,
+    emoji_classes,
+    evenly,
+    make_demo_images,
+    without_skin_tone,
+)
 from data_tools.sources.image_folders import scan_folder
 from data_tools.sources.images import BadImageError, decode_image, load_pixels, square_crop
 from tests.support.launch import run

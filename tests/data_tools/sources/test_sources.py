@@ -17,7 +17,7 @@ from data_tools.errors import ConfigError
 from data_tools.sources.image_folders import scan_folder
 from data_tools.sources.images import BadImageError
 from data_tools.sources.inputs import open_source, read_class_names
-from data_tools.sources.source import MAX_IMAGE_BYTES, FileSource, Names
+from data_tools.sources.source import MAX_IMAGE_BYTES, Classes, FileSource, Names
 from data_tools.sources.tar_images import scan_tar
 from tests.support.image_inputs import described, make_tar, names, picture, save
 
@@ -67,7 +67,7 @@ def test_sizes_are_of_images_everywhere_in_the_set():
 
     for count, wanted in ((2, [0, 1]), (3500, [i * 3500 // 64 for i in range(64)])):
         names = Names(b"%d.png" % i for i in range(count))
-        numbered = Numbered("set", Path("set"), names, np.zeros(count, np.int32), ())
+        numbered = Numbered("set", Path("set"), names, Classes.none(count))
         assert numbered.sizes(64) == wanted
         assert numbered.sizes() == list(range(count))
 
@@ -122,7 +122,7 @@ def test_wrong_folders_are_refused_in_one_sentence(tmp_path):
     ):
         open_source(str(tmp_path / "loose.png"))
     save(tmp_path / "a" / "1.png")
-    with pytest.raises(ConfigError, match=r"1 images \(loose\.png, \.\.\.\) lie beside class fol"):
+    with pytest.raises(ConfigError, match=r"1 image lies beside class folders \(loose\.png, "):
         open_source(str(tmp_path))
 
 
@@ -322,7 +322,7 @@ def cut(path, end):
         (lambda p: p.unlink(), "does not exist (1 of 1 tars); give tars that are there."),
         (
             lambda p: make_tar(p, [("a.txt", b"")]),
-            "in its 1 tars; left out: .txt 1 (a.tar/a.txt);",
+            "in its 1 tar; left out: .txt 1 (a.tar/a.txt);",
         ),
         (
             lambda p: make_tar(p, [("a.cls", b"cat"), ("a.jpg", b"x")]),
@@ -381,7 +381,7 @@ def source_of(*ids):
     classes = tuple(
         type("Class", (), {"index": i, "id": name, "count": 1})() for i, name in enumerate(ids)
     )
-    return FileSource("x", ".", Names([b"a"] * len(ids)), np.arange(len(ids)), classes)
+    return FileSource("x", ".", Names([b"a"] * len(ids)), Classes(np.arange(len(ids)), classes))
 
 
 @pytest.mark.parametrize(

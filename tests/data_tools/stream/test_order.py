@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from data_tools.stream.order import ORDER_VERSION, StreamOrder, permutation
+from data_tools.permutations import permutation
+from data_tools.stream.order import ORDER_VERSION, StreamOrder
 
 MASK = (1 << 64) - 1
 EXPECTED_OF_VERSION_1 = [4, 6, 8, 10, 7, 5, 9, 11, 3, 0, 2, 1]

@@ -187,7 +187,7 @@ def test_shards_may_lie_elsewhere(folders):
         open_data(f"{folders}/a")
     data = open_data(f"{folders}/{{a,b}}", f"{folders}/tars/{{a,b}}")
     assert sorted(read(data, 3)[0]) == [*range(12), *range(1000, 1015)]
-    with pytest.raises(ConfigError, match="^--data-shards .* names 1 places but --data 2 data"):
+    with pytest.raises(ConfigError, match="^--data-shards .* names 1 place but --data 2 data"):
         open_data(f"{folders}/{{a,b}}", f"{folders}/tars/a")
 
 

@@ -73,7 +73,7 @@ def test_held_out_emoji_are_reconstructed_at_30_decibels_as_the_card_says(vae, p
 
 def test_pixels_survive_the_way_through_moments_and_final_latents(vae, pictures):
     pixels = pictures.held_out[:64]
-    raw = encode_moments(vae, pixels)
+    raw = encode_moments(vae, torch.from_numpy(pixels))
     assert raw.shape == (64, 8, 16, 16) and raw.dtype == torch.float16
     final = final_latents(raw, torch.randn(64, 4, 16, 16), vae.scaling_factor, vae.shift_factor)
     decoded = decode_pixels(vae, final)
@@ -107,11 +107,11 @@ def test_a_folder_and_a_single_file_are_the_same_vae(vae, tmp_path, monkeypatch)
         assert other.sha256 == vae.sha256
         assert other.scaling_factor == vae.scaling_factor
         assert (other.latent_channels, other.downsample) == (4, 4)
-        assert other.source_id == str(source)
-    assert vae.source_id == "data_tools/demo_vae"
+        assert other.id == str(source)
+    assert vae.id == "data_tools/demo_vae"
     monkeypatch.chdir(tmp_path)
     assert load_vae("data_tools/demo_vae").sha256 == vae.sha256  # found from the repository
-    assert load_vae("vae").source_id == str(folder)
+    assert load_vae("vae").id == str(folder)
 
 
 def test_a_vae_that_did_not_encode_the_data_is_refused(vae):
@@ -333,7 +333,7 @@ def test_wrong_flags_of_train_vae_are_named(argv, sentence):
 
 def test_too_few_or_damaged_pictures_are_refused(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    with pytest.raises(ConfigError, match=r"^--images: 1 images give 1 for training and 0 held ou"):
+    with pytest.raises(ConfigError, match=r"^--images: 1 image gives 1 for training and 0 held ou"):
         folder_pictures([tmp_path], 16)
     (tmp_path / "b.png").touch()
     with pytest.raises(

@@ -104,7 +104,7 @@ def test_what_is_wrong_with_the_weights_is_one_sentence(saved, make, capfd):
     weights = load_file(saved / WEIGHTS)
     del weights["decoder.conv_out.bias"]
     save_file(weights, less / f"diffusion_pytorch_model.fp16{WEIGHTS[-12:]}")
-    assert "its weights lack 1 tensors that config.json describes (decoder.conv_out.bias)" in (
+    assert "its weights lack 1 tensor that config.json describes (decoder.conv_out.bias)" in (
         refusal(less)
     )
     cut = make("cut")
@@ -126,7 +126,7 @@ from data_tools.vae.autoencoder import load_vae
 for name in sys.argv[1:]:
     try:
         vae = load_vae(name)
-        print("loaded", vae.source_id, vae.sha256)
+        print("loaded", vae.id, vae.sha256)
     except ConfigError as err:
         print("error:", err)
 """

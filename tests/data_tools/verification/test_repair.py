@@ -105,7 +105,7 @@ def test_dataset_json_is_written_from_the_sidecars(demo_images, folder, text):
 def test_without_images_the_sentence_says_what_to_do(folder):
     cut(folder)
     damaged = content(folder)
-    with pytest.raises(ConfigError, match="--repair: 1 shards? of .* name them with --input"):
+    with pytest.raises(ConfigError, match="--repair: 1 shard of .* name them with --input"):
         repair(folder)
     assert content(folder) == damaged
 

@@ -101,30 +101,36 @@ class Bomb:
         ([f for f in good_files() if f[0] != "part/3.cls.txt"], "'part/3' has no .cls.txt"),
         ([*good_files(), *sample_files(1, 2)], "holds the key 'part/1' twice"),
         ([*good_files(), good_files()[-1]], "holds the key 'part/3' twice"),
-        (replaced("part/2.cls.txt", b"cat"), "the label of sample 'part/2' is not a number"),
+        (
+            replaced("part/2.cls.txt", b"cat"),
+            "part/2 has 'cat' as its cls.txt, which gives no whole",
+        ),
         (replaced("part/2.cls.txt", b"7"), "label 7 of 'part/2' is beyond the 3 classes"),
         (replaced("part/2.cls.txt", b"1"), "index a.index.npy does not say where its samples lie"),
-        (replaced("part/2.latent.npy", b"garbage"), "sample 'part/2' holds no .npy array"),
+        (replaced("part/2.latent.npy", b"garbage"), "part/2.latent.npy is no .npy file but text"),
         (
             replaced("part/2.latent.npy", npy(np.zeros(SHAPE, np.float64))),
-            r"'part/2' is float64 \[4, 3, 5\], dataset.json says float32 \[4, 3, 5\]",
+            r"part/2.latent.npy holds float64 \(4, 3, 5\)",
         ),
         (
             replaced("part/2.latent.npy", npy(np.zeros((4, 3, 6), np.float32))),
-            r"'part/2' is float32 \[4, 3, 6\], dataset",
+            r"part/2.latent.npy is float32 \[4, 3, 6\], dataset.json says float32 \[4, 3, 5\]",
         ),
         (
             replaced("part/2.latent.npy", npy(np.array([Bomb()], object))),
-            r"'part/2' is object \[1\], dataset",
+            r"part/2.latent.npy holds object \(1,\), pickled objects, which are never loaded",
         ),
-        (replaced("part/2.latent.npy", pickle.dumps(Bomb())), "'part/2' holds no .npy array"),
+        (
+            replaced("part/2.latent.npy", pickle.dumps(Bomb())),
+            "2.latent.npy is no .* a pickle",
+        ),
         (
             replaced("part/2.latent.npy", b"\x93NUMPY\1\0\1\0{" + bytes(100)),
-            "'part/2' holds no .npy array",
+            "part/2.latent.npy is no .npy file of numbers",
         ),
         (
             replaced("part/2.latent.npy", npy(np.full(SHAPE, np.nan, np.float32))),
-            "a value that is no number in sample 'part/2'",
+            "a value that is no number in part/2.latent.npy",
         ),
     ],
 )

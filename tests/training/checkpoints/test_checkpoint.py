@@ -96,7 +96,7 @@ def assert_same_weights(one, other):
         assert all(torch.equal(got[key], value) for key, value in expected.items())
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
     whole, demo_latents, fp32, tmp_path
 ):
@@ -116,7 +116,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
     assert_same_weights(whole, tmp_path / "run")
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_saving_by_the_clock_changes_nothing_and_keeps_what_it_should(whole):
     run_dir = whole.parent / "clock"
 
@@ -331,7 +331,7 @@ def test_a_job_that_another_one_has_taken_over_from_changes_nothing_more(
     assert visible(tmp_path) == seen[0]
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_a_job_that_is_taken_over_says_so_and_ends(train_forked, demo_latents, fp32, tmp_path):
     run_dir = tmp_path / "run"
     argv = ["--deepspeed", fp32, "--data", demo_latents, "--run-dir", run_dir, *TINY]

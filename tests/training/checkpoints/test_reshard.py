@@ -9,7 +9,7 @@ from tests.support.alike import assert_trained_alike
 from training.checkpoints.manifest import latest_checkpoint, read_manifest
 from training.monitoring.event_files import read_metrics
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 LEGS = (3, 8, 13, 18)  # the steps at which runs change their layout
 RANKS = (2, 1, 4, 2)

@@ -19,7 +19,7 @@ from training.ranks.process_group import Ranks
 from training.run.directory import INIT_FILE, load_config
 from training.run.init_from import check_warm_start
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 # name: (2C, H, W) of the stored moments, number of classes
 DATA = {

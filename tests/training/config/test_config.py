@@ -9,7 +9,7 @@ from data_tools.errors import ConfigError
 from tests.support.configs import changed
 from training.config.command_line import parse_command_line
 from training.config.deepspeed_config import plan_batch
-from training.config.options_table import README, with_table
+from training.config.options_table import TABLE
 from training.config.preset import load_preset
 from training.config.tree import config_from_dict, differences, options
 from training.config.validation import check_data, validate
@@ -238,11 +238,11 @@ def test_help_shows_every_flag(capsys):
     assert all(leaf.flag in text for leaf in options())
 
 
-def test_the_readmes_table_of_options_is_the_configurations():
-    readme = README.read_text(encoding="utf-8")
+def test_the_documents_table_of_options_is_the_configurations():
+    page = TABLE.text()
 
-    assert with_table(readme) == readme, "run python -m training.config.options_table --write"
-    assert all(f"| `{leaf.flag}` |" in readme for leaf in options())
+    assert TABLE.current_text() == page, "run python -m training.config.options_table --write"
+    assert all(f"| `{leaf.flag}` |" in page for leaf in options())
 
 
 def test_differences_name_what_makes_another_run(demo):

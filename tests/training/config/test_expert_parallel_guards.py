@@ -9,9 +9,8 @@ from data_tools.errors import ConfigError
 from models.expert_parallel import ShardedExpertParallelMixture
 from tests.support.configs import small
 from tests.support.tiny_models import tiny_options
-from training.config.expert_parallel_checks import expert_values
-from training.config.validation import validate
-from training.count import count_parameters
+from training.config.validation import expert_values, validate
+from training.cost.closed_forms import count_parameters
 
 STAGES = (0, 1, 2, 3)
 

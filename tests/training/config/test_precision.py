@@ -84,7 +84,7 @@ def runs(tmp_path_factory, demo_latents, train_forked):
     return {stated: (folder / stated, train(stated)) for stated in SAID}
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.parametrize("stated", SAID)
 def test_training_uses_what_the_hardware_is_said_to_multiply_and_says_why(runs, stated):
     run_dir, output = runs[stated]
@@ -96,7 +96,7 @@ def test_training_uses_what_the_hardware_is_said_to_multiply_and_says_why(runs, 
     assert re.search(line, output, re.MULTILINE), output
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_training_is_the_same_in_either_precision(runs):
     records = [read_metrics(run_dir) for run_dir, _ in runs.values()]
 
@@ -105,7 +105,7 @@ def test_training_is_the_same_in_either_precision(runs):
     assert len(records[0]) == STEPS
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_a_run_does_not_go_on_unnoticed_on_hardware_of_the_other_kind(
     runs, demo_latents, train_forked
 ):

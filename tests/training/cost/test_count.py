@@ -11,8 +11,9 @@ from training.config.deepspeed_config import merge_deepspeed
 from training.config.precision import Hardware
 from training.config.preset import load_preset
 from training.config.tree import CONFIG
+from training.cost.closed_forms import checkpoint_bytes, count_parameters, describe
 from training.cost.memory import model_memory
-from training.count import checkpoint_bytes, count_parameters, describe, main
+from training.count import main
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -12,8 +12,8 @@ from tests.support.ranks import run_ranks
 from training.config.deepspeed_config import merge_deepspeed
 from training.config.precision import Hardware
 from training.config.preset import load_preset
+from training.cost.closed_forms import count_parameters, num_averages
 from training.cost.memory import model_memory
-from training.count import count_parameters, num_averages
 
 ROOT = Path(__file__).resolve().parents[3]
 WORLD_SIZE = 2
@@ -112,6 +112,6 @@ def compare_with_engines(_rank, world_size):
         del engine
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_weights_gradients_and_optimizer_take_what_the_closed_form_says():
     run_ranks(compare_with_engines, WORLD_SIZE)

@@ -222,7 +222,7 @@ def check_gradients(rank, world_size, folder):
         engine.destroy()
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size", CASES)
 def test_every_gradient_equals_that_of_one_process(world_size, tmp_path):
     run_ranks(check_gradients, world_size, tmp_path)

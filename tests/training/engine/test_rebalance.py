@@ -17,11 +17,12 @@ from training.config.deepspeed_config import merge_deepspeed
 from training.config.preset import load_preset
 from training.engine.build import build_engine
 from training.engine.deepspeed_internals import base_optimizer
-from training.engine.expert_placement import ExpertPlacement, gate_table, move_experts
+from training.engine.expert_placement import ExpertPlacement, move_experts
+from training.engine.gate_table import engine_gate_table
 from training.engine.zero_weights import consolidated_weights
 from training.monitoring.event_files import read_metrics
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 EP_SIZE, NUM_EXPERTS, DEPTH = 2, 8, 3
 
@@ -105,7 +106,9 @@ def check_engines(rank, world_size, folder, layouts):
         # The table is that of the model's own forward.
         with torch.no_grad():
             expected = forward(engine, rank, world_size).gate_table
-        torch.testing.assert_close(gate_table(engine, config), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            engine_gate_table(engine, config), expected, rtol=1e-5, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize(

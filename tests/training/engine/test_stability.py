@@ -1,7 +1,6 @@
 """Losses that are not finite or jump: what is left out, what is reported, what ends the run."""
 
 import math
-import random
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from tests.support.synthetic import seal
 from training.checkpoints.manifest import EMA_FILE, RAW_FILE, latest_checkpoint
 from training.engine.non_finite import (
     MicroStepRecord,
-    SpikeDetector,
     describe_non_finite,
     poison_non_finite,
 )
@@ -85,7 +83,7 @@ def runs(tmp_path_factory, demo_latents, train_forked):
     return folder, "".join(train_forked(*each, num_ranks=2) for each in jobs)
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 def test_the_step_is_reported_with_rank_and_timesteps(runs):
     _, output = runs
@@ -97,7 +95,7 @@ def test_the_step_is_reported_with_rank_and_timesteps(runs):
         assert "rank 0" not in line
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 @pytest.mark.parametrize("name", ["z0", "z0-ep2", "z1", "z2-ep2", "z3-ep2"])
 def test_every_layout_leaves_the_same_step_out_on_all_ranks(runs, name):
@@ -114,7 +112,7 @@ def test_every_layout_leaves_the_same_step_out_on_all_ranks(runs, name):
         assert_trained_alike(got, expected, file)
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3"])
 def test_bf16_leaves_the_step_out_and_trains_on(runs, name):
@@ -125,7 +123,7 @@ def test_bf16_leaves_the_step_out_and_trains_on(runs, name):
     assert all(math.isfinite(record["loss/total"]) for record in records[3:])
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 @pytest.mark.precision
 def test_too_many_steps_in_a_row_end_the_run_in_one_sentence(demo_latents, tmp_path):
     data = with_nan_at(demo_latents, tmp_path / "data", [BATCH * step for step in range(STEPS)])
@@ -169,29 +167,3 @@ def test_an_infinite_loss_has_gradients_that_are_not_finite():
     x.grad = None
     poison_non_finite(x.sum()).backward()
     assert torch.equal(x.grad, torch.ones(2))
-
-
-def losses(count):
-    generator = random.Random(0)
-    return [1.0 + 0.1 * generator.gauss(0.0, 1.0) for _ in range(count)]
-
-
-def test_a_spike_is_found_and_ordinary_losses_are_not():
-    detector = SpikeDetector(threshold=6.0)
-
-    found = [detector.add(step, loss) for step, loss in enumerate([*losses(1000), 2.5, 3.0])]
-
-    assert not any(found[:1000])
-    assert found[1000].step == 1000 and 12 < found[1000].deviations < 18
-    assert found[1001] is not None, "the first does not hide the second"
-    assert str(found[1000]).startswith("loss spike at step 1000: 2.5 is 1")
-
-
-def test_a_falling_loss_an_early_jump_and_threshold_zero_report_nothing():
-    falling = [math.exp(-step / 100) + 0.01 * loss for step, loss in enumerate(losses(500))]
-    early = [1.0, 1.1, 0.9, 50.0]
-
-    assert not any(SpikeDetector(6.0).add(step, loss) for step, loss in enumerate(falling))
-    assert not any(SpikeDetector(6.0).add(step, loss) for step, loss in enumerate(early))
-    off = SpikeDetector(0.0)
-    assert not any(off.add(step, loss) for step, loss in enumerate([*losses(200), 99.0]))

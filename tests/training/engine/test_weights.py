@@ -155,7 +155,7 @@ def check_engine(rank, world_size, folder):
         check_snapshots(engine, run_dir, rank)
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_averages_begin_as_the_weights_and_are_stored_whole_on_every_zero_stage(tmp_path):
     run_ranks(check_engine, 2, tmp_path)
 

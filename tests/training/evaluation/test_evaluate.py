@@ -205,7 +205,7 @@ class TestDrawing:
         assert np.abs(alone(found["arr_1"][i]) - found["arr_0"][i]).max() <= 1
         assert np.abs(alone(0) - found["arr_0"][i]).max() > 2
 
-    @pytest.mark.ranks
+    @pytest.mark.processes
     def test_killed_and_resumed_by_two_processes_the_bytes_are_the_same(self, drawn, resumed):
         folder, left = resumed
 
@@ -434,7 +434,7 @@ class TestHeldOutLoss:
         assert card["validation_loss"]["mse"]["mean"] == pytest.approx(total.mean() / 9, rel=1e-5)
         assert card["num_samples"] == 9 and card["objective"] == "epsilon"
 
-    @pytest.mark.ranks
+    @pytest.mark.processes
     def test_two_processes_compute_the_digits_of_one(self, run_dir, held_out, resumed, tmp_path):
         flags = ("--validation-data", held_out, "--batch-size", BATCH_SIZE, "--output", tmp_path)
         call(evaluate.main, run_dir, *flags)

@@ -7,9 +7,14 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tests.support import reference_scores
-from training.evaluation.frechet import Gaussian, GaussianFit, frechet_distance
-from training.evaluation.inception_score import inception_score
-from training.evaluation.manifold import precision_and_recall, squared_distances
+from training.evaluation.distances import (
+    Gaussian,
+    GaussianFit,
+    frechet_distance,
+    inception_score,
+    precision_and_recall,
+    squared_distances,
+)
 
 
 def features(count, width, seed=0, scale=1.0, shift=0.0):
@@ -110,7 +115,7 @@ def test_the_inception_score_counts_sure_and_different_answers():
     [(3.0, np.float16), (100.0, np.float32)],  # a half ends at 65,504
 )
 def test_precision_and_recall_are_those_of_a_loop_over_pairs(monkeypatch, scale, dtype):
-    monkeypatch.setattr("training.evaluation.manifold.BLOCK", 7)
+    monkeypatch.setattr("training.evaluation.distances.BLOCK", 7)
     reference, samples = features(40, 8, scale=scale), features(30, 8, 1, 0.8 * scale)
 
     found = precision_and_recall(torch.from_numpy(reference), torch.from_numpy(samples))

@@ -17,7 +17,7 @@ from training.evaluation.card import describe_reference, say_left_out
 from training.evaluation.image_npz import ImageNpz
 from training.evaluation.inception import Inception, resize_like_tensorflow
 from training.evaluation.networks import POOL, SPATIAL, InceptionNetwork
-from training.evaluation.scores import Reference, look_at, score
+from training.evaluation.scores import Reference, feature_statistics, score
 
 NUM_TENSORS = 566  # of the published file of weights
 # (height, width, channels) of the graph's layers for a 299 x 299 image.
@@ -240,7 +240,7 @@ class TestReferencesOfOtherProjects:
     def test_mu_and_sigma_give_fid_and_the_rest_is_said_to_be_left_out(
         self, few, samples, tmp_path
     ):
-        seen = look_at(few, samples.batches(2)).gaussians[POOL]
+        seen = feature_statistics(few, samples.batches(2)).gaussians[POOL]
         shifted = seen.mean.numpy() + np.eye(8)[0] * 3.0
         np.savez(tmp_path / "r.npz", mu=shifted, sigma=seen.covariance.numpy())
 

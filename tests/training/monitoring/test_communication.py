@@ -190,7 +190,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_waiting_for_a_slower_rank_is_exposed_unless_something_is_computed(folder):
     found = scalars_in_tensorboard(folder / "collectives")
     (_, waited), (_, overlapped), (_, scattered) = found["comm/share_pct"]
@@ -202,7 +202,7 @@ def test_waiting_for_a_slower_rank_is_exposed_unless_something_is_computed(folde
     assert 50 < scattered_exposed <= scattered <= 100
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_looking_at_a_step_changes_no_number_and_leaves_other_profilers_alone(folder):
     def losses(name):
         records = read_metrics(folder / name)

@@ -13,12 +13,14 @@ from tests.support.ranks import run_ranks
 from training.monitoring.expert_load import (
     DEAD_INTERVALS,
     ExchangeShape,
-    ExchangeSums,
     GateDrift,
     LoadHistory,
+    add_exchanges,
     entropy_by_timestep,
+    exchange_metrics,
     exchange_shape,
     load_metrics,
+    num_exchange_sums,
 )
 from training.monitoring.interval_sums import MetricSums
 
@@ -133,14 +135,16 @@ def test_the_drift_of_gates_is_their_total_variation_distance():
 
 
 def test_traffic_of_two_steps_by_hand():
-    sums = ExchangeSums(2, ExchangeShape(group_rank=1, group_size=2, row_bytes=1024, num_passes=3))
+    shape = ExchangeShape(group_rank=1, group_size=2, row_bytes=1024, num_passes=3)
+    sums = torch.zeros(num_exchange_sums(2, shape))
     nothing = torch.zeros(0, dtype=torch.int64)
     for splits in ([[3, 1], [0, 4]], [[2, 2], [1, 4]]):
         dispatch = [Dispatch(nothing, split, nothing, [9, 9]) for split in splits]
-        sums.add(RoutingPlan(torch.empty(0), torch.empty(0), dispatch))
+        plan = RoutingPlan(torch.empty(0), torch.empty(0), dispatch)
+        add_exchanges(sums, plan, 4, shape)
 
     # The other rank sends as much: what is summed over both is twice this.
-    metrics = sums.metrics(2 * sums.flat(), num_samples=16, num_steps=2, world_size=2)
+    metrics = exchange_metrics(2 * sums, shape, num_steps=2, world_size=2)
 
     leaving = 3 + 0 + 2 + 1
     assert metrics["comm/mib_sent_per_step"] == pytest.approx(2 * leaving * 1024 * 3 / 2 / 2**20)
@@ -231,6 +235,6 @@ def check_metrics_on_ranks(rank, world_size):
         assert per_step * 2**20 == pytest.approx(float(total) / world_size), precision
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_loads_equal_one_process_and_bytes_are_those_that_were_sent():
     run_ranks(check_metrics_on_ranks, 2)

@@ -1,10 +1,15 @@
 """Metrics of an interval: means over samples, expert loads, buckets, all by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from models.diffusion import LossTerms
 from models.gate import RoutingPlan
+from tests.support.ranks import run_ranks
+from training.loop import read_step
+from training.monitoring import interval_sums
 from training.monitoring.interval_sums import MetricSums
 
 CPU = torch.device("cpu")
@@ -80,3 +85,71 @@ def test_an_interval_without_a_finite_step_has_no_loads(single_process_group):
 
     assert interval.expert_count is None
     assert not any(name.startswith("moe") for name in interval.metrics)
+
+
+class Clock:
+    """A clock that runs only when something takes time."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+class SlowStream:
+    """Batches that a rank waits for."""
+
+    def __init__(self, clock, sec):
+        self.clock, self.sec, self.wait_sec = clock, sec, 7.0
+
+    def __next__(self):
+        self.clock.now += self.sec
+        self.wait_sec += self.sec
+
+
+def train_slowly(clock, stream, sums, compute_sec):
+    """Two steps of two micro-steps, as the loop reads and counts them."""
+    training = SimpleNamespace(
+        stream=stream,
+        engine=SimpleNamespace(gradient_accumulation_steps=lambda: 2),
+        heartbeat=SimpleNamespace(enter=lambda *_: None),
+    )
+    sums.restart_clock()
+    for step in range(2):
+        for _, wait_sec in read_step(training, step).batches:
+            clock.now += compute_sec
+            sums.add(step, terms(1.0), torch.ones(3), torch.tensor([5, 5, 5]), None, wait_sec, 2)
+    return sums.reduce().metrics
+
+
+def test_waiting_for_data_is_its_share_of_the_interval(single_process_group, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(interval_sums, "time", clock)
+    sums, stream = MetricSums(1, 0, 100, CPU), SlowStream(clock, 1.5)
+    clock.now += 50.0  # before the first step
+
+    metrics = train_slowly(clock, stream, sums, compute_sec=4.5)
+
+    assert metrics["speed/data_wait_pct"] == pytest.approx(25.0)
+    assert metrics["speed/samples_per_sec"] == pytest.approx(12 / 24.0)
+    stream.sec = 0.0
+    assert train_slowly(clock, stream, sums, compute_sec=1.0)["speed/data_wait_pct"] == 0.0
+
+
+def check_waiting_of_one_rank(rank, world_size):
+    clock = Clock()
+    interval_sums.time = clock
+    wait_sec = (2.0, 0.0)[rank]
+
+    metrics = train_slowly(
+        clock, SlowStream(clock, wait_sec), MetricSums(1, 0, 100, CPU), 4.0 - wait_sec
+    )
+
+    assert metrics["speed/data_wait_pct"] == pytest.approx(25.0), "half of the time of one of two"
+    assert metrics["speed/samples_per_sec"] == pytest.approx(24 / 16.0)
+
+
+@pytest.mark.processes
+def test_waiting_is_the_mean_over_ranks():
+    run_ranks(check_waiting_of_one_rank, 2)

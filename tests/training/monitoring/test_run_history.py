@@ -1,33 +1,23 @@
-"""What befell a run: kept whole through kills, and drawn where it happened."""
+"""The picture of a run: events are drawn where they happened."""
 
 import numpy as np
 import pytest
 from PIL import ImageColor
 
+from training.monitoring.charts import BLUE, GREEN, INK, ORANGE, RED
 from training.monitoring.run_history import (
-    BLUE,
-    CHECKPOINTS_FILE,
     CURVE_HEIGHT,
-    DAMAGED,
-    FAILED,
     GAP,
-    GREEN,
-    INK,
     LANE_HEIGHT,
     LEFT,
     MAX_POINTS,
-    ORANGE,
-    RED,
     RIGHT,
-    SAVED,
     TOP,
     WIDTH,
-    CheckpointNote,
     RunHistory,
-    append_note,
-    read_notes,
     thinned,
 )
+from training.run.checkpoint_notes import DAMAGED, FAILED, SAVED, CheckpointNote
 from training.run.program import Start
 
 LAST = 1000
@@ -98,24 +88,3 @@ def test_thinning_averages_neighbours_and_keeps_the_last_step():
     assert len(steps) == MAX_POINTS
     assert steps[-1] == 1800
     assert np.allclose(values[:2], [1.0, 4.0])
-
-
-def test_notes_survive_a_line_that_was_cut_off(tmp_path):
-    assert read_notes(tmp_path) == []
-    first, second = CheckpointNote(5, SAVED), CheckpointNote(10, FAILED, "no räum left")
-    append_note(tmp_path, first)
-    with (tmp_path / CHECKPOINTS_FILE).open("a") as file:
-        file.write('{"step": 7, "outc')
-
-    assert read_notes(tmp_path) == [first]
-    append_note(tmp_path, second)
-    assert read_notes(tmp_path) == [first, second]
-
-
-def test_lines_of_another_version_are_left_out(tmp_path):
-    (tmp_path / CHECKPOINTS_FILE).write_text('{"colour": 3}\n[]\nnonsense\n')
-    note = CheckpointNote(4, SAVED)
-
-    append_note(tmp_path, note)
-
-    assert read_notes(tmp_path) == [note]

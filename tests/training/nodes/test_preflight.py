@@ -175,7 +175,7 @@ TIMEOUT = timedelta(seconds=0.5)
 @pytest.fixture
 def short_grace(monkeypatch):
     monkeypatch.setattr(preflight, "GRACE_SEC", 0.2)
-    monkeypatch.setattr(preflight.processes, "FOLLOWER_WAIT_SEC", 0.5)
+    monkeypatch.setattr(preflight.process_group, "FOLLOWER_WAIT_SEC", 0.5)
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setenv("SLURMD_NODENAME", "node1")
 

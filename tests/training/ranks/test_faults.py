@@ -16,7 +16,7 @@ from tests.support.http_server import HttpServer
 from tests.support.launch import run
 from training.checkpoints.manifest import latest_checkpoint, read_manifest
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.processes
 
 LIMIT_SEC = 8  # COLLECTIVE_TIMEOUT_SEC
 # Of what is noticed at once: far more than the margin, so that nobody waits for it.

@@ -45,7 +45,7 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_a_killed_rank_ends_the_job_in_one_sentence(demo_latents, tmp_path):
     run_dir = tmp_path / "run"
     flags = ["--data", demo_latents, "--run-dir", run_dir, "--global-batch-size", 8]
@@ -87,7 +87,7 @@ def groups_have_a_timeout(rank, world_size):
         assert options._timeout == timedelta(seconds=6 * 20 + SPARE_SEC), options._timeout
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_no_group_ends_before_the_watchdog_has_said_why():
     """Those that DeepSpeed makes included."""
     run_ranks(groups_have_a_timeout, 2)

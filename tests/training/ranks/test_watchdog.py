@@ -8,8 +8,14 @@ import torch
 
 from data_tools.errors import ConfigError
 from tests.support.ranks import run_ranks
-from training.ranks.diagnosis import Seen, describe_lost, describe_standstill, name_ranks
-from training.ranks.failures import describe_failure
+from training.ranks.agreement import RunError
+from training.ranks.diagnosis import (
+    RankStatus,
+    describe_failure,
+    describe_lost,
+    describe_standstill,
+    name_ranks,
+)
 from training.ranks.heartbeat import (
     FORWARD,
     PHASES,
@@ -20,7 +26,7 @@ from training.ranks.heartbeat import (
     Beat,
     Heartbeat,
 )
-from training.ranks.process_group import Ranks, RunError
+from training.ranks.process_group import Ranks
 from training.ranks.watchdog import Watchdog
 
 REDUCE = "all_reduce of 2 int32"
@@ -31,12 +37,12 @@ def beat(phase="in the forward pass", step=12, stuck_sec=60.0, waits_in="", deta
 
 
 def waiting(stuck_sec=60.0, **others):
-    return Seen(beat("between two steps", stuck_sec=stuck_sec, waits_in=REDUCE, **others))
+    return RankStatus(beat("between two steps", stuck_sec=stuck_sec, waits_in=REDUCE, **others))
 
 
 def test_slow_data_is_not_a_hung_collective():
     seen = dict.fromkeys(range(8), waiting(62.0))
-    seen[3] = Seen(beat("reading data", stuck_sec=61.0, detail="s3://bucket/00007.tar"))
+    seen[3] = RankStatus(beat("reading data", stuck_sec=61.0, detail="s3://bucket/00007.tar"))
 
     found = describe_standstill(seen)
 
@@ -48,7 +54,7 @@ def test_slow_data_is_not_a_hung_collective():
 
 
 def test_a_rank_that_is_silent_gets_no_more_time_than_a_collective():
-    seen = {0: waiting(), 1: Seen(beat("reading data"), 9.0), 2: Seen(None, 9.0)}
+    seen = {0: waiting(), 1: RankStatus(beat("reading data"), 9.0), 2: RankStatus(None, 9.0)}
 
     found = describe_standstill(seen)
 
@@ -63,26 +69,28 @@ def test_a_rank_that_is_silent_gets_no_more_time_than_a_collective():
 @pytest.mark.parametrize("phase", [STARTING, SAMPLING, SAVING])
 def test_a_phase_of_many_short_collectives_is_not_one_long_one(phase):
     """Whenever it is looked at, all ranks may be in one of them."""
-    seen = dict.fromkeys(range(4), Seen(beat(phase.text, stuck_sec=400.0, waits_in="new_group")))
+    seen = dict.fromkeys(
+        range(4), RankStatus(beat(phase.text, stuck_sec=400.0, waits_in="new_group"))
+    )
 
     assert describe_standstill(seen).end_after == phase.end_after == 6.0
 
 
 def test_the_job_stands_still_since_the_rank_that_moved_last_did():
-    seen = {0: waiting(300.0), 1: Seen(beat("reading data", stuck_sec=4.0))}
+    seen = {0: waiting(300.0), 1: RankStatus(beat("reading data", stuck_sec=4.0))}
 
     assert describe_standstill(seen).since_sec == 4.0
 
 
 def test_ranks_in_other_collectives_are_a_mistake_of_the_program():
-    other = Seen(beat(waits_in="barrier"))
+    other = RankStatus(beat(waits_in="barrier"))
 
     assert "do not agree" in describe_standstill({0: waiting(), 1: other}).advice
     assert "network" in describe_standstill({0: waiting(), 1: waiting()}).advice
 
 
 def test_lost_ranks_are_named_with_their_last_place():
-    seen = {0: waiting(5.0), 1: Seen(beat(step=11), 6.0), 2: waiting(5.0)}
+    seen = {0: waiting(5.0), 1: RankStatus(beat(step=11), 6.0), 2: waiting(5.0)}
 
     assert describe_lost(seen, [1], "Connection reset by peer") == (
         "lost rank 1, dead or hanging: rank 1: last heard of 6 s ago, in the forward pass, step "
@@ -161,7 +169,7 @@ def look_at_a_collective(rank, world_size):
         assert found == ["all_reduce of 3 bfloat16"], found
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_the_stack_says_in_which_collective_a_rank_waits():
     run_ranks(look_at_a_collective, 2)
 

@@ -7,7 +7,8 @@ import pytest
 from tests.support.launch import run
 from training.checkpoints import manifest
 from training.config.command_line import parse_command_line
-from training.retry import Restarts, decide, newest_checkpoint, read_restarts, run_dir_of
+from training.retry import run_dir_of
+from training.run.starts import Restarts, decide, newest_checkpoint, read_restarts
 
 CRASH, SAVED, MISTAKE, DONE = 1, 75, 2, 0
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from training.ranks.process_group import RunError
+from training.ranks.agreement import RunError
 from training.run import console_log
 from training.run.console_log import LOG_FILE, NUM_OLDER, log_to
 

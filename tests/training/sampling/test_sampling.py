@@ -1,6 +1,5 @@
 """Images depend on (seed, index), class and settings; never on the batch they were drawn in."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,7 +8,7 @@ from models.guidance import Guidance
 from models.network_options import NetworkOptions
 from models.sampler import SAMPLING_METHODS, methods_for
 from models.switch_dit import SwitchDiT
-from training.sampling.latents import SamplerSettings, image_grid, sample_latents
+from training.sampling.latents import SamplerSettings, sample_latents
 
 SHAPE = (4, 8, 8)
 # One way to draw per method: (objective, method).
@@ -148,24 +147,3 @@ def test_autoguidance_of_scale_zero_draws_the_weaker_models_images():
 
     expected = draw(weak, [0, 1], [0, 1], "v", scale=1.0)
     assert_same(found, expected)
-
-
-def test_a_grid_holds_every_image_and_pads_the_last_row():
-    pixels = np.stack([np.full((4, 4, 3), value, dtype=np.uint8) for value in (10, 20, 30)])
-
-    grid = image_grid(pixels, columns=2)
-
-    for value in (10, 20, 30):
-        assert (grid == value).all(axis=-1).sum() == 16
-    assert grid.shape[0] < grid.shape[1] * 2
-
-
-def test_labels_take_a_line_above_each_row():
-    pixels = np.zeros((2, 16, 16, 3), dtype=np.uint8)
-
-    plain, labelled = (
-        image_grid(pixels, columns=1, row_labels=labels) for labels in (None, ["cat", "dog"])
-    )
-
-    assert labelled.shape[0] > plain.shape[0]
-    assert labelled.shape[1] == plain.shape[1]

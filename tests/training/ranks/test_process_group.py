@@ -1,4 +1,4 @@
-"""What processes do alone and together: share cores, mind signals."""
+"""Ranks share the cores of a node, and stop at the same step."""
 
 import os
 import signal
@@ -6,8 +6,9 @@ import signal
 import pytest
 import torch
 
-from data_tools.process.entry_point import STOP_SIGNALS
-from training.ranks.process_group import Ranks, StopSignal, share_cores
+from data_tools.process.signals import STOP_SIGNALS
+from training.ranks.process_group import Ranks, share_cores
+from training.ranks.stop_signal import StopSignal
 
 
 def test_cores_are_shared_unless_the_user_said():

@@ -46,7 +46,7 @@ def test_a_person_is_told_and_a_launcher_is_stopped(tmp_path, num_before, env, i
     assert not text or f"the last {num_before} starts went on from step 8 and left no later" in text
 
 
-@pytest.mark.ranks
+@pytest.mark.processes
 def test_the_same_command_ends_under_torchrun_and_goes_on_by_hand(demo_latents, tmp_path):
     flags = ["--data", demo_latents, "--run-dir", tmp_path]
     flags += ["--global-batch-size", 4, "--max-steps", 1, "--sample-every", 0]
@@ -60,4 +60,4 @@ def test_the_same_command_ends_under_torchrun_and_goes_on_by_hand(demo_latents, 
 
     sentence = f"{tmp_path} comes no further: the last 4 starts went on from step 0 and left no "
     assert f"error: {sentence}" in by_torchrun and "Traceback" not in by_torchrun
-    assert f"warning: {sentence}" in by_hand and "done: 1 steps" in by_hand
+    assert f"warning: {sentence}" in by_hand and "done: 1 step," in by_hand
