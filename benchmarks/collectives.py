@@ -1,4 +1,4 @@
-"""What collectives send over each link, and how long they take.
+"""Compute what collectives send over each link, and how long they take.
 
 A ring all-reduce over W ranks sends 2 (W - 1) / W of the data from each, a reduce-scatter or
 all-gather half of that. An all-to-all sends rows to the ranks that need them.
@@ -35,11 +35,11 @@ class Transfer(NamedTuple):
     net_bytes: float = 0.0  # through its link to other nodes
 
     def times(self, count: float) -> "Transfer":
-        """Repeat it."""
+        """Return the transfer repeated `count` times."""
         return Transfer(*(count * value for value in self))
 
     def plus(self, other: "Transfer") -> "Transfer":
-        """Do the other one after it."""
+        """Return the sum of two transfers, one after the other."""
         return Transfer(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -98,7 +98,7 @@ def exchange(
     Args:
         row_bytes: of a sample's tokens.
         num_samples: N, of each rank.
-        routing: who needs what.
+        routing: the copies that each rank sends and receives.
         machine: with the links.
 
     Returns:

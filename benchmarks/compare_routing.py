@@ -2,9 +2,10 @@
 
     python benchmarks/compare_routing.py --steps 300
 
-Same seed, same samples, noise and timesteps in the same order, same budget of steps, objective
-epsilon. Runs go to runs/compare-ROUTING (an interrupted comparison continues), the grids beside
-each other to runs/compare-routing.png. It says how a few minutes begin, not how training ends.
+All runs have the same seed, the same samples, noise and timesteps in the same order, the same
+number of steps and objective epsilon. They go to runs/compare-ROUTING; an interrupted comparison
+continues. The grids of samples go to runs/compare-routing.png, beside each other. A few minutes
+show how training begins, not how it ends.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""A small cost model of a training step on many ranks: pure functions of sizes and constants.
+"""Predict the time and memory of a training step on many ranks, from sizes and constants.
 
 A step is products at a rate, memory-bound work at the memory's bandwidth, and collectives on links
 with a bandwidth and a latency. DeepSpeed 0.19.8 does this: stages 0 and 1 all-reduce the gradients
 once a step; stage 2 all-reduces them in every micro-step (each rank keeps its part of the sum);
 stage 3 reduce-scatters them in every micro-step and gathers the weights twice; stages 1 and 2
-gather the weights after the step. Gradients of experts go around the W / R ranks that hold the same
-ones.
+gather the weights after the step. Gradients of experts travel among the W / R ranks that hold the
+same experts.
 
 N samples of a micro-batch, T tokens, D width, L blocks, E experts, K experts per sample, W ranks,
 R ranks of an expert-parallel group.
@@ -31,7 +31,7 @@ MASTER_PASSES = 2  # from fp32 masters to the weights
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is trained, whatever the layout.
+    """What is trained; the same for all layouts.
 
     Attributes:
         network: its options, with experts on one rank.

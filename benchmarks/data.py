@@ -1,10 +1,11 @@
-"""How fast are latents read? Our reader against plain webdataset, .npy files and safetensors.
+"""Measure how fast latents are read: ours, plain webdataset, .npy files and safetensors.
 
     python benchmarks/data.py --folder FOLDER
 
-In one run, on the same latents (float16, 8x32x32) and labels, in batches of 256 in one tensor:
-warm and cold page cache, one and two processes; then the stream that training consumes, the time
-to the first batch after a resume in the middle of 1.28 M samples, and the memory over a million.
+One run reads the same latents (float16, 8x32x32) and labels in every format, in batches of 256 in
+one tensor, with warm and cold page cache, by one and by two processes. Then it measures the stream
+that training consumes, the time to the first batch after a resume in the middle of 1.28 M samples,
+and the memory over a million samples.
 """
 
 import argparse
@@ -50,7 +51,7 @@ Reader = Callable[[Path, int, int], Iterator[torch.Tensor]]
 
 
 def read_ours(folder: Path, part: int, num_parts: int) -> Iterator[torch.Tensor]:
-    """Random access in the planned order, one thread, without reading ahead."""
+    """Read at random places in the planned order: one thread, nothing read ahead."""
     data = open_data(str(folder / "tar"))
     plan = data.plan(seed=0, window=WINDOW, global_batch_size=BATCH)
     reader = SampleReader(data, data.stores("size", None), num_open_shards=WINDOW)
@@ -63,7 +64,7 @@ def read_ours(folder: Path, part: int, num_parts: int) -> Iterator[torch.Tensor]
 
 
 def read_stream(folder: Path, part: int, num_parts: int) -> Iterator[torch.Tensor]:
-    """What training consumes: threads read ahead, order and labels included."""
+    """Read as training does: threads read ahead; order and labels are included."""
     data = open_data(str(folder / "tar"))
     steps = data.manifest.num_samples // (BATCH * num_parts)
     with LatentStream(
@@ -98,7 +99,7 @@ def _batched(samples: Iterator[tuple[np.ndarray, int]]) -> Iterator[torch.Tensor
 
 
 def read_webdataset(folder: Path, part: int, num_parts: int) -> Iterator[torch.Tensor]:
-    """Plain webdataset, values taken by np.frombuffer."""
+    """Read with plain webdataset; values by np.frombuffer."""
     samples = wds.WebDataset(_tars(folder, part, num_parts), shardshuffle=False)
     return _batched(
         (
@@ -110,7 +111,7 @@ def read_webdataset(folder: Path, part: int, num_parts: int) -> Iterator[torch.T
 
 
 def read_decoded(folder: Path, part: int, num_parts: int) -> Iterator[torch.Tensor]:
-    """Plain webdataset with its own .decode()."""
+    """Read with plain webdataset and its own .decode()."""
     samples = wds.WebDataset(_tars(folder, part, num_parts), shardshuffle=False).decode()
     return _batched((s["moments.npy"], s["cls"]) for s in samples)
 
@@ -122,7 +123,7 @@ def _shuffled(folder: Path, part: int, num_parts: int) -> list[tuple[int, int]]:
 
 
 def read_npy(folder: Path, part: int, num_parts: int) -> Iterator[torch.Tensor]:
-    """One file per image, in random order."""
+    """Read one file per image, in random order."""
     root = folder / "npy"
     labels = [np.load(path / "labels.npy") for path in sorted(root.iterdir())]
     return _batched(
@@ -132,7 +133,7 @@ def read_npy(folder: Path, part: int, num_parts: int) -> Iterator[torch.Tensor]:
 
 
 def read_safetensors(folder: Path, part: int, num_parts: int) -> Iterator[torch.Tensor]:
-    """A file per shard, opened for every sample, in random order."""
+    """Read a file per shard, opened for every sample, in random order."""
 
     def samples() -> Iterator[tuple[np.ndarray, int]]:
         for shard, i in _shuffled(folder, part, num_parts):
@@ -154,7 +155,7 @@ READERS: dict[str, Reader] = {
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Have the system forget the files' content."""
+    """Drop the files from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -192,7 +193,7 @@ def samples_per_sec(name: str, folder: Path, num_consumers: int) -> float:
 
 
 def resume_ms(large: Path) -> tuple[list[float], list[float]]:
-    """Time to open the data, and from there to the first batch in the midst of the 812th epoch.
+    """Time to open the data, and from there to the first batch in the middle of the 812th epoch.
 
     Returns:
         milliseconds of six turns each; in the first one the node checks the window's shards.

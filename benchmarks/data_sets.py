@@ -1,4 +1,4 @@
-"""The same latents in the formats that readers are compared on."""
+"""Make the same latents in every format on which data.py compares readers."""
 
 import hashlib
 import os
@@ -50,8 +50,14 @@ def make_shard(folder: Path, index: int) -> Shard:
     replace_file(path, lambda file: layout.write(file, samples))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Shard(
-        *(path.name, SHARD_SIZE, path.stat().st_size, digest, layout.stride),
-        *("", sample_key(first), []),
+        name=path.name,
+        num_samples=SHARD_SIZE,
+        bytes=path.stat().st_size,
+        sha256=digest,
+        stride=layout.stride,
+        index_sha256="",
+        first_key=sample_key(first),
+        skipped=[],
     )
 
 

@@ -1,11 +1,11 @@
-"""How fast are images encoded? Ours against a loop of PIL and VAE, with batches of 1 and of 32.
+"""Measure how fast images are encoded: ours, and a loop of PIL and VAE in batches of 1 and 32.
 
     python benchmarks/encoding.py
     python benchmarks/encoding.py --vae stabilityai/sd-vae-ft-ema --size 256 --images 2048
 
-All encode the same JPEG files and their mirrored images and write what they found; ours also hashes
-it and flushes it to the disk. The share of the time in which the VAE computes says what is left to
-gain.
+All encode the same JPEG files and their mirrored images and write the results; ours also hashes
+them and flushes them to the disk. The table shows the share of the time in which the VAE computes:
+the rest is what could still be gained.
 """
 
 import argparse
@@ -37,7 +37,7 @@ NAIVE_BATCHES = (1, 32)
 
 
 def make_photographs(folder: Path, count: int) -> None:
-    """Write JPEG files of smooth light, shapes and grain, each of a size of its own."""
+    """Write JPEG files of smooth light, shapes and grain, of different sizes."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for index in range(count):

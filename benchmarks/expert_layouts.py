@@ -1,7 +1,8 @@
-"""Experts replicated, sharded by ZeRO 3 or shared out by expert parallelism: memory and time.
+"""Measure memory and time of experts that are replicated, sharded by ZeRO 3 or shared out.
 
-Small Switch-DiTs are trained for a few steps by real DeepSpeed engines, one process per rank. What
-they do is the product's: objective, prior, clipping, AdamW with an average of the weights.
+Shared out means expert parallelism. Real DeepSpeed engines, one process per rank, train small
+Switch-DiTs for a few steps. A step is the product's: objective, prior, clipping, AdamW with an
+average of the weights.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
-"""What does expert parallelism cost, against DeepSpeed's own layer, and when is it worth it?
+"""Compare expert parallelism with DeepSpeed's own layer, and with replicated experts.
 
     python benchmarks/expert_parallel.py                      # our layers and DeepSpeed's
     python benchmarks/expert_parallel.py --kind mlp --hidden-ratio 4
     python benchmarks/expert_parallel.py --device cuda        # NCCL, a rank per GPU
     python benchmarks/expert_parallel.py --layouts            # v sharded and replicated experts
 
-It starts its ranks itself. The first form runs the forward and backward passes of some layers on
-equal experts and equal routing; outputs and gradients are compared before anything is timed. Sides
-take turns and the best step counts, as the slowest rank sees it. `--layouts` trains small models
+The program starts its ranks. The first form runs forward and backward passes of some layers with
+equal experts and equal routing, and compares outputs and gradients before it times anything. Both
+sides take turns; the best step counts, timed on the slowest rank. `--layouts` trains small models
 with DeepSpeed engines (expert_layouts.py).
 """
 
@@ -110,8 +110,14 @@ def main(argv: list[str] | None = None) -> None:
         print_layouts(args.ranks, args.steps, args.size)
         return
     sizes = Sizes(
-        *(args.batch, args.tokens, args.width, args.depth, args.experts, args.top_k),
-        *(args.kind, args.hidden_ratio),
+        batch_size=args.batch,
+        num_tokens=args.tokens,
+        width=args.width,
+        depth=args.depth,
+        num_experts=args.experts,
+        top_k=args.top_k,
+        kind=args.kind,
+        hidden_ratio=args.hidden_ratio,
     )
     ratio = f", ratio {args.hidden_ratio:g}" if args.kind == "mlp" else ""
     for world_size in args.ranks:

@@ -1,11 +1,12 @@
-"""When is it cheaper to merge affine experts than to dispatch samples to them?
+"""Measure when merging affine experts is cheaper than dispatching samples to them.
 
     python benchmarks/experts.py
     python benchmarks/experts.py --device cuda --dtype bf16 --max-gflop 2000
 
-For a grid of sizes the table shows the time of dispatching over the time of merging, forward and
-backward of one block's mixture: above 1, merging wins. `*` marks what --expert-dispatch auto gets
-wrong (models/experts.py: merging_is_cheaper). The plan, made once for all blocks, is not timed.
+For a grid of sizes the table shows the time of dispatching over the time of merging, for forward
+and backward pass of one block's mixture; above 1, merging is faster. `*` marks sizes for which
+--expert-dispatch auto chooses the slower way (models/experts.py: merging_is_cheaper). The plan,
+made once for all blocks, is not timed.
 
 N batch, T tokens, D width, E experts, K experts per sample.
 """

@@ -1,7 +1,7 @@
-"""The machines that scaling.py predicts: a few constants each, as plain data.
+"""Constants of the machines for which scaling.py predicts.
 
 Shares of a vendor's peak that are called assumed were not measured by us. The constants of a CPU
-are fitted where the program runs (link_fit.py).
+are fitted on the machine that runs the program (link_fit.py).
 """
 
 import argparse
@@ -85,18 +85,22 @@ LINK_SHARE, MEMORY_SHARE = 0.8, 0.85
 
 
 def _nvidia(
-    name: str,
+    *,
+    model: str,
+    memory: str,
     bf16_tflops: float,
     fp32_tflops: float,
     memory_gb_per_sec: float,
     memory_gib: float,
     nvlink_gb_per_sec: float,
     network_gbit_per_sec: float,
-    source: str,
 ) -> Machine:
+    name = model.split()[0]
     return Machine(
-        name=name,
-        source=f"{source}; {ASSUMPTIONS}",
+        name=name.lower(),
+        source=f"NVIDIA's data sheet of the {model}: dense bf16, fp32, {memory}, NVLink "
+        f"{2 * nvlink_gb_per_sec:g} GB/s in both directions; 8 GPUs a node with "
+        f"{network_gbit_per_sec:g} Gb/s InfiniBand each, as in a DGX {name}; {ASSUMPTIONS}",
         bf16_tflops=bf16_tflops,
         fp32_tflops=fp32_tflops,
         memory_gb_per_sec=MEMORY_SHARE * memory_gb_per_sec,
@@ -113,19 +117,34 @@ MACHINES = {
     machine.name: machine
     for machine in (
         _nvidia(
-            *("h100", 989.0, 67.0, 3350.0, 79.0, 450.0, 400.0),
-            "NVIDIA's data sheet of the H100 SXM: dense bf16, fp32, HBM3, NVLink 900 GB/s in both "
-            "directions; 8 GPUs a node with 400 Gb/s InfiniBand each, as in a DGX H100",
+            model="H100 SXM",
+            memory="HBM3",
+            bf16_tflops=989.0,
+            fp32_tflops=67.0,
+            memory_gb_per_sec=3350.0,
+            memory_gib=79.0,
+            nvlink_gb_per_sec=450.0,
+            network_gbit_per_sec=400.0,
         ),
         _nvidia(
-            *("h200", 989.0, 67.0, 4800.0, 140.0, 450.0, 400.0),
-            "NVIDIA's data sheet of the H200 SXM: dense bf16, fp32, HBM3e, NVLink 900 GB/s in "
-            "both directions; 8 GPUs a node with 400 Gb/s InfiniBand each, as in a DGX H200",
+            model="H200 SXM",
+            memory="HBM3e",
+            bf16_tflops=989.0,
+            fp32_tflops=67.0,
+            memory_gb_per_sec=4800.0,
+            memory_gib=140.0,
+            nvlink_gb_per_sec=450.0,
+            network_gbit_per_sec=400.0,
         ),
         _nvidia(
-            *("a100", 312.0, 19.5, 2039.0, 79.0, 300.0, 200.0),
-            "NVIDIA's data sheet of the A100 SXM 80 GB: dense bf16, fp32, HBM2e, NVLink 600 GB/s "
-            "in both directions; 8 GPUs a node with 200 Gb/s InfiniBand each, as in a DGX A100",
+            model="A100 SXM 80 GB",
+            memory="HBM2e",
+            bf16_tflops=312.0,
+            fp32_tflops=19.5,
+            memory_gb_per_sec=2039.0,
+            memory_gib=79.0,
+            nvlink_gb_per_sec=300.0,
+            network_gbit_per_sec=200.0,
         ),
     )
 }
@@ -151,7 +170,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def overridden(machine: Machine, args: argparse.Namespace) -> Machine:
-    """Lay the flags over a machine.
+    """Return the machine with the constants that flags give.
 
     Raises:
         ConfigError: a number is out of range.
@@ -184,7 +203,7 @@ def describe(machine: Machine) -> str:
 
 
 def shared_machine(machine: Machine, world_size: int) -> Machine:
-    """Slow a node's ranks down that have to share its cores and its memory bus."""
+    """Return the machine with its ranks slowed down as they share a node's cores and memory bus."""
     ranks = min(world_size, machine.ranks_per_node)
     slower = max(1.0, ranks / machine.cores_per_node)
     bandwidth = min(machine.memory_gb_per_sec / slower, machine.node_memory_gb_per_sec / ranks)

@@ -1,4 +1,4 @@
-"""What a rank does to compare our expert-parallel layers with DeepSpeed's (expert_parallel.py)."""
+"""Compare our expert-parallel layers with DeepSpeed's: a rank's part of expert_parallel.py."""
 
 from typing import NamedTuple
 

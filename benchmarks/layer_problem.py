@@ -1,4 +1,4 @@
-"""Experts, samples and gates on which expert-parallel layers are compared.
+"""Draw the experts, samples and gates on which expert-parallel layers are compared.
 
 N samples of a rank, T tokens, D width, L layers, E experts, K experts per sample, S timesteps, R
 ranks of the group, G = R * N.

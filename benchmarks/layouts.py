@@ -1,4 +1,4 @@
-"""Which layouts a number of ranks can train a configuration with, and which is the fastest."""
+"""List the layouts with which a number of ranks can train a configuration, the fastest first."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ class Search(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a number of ranks."""
+    """The layouts that a number of ranks can use, or why there are none."""
 
     predictions: list[Prediction]  # that fit into memory, the fastest first
     problem: str  # why there are none
@@ -60,9 +60,9 @@ def explore(
 
     Args:
         config: the configuration.
-        work: of it.
+        work: what the cost model needs of the configuration.
         world_size: ranks.
-        machine: that they run on.
+        machine: on which they run.
         search: what may be chosen.
     """
     given = config

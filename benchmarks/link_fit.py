@@ -1,8 +1,8 @@
 """Fit the constants of the cost model to this machine's CPU, from short measurements.
 
-Two processes give the rates of products, memory and links; one process that trains at two
-micro-batch sizes, and under ZeRO 3, gives what is left: memory-bound work, and the time that each
-block takes whatever its batch. What is predicted for more processes is not fitted to them.
+Two processes measure the rates of products, memory and links. One process trains with two
+micro-batch sizes, and under ZeRO 3, for the rest: memory-bound work, and the time that a block
+takes at any batch size. No constant is fitted to steps of more processes, which the model predicts.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def _from_links(times: LinkTimes) -> dict[str, float]:
 
 
 def fit_line(num_bytes: list[float], seconds: list[float]) -> tuple[float, float]:
-    """Fit seconds = latency + bytes / rate, every point as important as the others.
+    """Fit seconds = latency + bytes / rate, with equal weight on every point.
 
     Returns:
         The latency, s, and the rate, bytes/s; both positive.
@@ -116,12 +116,12 @@ def _with_steps(config: Config, machine: Machine) -> Machine:
     unit = dataclasses.replace(machine, pointwise_passes=1.0)  # what one pass adds
     passes = [_predicted(job, unit) - _predicted(job, machine) for job in jobs[:2]]
     slope = max(0.0, (left[1] - left[0]) / (passes[1] - passes[0]))
-    block_sec = max(0.0, left[0] - slope * passes[0]) / workload_of(config).shape.depth
+    block_sec = max(0.0, left[0] - slope * passes[0]) / workload_of(config).network.depth
     machine = dataclasses.replace(
         machine, pointwise_passes=slope, block_overhead_us=block_sec / MICRO
     )
     gather_sec = max(0.0, seconds[2] - _predicted(jobs[2], machine))
-    gather_us = gather_sec / workload_of(config).shape.depth / MICRO
+    gather_us = gather_sec / workload_of(config).network.depth / MICRO
     return dataclasses.replace(machine, gather_overhead_us=gather_us)
 
 

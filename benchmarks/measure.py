@@ -1,4 +1,4 @@
-"""Measuring instruments: the machine's matmul peak, FLOPs, bytes kept for backward, waits."""
+"""Measure rates of products, FLOPs, bytes kept for the backward pass, and waits for the device."""
 
 import ctypes
 import gc
@@ -125,7 +125,7 @@ def _attention_backward_flops(_: Any, q: Any, k: Any, *__: Any, **___: Any) -> i
 
 
 class SavedTensors:
-    """The memory that a forward pass keeps for its backward pass.
+    """Counts the memory that a forward pass keeps for its backward pass.
 
     Attributes:
         num_bytes: of all storages kept, each once, parameters apart.

@@ -4,16 +4,21 @@
     python benchmarks/metrics_cost.py --size XL --device cuda --batch 64 --experts 16
     python benchmarks/metrics_cost.py --size XL --experts 16 --step-sec 0.4
 
-Per micro-step sums are updated on the device; at the end of a logging interval training's own
-reporter reduces them over ranks (here one, as rank 0 of an expert-parallel group of two), describes
-them and writes them to TensorBoard and metrics.jsonl, after as many intervals as the preset has.
-With the grids of samples it draws what experts do, with each checkpoint the run's history, and
-one step is profiled for its share of communication. Per step the loop notes a few phases, and each
-second the watchdog's thread tells the job's store where the rank is: what that takes of a core is
-the most it can take of the step.
+Timed are training's own parts:
 
-The step is that of train_step.py, without a process group; or, with --step-sec, one that somebody
-has measured elsewhere, and then no model is made and no step profiled.
+    every micro-step  sums are updated on the device
+    every interval    the reporter reduces the sums over ranks and writes them to TensorBoard and
+                      metrics.jsonl. Here is one rank, as rank 0 of an expert-parallel group of two,
+                      at the end of a run as long as the preset's
+    with samples      pictures of the experts are drawn
+    with checkpoints  a picture of the run is drawn, and one step is profiled for its share of
+                      communication
+    every step        the loop notes a few phases
+    every second      the watchdog's thread tells the job's store where the rank is. Its share of a
+                      core is the most that it can take of the step
+
+The step is that of train_step.py, without a process group. With --step-sec it is one that was
+measured elsewhere: no model is made then, and no step profiled.
 """
 
 import argparse

@@ -1,10 +1,9 @@
-"""The training step as the official Switch-DiT code organises it: what ours is compared with.
+"""The training step as the official Switch-DiT code organises it, to compare ours with.
 
-Written from the description of the method, not from its source. It computes with the parameters of
-a SwitchDiT of ours, so both compute the same function: routing is decided block by block, samples
-are sorted by expert and every expert multiplies its own (which waits for the device in every
-block), the prior is matched through the (S, U, U) array of differences in every step, and nothing
-is merged or fused.
+It is written from the description of the method, not from its source. It uses the parameters of a
+SwitchDiT of ours, so both compute the same function. Routing is decided block by block. Samples are
+sorted by expert, which waits for the device in every block, and every expert multiplies its own.
+Every step matches the prior through the (S, U, U) array of differences. Nothing is merged or fused.
 
 N batch, T tokens, D width, L blocks, E experts, K experts per sample, S diffusion timesteps,
 U = L * E units.

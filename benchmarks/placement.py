@@ -1,11 +1,12 @@
-"""Copies that travel and loads of ranks, for every placement of experts and dealing of timesteps.
+"""Count the copies that travel and the loads of ranks, by placement of experts and dealing.
 
     python benchmarks/placement.py
     python benchmarks/placement.py --experts 16 64 --ranks 8 --top-k 2
 
-One process computes the routing of a whole expert-parallel group. A cell says how many copies of a
-sample travel to other ranks in a block, with timesteps by position -> dealt by affinity, and the
-load of the worst rank over the mean (a block at a time; dealing does not change it). Routings:
+One process computes the routing of a whole expert-parallel group. A cell of the table gives the
+copies of a sample that travel to other ranks in a block, with timesteps by position -> dealt by
+affinity, and the load of the worst rank over the mean, the mean over blocks (dealing does not
+change it). Routings:
 
     prior     what the diffusion prior asks for, experts in the order of their windows
     matched   the same with the experts of each block shuffled, as the matching leaves them

@@ -1,11 +1,11 @@
-"""What matching experts to the prior costs: one matrix product against the (S, U, U) array.
+"""Measure what matching experts to the prior costs: a matrix product, or the (S, U, U) array.
 
     python benchmarks/prior_matching.py                      # 84 (the paper's XL), 448, 1792 units
 
-Both find the cost sum_t |uses - prior| of giving prior unit v to network unit u, then solve the
-same linear assignment. Each runs in a process of its own, so that its peak memory can be told.
-Where the array does not fit, its cost is computed in slices of timesteps: the time is then the
-formulation's, the memory is not, and what it would need is printed.
+Both compute the cost sum_t |uses - prior| of giving prior unit v to network unit u, then solve the
+same linear assignment. Each runs in a separate process, which shows its peak memory. Where the
+array does not fit, the cost is computed in slices of timesteps. The time is then still that of the
+formulation, but the memory is not: what the whole array would need is printed.
 
 L blocks, E experts, K experts per sample, S diffusion timesteps, U = L * E units.
 """
@@ -39,7 +39,7 @@ WAYS = ("product", "differences")
 
 
 class Cost(NamedTuple):
-    """What one way took."""
+    """Time and memory that one way took."""
 
     cost_sec: float
     assignment_sec: float

@@ -1,7 +1,7 @@
-"""Measured on this machine's CPU: training steps of real engines, links, products and memory.
+"""Measure training steps of real engines, links, products and memory on this machine's CPU.
 
-Every rank is a process with one thread, joined by gloo. The best of several timings counts, since
-others may use the machine too.
+Every rank is a process with one thread; gloo connects them. The best of several timings counts,
+because other programs may use the machine too.
 """
 
 import gc

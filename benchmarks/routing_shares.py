@@ -1,8 +1,10 @@
-"""How much of a batch each rank of an expert-parallel group serves, from the routing plan itself.
+"""Count how much of a batch each rank of an expert-parallel group serves, from the routing plan.
 
-The plan is that of models/gate.py for a gate that follows the diffusion prior: what training pulls
-every gate towards. N samples of a rank, L blocks, E experts, K experts per sample, S diffusion
-timesteps, U = L * E units, R ranks of a group, G = R * N samples of a group.
+The plan is that of models/gate.py for a gate that follows the diffusion prior, towards which
+training pulls every gate.
+
+N samples of a rank, L blocks, E experts, K experts per sample, S diffusion timesteps, U = L * E
+units, R ranks of a group, G = R * N samples of a group.
 """
 
 import dataclasses
@@ -88,7 +90,12 @@ def shares_of(gate_table: Tensor, t: Tensor, top_k: int, slots: Tensor, R: int) 
     for rank in range(R):
         own = t[rank * N : (rank + 1) * N]
         plan = build_plan(
-            *(gate_table, own, top_k, t, rank, R),
+            gate_table,
+            own,
+            top_k,
+            group_t=t,
+            group_rank=rank,
+            group_size=R,
             slot_of_expert=slots,
             product=ExpertProduct.LOOP,
         )
@@ -126,9 +133,9 @@ def prior_shares(config: Config, group_size: int) -> RoutingShares:
     model, depth = config.model, MODEL_SIZES[config.model.size].depth
     if group_size == 1:
         return unshared(depth, model.top_k)
+    process = config.diffusion
     prior = diffusion_prior(
-        *(config.diffusion.num_timesteps, depth, model.num_experts, model.top_k),
-        alpha=config.diffusion.prior_alpha,
+        process.num_timesteps, depth, model.num_experts, model.top_k, alpha=process.prior_alpha
     )
     return configured_shares(config, prior_gate_table(prior, depth), group_size)
 

@@ -1,4 +1,4 @@
-"""How fast would this train on 1 to 512 GPUs, and laid out how?
+"""Predict how fast a configuration trains on 1 to 512 GPUs, and with which layout.
 
     python benchmarks/scaling.py --preset xl --num-experts 8 --global-batch-size 1024
     python benchmarks/scaling.py --preset xl --images-per-gpu 32 --plot scaling.png
@@ -7,10 +7,10 @@
     python benchmarks/scaling.py --compare             # predicted and measured, 2 and 4 processes
 
 A small cost model (benchmarks/cost_model.py) predicts every layout that training would accept, and
-the fastest that fits is printed. Every flag of training/main.py is understood; --deepspeed takes
-several files, --expert-parallel-size several sizes, and --images-per-gpu lets the global batch
-grow with the GPUs. Constants of a GPU are a vendor's numbers and stated assumptions; those of the
-CPU are measured where this runs, by --fit, --compare and --machine cpu, and stored nowhere.
+the fastest one that fits is printed. Every flag of training/main.py is understood. --deepspeed
+takes several files, --expert-parallel-size several sizes; with --images-per-gpu the global batch
+grows with the GPUs. The constants of a GPU are a vendor's numbers and stated assumptions. Those of
+the CPU are measured on this machine, by --fit, --compare and --machine cpu, and not stored.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be meant."""
+    """Refuse numbers and names that make no sense."""
     counts = {"--gpus": args.gpus, "--expert-parallel-size": args.expert_parallel_size}
     counts["--images-per-gpu"] = args.images_per_gpu and [args.images_per_gpu]
     for flag, values in counts.items():

@@ -1,4 +1,4 @@
-"""Predicted against measured steps on this machine's CPU: 2 and 4 processes, every layout."""
+"""Compare predicted with measured steps on this machine's CPU: every layout, 2 and 4 processes."""
 
 import argparse
 import dataclasses
@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to the measurement."""
+        """Error of the prediction, relative to the measurement."""
         return self.prediction.sec / self.measured_sec - 1
 
 

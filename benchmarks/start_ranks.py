@@ -1,4 +1,4 @@
-"""Processes of this machine that form a DeepSpeed world, for benchmarks of several ranks."""
+"""Start processes of this machine as the ranks of a DeepSpeed world, for benchmarks."""
 
 import os
 import socket
@@ -17,8 +17,8 @@ def run_on_ranks(
 ) -> Any:
     """Run fn(rank, world_size, *args) in every process of a group; return rank 0's result.
 
-    `fn`, `args` and the result travel by pickle: they belong to modules, not to a script. Ranks
-    have one thread and gloo on "cpu"; on "cuda" a GPU each, and NCCL.
+    `fn`, `args` and the result are pickled, so they must be defined in modules, not in a script. On
+    "cpu" a rank has one thread, and gloo; on "cuda" one GPU, and NCCL.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,9 +1,9 @@
-"""Our expert-parallel layers and DeepSpeed's own, with equal experts and equal routing.
+"""Build our expert-parallel layers and DeepSpeed's own, with equal experts and equal routing.
 
 DeepSpeed's layer (deepspeed.moe.layer.MoE) routes tokens by a gate on their values. Here its gate
-is told the logits of each sample instead, repeats them for all tokens of the sample, and
-lets DeepSpeed's code choose, count and lay out without dropping a token, as its own gate does.
-DeepSpeed divides the k gate values by their sum; the sum is multiplied back.
+gets the logits of each sample instead and repeats them for all tokens of the sample. DeepSpeed's
+code then chooses and counts as for its own gate, without dropping a token. It divides the k gate
+values by their sum; the result is multiplied by the sum again.
 
 N samples of a rank, T tokens, D width, L layers, E experts, K experts per sample, S timesteps, R
 ranks of the group, G = R * N.

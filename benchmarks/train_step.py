@@ -1,12 +1,13 @@
-"""How fast is a training step, how close to the machine's limit, and against the official way?
+"""Measure a training step, against the machine's limit and against the official code's way.
 
     python benchmarks/train_step.py                               # S/2, batch 8 and 32
     python benchmarks/train_step.py --peak-only                   # the rates of matrix products
     python benchmarks/train_step.py --device cuda --size XL --dtype bf16 --batch auto --compile
 
-A step is forward, loss with the prior's, backward, AdamW and the average of the weights, on latents
-made up beforehand. The best step of each side counts: others may use the machine too. On a CPU
-without bf16 instructions a step in bf16 takes minutes and is measured only if asked for.
+A step is forward pass, loss with the prior's, backward pass, AdamW and the average of the weights,
+on random latents made beforehand. The best step of each side counts, because other programs may use
+the machine too. On a CPU without bf16 instructions a step in bf16 takes minutes; it is measured
+only if asked for.
 """
 
 import argparse

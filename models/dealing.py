@@ -1,8 +1,8 @@
-"""Dealing timesteps: which rank of an expert-parallel group trains which of the group's timesteps.
+"""Deal the timesteps of an expert-parallel group to its ranks, so that fewer samples travel.
 
-What an image is and at which timestep it is trained are independent draws, so the timesteps of a
-group's samples may be exchanged among its ranks. Given to the rank that holds most of its experts,
-a sample travels less. Every rank keeps its number of samples, and the group its timesteps.
+An image and the timestep at which it is trained are independent draws, so ranks may exchange
+timesteps. A sample whose timestep is dealt to the rank that holds most of its experts travels less.
+Every rank keeps its number of samples, and the group keeps its timesteps.
 
 L blocks, E experts, S diffusion timesteps, R ranks of a group, N samples per rank, G = R * N.
 """
@@ -20,12 +20,12 @@ DEALINGS = ("position", "affine")
 def served_at_home(
     gate_table: Tensor, top_k: int, slot_of_expert: Tensor, num_ranks: int
 ) -> Tensor:
-    """Count the blocks in which a rank serves a timestep, (S, R) int64.
+    """Count the blocks in which a rank holds one of a timestep's experts, (S, R) int64.
 
-    In these a sample of the timestep need not be copied to the rank, if the rank is its own.
+    In each of these blocks a sample saves one copy if it belongs to the rank.
 
     Args:
-        gate_table: (L, S, E); with 0/1 entries, K of them 1, it is the choice itself.
+        gate_table: (L, S, E) gate values; a 0/1 table with K ones per row states the choice itself.
         top_k: K.
         slot_of_expert: (L, E) int64 placement, on the device of gate_table.
         num_ranks: R.
@@ -40,11 +40,12 @@ def served_at_home(
 def deal(group_t: IntArray, at_home: IntArray) -> IntArray:
     """Exchange timesteps among ranks so that the fewest copies travel.
 
-    A pure function of whole numbers: all ranks of a group find the same. Ties are broken by place.
+    A pure function of integers: all ranks of a group compute the same result. Ties go by place.
 
     Args:
-        group_t: (G,) in rank order, N per rank.
-        at_home: (S, R) from `served_at_home`; of older gates it deals less well, not wrongly.
+        group_t: (G,) int64 timesteps in rank order, N per rank.
+        at_home: (S, R) int64 from `served_at_home`. Counts from older gates save fewer copies and
+            are not wrong.
 
     Returns:
         (G,) the same timesteps in another order.
@@ -54,5 +55,5 @@ def deal(group_t: IntArray, at_home: IntArray) -> IntArray:
     assert N * num_ranks == len(group_t), "ranks of a group need equal batches"
     benefit = at_home[group_t].repeat(N, axis=1)  # (G, G): sample, place
     sample, taken = linear_sum_assignment(benefit, maximize=True)
-    # A rank's samples in the order that they had, whatever the solver made of its N equal places.
+    # A rank's N places are equal, so the solver's order among them means nothing; keep the old one.
     return group_t[sample[np.argsort(taken // N, kind="stable")]]

@@ -1,4 +1,4 @@
-"""The diffusion process and what the network predicts about it: targets, conversions, losses.
+"""The diffusion process: noise samples, say what the network predicts, compute its loss.
 
 Every process is x_t = signal[t] * x_0 + sigma[t] * noise. The network predicts one of
 
@@ -7,8 +7,8 @@ Every process is x_t = signal[t] * x_0 + sigma[t] * noise. The network predicts 
     x0       the clean latents
     flow     noise - x_0, the velocity of rectified flow (Liu et al. 2022), on a straight line
 
-and, except with flow, possibly how large the variance of a reverse step is (Nichol and Dhariwal
-2021, improved DDPM).
+and, if asked to, the variance of a reverse step (Nichol and Dhariwal 2021, improved DDPM); flow has
+no such variance.
 
 N batch, C latent channels, H W latent size, S timesteps of the chain.
 """
@@ -53,12 +53,12 @@ class GaussianStep(NamedTuple):
 
 
 def learns_variance(objective: str, learned_variance: bool | None) -> bool:
-    """Resolve the choice "learned variance or not"; None means with epsilon only."""
+    """Tell whether the variance is learned; None means with objective epsilon only."""
     return objective == "epsilon" if learned_variance is None else learned_variance
 
 
 class Diffusion(nn.Module):
-    """A process as float64 tables, and what is computed from them in float32.
+    """A process as float64 tables; what is computed from them is float32.
 
     The tables are buffers: move the object to a device with `.to(device)`. It has no parameters
     and nothing in it is saved.
@@ -145,10 +145,10 @@ class Diffusion(nn.Module):
     def denoised(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
         """Convert a prediction to the x_0 and the noise it implies.
 
-        Finite at every timestep. Two conversions divide by something small and so enlarge errors,
-        rounding included: epsilon by the signal, which is 4.9e-5 at the last step of the cosine
-        schedule (x_0 is then as uncertain as 2e4 times the noise), and x0 by sigma, which is
-        6.4e-3 at its first step. v and flow divide by nothing.
+        Finite at every timestep. Two conversions divide by a small number, which enlarges errors,
+        rounding errors among them. With epsilon it is the signal, 4.9e-5 at the last step of the
+        cosine schedule: an error of the noise becomes 2e4 times as large in x_0. With x0 it is
+        sigma, 6.4e-3 at the first step. v and flow divide by nothing.
 
         Args:
             prediction: (N, C, H, W), or (N, 2C, H, W) with variance channels, which are ignored.
@@ -202,10 +202,10 @@ class Diffusion(nn.Module):
         Returns:
             mse (N,): mean squared error of what the network predicts.
             vlb (N,): variational bound in bits per element, which trains the variance channels
-                only: KL to the posterior, or the decoder's likelihood at t = 0. It is not
-                multiplied by S (nor divided by 1,000), as in the official code. It counts errors
-                of x_0 in units of the reverse step, which are tiny near t = 0: with objective x0 it
-                is in the hundreds there until x_0 is predicted well. Zero with a fixed variance.
+                only: KL to the posterior, or the decoder's likelihood at t = 0. Zero with a fixed
+                variance. The official code does not multiply it by S / 1,000 either. It measures
+                errors of x_0 in units of the reverse step, which is tiny near t = 0: with objective
+                x0 it is in the hundreds there until x_0 is predicted well.
         """
         prediction = prediction.float()
         main, variance_channels = self.split(prediction)

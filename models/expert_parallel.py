@@ -1,10 +1,10 @@
 """A mixture whose experts are shared out over a group of ranks (DeepSpeed-MoE, ZeRO 0 to 3).
 
-Routing is known to every rank before the block runs (gate.py), so nothing is negotiated: a sample
-goes once to each rank that holds one of its experts, that rank applies its own replica of the gate
-values and sends back one partial sum. There is no capacity, no padding and no dropped sample. A
-gate value's gradient arises on the rank that applied it; data-parallel averaging collects the
-pieces.
+Every rank knows the routing before the block runs (gate.py), so ranks need not tell each other
+where samples go. A sample is sent once to each rank that holds one of its experts; that rank
+applies its own copy of the gate values and sends back one partial sum. There is no capacity, no
+padding and no dropped sample. The gradient of a gate value arises on the rank that applied it;
+data-parallel averaging adds these parts up.
 
 This is the only module in models/ that communicates.
 """

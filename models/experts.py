@@ -1,12 +1,12 @@
 """The experts of one block: affine maps (Switch-DiT, arXiv 2403.09176) or two-layer MLPs.
 
-An affine expert is one linear map, so the experts of a sample merge exactly: with gate values g,
+Affine experts of a sample merge exactly: with gate values g,
 sum_e g_e (x W_e + b_e) = x (sum_e g_e W_e) + sum_e g_e b_e. One merged matrix per sample replaces
-K products and all sorting of samples. MLPs don't merge: samples are grouped by expert and each
-group is multiplied by its expert. What a forward pass does follows from the plan (gate.py).
+K products and all sorting of samples. MLPs do not merge: samples are grouped by expert, and each
+group is multiplied by its expert. The plan (gate.py) says what a forward pass does.
 
-Every expert takes part in every pass, chosen or not, so its gradient is zero rather than missing:
-DeepSpeed's ZeRO needs the same gradients on every rank.
+Every expert takes part in every pass, chosen or not. An idle expert's gradient is then zero and not
+missing: DeepSpeed's ZeRO needs the same gradients on every rank.
 
 N batch, T tokens, D width, H hidden width, E experts held by this rank, K experts per sample, P
 pairs of a sample and one of its experts.
@@ -36,8 +36,8 @@ GROUPED_CAPABILITY = (9, 0)  # the first GPUs for which it is one kernel
 class StackedExperts(nn.Module, ABC):
     """Experts whose parameters are stacked: every parameter is (E, ...).
 
-    `state_dict()` shows them one by one as `deepspeed_experts.I.NAME`: DeepSpeed's checkpoints
-    know experts by these names only. Loading takes both forms.
+    `state_dict()` lists them one by one as `deepspeed_experts.I.NAME`, because DeepSpeed's
+    checkpoints know experts by these names only. Loading accepts both forms.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -57,9 +57,9 @@ class StackedExperts(nn.Module, ABC):
     def choose_product(
         self, num_tokens: int, top_k: int, *, is_shared: bool = False
     ) -> ExpertProduct:
-        """Say how these experts multiply, hence what a plan must hold.
+        """Say how these experts multiply, and so what a plan must hold.
 
-        It depends on nothing that differs between ranks.
+        The answer is the same on all ranks.
 
         Args:
             num_tokens: T.
@@ -190,8 +190,8 @@ def _are_shared(gates: Tensor, x: Tensor) -> bool:
     """Tell whether all samples have the same gate values.
 
     Not if there is one sample: an expert-parallel rank that happens to receive one would compute
-    gradients in another order than its peers, and ZeRO 1 and 2 would average those of different
-    parameters with each other.
+    its gradients in another order than the other ranks, and ZeRO 1 and 2 would average gradients
+    of different parameters with each other.
     """
     # Not len(), which torch.export would take for a constant.
     return gates.shape[0] == 1 < x.shape[0]
@@ -200,9 +200,10 @@ def _are_shared(gates: Tensor, x: Tensor) -> bool:
 def merging_is_cheaper(num_tokens: int, num_experts: int, top_k: int) -> bool:
     """Say whether one merged matrix per sample costs less than a product per chosen expert.
 
-    In units of one token's product (D * D multiplications): merged, T for the product and a
-    constant for the matrix, which is bound by memory; dispatched, K * T. The batch and the width
-    cancel. A merged pass keeps N * D * D numbers for backward, a dispatched one 2 * N * K * T * D.
+    The unit is one token's product, D * D multiplications. Merged experts cost T for the product
+    and a constant for the matrix, which is bound by memory; dispatched ones cost K * T. The batch
+    and the width cancel. A merged pass keeps N * D * D numbers for the backward pass, a dispatched
+    one 2 * N * K * T * D.
     """
     merging = MERGE_TOKENS + MERGE_TOKENS_PER_EXPERT * num_experts
     return num_tokens + merging < top_k * num_tokens

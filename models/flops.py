@@ -1,7 +1,7 @@
-"""Floating-point operations of the network in closed form.
+"""Count the floating-point operations of a network in closed form.
 
-A matrix product of (M, K) and (K, N) counts 2 M K N; what is done element by element counts
-nothing, as in torch.utils.flop_counter and in the "model FLOPs" that papers report.
+A matrix product of (M, K) and (K, N) counts 2 M K N. Operations on single elements count nothing,
+as in torch.utils.flop_counter and in the "model FLOPs" that papers report.
 
 N batch, T tokens, D width, L blocks, E experts, K experts per sample, S diffusion timesteps.
 """

@@ -1,9 +1,9 @@
 """Timestep gate and routing plan: which experts denoise which noise level.
 
-The gate of block i is softmax(Linear_i(SiLU(t_emb))); the k largest values are kept, without
-renormalising unless asked to (Switch-DiT, arXiv 2403.09176). It sees only the timestep, so the
-gates of all blocks for all timesteps are one small table, and the routing of a step is known
-before its first block.
+The gate of block i is softmax(Linear_i(SiLU(t_emb))) (Switch-DiT, arXiv 2403.09176). The k largest
+values are kept; they are divided by their sum only if asked. The gate sees the timestep alone, so
+the gates of all blocks for all timesteps are one small table, and the routing of a step is known
+before its first block runs.
 
 N batch, D width, L blocks, E experts, K experts per sample, S diffusion timesteps, R ranks of an
 expert-parallel group, G = R * N samples of the group, P pairs of a sample and one of its experts.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class ExpertProduct(enum.Enum):
-    """How experts multiply; it decides what a plan must know."""
+    """How experts multiply, and so what a plan must hold."""
 
     MERGED = "one matrix per sample: the gate values alone"
     GROUPED = "samples grouped by expert, one grouped product"
@@ -29,8 +29,8 @@ class ExpertProduct(enum.Enum):
 class Dispatch(NamedTuple):
     """What one block exchanges within an expert-parallel group, seen from one rank.
 
-    A sample is sent once to every rank that holds one of its experts. Rows are grouped by the
-    other rank, in rank order, and ascend within a group, on both sides.
+    A sample is sent once to every rank that holds one of its experts. Sender and receiver order
+    rows alike: by the other rank, and ascending for each of these.
     """
 
     send_rows: Tensor  # own samples to send, (sum of send_splits,) int64 in [0, N)
@@ -122,9 +122,9 @@ def build_plan(
 ) -> RoutingPlan:
     """Route samples by their timesteps.
 
-    No communication: every rank of a group computes the routing of all of it. It waits for the
-    device at most once, for the numbers that the host needs: the sizes of what is exchanged with
-    group_size > 1, the samples of each expert if experts multiply one after the other.
+    Nothing is communicated: every rank of a group computes the routing of the whole group. The host
+    waits for the device at most once, for the numbers that it needs: the sizes of what is exchanged
+    with group_size > 1, the samples of each expert if experts multiply one after the other.
 
     Args:
         gate_table: (L, S, E) float32; gradients flow into it through the gate values.

@@ -1,4 +1,4 @@
-"""Guidance: move a prediction away from that of a weaker denoiser.
+"""Guide a prediction: move it away from the prediction of a weaker denoiser.
 
     guided = weak + scale * (strong - weak)
 
@@ -36,7 +36,7 @@ class Guidance:
     interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        """Hold callers to numbers that mean something."""
+        """Check the numbers."""
         assert 0 <= self.scale < math.inf, f"scale is {self.scale}"
         assert self.num_channels is None or self.num_channels >= 1, "no channel would be guided"
         assert self.interval is None or self.interval[0] <= self.interval[1], "lower end first"

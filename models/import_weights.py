@@ -1,8 +1,8 @@
-"""Weights of other programs under the names and shapes of this project.
+"""Import weights of other programs: recognise them by their names, rename and stack them.
 
-The trunk has DiT's names everywhere but in diffusers. What differs is the routing: the official
-Switch-DiT code keeps gates and experts in `routers.I`; here the gates of all blocks are one tensor
-and the experts of a block are another.
+Known are the official code of DiT, DTR and Switch-DiT, and diffusers' DiT. All but diffusers use
+the same names outside the routing. The official Switch-DiT code keeps gates and experts in
+`routers.I`; here the gates of all blocks are one tensor, and the experts of a block are another.
 
 T tokens, D width, E experts.
 """
@@ -18,10 +18,8 @@ from models.layers import sincos_positions
 
 POSITION_TOLERANCE = 1e-5
 # Of DistributedDataParallel and DeepSpeed, torch.compile, FSDP, activation checkpointing.
-_WRAPPERS = {
-    *("module", "_orig_mod", "_forward_module"),
-    *("_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
-}
+_WRAPPERS = {"module", "_orig_mod", "_forward_module"}
+_WRAPPERS |= {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _FIRST_OF_BLOCK = re.compile(r"(?:^|(?<=\.))(?:transformer_blocks|blocks|routers)\.\d+\.")
 _EXPERTS = "mixture.deepspeed_moe.experts"
 _ONE_EXPERT = re.compile(rf"(blocks\.\d+\.{re.escape(_EXPERTS)})\.deepspeed_experts\.(\d+)\.(.+)")
@@ -53,10 +51,9 @@ class ImportedWeights(NamedTuple):
     """Weights under this project's names.
 
     Attributes:
-        kind: which model they are of, and which program's names they had.
-        weights: by the parameter's name, experts stacked, (E, ...); names that mean nothing here
-            are as they were.
-        positions: (T, D) positional table that they were trained with, where they hold one.
+        kind: the model, and the program whose names the weights had.
+        weights: by the parameter's name, experts stacked, (E, ...); unknown names are kept.
+        positions: (T, D) positional table that the model was trained with, if one was stored.
     """
 
     kind: str
@@ -65,10 +62,10 @@ class ImportedWeights(NamedTuple):
 
 
 def import_weights(state_dict: dict[str, Tensor]) -> ImportedWeights:
-    """Recognise by the names whose weights these are; rename and stack them.
+    """Recognise weights by their names; rename and stack them.
 
     Raises:
-        ValueError: they are of no diffusion transformer, or not all of one.
+        ValueError: they are not those of a diffusion transformer, or some are missing.
     """
     weights = _unwrapped(state_dict)
     is_official = "pos_embed" in weights
@@ -110,11 +107,12 @@ def check_positions(positions: Tensor, grid: tuple[int, int]) -> None:
 
 
 def models_in(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Tell models apart that are saved in one dictionary, by what stands before their blocks.
+    """Split a dictionary that may hold several models, by the prefix of their blocks' names.
 
     Returns:
-        The tensors of each model by its prefix, without it; wrappers' names are in neither. And the
-        names of tensors that are of no model. Without any block, all tensors are of one model.
+        The tensors of each model by its prefix. Prefixes and the names of wrappers are cut off the
+        tensors' names. Then the names of the tensors that belong to no model. If there is no block,
+        all tensors are one model's.
     """
     starts = {name: _FIRST_OF_BLOCK.search(name) for name in tensors}
     prefixes = {name[: start.start()] for name, start in starts.items() if start}

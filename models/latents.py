@@ -1,8 +1,8 @@
-"""The way from stored latents to what the model sees, and back to what the VAE decodes.
+"""Convert latents: from what is stored to what the network sees, and back for the VAE to decode.
 
 Raw latents are the moments of the VAE posterior, mean | log-variance on the channel axis, unscaled.
-Final latents are one draw of that posterior, shifted and scaled to about unit variance. Data sets
-made elsewhere may hold one draw for good: frozen latents.
+Final latents are one draw from that posterior, shifted and scaled to about unit variance. Frozen
+latents are one draw that a data set made elsewhere has stored in place of the moments.
 
 N batch, C latent channels, H W latent size.
 """
@@ -35,7 +35,7 @@ def scale_and_shift(
         scaling_factor: of the VAE's configuration.
         shift_factor: of the VAE's configuration; 0 where it has none.
         latents_mean: of the VAE's configuration, (C,); empty where it has none.
-        latents_std: likewise.
+        latents_std: of the VAE's configuration, (C,); empty where it has none.
         device: of the latents.
 
     Returns:

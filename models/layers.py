@@ -23,8 +23,8 @@ EMBEDDING_STD = 0.02  # initial spread of the embedding weights, as in DiT
 class LinearFloat32(nn.Linear):
     """A linear layer that computes in float32, whatever dtype its parameters are stored in.
 
-    Under bf16 the neighbouring timesteps would get equal embeddings and the gate's ties would be
-    broken by rounding.
+    In bf16, neighbouring timesteps would get equal embeddings, and rounding would decide which
+    experts are chosen.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         """Attend within each sample of (N, T, D)."""
         N, T, D = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
-        # Taken apart where it lies: the gradient is then put together in the layout of qkv.
+        # Views of qkv: its gradient is then assembled in the layout that qkv has.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (N, heads, T, D / heads)
         y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(y.transpose(1, 2).reshape(N, T, D))
@@ -150,8 +150,8 @@ class DiTBlock(nn.Module):
         Args:
             x: the stream.
             c: timestep plus label embedding.
-            mask_minus_one: m - 1, broadcastable to x. With the difference from 1, which is what
-                a mixture computes, splitting and rejoining the stream are one operation each.
+            mask_minus_one: m - 1, broadcastable to x; None = no mask. A mixture computes m - 1,
+                and with it splitting and rejoining the stream are one operation each.
         """
         if mask_minus_one is None:
             return self._dense(x, c)

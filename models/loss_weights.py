@@ -1,9 +1,9 @@
-"""How much the error of a timestep counts: fixed weights, and weights that are learned.
+"""Weights of the loss by timestep: fixed tables, and weights that are learned.
 
-A weight belongs to a meaning of the error. Those of min-SNR are given for the error of x_0, those
-of P2 for the error of the noise; what the network predicts may be a third thing. The errors are
-proportional (the noisy latents are given, so the prediction fixes x_0), with the factor of
-`x_start_error`, and through it a weight describes the same loss for every objective.
+A published weight belongs to one error: that of min-SNR to the error of x_0, that of P2 to the
+error of the noise. The network may predict a third quantity. All these errors are proportional,
+because x_0 follows from the noisy latents and the prediction; `x_start_error` gives the factor.
+With it a weight means the same loss for every objective.
 
 S timesteps, N samples.
 """

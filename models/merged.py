@@ -1,8 +1,8 @@
 """A Switch-DiT without experts: one merged affine map per block for each of a few timesteps.
 
 Affine experts merge exactly (experts.py) and their gates depend on the timestep alone, so at a
-given timestep the network is a plain DiT with one more affine map in every block. Where the
-timesteps are chosen beforehand, as by a sampler with a number of steps, gates, experts and the
+given timestep the network is a plain DiT with one more affine map in every block. A sampler with a
+fixed number of steps visits timesteps that are known beforehand; for these, gates, experts and the
 timestep embedder can be left out.
 
 N batch, C H W latents, D width, L blocks, E experts, G timesteps that are kept.
@@ -34,7 +34,7 @@ class MergedDiT(SwitchDiT):
         """Build it with zeros for what is merged.
 
         Args:
-            timesteps: those that are kept.
+            timesteps: those that are kept, each in [0, S).
             options: of the Switch-DiT; those of experts are ignored.
         """
         super().__init__(replace(options, routing="dense"))
@@ -81,8 +81,8 @@ class MergedDiT(SwitchDiT):
 def merge_experts(model: SwitchDiT, timesteps: Sequence[int]) -> MergedDiT:
     """Merge the affine experts of a network at each of the timesteps.
 
-    One timestep after the other, with the products that the network itself does when all samples
-    share a timestep: the result predicts what it predicts then, bit for bit on a CPU.
+    The products are those that the network does when all samples share a timestep. On a CPU the
+    result therefore predicts the same as the network does then, bit for bit.
     """
     gate = model.gate
     assert model.options.has_experts, "there are no experts to merge"

@@ -1,4 +1,6 @@
-"""The mixture of experts of a block, on one rank or shared out over several.
+"""The mixture of experts of a block whose experts are all on one rank.
+
+What mixtures over several ranks (expert_parallel.py) have in common with it is here too.
 
 N batch, T tokens, D width, E experts held by this rank.
 """
@@ -13,7 +15,7 @@ from models.network_options import NetworkOptions
 
 
 class MixtureBody(nn.Module):
-    """The name space between a mixture and its experts that DeepSpeed looks for.
+    """What DeepSpeed expects between a mixture and its experts: a module that knows their group.
 
     Attributes:
         ep_group: process group of the ranks that share the experts; None without sharing.

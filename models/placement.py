@@ -1,16 +1,16 @@
-"""Where experts sit: which rank of an expert-parallel group holds which experts of a block.
+"""Place experts: choose the rank of an expert-parallel group that holds each expert of a block.
 
-A rank holds E / R experts of every block, in slots: slot s is the place s % (E / R) of rank
-s // (E / R). A placement says for every block which slot each expert has. It changes traffic and
-load, and no result. Loads differ between experts on purpose (prior.py), so it matters:
+A rank holds E / R experts of every block, in slots: slot s is place s % (E / R) of rank
+s // (E / R). A placement gives each expert of every block a slot. It changes traffic and load, but
+no result. It matters because the prior gives experts different loads on purpose (prior.py).
 
     contiguous  expert e in slot e: neighbours share a rank
     strided     expert e on rank e % R: neighbours never share one
     balanced    per block the least load on the worst rank, then the least traffic, by the gates
 
-The load of a rank is the samples times experts that it serves; the traffic of a block the number of
-ranks that serve a sample, both weighted by how often a timestep is drawn. All are whole numbers, so
-nothing depends on the order of sums.
+The load of a rank is the number of pairs of a sample and an expert that it serves. The traffic of a
+block is the number of ranks that serve a sample. Both are weighted by how often a timestep is
+drawn. All are integers, so no result depends on the order of a sum.
 
 L blocks, E experts, K experts per sample, S diffusion timesteps, R ranks of an expert-parallel
 group, P timesteps that differ in their experts.
@@ -28,8 +28,8 @@ from torch import Tensor
 
 PLACEMENTS = ("contiguous", "strided", "balanced")
 
-# Up to this many ways to share out the experts of a block, all are tried: 8 experts on 4 ranks
-# have 105, 12 on 3 have 5,775, 16 on 4 have 2.6 million.
+# If there are at most this many ways to share out the experts of a block, all are tried: 8 experts
+# on 4 ranks have 105 ways, 12 on 3 have 5,775, 16 on 4 have 2.6 million.
 MAX_PARTITIONS = 6_000
 ALIGNING_SWEEPS = 3
 
@@ -52,7 +52,7 @@ def place(
         chosen: (L, S, E) which experts serve which timestep.
         timestep_weight: (S,) how often each timestep is drawn, in any unit.
         num_ranks: R.
-        exact: balanced tries every way where there are few; else it always searches.
+        exact: let balanced try every way where there are few; False = always search.
     """
     assert kind in PLACEMENTS, f"unknown placement {kind}"
     depth, _, num_experts = chosen.shape

@@ -1,8 +1,8 @@
-"""Diffusion prior: the loss that teaches nearby timesteps to share experts (Switch-DiT).
+"""Diffusion prior: the loss that teaches nearby timesteps to share experts (arXiv 2403.09176).
 
-The prior says which of U abstract units a timestep uses. Which unit of the network (an expert of a
-block) plays which unit of the prior is found anew each step (unit_matching.py); the loss then pulls
-every gate towards the units that the prior gives to its timestep.
+The prior says which of U abstract units a timestep uses. A unit of the network is one expert of one
+block. The network's units are matched to the prior's (unit_matching.py); the loss then pulls every
+gate towards the units that the prior gives to its timestep.
 
 N batch, L blocks, E experts, K experts per sample, S diffusion timesteps, U = L * E units.
 """
@@ -30,7 +30,7 @@ def diffusion_prior(
 
 
 def prior_loss(gate_table: Tensor, prior: Tensor, t: Tensor, assignment: Tensor) -> Tensor:
-    """Jensen-Shannon divergence between gates and matched prior, mean over the batch.
+    """Compute the Jensen-Shannon divergence between gates and matched prior, mean over the batch.
 
     Args:
         gate_table: (L, S, E) float32, with gradient.

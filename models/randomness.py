@@ -1,9 +1,9 @@
 """Random numbers that are a pure function of (seed, stream, position, element).
 
-Nothing here has state: the numbers of a sample depend on its stream position alone, so they are
+Nothing here has state. The numbers of a sample depend on its stream position alone, so they are
 the same on any rank, in any order, after any resume, and on CPU and GPU (up to the rounding of
-log, cos and sin). Each number is a 64-bit hash; the mixing function is the finaliser of splitmix64
-(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+log, cos and sin). Each number comes from a 64-bit hash; the mixing function is the finaliser of
+splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 
 N positions.
 """
@@ -43,7 +43,9 @@ def uniform(seed: int, stream: Stream, positions: Tensor, count: int) -> Tensor:
 
     Args:
         seed: any integer; taken modulo 2^64.
+        stream: what the numbers are for.
         positions: (N,) int64, on the device where the numbers are wanted.
+        count: numbers for each position.
 
     Returns:
         (N, count) float32, multiples of 2^-24.

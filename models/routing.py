@@ -1,13 +1,13 @@
-"""The kinds of routing: what timesteps share in a block, and what they do not.
+"""The three kinds of routing: which parts of a block a timestep uses.
 
-A kind chooses one thing, the mask m of every block (layers.py): m * x goes through the block,
-(1 - m) * x passes by.
+A kind of routing is a choice of the mask m of every block (layers.py): m * x goes through the
+block, (1 - m) * x passes by.
 
     dense    no mask: plain DiT
     dtr      a fixed 0/1 mask of channels per timestep (Denoising Task Routing, arXiv 2310.07138)
     switch   1 + a mixture of experts gated by the timestep (Switch-DiT, arXiv 2403.09176)
 
-A router makes a model's blocks and, in each forward pass, what each of them is given.
+A router names the class of a model's blocks and, in each forward pass, gives each block its mask.
 
 N batch, T tokens, D width, L blocks, E experts, K experts per sample, S diffusion timesteps.
 """
@@ -32,8 +32,8 @@ class Routes(NamedTuple):
 
     Attributes:
         t_emb: (N, D) float32 embedded timesteps; (1, D) if all samples share one.
-        per_block: the last argument of every block.
-        gate_table: (L, S, E) float32, or None.
+        per_block: the last argument of every block's forward pass, L of them.
+        gate_table: (L, S, E) float32 with gradient, or None.
         plan: which experts serve which sample, or None.
     """
 
@@ -55,7 +55,7 @@ def make_mixture(options: NetworkOptions) -> nn.Module:
 
 
 class SwitchDiTBlock(DiTBlock):
-    """A DiT block behind a mixture of experts; the block itself is what all timesteps share."""
+    """A DiT block behind a mixture of experts; all timesteps share the block itself."""
 
     def __init__(self, options: NetworkOptions) -> None:
         super().__init__(options)

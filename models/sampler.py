@@ -1,16 +1,16 @@
-"""From noise to latents: the grid of visited timesteps, and the solvers that follow it.
+"""Sample latents from noise: choose the timesteps to visit, then follow them with a solver.
 
 For epsilon, v and x0: "ddim" (Song et al. 2021), "ddpm" (Ho et al. 2020), "dpmpp-2m" (DPM-Solver++
 2M, Lu et al. 2022, arXiv 2211.01095). For rectified flow: "euler" and "heun".
 
-dpmpp-2m, euler and heun are the schedulers of diffusers, which agree with a float64 reference once
-their noise levels are those of our grid. Its other two do not, so ddpm and ddim are ours:
+dpmpp-2m, euler and heun are schedulers of diffusers. With the noise levels of our timesteps they
+agree with a float64 reference. ddpm and ddim are ours, because those of diffusers do not fit:
 
-    DDPMScheduler draws the noise of a step from a generator, whereas an image here must not depend
-    on the batch it is drawn in; and its signal powers are a product in float32.
-    DDIMScheduler takes no timesteps: its steps are S // num_steps long, which is not this grid. Fed
-    with the betas of the shorter chain it computes 1 - beta in float32, which has no digits left
-    in the last steps of the cosine schedule.
+    DDPMScheduler draws the noise of a step from a generator, but an image must not depend on the
+    batch that it is drawn in. And it multiplies signal powers in float32.
+    DDIMScheduler takes no timesteps: its steps are S // num_steps long, which is another grid. With
+    the betas of the shorter chain it computes 1 - beta in float32, which has no digits left in the
+    last steps of the cosine schedule.
 
 N batch, C latent channels, H W latent size, S timesteps of training.
 """
@@ -38,14 +38,19 @@ def visited_timesteps(
 ) -> list[int]:
     """Spread num_steps increasing timesteps over training's, the last (noise only) included.
 
-    They are evenly spaced, rounded, and include the first, with two exceptions. Those of dpmpp-2m
-    are even in log(signal / sigma), the time of its equations: its second order shows in few steps
-    then, which evenly spaced timesteps with their uneven ends would hide. For flow, a shift moves
-    the noise fractions u = (t + 1) / S to shift * u / (1 + (shift - 1) * u) (SD3, arXiv
-    2403.03206, Eq. 23).
+    They are evenly spaced, rounded, and include the first, with two exceptions. For dpmpp-2m they
+    are even in log(signal / sigma), the time variable of its equations; with evenly spaced
+    timesteps its second order would not show in few steps. For flow, a shift moves the noise
+    fractions u = (t + 1) / S to shift * u / (1 + (shift - 1) * u) (SD3, arXiv 2403.03206, Eq. 23).
 
-    Always they are trained timesteps, the nearest ones that are free: the network and its gate see
-    no time that they were not trained at, and none twice.
+    All are trained timesteps, each the nearest that is still free: the network and its gate never
+    see a timestep that they were not trained at, and none twice.
+
+    Args:
+        diffusion: the process of training, with S timesteps.
+        num_steps: from 1 to S.
+        method: one of SAMPLING_METHODS.
+        shift: for flow; 1 = none.
     """
     last = diffusion.num_timesteps - 1
     assert 1 <= num_steps <= last + 1, "num_steps must be between 1 and the number of timesteps"
@@ -184,9 +189,8 @@ class _Scheduled:
         """Go from x at step `index` of the chain to the step below it."""
         x = self._evaluate(x, index)
         if self.scheduler.order == 2 and index > 0:
-            x = self._evaluate(
-                x, index - 1
-            )  # sigma 0 was not trained, so the last has no corrector
+            # The last step has no corrector: sigma 0 was not trained.
+            x = self._evaluate(x, index - 1)
         return x
 
     def _evaluate(self, x: Tensor, index: int) -> Tensor:
@@ -195,5 +199,5 @@ class _Scheduled:
             output = prediction.float()
         else:
             output = self.chain.denoised(prediction, x, _shared(index, x)).x_start
-        # The time is not looked at: the scheduler counts its calls.
+        # The scheduler ignores the time (0.0) and counts its calls.
         return self.scheduler.step(output, 0.0, x).prev_sample

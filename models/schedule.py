@@ -1,7 +1,7 @@
-"""Noise schedules: how much signal and how much noise there is at every timestep.
+"""Noise schedules: tables of signal and noise by timestep.
 
-Every process is x_t = signal[t] * x_0 + sigma[t] * noise, with t an integer in [0, S): the number
-that the network and its gate see. t = 0 has the least noise.
+Every process is x_t = signal[t] * x_0 + sigma[t] * noise. t is an integer in [0, S), the number
+that the network and its gate see; t = 0 has the least noise.
 
 S timesteps of the chain.
 """
@@ -40,15 +40,15 @@ def betas(noise_schedule: str, num_timesteps: int) -> np.ndarray:
 
 
 def reverse_tables(alphas_cumprod: np.ndarray) -> dict[str, np.ndarray]:
-    """Tables of q(x_{t-1} | x_t, x_0), from the signal power left after each step of the chain.
+    """Build the tables of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6 and 7).
 
     Args:
         alphas_cumprod: (S,) float64, signal squared.
 
     Returns:
-        Tables (S,) float64. The variance of the first step is 0, which has no logarithm; the
-        second one's stands in for it. The large variance is the other sensible choice for a
-        model's reverse step (DDPM, Section 3.2), beta, with the same first entry.
+        Tables (S,) float64, by name. The variance of the first step is 0, which has no logarithm;
+        that of the second step replaces it. The large variance is beta, the other common choice for
+        a reverse step (DDPM, Section 3.2), with the same first entry.
     """
     previous = np.append(1.0, alphas_cumprod[:-1])
     alphas = alphas_cumprod / previous

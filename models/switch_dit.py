@@ -46,8 +46,8 @@ class SwitchDiTOutput(NamedTuple):
     """What a forward pass returns, in training and evaluation alike.
 
     Attributes:
-        prediction: (N, 2C, H, W) noise (or what else is predicted) | variance channels, or
-            (N, C, H, W) without learned variance, in the model's dtype.
+        prediction: (N, C, H, W) what the objective asks for (diffusion.py), or (N, 2C, H, W) with C
+            variance channels behind it; in the dtype of the weights.
         gate_table: (L, S, E) float32, with gradient; the prior loss needs it. None if there are
             no experts, and if all samples share one timestep.
         plan: the routing that was used; None if there are no experts.
@@ -61,10 +61,10 @@ class SwitchDiTOutput(NamedTuple):
 
 
 class SwitchDiT(nn.Module):
-    """The model: noisy latents, timesteps and labels in, noise and variance out.
+    """The network: maps noisy latents, timesteps and labels to a prediction.
 
-    With other routing than by experts it is DTR or plain DiT (routing.py). It draws no random
-    numbers: labels are dropped and noise is added outside.
+    With routing "dtr" or "dense" it is DTR or plain DiT (routing.py). It draws no random numbers:
+    labels are dropped and noise is added outside.
     """
 
     def __init__(self, options: NetworkOptions) -> None:
@@ -95,7 +95,7 @@ class SwitchDiT(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, y: Tensor, group_t: Tensor | None = None
     ) -> SwitchDiTOutput:
-        """Predict the noise. With expert parallelism, all ranks must call this.
+        """Predict what the objective asks for. With expert parallelism, all ranks must call this.
 
         Args:
             x_t: (N, C, H, W) noisy latents, cast to the dtype of the weights.

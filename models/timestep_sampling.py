@@ -1,7 +1,7 @@
-"""Which timesteps a batch is trained at: a density over noise levels, drawn from the position.
+"""Draw the timesteps of a batch from a density over noise levels.
 
-A timestep is a pure function of (seed, stream position), so it is the same for any number of ranks
-and micro-batches, and every rank can compute those of its whole expert-parallel group.
+A timestep is a pure function of (seed, stream position). It is the same for any number of ranks and
+micro-batches, and every rank can compute the timesteps of its whole expert-parallel group.
 
 On the unit interval 0 is data and 1 is noise; the number u falls on timestep floor(u * S). The
 densities and the shift are those of Esser et al. 2024 (SD3, arXiv 2403.03206), Eq. 19, 20 and 23.
@@ -23,7 +23,7 @@ DENSITIES = ("uniform", "logit_normal", "mode")
 # SD3, Eq. 20: outside of these scales the mapping of "mode" is not monotonic.
 MODE_SCALE_MIN, MODE_SCALE_MAX = -1.0, 2.0 / (math.pi - 2.0)
 
-QUANTILES_PER_TIMESTEP = 100  # that stand for the density where its frequencies are counted
+QUANTILES_PER_TIMESTEP = 100  # from which `frequencies` counts how often a timestep is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class TimestepSampling:
         num_timesteps: S.
         density: uniform; logit_normal: the logit of the time is normal with `mean` and `std`; mode:
             heavy in the middle for a positive `mode_scale`, at the ends for a negative one.
-        is_stratified: let each of the global batch's equal parts of the distribution hold exactly
-            one sample. Which sample has which part is permuted anew in every batch.
+        is_stratified: cut the distribution into as many equal parts as the global batch has
+            samples and draw one sample from each. Every batch permutes parts over samples anew.
         global_batch_size: positions of one optimizer step; used by stratification.
         mean: of logit_normal; above 0 is more noise.
         std: of logit_normal.
@@ -83,13 +83,13 @@ class TimestepSampling:
 
     def _quantile(self, seed: int, positions: Tensor) -> Tensor:
         """Draw (N,) float64 in (0, 1), each within its stratum if there are any."""
-        # The middle of the 2^-24 wide bin that was drawn: never 0 or 1, where normals are infinite.
+        # The middle of the bin of width 2^-24: never 0 or 1, where the normal quantile is infinite.
         u = uniform(seed, Stream.TIMESTEP, positions, 1)[:, 0].double() + 2.0**-25
         if not self.is_stratified:
             return u
         G = self.global_batch_size
         first = positions[0] // G * G
-        # Without a GPU looking costs nothing; with one it would mean to wait for it.
+        # Checked on the CPU only: on a GPU the host would wait for the answer.
         assert positions.is_cuda or bool((positions // G * G == first).all()), "one global batch"
         batch = first + torch.arange(G, device=positions.device)
         keys = integers(seed, Stream.TIMESTEP_STRATUM, batch, (1 << 63) - 1)

@@ -1,4 +1,6 @@
-"""Match the units of a network to the units of the diffusion prior by linear assignment.
+"""Match the units of a network to the units of the diffusion prior (arXiv 2403.09176).
+
+Two units match well if nearly the same timesteps use them; linear assignment finds the best pairs.
 
 L blocks, E experts, K experts per sample, S diffusion timesteps, U = L * E units.
 """
@@ -13,12 +15,14 @@ from torch import Tensor
 def match_units(gate_table: Tensor, top_k: int, prior: Tensor, seed: int) -> Tensor:
     """Match the units of the network to the units of the prior by which timesteps use them.
 
-    Waits for the device once. Ties are common (they decide the loss's third digit) and are broken
-    at random, by the seed alone: equal seeds give equal matchings on all ranks.
+    The host waits for the device once. Ties are common (they change the loss's third digit). The
+    seed alone breaks them, so ranks with equal seeds get equal matchings.
 
     Args:
-        gate_table: (L, S, E); its units are counted block by block.
+        gate_table: (L, S, E) float32; its units are counted block by block.
+        top_k: K.
         prior: (S, U) 0/1, on the device of gate_table.
+        seed: of the order in which units are presented, different in every step.
 
     Returns:
         (U,) int64: network unit u plays prior unit assignment[u].
@@ -41,7 +45,8 @@ def assign_units(
     Args:
         uses: (S, U) 0/1, which units of the network each timestep uses.
         prior: (S, U) 0/1.
-        gate_order: (U,) permutation of the network's units; prior_order likewise of the prior's.
+        gate_order: (U,) int64 permutation of the network's units.
+        prior_order: (U,) int64 permutation of the prior's units.
 
     Returns:
         (U,) int64, the prior unit of every network unit.

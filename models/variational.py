@@ -1,4 +1,4 @@
-"""Densities of the variational bound, element by element, in nats and float32."""
+"""Terms of the variational bound (DDPM, Ho et al. 2020), element by element, in nats, float32."""
 
 import math
 
@@ -21,8 +21,8 @@ def gaussian_kl(
 def binned_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Return the log probability of x's bin of width 2/255 under a Gaussian.
 
-    The outermost bins reach to infinity (DDPM, Eq. 13). Latents are no 8-bit pixels; the term is
-    kept as it is in the reference models, because it sets the scale of the variance at t = 0.
+    The outermost bins reach to infinity (DDPM, Eq. 13). Latents are not 8-bit pixels. The term is
+    kept as in the reference models all the same, because it sets the variance's scale at t = 0.
     """
     inverse_std = torch.exp(-log_std)
     below_upper = _normal_cdf((x - mean + PIXEL_HALF_WIDTH) * inverse_std)

@@ -101,7 +101,12 @@ def check_dispatch(problem, top_k, renormalize, mixtures, rank, world_size, grou
     group_t = problem.t[first : first + group_size * LOCAL_BATCH]
     product = mixtures[0].deepspeed_moe.experts.choose_product(NUM_TOKENS, top_k)
     plan = build_plan(
-        *(problem.table, problem.t[own], top_k, group_t, group_rank, group_size),
+        problem.table,
+        problem.t[own],
+        top_k,
+        group_t,
+        group_rank,
+        group_size,
         slot_of_expert=problem.slots,
         renormalize=renormalize,
         product=product,

@@ -136,7 +136,12 @@ def test_a_plan_finds_experts_in_their_slots(num_ranks, product):
     for rank in range(num_ranks):
         own = slice(rank * N, (rank + 1) * N)
         plan = build_plan(
-            *(table, group_t[own], top_k, group_t, rank, num_ranks),
+            table,
+            group_t[own],
+            top_k,
+            group_t,
+            rank,
+            num_ranks,
             slot_of_expert=slots,
             product=product,
         )

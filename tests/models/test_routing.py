@@ -54,7 +54,11 @@ def test_a_dense_model_has_the_parameters_of_dit(size, millions):
     names = {name for name, _ in model.named_parameters()}
     assert {name for name in names if name.startswith("blocks.0.")} == of_block
     assert {name.split(".")[0] for name in names} == {
-        *("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
+        "x_embedder",
+        "t_embedder",
+        "y_embedder",
+        "blocks",
+        "final_layer",
     }
 
 

@@ -122,8 +122,10 @@ def test_blocks_compile_without_graph_breaks():
 @pytest.mark.parametrize(
     ("channels", "patch_size", "input_size", "num_classes", "learned_variance"),
     [
-        *((4, 1, (4, 6), 1, True), (16, 2, (4, 6), 10_000, False)),
-        *((32, 4, (8, 4), 10, True), (4, 8, (8, 24), 0, False)),
+        (4, 1, (4, 6), 1, True),
+        (16, 2, (4, 6), 10_000, False),
+        (32, 4, (8, 4), 10, True),
+        (4, 8, (8, 24), 0, False),
     ],
 )
 def test_any_latents_and_any_classes(
