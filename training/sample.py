@@ -209,10 +209,10 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
     error = None
     try:
         if ranks.is_main:
-            with disk_errors(output):
+            with disk_errors(output, what_stays=""):
                 _begin_folder(output, job.drawn)
         for i, picture in _pictures(args, job, ranks, device):
-            with disk_errors(output):
+            with disk_errors(output, what_stays=""):
                 save_png(output / _file_name(i, plan), picture)
     except ConfigError as err:
         error = err
@@ -221,7 +221,7 @@ def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.d
         files = [output / _file_name(i, plan) for i in range(len(plan.labels))]
         pixels = np.stack([np.asarray(Image.open(file)) for file in files])
         grid = image_grid(pixels, columns=plan.per_class, row_labels=plan.class_names)
-        with disk_errors(output):
+        with disk_errors(output, what_stays=""):
             save_png(grid_path, grid)
     return grid_path
 

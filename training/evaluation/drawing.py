@@ -160,14 +160,14 @@ def holds(folder: Path, settings: DrawSettings) -> bool:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Report a full or read-only disk in one sentence."""
+def disk_errors(folder: Path, what_stays: str = ", finished parts stay") -> Iterator[None]:
+    """Report a full or read-only disk in one sentence, which ends with what is not lost."""
     try:
         yield
     except OSError as err:
         raise ConfigError(
             f"--output {folder}: cannot write {err.filename or 'a file'} ({err.strerror}); free "
-            "some space or choose another, and run the same command again."
+            f"some space or choose another and run the same command again{what_stays}."
         ) from err
 
 
