@@ -19,7 +19,7 @@ ALLOWED = {
     r"is a link to a folder above it; remove the link": "a link holds nothing",
     r"names nothing beside a comma; remove the comma": "a comma of the command line",
     r"remove_columns": "the name of a method; the data set on the disk stays",
-    r"finished shards were removed or changed meanwhile": "tells what somebody else did",
+    r"removed or changed meanwhile": "tells what somebody else did",
     r"^\.?removed-|^rm$|^\.removed": "a name of a folder, an anchor of a text",
 }
 

@@ -117,6 +117,7 @@ def test_the_mandated_entry_points_are_there():
     assert {"data_tools/encode_latents.py", "training/main.py", "training/sample.py"} <= names
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("path", ENTRY_POINTS, ids=relative)
 def test_entry_points_answer_help(path):
     text = help_of(path)
@@ -133,6 +134,7 @@ def test_entry_points_begin_by_the_function_that_protects_their_output(path):
     assert [ast.unparse(statement).split("(")[0] for statement in block.body] == ["enter"]
 
 
+@pytest.mark.processes
 def test_help_is_that_of_the_plain_command():
     """The premise of the test above, on an entry point that imports from another folder."""
     path = ROOT / "training" / "main.py"
@@ -256,6 +258,7 @@ def test_deepspeed_files_are_strict_json():
         assert json.loads(path.read_text())["train_batch_size"] == "auto"
 
 
+@pytest.mark.processes
 def test_every_flag_that_a_document_names_exists():
     known = FOREIGN_FLAGS.copy()
     for path in ENTRY_POINTS:
@@ -268,12 +271,14 @@ def test_every_flag_that_a_document_names_exists():
         assert named <= known, f"{document.name} names {sorted(named - known)}"
 
 
+@pytest.mark.processes
 def test_no_tracked_file_is_large():
     large = [relative(p) for p in tracked_files() if p.stat().st_size > MAX_FILE_BYTES]
 
     assert large == []
 
 
+@pytest.mark.processes
 def test_no_tracked_file_holds_a_path_of_one_machine():
     # Written in pieces, so that this file does not find itself.
     homes = re.compile(
@@ -303,6 +308,7 @@ def test_text_files_are_utf_8_whatever_the_locale(path):
     assert wrong == []
 
 
+@pytest.mark.processes
 def test_shell_scripts_parse_and_those_that_are_run_are_executable():
     scripts = [ROOT / ".ci/run", *ROOT.glob("tests/*.sh"), *ROOT.glob("slurm/*.sh")]
 
@@ -311,6 +317,7 @@ def test_shell_scripts_parse_and_those_that_are_run_are_executable():
         assert os.access(script, os.X_OK) or script.name in ("common.sh", "site.sh")
 
 
+@pytest.mark.processes
 def test_make_demo_runs_the_three_commands_that_a_user_types():
     steps = subprocess.run(
         ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -330,6 +337,7 @@ def fresh_checkout(folder):
         (folder / name).touch()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -374,6 +382,7 @@ def test_one_module_reads_launchers_variables():
     assert readers == {"data_tools/process/launcher.py"}
 
 
+@pytest.mark.processes
 def test_a_command_that_a_package_brings_as_a_file_works_in_a_path_with_blanks(tmp_path):
     checkout = tmp_path / "ein Pfad mit Ümläuten"
     commands = checkout / ".venv/bin"

@@ -230,7 +230,10 @@ def _begin_folder(output: Path, drawn: DrawSettings) -> None:
     """Write what the folder will hold; warn if that replaces other images."""
     is_used = any((output / name).exists() for name in (GRID_FILE, SETTINGS_FILE))
     if is_used and not holds(output, drawn):
-        sys.stderr.write(f"warning: --output {output}: replaces images drawn otherwise.\n")
+        sys.stderr.write(
+            f"warning: --output {output}: replaces images drawn otherwise; those of other names "
+            "stay beside the new ones.\n"
+        )
     DRAW.write(output / SETTINGS_FILE, drawn)
 
 
@@ -240,7 +243,7 @@ def _pictures(
     """Draw this rank's images: the number of each, and its pixels (H, W, 3) uint8."""
     pipeline = load_pipeline(job.config, job.weights, job.weaker_run, job.vae, device)
     labels = torch.tensor(job.plan.labels, device=device)
-    mine = torch.arange(ranks.rank, len(labels), ranks.world_size, device=device)
+    mine = torch.arange(len(labels), device=device)[ranks.rank :: ranks.world_size]
     batches = mine.split(args.batch_size) if len(mine) else ()
     with tqdm(
         total=len(batches) * args.steps, unit="step", disable=not ranks.is_main, desc="sampling"

@@ -17,6 +17,8 @@ import pytest
 
 from training.config.command_line import parse_command_line
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ("common.sh", "site.sh")
 JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name not in SHARED)

@@ -27,14 +27,17 @@ LOG = logging.getLogger("switch-dit")
 
 
 class _Timed(logging.Formatter):
-    """A line with its time in UTC."""
+    """Lines, each with the time in UTC."""
 
     converter = time.gmtime
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- logging calls it so
         """Keep of a bar what a terminal shows in the end."""
-        record.message = record.message.rpartition("\r")[2]
-        return super().formatMessage(record)
+        lines = []
+        for line in record.message.split("\n"):
+            record.message = line.rpartition("\r")[2]
+            lines.append(super().formatMessage(record))
+        return "\n".join(lines)
 
 
 class _LogFile(RotatingFileHandler):
@@ -68,25 +71,30 @@ class _Console(logging.StreamHandler):
         self._terminal = terminal
         self.addFilter(lambda record: record.levelno == level)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line; tqdm.write would know a bar on this very stream only."""
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Write lines; tqdm.write would know a bar on this very stream only.
+
+        Tqdm's lock is taken before the handler's, as by a bar that ends and logs its last line.
+        """
+        if not self.filter(record):
+            return False
         with tqdm.external_write_mode(self._terminal):
-            super().emit(record)
+            return bool(super().handle(record))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging calls it so
         """Lose what the terminal does not take."""
 
 
 class _LoggedStream:
-    """A text stream whose whole lines are logged."""
+    """A text stream whose whole lines are logged, those of one text together."""
 
     def __init__(self, stream: TextIO, level: int) -> None:
         self._stream, self._level, self._rest = stream, level, ""
 
     def write(self, text: str) -> int:
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            LOG.log(self._level, line)
+        lines, line_end, self._rest = (self._rest + text).rpartition("\n")
+        if line_end:  # at once: the terminal has all of a report before a disk can hang
+            LOG.log(self._level, lines)
         return len(text)
 
     def end_line(self) -> None:

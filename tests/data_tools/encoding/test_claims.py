@@ -49,6 +49,7 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
+@pytest.mark.processes
 def test_one_process_holds_a_claim_and_gives_it_back(tmp_path, holder):
     with Claims(tmp_path / "claims") as claims:
         assert not claims.take("a") and claims.take("b") and not claims.take("b")
@@ -61,6 +62,7 @@ def test_one_process_holds_a_claim_and_gives_it_back(tmp_path, holder):
     assert not (tmp_path / "claims").exists()
 
 
+@pytest.mark.processes
 def test_the_claim_of_a_killed_process_is_free_at_once(tmp_path, holder):
     with Claims(tmp_path / "claims") as claims:
         assert not claims.take("a") and claims.is_live("a")
@@ -72,6 +74,7 @@ def test_the_claim_of_a_killed_process_is_free_at_once(tmp_path, holder):
         assert claims.take("c"), "sweeping disturbs nobody who is still there"
 
 
+@pytest.mark.processes
 def test_a_process_that_was_not_waited_for_counts_as_dead(tmp_path, holder):
     with Claims(tmp_path / "claims") as claims:
         holder.send_signal(signal.SIGKILL)
@@ -145,6 +148,7 @@ with Claims(folder / "claims") as claims:
 """
 
 
+@pytest.mark.processes
 def test_of_many_processes_exactly_one_gets_each_piece(tmp_path):
     command = [sys.executable, "-c", RACER, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

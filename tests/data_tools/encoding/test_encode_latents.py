@@ -316,12 +316,14 @@ def test_a_wrong_flag_is_named_in_one_sentence(images, tmp_path, monkeypatch, ar
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
 
 
+@pytest.mark.processes
 def test_the_script_ends_with_one_sentence_and_exit_code_2(tmp_path):
     command = ("python", "data_tools/encode_latents.py", "--input", tmp_path / "gone")
     output = run(*command, "--output", tmp_path / "set", expect=2)
     assert output.startswith("error: --input ") and output.count("\n") == 1
 
 
+@pytest.mark.processes
 def test_a_disk_that_fills_up_leaves_whole_shards_and_one_sentence(images, encoded, tmp_path):
     """The kernel refuses to let a file grow past the limit, as a full disk does."""
     output = tmp_path / "set"
@@ -395,6 +397,7 @@ def test_several_callers_prepare_the_demo_once(tmp_path, monkeypatch):
     assert (manifest.num_samples, manifest.num_classes) == (20, 10)
 
 
+@pytest.mark.processes
 def test_progress_is_plain_lines_where_there_is_no_terminal(images, tmp_path):
     output = run("python", "data_tools/encode_latents.py", *flags(images, tmp_path / "set"))
     assert "23/23 images, " in output and " images/s, 0 s left\n" in output

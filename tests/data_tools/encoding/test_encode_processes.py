@@ -56,6 +56,7 @@ def kill_writer(output, shards):
     return victim
 
 
+@pytest.mark.processes
 def test_killed_processes_are_replaced_by_others_to_the_same_bytes(images, encoded, tmp_path):
     output = tmp_path / "set"
     processes = {p.pid: p for p in (start(*SCRIPT, *flags(images, output)) for _ in range(2))}
@@ -86,6 +87,7 @@ def claim_elsewhere(output, index, age_sec):
     return path
 
 
+@pytest.mark.processes
 def test_a_process_waits_for_shards_that_others_encode(images, encoded, tmp_path):
     output = tmp_path / "set"
     claim = claim_elsewhere(output, 4, 0)
@@ -135,6 +137,7 @@ def test_the_loser_of_a_race_keeps_what_the_other_wrote(images, encoded, tmp_pat
     assert content(tmp_path) == content(encoded)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_process_gives_its_claims_back_and_says_what_next(images, tmp_path, number):
     output = tmp_path / "set"

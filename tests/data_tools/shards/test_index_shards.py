@@ -332,6 +332,7 @@ def test_an_index_that_was_changed_is_refused(tmp_path, monkeypatch):
         read_all(open_data(str(tmp_path)))
 
 
+@pytest.mark.processes
 def test_training_describes_indexed_tars_in_a_dry_run(tmp_path):
     write_tars(tmp_path / "tars", shape=(4, 16, 16))
     index(tmp_path / "tars")

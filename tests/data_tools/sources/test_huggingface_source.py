@@ -320,6 +320,7 @@ def test_paths_that_are_no_text_are_escaped(tmp_path):
     assert source.name(0) == "0/caf\\xe9.png"
 
 
+@pytest.mark.processes
 def test_without_the_package_a_sentence_says_what_to_install(tmp_path):
     folder = save(tmp_path / "set", rows(1))
     # As where only a folder of that name is found: an empty module.

@@ -266,6 +266,7 @@ def test_wrong_flags_of_make_demo_images_are_named(argv, sentence):
     assert str(error.value) == sentence
 
 
+@pytest.mark.processes
 def test_make_demo_images_runs_as_a_script(tmp_path):
     flags = ("--output", tmp_path / "set", "--size", 16, "--per-class", 2)
     output = run("python", "data_tools/make_demo_images.py", *flags)

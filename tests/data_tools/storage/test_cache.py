@@ -142,6 +142,7 @@ def go(*processes: subprocess.Popen) -> None:
         process.stdin.flush()
 
 
+@pytest.mark.processes
 def test_three_processes_download_each_shard_once(served, tmp_path):
     manifest, server = served
     orders = [(0, 1, 2, 3), (0, 1, 2, 3), (3, 2, 1, 0)]
@@ -155,6 +156,7 @@ def test_three_processes_download_each_shard_once(served, tmp_path):
     assert files_in(tmp_path / "cache") == {".tar"}
 
 
+@pytest.mark.processes
 def test_a_killed_process_leaves_a_part_that_the_one_waiting_continues(served, tmp_path):
     manifest, server = served
     name, half = manifest.shards[0].name, manifest.shards[0].bytes // 2
@@ -306,6 +308,7 @@ def test_a_wrong_checksum_leaves_nothing_behind(served, tmp_path):
 _LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
 
 
+@pytest.mark.processes
 def test_a_file_that_cannot_be_written_is_one_sentence_and_leaves_nothing(served, tmp_path):
     """A limit on the size of files stands for a full disk: it needs no privilege."""
     manifest, server = served
@@ -355,6 +358,7 @@ print("continued")
 """
 
 
+@pytest.mark.processes
 def test_on_a_full_disk_others_are_evicted_and_then_it_is_one_sentence(tmp_path):
     """A file system of 256 KiB, which an unprivileged user may mount in a name space of his own."""
     command = [shutil.which("unshare") or "unshare", "--user", "--map-root-user", "--mount"]

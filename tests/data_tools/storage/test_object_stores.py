@@ -13,6 +13,8 @@ from data_tools.storage.locations import parse_location
 from data_tools.stream.training_data import open_data
 from tests.support.synthetic import make_dataset
 
+pytestmark = pytest.mark.processes
+
 PATIENCE = Patience(connect_sec=60, stall_sec=60, attempts=2, backoff_sec=0.01)
 ODD = "set one/größe #1?, [v1] 50%25 {a}=x"
 KEYS = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"}

@@ -231,6 +231,7 @@ def test_a_pause_can_be_stopped(server, tmp_path):
         bring(server.url, tmp_path / "part", patience, cancel=cancel)
 
 
+@pytest.mark.processes
 def test_a_killed_process_is_continued_by_the_next(server, tmp_path):
     part = tmp_path / "part"
     server.spoil("a.tar", "stall")
@@ -311,12 +312,14 @@ def test_small_files_are_read_within_a_limit(server, tmp_path):
             read_small(location, "none.json", 1, patience=FAST)
 
 
+@pytest.mark.processes
 def test_a_pipe_is_a_shell_command_with_the_name_in_it(tmp_path):
     (tmp_path / "a.tar").write_bytes(CONTENT)
 
     assert bring(f"pipe:cat '{tmp_path}'/{{}} | cat", tmp_path / "part") == CONTENT
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("command", "cause"),
     [
@@ -338,6 +341,7 @@ def test_a_failing_pipe_is_one_sentence(command, cause, tmp_path):
     assert cause in str(caught.value)
 
 
+@pytest.mark.processes
 def test_a_pipe_that_leaves_something_running_is_read_to_its_end(tmp_path):
     (tmp_path / "a.tar").write_bytes(CONTENT)
 
@@ -352,6 +356,7 @@ def make_tool(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("scheme", "tool", "script"),
     [

@@ -153,6 +153,7 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch, limit):
     np.testing.assert_array_equal(np.concatenate(ids), expected)
 
 
+@pytest.mark.processes
 def test_more_shards_than_a_process_may_open_by_default_are_shuffled_together(tmp_path):
     """A window of 100 shards where the system allows 300 files, and more if asked."""
     script = (

@@ -39,6 +39,7 @@ def pipeline(source):
     return wds.DataPipeline(source, names, wds.batched(BATCH))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_a_web_loader_yields_the_planned_order(data, num_workers):
     source = PlannedSamples(data, batch_size=BATCH, stop_position=NUM_BATCHES * BATCH, **SETTINGS)

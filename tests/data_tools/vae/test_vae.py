@@ -210,6 +210,7 @@ def test_a_damaged_vae_is_refused_in_one_sentence(tmp_path, damage, source, sent
     assert "\n" not in message
 
 
+@pytest.mark.processes
 def test_a_hub_vae_without_a_network_says_what_to_download(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
@@ -294,6 +295,7 @@ def test_the_learning_rate_rises_then_falls():
     assert rates[49:] == sorted(rates[49:], reverse=True)
 
 
+@pytest.mark.processes
 def test_the_tool_trains_on_a_folder_reproducibly(demo_images, tmp_path):
     outputs = []
     for name in ("a", "b"):

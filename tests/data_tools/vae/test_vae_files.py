@@ -132,6 +132,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.processes
 def test_a_vae_in_the_cache_of_the_hub_is_found_wherever_its_repository_has_it(
     saved, make, tmp_path
 ):

@@ -332,6 +332,7 @@ def test_a_page_holds_the_report_of_a_thousand_missing_shards(tmp_path, capsys):
     assert (tmp_path / "all.txt").read_text().count("is missing") == 999 + 1  # and encoding.json
 
 
+@pytest.mark.processes
 def test_the_command_exits_with_two_and_names_the_shard(folder):
     flip_value(True)(folder)
     output = run("python", "data_tools/verify_shards.py", "--data", folder, expect=2)

@@ -230,6 +230,7 @@ def hold_until_killed(run_dir, pipe):
         time.sleep(600)
 
 
+@pytest.mark.processes
 def test_a_second_job_is_kept_out_until_the_first_is_gone(tmp_path):
     receiver, sender = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("fork")

@@ -239,6 +239,7 @@ def test_a_fact_holds(fact):
     assert is_there, f"{where}.{name} has moved ({text!r} is not in it): {reason}"
 
 
+@pytest.mark.processes
 def test_the_compiled_extension_that_we_leave_out_is_known_by_its_name():
     import deepspeed
 

@@ -153,6 +153,7 @@ def pixels_of(folder):
 class TestDrawing:
     """Images in numbers."""
 
+    @pytest.mark.processes
     def test_images_are_in_adms_format_with_a_card_and_pngs(self, drawn, run_dir):
         found = np.load(drawn / SAMPLES_FILE)
 
@@ -184,6 +185,7 @@ class TestDrawing:
         assert "(seed, i)" in images["seed_rule"]
         assert card["vae"]["is_the_encoders"] and len(card["program"]["commit"]) in (7, 40)
 
+    @pytest.mark.processes
     def test_an_image_is_the_one_that_the_sampler_draws_alone(self, drawn, run_dir):
         found, config = np.load(drawn / SAMPLES_FILE), load_config(run_dir)
         weights = run_dir / CHECKPOINT_DIR / "step-0000007" / "ema.safetensors"
@@ -213,6 +215,7 @@ class TestDrawing:
         ours, theirs = folder / FOLDER / SAMPLES_FILE, drawn / SAMPLES_FILE
         assert ours.read_bytes() == theirs.read_bytes()
 
+    @pytest.mark.processes
     def test_parts_that_are_there_are_not_drawn_again(self, drawn, run_dir, tmp_path):
         (tmp_path / FOLDER / PARTS_DIR).mkdir(parents=True)
         shutil.copy(drawn / SETTINGS_FILE, tmp_path / FOLDER)
@@ -231,6 +234,7 @@ class TestDrawing:
             SETTINGS_FILE,
         ]
 
+    @pytest.mark.processes
     def test_a_part_that_is_damaged_is_named(self, drawn, run_dir, tmp_path, refuse):
         (tmp_path / FOLDER / PARTS_DIR).mkdir(parents=True)
         shutil.copy(drawn / SETTINGS_FILE, tmp_path / FOLDER)
@@ -256,6 +260,7 @@ class TestDrawing:
         some = torch.tensor([17, 4])
         assert labels_of(settings, some, [500, 400, 300]).tolist() == labels[some].tolist()
 
+    @pytest.mark.processes
     def test_an_unconditional_run_draws_without_labels(self, tmp_path):
         make_run(tmp_path / "run", tmp_path / "data", num_classes=0)
 
@@ -281,6 +286,7 @@ class TestScoring:
         shares = precision_and_recall(theirs, ours, 3, np.float16)
         return [frechet_distance(*fits), *shares]
 
+    @pytest.mark.processes
     def test_a_run_is_scored_against_images(self, drawn, run_dir, network, reference, tmp_path):
         output = shutil.copytree(drawn.parent, tmp_path / "out")
 
@@ -298,6 +304,7 @@ class TestScoring:
         assert card["images"]["num_images"] == NUM_IMAGES
         assert card["weights"]["step"] == 7
 
+    @pytest.mark.processes
     def test_a_score_that_is_there_is_told_and_not_computed_again(
         self, drawn, run_dir, network, reference, tmp_path, capsys
     ):
@@ -315,6 +322,7 @@ class TestScoring:
         assert "precision 9" not in capsys.readouterr().out
         assert '"precision": 9' not in path.read_text()
 
+    @pytest.mark.processes
     def test_a_job_that_slurm_starts_again_forces_away_nothing_of_its_own(
         self, drawn, run_dir, held_out, tmp_path, capsys, monkeypatch
     ):
@@ -335,6 +343,7 @@ class TestScoring:
         call(evaluate.main, *command, "--labels", "balanced")
         assert samples.stat().st_mtime_ns > first  # drawn otherwise, so not by this job
 
+    @pytest.mark.processes
     def test_reference_statistics_stand_for_all_images(self, network, tmp_path, capsys):
         random = np.random.default_rng(5)
         images = random.integers(0, 256, (25, 32, 32, 3)).astype(np.uint8)
@@ -363,6 +372,7 @@ class TestScoring:
         assert card["metrics"]["recall"] == 1.0
         assert card["reference"]["statistics"] == "stated in the file"
 
+    @pytest.mark.processes
     def test_statistics_without_images_give_the_distance_alone(self, network, reference, tmp_path):
         images = np.load(reference)["arr_0"]
         features = self.features(images).astype(np.float64)
@@ -379,6 +389,7 @@ class TestScoring:
             metrics = json.loads((tmp_path / f"{name}.json").read_text())["metrics"]
             assert metrics == {"frechet_distance": pytest.approx(0.0, abs=1e-6)}
 
+    @pytest.mark.processes
     def test_a_sweep_scores_every_combination(self, run_dir, network, reference, tmp_path, capsys):
         flags = ("--num-images", 14, "--output", tmp_path, "--reference", reference)
         sweep = ("--sweep-cfg-scale", "1,2", "--sweep-steps", "1,2", "--sweep-sampler", "ddim,ddpm")
@@ -409,6 +420,7 @@ class TestHeldOutLoss:
         (path,) = folder.glob("validation-*.json")
         return json.loads(path.read_text())
 
+    @pytest.mark.processes
     def test_it_is_that_of_a_loop_over_samples(self, run_dir, held_out, tmp_path):
         flags = ("--validation-data", held_out, "--validation-timesteps", 2, "--batch-size", 4)
         call(evaluate.main, run_dir, *flags, "--output", tmp_path)
@@ -441,6 +453,7 @@ class TestHeldOutLoss:
 
         assert self.loss(tmp_path)["validation_loss"] == self.loss(resumed[0])["validation_loss"]
 
+    @pytest.mark.processes
     def test_samples_and_noise_do_not_depend_on_the_run(self, held_out, tmp_path):
         """Two runs of other seeds and batch sizes whose networks are the same."""
         losses = []
@@ -556,6 +569,7 @@ class TestRefusals:
             evaluate.main, *flags, tmp_path / "w.pth"
         )
 
+    @pytest.mark.processes
     def test_images_drawn_otherwise_are_kept_unless_forced(self, drawn, run_dir, tmp_path, refuse):
         output = shutil.copytree(drawn.parent, tmp_path / "out")
         before = (output / FOLDER / SAMPLES_FILE).read_bytes()

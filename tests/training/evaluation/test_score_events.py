@@ -14,6 +14,8 @@ from training import evaluate
 from training.evaluation.score_events import read_scores, write_score_events
 from training.monitoring.event_files import TENSORBOARD_DIR, Monitor
 
+pytestmark = pytest.mark.processes
+
 SWEEP = ("--num-images", 14, "--sweep-steps", "1,2", "--seed", 1)
 
 

@@ -51,6 +51,8 @@ from training.run.directory import load_config
 from training.run.weights import find_weights
 from training.sampling.latents import SamplerSettings, sample_latents
 
+pytestmark = pytest.mark.processes
+
 STEP = 7
 TAG = tag_of(STEP)
 RUNS = {
@@ -265,7 +267,6 @@ def test_what_an_export_must_not_import_is_told_from_what_it_may(tmp_path, monke
     assert found == ["models", "tests", "webdataset"]
 
 
-@pytest.mark.processes
 def test_the_pipeline_draws_our_images_bit_for_bit(exports, runs, vae):
     _, found = exports["switch"]
 
@@ -279,7 +280,6 @@ def test_the_pipeline_draws_our_images_bit_for_bit(exports, runs, vae):
     assert guided.isfinite().all() and guided.std() > 0.1
 
 
-@pytest.mark.processes
 def test_raw_weights_and_every_kind_of_routing_are_drawn_bit_for_bit(exports, runs):
     names = ("raw", "mlp", "flow", "dense")
     raw, mlp, flow, dense = (exports[name][1]["latents"] for name in names)
@@ -291,7 +291,6 @@ def test_raw_weights_and_every_kind_of_routing_are_drawn_bit_for_bit(exports, ru
     assert torch.equal(dense[0], our_latents(runs["dense"], "ddim", 2, scale=2.0))
 
 
-@pytest.mark.processes
 def test_a_mistake_in_a_call_is_named(exports):
     """By the checks of the command line, in the words of the call."""
     refusals = exports["switch"][1]["refusals"]
@@ -327,7 +326,6 @@ def test_a_mistake_in_a_call_is_named(exports):
     ]
 
 
-@pytest.mark.processes
 def test_labels_may_be_what_people_of_torch_and_numpy_have(exports):
     used = exports["switch"][1]["used"]
 
@@ -340,7 +338,6 @@ def test_labels_may_be_what_people_of_torch_and_numpy_have(exports):
     assert (used["half"] - used["list"]).abs().max() < 0.1 * used["list"].abs().max()
 
 
-@pytest.mark.processes
 def test_what_would_be_drawn_wrong_is_refused(exports):
     used = exports["switch"][1]["used"]
     number = "class_labels: a class that is not given by its name must be a whole number, not "
@@ -359,7 +356,6 @@ def test_what_would_be_drawn_wrong_is_refused(exports):
     assert used["another scheduler later"] == sentence.format("DDIMScheduler")
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("name", ["raw", "merged"])
 def test_a_pipeline_is_loaded_from_the_hub(exports, tmp_path, name):
     """It downloads no Python files but those that the index names."""
@@ -375,7 +371,6 @@ def test_a_pipeline_is_loaded_from_the_hub(exports, tmp_path, name):
     assert torch.equal(from_hub["pixels"], found["pixels"])
 
 
-@pytest.mark.processes
 def test_merged_experts_draw_our_images_bit_for_bit_at_their_steps_only(exports, runs):
     folder, found = exports["merged"]
 
@@ -386,7 +381,6 @@ def test_merged_experts_draw_our_images_bit_for_bit_at_their_steps_only(exports,
     assert not any("mixture" in name or "gate" in name for name in weights)
 
 
-@pytest.mark.processes
 def test_a_program_of_torch_export_predicts_the_same(exports, runs):
     model = network(runs["switch"])
     predictions, refusals = exports["program"][1]
@@ -457,7 +451,6 @@ def test_every_module_of_an_exported_file_is_needed():
             assert any(f"from {module} import" in text for text in later), module
 
 
-@pytest.mark.processes
 def test_code_of_another_version_has_another_module_name(exports, tmp_path, monkeypatch):
     """Else a model that is loaded second would replace the functions of the first."""
     names = [path.stem for path in exports["switch"][0].rglob("*.py")]
@@ -468,7 +461,6 @@ def test_code_of_another_version_has_another_module_name(exports, tmp_path, monk
     assert write_code(tmp_path, "switch_dit") not in names
 
 
-@pytest.mark.processes
 def test_a_folder_states_the_options_of_its_network(exports):
     described = json.loads((exports["mlp"][0] / "transformer" / "config.json").read_text())
 
@@ -496,7 +488,6 @@ def test_the_card_has_the_numbers_that_exist(run, tmp_path):
     assert "max_steps: 3000" in text and "not included" in text
 
 
-@pytest.mark.processes
 def test_a_pipeline_comes_with_its_autoencoder_and_its_licence(exports, vae):
     folder = exports["switch"][0]
 

@@ -1,7 +1,9 @@
 """The copy of what a run prints: all of it, with times, in files of bounded size."""
 
+import os
 import re
 import sys
+import threading
 
 import pytest
 
@@ -70,3 +72,21 @@ def test_a_log_that_cannot_be_written_is_said_once_and_costs_nothing_else(tmp_pa
     output = capsys.readouterr()
     assert output.out == "a\nb\n"
     assert output.err.count("lines are missing (") == 1
+
+
+def test_a_log_whose_disk_hangs_keeps_no_line_of_a_report_from_the_terminal(tmp_path, capfd):
+    os.mkfifo(tmp_path / LOG_FILE)  # a write to it waits, as on a file server that is gone
+    report = "Traceback (most recent call last):\n  somewhere\nerror: [rank 0] what to do\n"
+    with log_to(tmp_path):
+        thread = threading.Thread(target=sys.stderr.write, args=[report], daemon=True)
+        thread.start()
+        thread.join(timeout=0.5)
+        is_waiting = thread.is_alive()
+        said = capfd.readouterr().err
+        with open(tmp_path / LOG_FILE) as reader:  # the disk is back
+            lines = [reader.readline() for _ in range(3)]
+            thread.join()
+
+    assert is_waiting
+    assert said == report
+    assert [line.split(" ", 1)[1] for line in lines] == report.splitlines(keepends=True)

@@ -1,13 +1,18 @@
 """Where training/sample.py puts its images, and how a run is named on the command line."""
 
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_tools.errors import ConfigError
 from tests.support.evaluated_run import STEP, make_run
 from training import sample
 from training.checkpoints.manifest import CHECKPOINT_DIR, tag_of
+from training.ranks.process_group import Ranks
 
 FLAGS = ("--per-class", "1", "--steps", "2")
 
@@ -79,3 +84,23 @@ def test_a_run_is_named_bare_by_its_flag_or_by_a_checkpoint(run_dir, draw):
         with pytest.raises(ConfigError) as error:
             sample.build_parser().parse_args(wrong)
         assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_image_is_drawn_by_one_rank_also_where_ranks_outnumber_images(
+    world_size, monkeypatch
+):
+    monkeypatch.setattr(sample, "load_pipeline", lambda *_: None)
+    monkeypatch.setattr(
+        sample, "draw_batch", lambda _p, _s, batch, labels, _on_step: np.stack([batch, labels], 1)
+    )
+    args = SimpleNamespace(batch_size=1, steps=1)
+    job = MagicMock(plan=SimpleNamespace(labels=[4, 7]))
+
+    drawn = [
+        list(sample._pictures(args, job, Ranks(rank, world_size, rank), torch.device("cpu")))
+        for rank in range(world_size)
+    ]
+
+    assert sorted(number for of_rank in drawn for number, _ in of_rank) == [0, 1]
+    assert [of_rank[0][1].tolist() for of_rank in drawn if of_rank][:1] == [[0, 4]]
