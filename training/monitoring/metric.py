@@ -103,9 +103,12 @@ class Sum:
 
 
 def mean_over_samples(amount: Callable[[MicroStep], Tensor]) -> Sum:
-    """Sum a number that is a sum over a micro-step's samples, and divide it by all samples."""
+    """Sum a number that is a sum over a micro-step's samples, and divide it by all samples.
+
+    Both leave out micro-steps whose loss is not finite. The number must be finite there, too.
+    """
     return Sum(
-        lambda place, micro: place.add_(amount(micro)),
+        lambda place, micro: place.addcmul_(amount(micro), micro.is_finite),
         lambda place, totals: float(place) / totals.num_finite,
     )
 

@@ -132,3 +132,21 @@ def test_the_documents_table_of_metrics_is_the_registrys():
     command = "run python -m training.monitoring.metrics_table --write"
 
     assert TABLE.current_text() == TABLE.text(), command
+
+
+def test_a_mean_leaves_out_what_is_not_finite_whatever_it_is_made_of(
+    single_process_group, monkeypatch
+):
+    entry = Metric(
+        "loss/early",
+        registry.LEARNING,
+        "share of the samples below timestep 50",
+        sum=mean_over_samples(lambda micro: (micro.t < 50).sum()),
+    )
+    monkeypatch.setattr(registry, "METRICS", (*registry.METRICS, entry))
+    sums, t = MetricSums(1, 2, 100, CPU), torch.tensor([5, 5, 50, 95])
+    for step, value in enumerate((2.0, float("nan"))):
+        terms = LossTerms(*(torch.tensor(value) for _ in range(4)))
+        sums.add(step, terms, torch.full((4,), value), t, PLAN, 0.0)
+
+    assert sums.reduce().metrics["loss/early"] == 0.5
