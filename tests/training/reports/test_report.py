@@ -13,6 +13,7 @@ from training.report import main
 from training.reports.run_data import load_runs
 
 
+@pytest.mark.processes
 def test_the_page_of_a_run_holds_everything_and_loads_nothing(tmp_path):
     folder = make_run(tmp_path / "a")
 
