@@ -53,7 +53,7 @@ test: lint
 	pytest
 
 test-fast: lint
-	pytest -m 'not processes and not gpu and not cluster and not long'
+	pytest -m 'not processes and not slow and not gpu and not cluster and not long'
 
 # `make test` takes "auto" precision for fp32. Here the hardware is said to multiply bf16, which a
 # CPU without bf16 instructions emulates; then it is asked, and has none (a GPU is not to be seen).

@@ -64,6 +64,7 @@ def copy_of_demo(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_held_out_emoji_are_reconstructed_at_30_decibels_as_the_card_says(vae, pictures, card):
     assert len(pictures.held_out) >= 256
     decibels = held_out_psnr(vae.model, pictures.held_out, CPU)

@@ -12,8 +12,9 @@ from tests.support.reported_run import STEPS, Page, make_run
 from training.report import main
 from training.reports.run_data import load_runs
 
+pytestmark = pytest.mark.processes  # git says which program a run is of
 
-@pytest.mark.processes
+
 def test_the_page_of_a_run_holds_everything_and_loads_nothing(tmp_path):
     folder = make_run(tmp_path / "a")
 
