@@ -85,6 +85,11 @@ class Stage:
         self._timer.daemon = True
         self._timer.start()
 
+    def close(self) -> None:
+        """Let the time limit go: this rank has come to an end by itself."""
+        self._timer.cancel()
+        self._timer.join()
+
     def begin(self, what: str, sentence: str | None = None) -> None:
         """Remember what is done next, and what to say if it does not end."""
         self.now = what
@@ -319,28 +324,28 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_config_error():
         ranks = process_group.enter_job()
         timeout, floor = process_group.collective_timeout(), floor_gbps()
-    stage = Stage(ranks, timeout)
-    with process_group.one_sentence(ranks):
-        command = parse_command_line(argv)
-    try:
-        stage.begin("a connection to the first node", None if ranks.is_main else no_answer())
-        store = connect(ranks, timeout)
-        stage.begin("a look at its own files")
-        facts = collect(ranks, lambda: check_job(command, ranks))
-        nodes, problems, text, exit_code = agree(store, facts, ranks, timeout, stage)
-        if problems:
-            report(problems, ranks, store, exit_code)
-        bandwidth = exchange(store, ranks, nodes, timeout, stage)
-    except PreflightError as err:
-        # The threads of broken connections would hold up an exit.
-        leave(CONFIG_ERROR_EXIT_CODE, f"error: [rank {ranks.rank}] {err}\n")
-    slow, odd = judge(bandwidth, floor)
-    if slow:
-        report(slow, ranks, store)
-    if ranks.is_main:
-        for sentence in odd:
-            sys.stderr.write(f"warning: {sentence}\n")
-        print(f"nodes: {text}; {bandwidth}; checked in {time.monotonic() - started:.0f} s")
+    with contextlib.closing(Stage(ranks, timeout)) as stage:
+        with process_group.one_sentence(ranks):
+            command = parse_command_line(argv)
+        try:
+            stage.begin("a connection to the first node", None if ranks.is_main else no_answer())
+            store = connect(ranks, timeout)
+            stage.begin("a look at its own files")
+            facts = collect(ranks, lambda: check_job(command, ranks))
+            nodes, problems, text, exit_code = agree(store, facts, ranks, timeout, stage)
+            if problems:
+                report(problems, ranks, store, exit_code)
+            bandwidth = exchange(store, ranks, nodes, timeout, stage)
+        except PreflightError as err:
+            # The threads of broken connections would hold up an exit.
+            leave(CONFIG_ERROR_EXIT_CODE, f"error: [rank {ranks.rank}] {err}\n")
+        slow, odd = judge(bandwidth, floor)
+        if slow:
+            report(slow, ranks, store)
+        if ranks.is_main:
+            for sentence in odd:
+                sys.stderr.write(f"warning: {sentence}\n")
+            print(f"nodes: {text}; {bandwidth}; checked in {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

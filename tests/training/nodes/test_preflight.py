@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -204,8 +205,20 @@ def begin(short_grace, ended, monkeypatch):
 
     yield begin
     for stage in stages:
-        stage._timer.cancel()
-        stage._timer.join()
+        stage.close()
+
+
+@pytest.mark.processes  # git, for one: what program the node has
+@pytest.mark.parametrize("argv", [["--lr", "fast"], ["--data", "none", "--dry-run"]])
+def test_a_look_that_has_ended_leaves_no_time_limit_behind(argv, monkeypatch, tmp_path):
+    """Else it would end this process in ten minutes, whatever it does then."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.ranks.process_group.wait_to_be_ended", lambda _code: None)
+    with pytest.raises(SystemExit) as ended:
+        preflight.main(argv)
+
+    assert ended.value.code == 2
+    assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
 
 
 def test_a_first_node_that_does_not_answer_is_named(begin, ended):
