@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when a test imports it
 
 
+LEFT_OUT_OF_FAST = ("processes", "gpu", "cluster", "long")  # by make test-fast
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
 _starts = Counter()  # of processes, from now on, by what Python calls them
 _starting_fixtures = set()
@@ -42,7 +43,7 @@ def pytest_runtest_call(item):
     before = _starts.total()
     result = yield
     is_starting = _starts.total() > before or _starting_fixtures & set(item.fixturenames)
-    if is_starting and not item.get_closest_marker("processes"):
+    if is_starting and not any(map(item.get_closest_marker, LEFT_OUT_OF_FAST)):
         pytest.fail("starts a process; mark it with @pytest.mark.processes (for make test-fast)")
     return result
 
