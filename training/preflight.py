@@ -30,7 +30,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import torch
 
-from data_tools.errors import ConfigError, count_of, exit_on_config_error
+from data_tools.errors import count_of, exit_on_config_error
 from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import (
@@ -44,7 +44,7 @@ from data_tools.process.signals import end_on_signals_with
 from training.checked_job import check, check_without_data, is_demo_missing
 from training.checkpoints.resume_point import newest_point
 from training.config.command_line import CommandLine, parse_command_line
-from training.nodes.bandwidth import Bandwidth, measure
+from training.nodes.bandwidth import Bandwidth, floor_gbps, judge, measure
 from training.nodes.facts import (
     NodeFacts,
     collect,
@@ -56,7 +56,6 @@ from training.ranks import process_group
 from training.ranks.process_group import Ranks
 from training.ranks.rendezvous import port_problem
 
-FLOOR_VARIABLE = "MIN_NODE_GBPS"
 GRACE_SEC = 10.0  # beyond a time limit, for the rank that knows more to speak first
 MAX_SENTENCES = 8
 
@@ -102,15 +101,6 @@ class Stage:
     def _give_up(self) -> None:
         # The main thread may hang where no exception reaches it.
         leave(CONFIG_ERROR_EXIT_CODE, f"error: {self._sentence}\n")
-
-
-def floor_gbps() -> float:
-    """Return what a node must exchange with the first one at least, in GB/s (MIN_NODE_GBPS)."""
-    text = os.environ.get(FLOOR_VARIABLE, "0")
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{FLOOR_VARIABLE}={text} is no number; use GB/s, or 0.") from None
 
 
 def check_job(command: CommandLine, ranks: Ranks) -> tuple[str, str]:
@@ -270,21 +260,6 @@ def exchange(
             "network between the nodes, or leave one out with sbatch --exclude."
         ) from err
     return bandwidth
-
-
-def judge(bandwidth: Bandwidth, floor: float) -> tuple[list[str], list[str]]:
-    """Return sentences on nodes that are too slow to train with, and on those to look at."""
-    slow = [
-        f"node {node} exchanges {rate:.3f} GB/s with the first node, {FLOOR_VARIABLE} is {floor:g};"
-        " look at its network, or leave it out with sbatch --exclude."
-        for node, rate in bandwidth.pairs.items()
-        if rate < floor
-    ]
-    odd = [
-        f"node {node} exchanges {bandwidth.pairs[node]:.3f} GB/s, the others much more."
-        for node in bandwidth.slow_nodes()
-    ]
-    return slow, odd
 
 
 def report(

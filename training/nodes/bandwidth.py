@@ -1,5 +1,6 @@
 """Measure how fast the nodes of a job exchange data: each with the first one, then together."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from data_tools.errors import ConfigError
+
+FLOOR_VARIABLE = "MIN_NODE_GBPS"
 MIB = 1 << 20
 PAIR_MIB = 4  # what a node exchanges with the first one
 TOGETHER_MIB = 16  # what every rank contributes to a collective
@@ -93,3 +97,27 @@ def _timed(call: Callable[..., object], *args: object) -> float:
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
     return seconds
+
+
+def floor_gbps() -> float:
+    """Return what a node must exchange with the first one at least, in GB/s (MIN_NODE_GBPS)."""
+    text = os.environ.get(FLOOR_VARIABLE, "0")
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{FLOOR_VARIABLE}={text} is no number; use GB/s, or 0.") from None
+
+
+def judge(bandwidth: Bandwidth, floor: float) -> tuple[list[str], list[str]]:
+    """Return sentences on nodes that are too slow to train with, and on those to look at."""
+    slow = [
+        f"node {node} exchanges {rate:.3f} GB/s with the first node, {FLOOR_VARIABLE} is {floor:g};"
+        " look at its network, or leave it out with sbatch --exclude."
+        for node, rate in bandwidth.pairs.items()
+        if rate < floor
+    ]
+    odd = [
+        f"node {node} exchanges {bandwidth.pairs[node]:.3f} GB/s, the others much more."
+        for node in bandwidth.slow_nodes()
+    ]
+    return slow, odd

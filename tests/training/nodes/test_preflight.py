@@ -18,9 +18,9 @@ from training import preflight
 from training.checkpoints.manifest import tag_of
 from training.config.command_line import CommandLine
 from training.nodes import bandwidth
-from training.nodes.bandwidth import Bandwidth
+from training.nodes.bandwidth import Bandwidth, floor_gbps, judge
 from training.nodes.facts import NodeFacts, collect, compare, exit_code_of
-from training.preflight import PreflightError, Stage, agree, check_job, connect, floor_gbps, judge
+from training.preflight import PreflightError, Stage, agree, check_job, connect
 from training.ranks.process_group import Ranks
 
 
