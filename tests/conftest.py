@@ -131,6 +131,15 @@ def demo_latents(tmp_path_factory, demo_images):
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """As the processes that tests start: the order of additions depends on the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def single_process_group(tmp_path):
     """A gloo group of this process alone, for code that announces collectives."""

@@ -29,14 +29,7 @@ from data_tools.vae.autoencoder import DEMO_VAE, encode_moments, load_vae
 from tests.support.encode_jobs import VAE_FLAGS, content, flags, make_pictures
 from tests.support.launch import REPOSITORY, environment, run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the subprocesses have: the order of additions depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # bytes are compared
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,9 @@ from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from tests.support.encode_jobs import content, flags, make_pictures
 from tests.support.launch import BIN, finish, run, start
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # bytes are compared
+
 SCRIPT = ("python", "data_tools/encode_latents.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the subprocesses have: the order of additions depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

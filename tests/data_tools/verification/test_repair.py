@@ -5,7 +5,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from data_tools.errors import ConfigError
@@ -21,14 +20,7 @@ from tests.support.damage import (
     flip_value,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the process that encoded had: the order of additions depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # bytes are compared
 
 
 @pytest.fixture

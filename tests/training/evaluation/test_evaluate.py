@@ -36,6 +36,8 @@ from training.evaluation.networks import ScriptedNetwork
 from training.run.directory import load_config
 from training.sampling.latents import SamplerSettings, sample_latents
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # bytes are compared
+
 NUM_IMAGES, BATCH_SIZE, STEPS = 15, 2, 12  # slow enough to be killed in between
 DRAW = (
     *("--num-images", NUM_IMAGES, "--steps", STEPS, "--batch-size", BATCH_SIZE, "--seed", 3),
@@ -64,15 +66,6 @@ def reference(tmp_path_factory):
     images = random.integers(0, 256, (30, 1, 1, 3)) + random.integers(-60, 60, (30, 32, 32, 3))
     np.savez(path, images.clip(0, 255).astype(np.uint8))
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes that are started: bytes are compared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
