@@ -4,7 +4,7 @@
 # make test-precision   the tests that have to be right with and without bf16 instructions, with both
 # make test-odd   some tests on an odd machine: blanks and umlauts in paths, umask 077, one core, no network ...
 # make test-cluster   the tests that start a real Slurm, OpenMPI, sshd or browser (root, Debian; about 20 minutes)
-# make test-long   the test of 20,000 steps (about 20 minutes on one core)
+# make test-long   the test of 20,000 steps, the documentation's benchmarks (about 25 minutes on one core)
 # make lint    lint only
 # make clean   remove caches and the virtual environment; runs/ and datasets/ stay
 #
@@ -49,11 +49,13 @@ demo: $(INSTALLED)
 	@printf 'TensorBoard   %s\n' "$(RUN)/tensorboard"
 	@printf 'look at it:   %s\n' "$(VENV)/bin/tensorboard --logdir runs"
 
-test: lint
-	pytest
+test: test-fast
+	pytest -m '(processes or slow) and not gpu and not cluster and not long'
 
+# A test that starts no process leaves a core idle: a file at a time on each of two.
 test-fast: lint
-	pytest -m 'not processes and not slow and not gpu and not cluster and not long'
+	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile \
+	  -m 'not processes and not slow and not gpu and not cluster and not long'
 
 # `make test` takes "auto" precision for fp32. Here the hardware is said to multiply bf16, which a
 # CPU without bf16 instructions emulates; then it is asked, and has none (a GPU is not to be seen).

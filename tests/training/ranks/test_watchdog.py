@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_tools.errors import ConfigError
+from tests.support.launch import wait_until
 from tests.support.ranks import run_ranks
 from training.ranks.agreement import RunError
 from training.ranks.diagnosis import (
@@ -211,6 +212,7 @@ def test_a_watchdog_does_not_wait_for_its_words(monkeypatch):
         assert not stuck.texts, "it came back before"
         stuck.is_back.set()
         watchdog._say("quick")
+        wait_until(lambda: len(stuck.texts) == 2)
 
     assert sorted(stuck.texts) == ["warning: [rank 0] quick\n", "warning: [rank 0] slow\n"]
 
