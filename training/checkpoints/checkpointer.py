@@ -34,8 +34,8 @@ from training.engine.zero_fragments import whole_shapes
 class Checkpointer:
     """Save and load the checkpoints of one run.
 
-    With the engine, the states of objective and placement are saved: they are small and equal on
-    all ranks. `staging` is this job's folder beside the checkpoints (run/lock.py).
+    With the engine, the state of the objective is saved, which is small and equal on all ranks, and
+    that of the placement. `staging` is this job's folder beside the checkpoints (run/lock.py).
     """
 
     def __init__(

@@ -99,7 +99,8 @@ def floor_gbps() -> float:
 def judge(bandwidth: Bandwidth, floor: float) -> tuple[list[str], list[str]]:
     """Return sentences on nodes that are too slow to train with, and on those to look at."""
     rates = bandwidth.pairs
-    middle = sorted(rates.values())[len(rates) // 2] if len(rates) > 1 else 0.0  # of three nodes
+    # Of three nodes at least: of two, nobody can tell which one is slow.
+    middle = sorted(rates.values())[len(rates) // 2] if len(rates) > 1 else 0.0
     slow = [
         f"node {node} exchanges {rate:.3f} GB/s with the first node, {FLOOR_VARIABLE} is {floor:g};"
         " look at its network, or leave it out with sbatch --exclude."
