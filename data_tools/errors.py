@@ -81,8 +81,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """Reports a wrong command line as a ConfigError: one sentence, without the usage.
 
     Attributes:
-        instead: flags that people know from other programs, with dashes for underscores, and what
-            to write for them here.
+        instead: flags that people know from other programs, and what to write for them here.
     """
 
     instead: Mapping[str, str] = {}
