@@ -92,10 +92,9 @@ class ArgumentParser(argparse.ArgumentParser):
         """Refuse other programs' flags by name; then parse."""
         for word in sys.argv[1:] if args is None else args:
             flag = str(word).split("=")[0]
-            if flag in self.instead and flag not in self._option_string_actions:
-                raise ConfigError(
-                    f"{flag}: is no flag of {self.prog}; here it is {self.instead[flag]}."
-                )
+            here = self.instead.get(flag.replace("_", "-"))
+            if here and flag not in self._option_string_actions:
+                raise ConfigError(f"{flag}: is no flag of {self.prog}; here it is {here}.")
         return super().parse_known_args(args, namespace)
 
     def add_bare_or_flag(

@@ -44,11 +44,7 @@ class Job:
         return self.data.manifest
 
     def check_resumable(self, saved: CheckpointManifest) -> None:
-        """Refuse a checkpoint that this job must not continue from.
-
-        Raises:
-            ConfigError: it is of another precision, sample order or data set.
-        """
+        """Refuse a checkpoint of another precision, sample order or data set."""
         check_resumable(saved, self.layout, self.manifest.hash)
 
 
@@ -110,16 +106,7 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
         vae = load_decoder(config.run.vae, manifest.vae)
-    job = Job(
-        config=config,
-        deepspeed_config=deepspeed_config,
-        data=data,
-        cache=cache,
-        layout=layout,
-        warm_start=warm_start,
-        vae=vae,
-        notes=notes,
-    )
+    job = Job(config, deepspeed_config, data, cache, layout, warm_start, vae, notes)
     if (point := newest_point(Path(config.run.run_dir))) is not None:
         job.check_resumable(point.manifest)
     return job
@@ -138,8 +125,7 @@ def prepare_demo_if_missing(command: CommandLine, ranks: Ranks) -> None:
     check_without_data(command, ranks)
     is_silent = command.quiet or not ranks.is_main
     if not is_silent:
-        text = f"{command.config.data.data} is missing: preparing the demo data set.\n"
-        sys.stdout.write(text)
+        sys.stdout.write(f"{command.config.data.data} is missing: preparing the demo data set.\n")
         sys.stdout.flush()
     prepare_demo(quiet=is_silent)
 

@@ -22,7 +22,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import torch
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, count_of, exit_on_config_error
+from data_tools.errors import ArgumentParser, count_of, exit_on_config_error
 from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
@@ -46,7 +46,7 @@ from training.evaluation.drawing import (
     as_rank_0_says,
     disk_errors,
     draw,
-    fail_together,
+    failing_together,
     merge_parts,
     prepare_folder,
     write_pngs,
@@ -130,13 +130,9 @@ def draw_images(
     """Draw the missing images of all points. All ranks must call this."""
     pipeline = load_pipeline(job.config, job.weights, job.weaker_run, job.vae, device)
     for point in job.points:
-        error = None
-        if ranks.is_main:
-            try:
+        with failing_together(ranks):
+            if ranks.is_main:
                 prepare_folder(point.folder, point.settings, is_forced=args.force)
-            except ConfigError as err:
-                error = err
-        fail_together(error, ranks)
         own = range(ranks.rank, point.settings.num_parts, ranks.world_size)
         with tqdm(
             total=sum(len(point.settings.indices(part)) for part in own),
@@ -188,10 +184,7 @@ def finish_point(
 
 
 def finish(
-    args: argparse.Namespace,
-    job: EvaluationJob,
-    loss: dict[str, Any] | None,
-    device: torch.device,
+    args: argparse.Namespace, job: EvaluationJob, loss: dict[str, Any] | None, device: torch.device
 ) -> None:
     """Write and print everything that the command asked for. Only rank 0 calls this."""
     if job.held_out is not None:
@@ -291,14 +284,10 @@ def main(argv: list[str] | None = None) -> None:
         if job.points:
             draw_images(args, job, ranks, device)
         loss = None if job.held_out is None else measure_loss(args, job, ranks, device)
-        error = None
-        if ranks.is_main:
-            try:
-                finish(args, job, loss, device)
-            except ConfigError as err:
-                error = err
         # The others wait: some launchers end a job soon after its first process has left.
-        fail_together(error, ranks)
+        with failing_together(ranks):
+            if ranks.is_main:
+                finish(args, job, loss, device)
     if ranks.world_size > 1:
         torch.distributed.destroy_process_group()
 

@@ -11,11 +11,7 @@ from training.checkpoints.background_write import Outcome
 from training.checkpoints.manifest import TrainState
 from training.engine.build import learning_rate, set_learning_rate
 from training.engine.deepspeed_internals import drop_skipped_gradients
-from training.engine.non_finite import (
-    MicroStepRecord,
-    describe_non_finite,
-    poison_non_finite,
-)
+from training.engine.non_finite import MicroStepRecord, describe_non_finite, poison_non_finite
 from training.monitoring.reporter import StepTables
 from training.ranks.agreement import RunError, agreed_message
 from training.ranks.heartbeat import (
@@ -63,12 +59,9 @@ class StepData:
 
 
 def train(training: Training, state: TrainState, stop: StopSignal) -> TrainState:
-    """Train from `state` to the configured number of steps or until a signal.
+    """Train to the configured number of steps or until a signal; return the state reached.
 
     All ranks must call this. The last checkpoint is always written at the step it ends with.
-
-    Returns:
-        The state reached.
 
     Raises:
         NonFiniteLossError: on all ranks, when too many steps in a row were left out.
@@ -254,14 +247,7 @@ def save(training: Training, state: TrainState, stop: StopSignal, is_last: bool)
 def report_write(
     training: Training, step: int, outcome: Outcome | None, is_last: bool = False
 ) -> None:
-    """Say how writing a checkpoint ended; a failure ends the run only if there is no later chance.
-
-    Args:
-        training: the run's parts.
-        step: steps done.
-        outcome: of the write; None = there is nothing to say.
-        is_last: no checkpoint follows.
-    """
+    """Say how writing a checkpoint ended; a failure ends the run only if no checkpoint follows."""
     if outcome is None:
         return
     training.heartbeat.enter(LOGGING, step)
@@ -285,5 +271,5 @@ def report_write(
 
 def save_snapshots(training: Training, step: int) -> None:
     """Store the power-function averages; a failure costs this snapshot only."""
-    if problem := training.snapshots.save(step):
+    if problem := training.save_snapshots(step):
         training.report(step, f"snapshot of step {step} could not be written: {problem}")

@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
@@ -94,13 +95,6 @@ def train_job(
     is_quiet: bool = False,
 ) -> TrainState:
     """Train a checked job in an existing process group. All ranks must call this.
-
-    Args:
-        job: what to train.
-        ranks: this process's place.
-        device: to train on.
-        watchdog: that looks after it; None = nobody does.
-        is_quiet: print warnings only.
 
     Raises:
         RunError: on all ranks, with what ended the run.
@@ -192,7 +186,7 @@ def _write_start(
     run_dir = Path(job.config.run.run_dir)
     is_new = not (run_dir / CONFIG_FILE).exists()
     changes = [] if is_new else differences(load_config(run_dir), job.config, of_any_kind=True)
-    initial = None if job.warm_start is None else job.warm_start.to_dict()
+    initial = None if job.warm_start is None else asdict(job.warm_start)
     try:
         create_run_directory(run_dir, job.config, job.deepspeed_config, job.manifest, initial)
         record_start(

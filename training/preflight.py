@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,19 +45,15 @@ from training.checked_job import check, check_without_data, is_demo_missing
 from training.checkpoints.resume_point import newest_point
 from training.config.command_line import CommandLine, parse_command_line
 from training.nodes.bandwidth import Bandwidth, floor_gbps, judge, measure
-from training.nodes.facts import (
-    NodeFacts,
-    collect,
-    compare,
-    exit_code_of,
-    summary,
-)
+from training.nodes.facts import NodeFacts, collect, compare, exit_code_of, summary
 from training.ranks import process_group
 from training.ranks.process_group import Ranks
 from training.ranks.rendezvous import port_problem
 
 GRACE_SEC = 10.0  # beyond a time limit, for the rank that knows more to speak first
 MAX_SENTENCES = 8
+# On all ranks alike: every rank's node, what is wrong, a summary, the exit code if anything is.
+Verdict = tuple[list[str], list[str], str, int]
 
 
 class PreflightError(Exception):
@@ -70,10 +66,6 @@ class Stage:
     Rank 0 has the time limit twice: for a look at its own node, and for the others' reports. The
     others have it three times and more grace, so that they do not give up a rank 0 that may still
     speak.
-
-    Args:
-        ranks: this process's place.
-        timeout: the time limit, COLLECTIVE_TIMEOUT_SEC.
     """
 
     def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
@@ -152,19 +144,23 @@ def gather_facts(
         PreflightError: naming the nodes that did not report in time.
     """
     deadline = time.monotonic() + patience_sec
-    missing = set(range(ranks.world_size))
+    everyone = range(ranks.world_size)
+    missing = list(everyone)
     while missing:
-        missing = {rank for rank in missing if not store.check([f"facts/{rank}"])}
+        missing = [rank for rank in missing if not store.check([f"facts/{rank}"])]
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    present = sorted(set(range(ranks.world_size)) - missing)
-    everyone = [NodeFacts.from_json(store.get(f"facts/{rank}").decode()) for rank in present]
+    found = [
+        NodeFacts(**json.loads(store.get(f"facts/{rank}")))
+        for rank in everyone
+        if rank not in missing
+    ]
     if not missing:
-        return everyone
-    heard = {facts.node for facts in everyone}
+        return found
+    heard = {facts.node for facts in found}
     silent = ", ".join(node for node in allocated_nodes() if node not in heard)
-    numbers = ", ".join(str(rank) for rank in sorted(missing))
+    numbers = ", ".join(map(str, missing))
     who = f"node {silent} (rank {numbers})" if silent else f"rank {numbers}"
     raise PreflightError(
         f"{who} did not report within {patience_sec:.0f} s: it cannot reach {own_node()}, or "
@@ -173,24 +169,16 @@ def gather_facts(
 
 
 def agree(
-    store: torch.distributed.Store,
-    facts: NodeFacts,
-    ranks: Ranks,
-    timeout: timedelta,
-    stage: Stage,
-) -> tuple[list[str], list[str], str, int]:
+    store: torch.distributed.Store, facts: NodeFacts, ranks: Ranks, timeout: timedelta, stage: Stage
+) -> Verdict:
     """Compare the nodes.
-
-    Returns:
-        On all ranks: every rank's node, what is wrong, a summary, and the exit code if something
-        is wrong.
 
     Raises:
         PreflightError: naming rank 0's node, which did not do its part.
     """
     if not ranks.is_main:
         return _hear_verdict(store, facts, timeout, stage)
-    store.set(f"facts/{ranks.rank}", facts.to_json())
+    store.set(f"facts/{ranks.rank}", json.dumps(asdict(facts)))
     stage.begin("the other nodes' reports")
     # A slow look at its own files leaves less time, or this rank would end before it says who.
     patience_sec = min(timeout.total_seconds(), stage.seconds_left())
@@ -206,30 +194,26 @@ def agree(
 
 def _hear_verdict(
     store: torch.distributed.Store, facts: NodeFacts, timeout: timedelta, stage: Stage
-) -> tuple[list[str], list[str], str, int]:
+) -> Verdict:
     """Report to rank 0, whose time had begun when its store answered, and wait for its verdict."""
     patience = 2 * timeout + timedelta(seconds=2 * GRACE_SEC)
     stage.begin("the first node's answer", no_answer())
     started = time.monotonic()
     try:
-        store.set(f"facts/{facts.rank}", facts.to_json())
+        store.set(f"facts/{facts.rank}", json.dumps(asdict(facts)))
         store.set_timeout(patience)
-        nodes, problems, text, exit_code = json.loads(store.get("verdict"))
+        verdict = json.loads(store.get("verdict"))
         store.set_timeout(timeout)
     except RuntimeError as err:  # torch's DistStoreError and DistNetworkError
         if time.monotonic() - started < patience.total_seconds():
             # Rank 0 has left, and its exit code is what counts: the launcher ends this one.
             time.sleep(process_group.FOLLOWER_WAIT_SEC)
         raise PreflightError(no_answer()) from err
-    return nodes, problems, text, exit_code
+    return tuple(verdict)
 
 
 def exchange(
-    store: torch.distributed.Store,
-    ranks: Ranks,
-    nodes: list[str],
-    timeout: timedelta,
-    stage: Stage,
+    store: torch.distributed.Store, ranks: Ranks, nodes: list[str], timeout: timedelta, stage: Stage
 ) -> Bandwidth:
     """Measure the bandwidth. All ranks must call this.
 

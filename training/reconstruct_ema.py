@@ -1,8 +1,8 @@
 """Make an average of any width from the snapshots that a run has stored (EDM2's post-hoc EMA).
 
-    python training/reconstruct_ema.py runs/demo --std 0.08
+    python training/reconstruct_ema.py runs/XL --std 0.08
 
-The run must have been trained with --ema-stds and --ema-snapshot-every. `sample.py runs/demo
+The run must have been trained with --ema-stds and --ema-snapshot-every. `sample.py runs/XL
 --weights FILE` draws from the result.
 """
 

@@ -19,12 +19,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.errors import (
-    ArgumentParser,
-    ConfigError,
-    exit_on_config_error,
-    refuse_below_one,
-)
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error, refuse_below_one
 from data_tools.permutations import permutation
 from data_tools.process.entry_point import enter
 from data_tools.sources.images import BadImageError, decode_image

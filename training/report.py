@@ -18,7 +18,13 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import jinja2
 
-from data_tools.errors import ArgumentParser, ConfigError, count_of, exit_on_config_error
+from data_tools.errors import (
+    ArgumentParser,
+    ConfigError,
+    count_of,
+    exit_on_config_error,
+    os_errors_as,
+)
 from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
@@ -133,12 +139,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         runs = load_runs(args.runs)
         folder = args.output or args.runs[0] / DEFAULT_FOLDER
-        try:
+        with os_errors_as(f"--output {folder}: cannot write", "choose another folder"):
             path = write_report(runs, folder)
-        except OSError as err:
-            raise ConfigError(
-                f"--output {folder}: cannot write ({err.strerror}); choose another folder."
-            ) from err
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 

@@ -16,7 +16,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 import yaml
 
-from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error, os_errors_as
 from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE, CRASH_EXIT_CODE
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import expand
@@ -60,13 +60,9 @@ def main(argv: list[str] | None = None) -> None:
             print(decide(exit_code, "", "", Restarts(), limit)[1], flush=True)
             sys.exit(CRASH_EXIT_CODE)
         run_dir = run_dir_of(argv[1:])
-        try:
+        problem = f"--run-dir {run_dir}: cannot be read or written"
+        with os_errors_as(problem, "the job is not started again"):
             is_granted, why = grant_restart(run_dir, exit_code, limit)
-        except OSError as err:
-            raise ConfigError(
-                f"--run-dir {run_dir}: cannot be read or written ({err.strerror}); the job is not "
-                "started again."
-            ) from err
     print(f"{run_dir}: {why}.", flush=True)
     if not is_granted:
         sys.exit(CRASH_EXIT_CODE)

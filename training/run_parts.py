@@ -12,7 +12,7 @@ from data_tools.process.leaving import flushed_when_leaving
 from data_tools.stream.loader import LatentStream
 from models.latents import scale_and_shift
 from training.checked_job import Job
-from training.checkpoints.average_snapshots import SnapshotWriter
+from training.checkpoints.average_snapshots import save_snapshots
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.manifest import TrainState
 from training.checkpoints.warm_start import initial_values
@@ -39,12 +39,8 @@ from training.run.program import read_starts
 class Training:
     """The parts of one run.
 
-    Attributes:
-        engine: DeepSpeed's.
-        draw_samples: draws a grid of samples into the run directory; takes the step.
-        is_main: True on the one rank that prints and writes shared files.
-        skipped_in_a_row: steps that were left out since the last one that was not.
-        pause_sec: seconds for which the last save interrupted training.
+    What draws a grid of samples and what stores the averages take the step, and write into the run
+    directory.
     """
 
     config: Config
@@ -56,13 +52,13 @@ class Training:
     reporter: Reporter
     checkpointer: Checkpointer
     placement: ExpertPlacement
-    snapshots: SnapshotWriter
+    save_snapshots: Callable[[int], str | None]
     draw_samples: Callable[[int], None]
     is_main: bool
     heartbeat: Heartbeat
     communication: CommunicationWatch
-    skipped_in_a_row: int = 0
-    pause_sec: float = 0.0
+    skipped_in_a_row: int = 0  # steps left out since the last one that was not
+    pause_sec: float = 0.0  # for which the last save interrupted training
 
     def report(self, step: int, event: str) -> None:
         """Tell the person who watches, and TensorBoard, of an event; only rank 0 does."""
@@ -81,15 +77,6 @@ def open_training(
     progress: Progress,
 ) -> Iterator[Training]:
     """Build a run's parts at stream position `state.samples_consumed`. All ranks must call this.
-
-    Args:
-        job: what to train.
-        ranks: this process's place.
-        device: to train on.
-        state: to begin with.
-        staging: this job's folder for what it will publish.
-        heartbeat: of this process.
-        progress: what a person watches.
 
     Yields:
         The parts; the stream and the event files are closed afterwards.
@@ -168,7 +155,7 @@ def open_training(
             monitor=monitor,
             checkpointer=checkpointer,
             placement=placement,
-            snapshots=SnapshotWriter(engine, run_dir),
+            save_snapshots=partial(save_snapshots, engine, run_dir),
             draw_samples=grid.draw,
             is_main=ranks.is_main,
             reporter=reporter,

@@ -21,12 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.errors import (
-    ArgumentParser,
-    ConfigError,
-    exit_on_config_error,
-    refuse_below_one,
-)
+from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error, refuse_below_one
 from data_tools.process.entry_point import enter
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_path
@@ -38,7 +33,7 @@ from training.evaluation.drawing import (
     DrawSettings,
     as_rank_0_says,
     disk_errors,
-    fail_together,
+    failing_together,
     holds,
 )
 from training.evaluation.job import draw_settings
@@ -175,16 +170,7 @@ def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"--output {output}: {err.strerror}; choose another.") from err
-    return SampleJob(
-        config=config,
-        plan=plan,
-        settings=settings,
-        weights=weights,
-        weaker_run=weaker_run,
-        vae=vae,
-        output=output,
-        drawn=drawn,
-    )
+    return SampleJob(config, plan, settings, weights, weaker_run, vae, output, drawn)
 
 
 def unused_folder(folder: Path, drawn: DrawSettings) -> Path:
@@ -197,26 +183,16 @@ def unused_folder(folder: Path, drawn: DrawSettings) -> Path:
 
 
 def draw(args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.device) -> Path:
-    """Draw this rank's images into the output folder, and on rank 0 the grid.
-
-    All ranks must call this.
-
-    Returns:
-        The path of the grid.
-    """
+    """Draw this rank's images; return the path of rank 0's grid. All ranks must call this."""
     plan, output = job.plan, as_rank_0_says(job.output, ranks)
     grid_path = output / GRID_FILE
-    error = None
-    try:
+    with failing_together(ranks):
         if ranks.is_main:
             with disk_errors(output, what_stays=""):
                 _begin_folder(output, job.drawn)
         for i, picture in _pictures(args, job, ranks, device):
             with disk_errors(output, what_stays=""):
                 save_png(output / _file_name(i, plan), picture)
-    except ConfigError as err:
-        error = err
-    fail_together(error, ranks)
     if ranks.is_main:
         files = [output / _file_name(i, plan) for i in range(len(plan.labels))]
         pixels = np.stack([np.asarray(Image.open(file)) for file in files])

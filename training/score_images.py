@@ -21,12 +21,7 @@ from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 from data_tools.vae.autoencoder import resolve_device
 from training.checkpoints.manifest import sha256_of
-from training.evaluation.card import (
-    CARD,
-    describe_program,
-    describe_reference,
-    say_left_out,
-)
+from training.evaluation.card import CARD, describe_program, describe_reference, say_left_out
 from training.evaluation.drawing import disk_errors
 from training.evaluation.image_npz import ImageNpz
 from training.evaluation.networks import add_network_flags, load_network
@@ -49,10 +44,8 @@ def build_parser() -> ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Score the images that the command line names."""
-    if args.output is not None and args.output.exists() and not args.force:
-        raise ConfigError(f"--output {args.output}: exists; choose another or add --force.")
     if args.output is not None:
-        _check_output(args.output)
+        _check_output(args.output, args.force)
     device = resolve_device(args.device)
     samples = ImageNpz(args.samples, "")
     if samples.image_size is None:
@@ -83,8 +76,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, is_forced: bool) -> None:
     """Refuse what cannot be written after all the scoring."""
+    if path.exists() and not is_forced:
+        raise ConfigError(f"--output {path}: exists; choose another or add --force.")
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir():
         raise ConfigError(f"--output {path}: name a file in a folder that exists.")

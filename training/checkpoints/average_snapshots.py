@@ -44,49 +44,36 @@ def snapshot_file(profile: PowerProfile, step: int) -> str:
     return f"{profile.name}-{tag_of(step)}.safetensors"
 
 
-class SnapshotWriter:
-    """Store the power-function averages of a running engine.
+def save_snapshots(engine: Engine, run_dir: Path, step: int) -> str | None:
+    """Write a snapshot of each power-function average. All ranks must call this.
 
-    Args:
-        engine: the DeepSpeed engine.
-        run_dir: the run's directory.
+    Returns:
+        None, or why one could not be written; those before it are intact. Before the first update
+        there is no average, and nothing is written.
     """
-
-    def __init__(self, engine: Engine, run_dir: Path) -> None:
-        self.engine, self.folder = engine, run_dir / SNAPSHOT_DIR
-        self.is_main = torch.distributed.get_rank() == 0
-
-    def save(self, step: int) -> str | None:
-        """Write a snapshot of each power-function average. All ranks must call this.
-
-        Returns:
-            None, or why one could not be written; those before it are intact. Before the first
-            update there is no average, and nothing is written.
-        """
-        optimizer = base_optimizer(self.engine)
-        updates = optimizer.num_updates
-        if updates == 0:
-            return None
-        error: Exception | None = None
-        for key, profile in optimizer.profiles.items():
-            if not isinstance(profile, PowerProfile):
-                continue
-            weights = consolidated_weights(self.engine, key)  # collective, whatever the disk says
-            if not self.is_main or error is not None:
-                continue
-            metadata = {
-                FORMAT_KEY: str(SNAPSHOT.newest),
-                "step": str(step),
-                "num_updates": str(updates),
-                "std": repr(profile.std),
-                "gamma": repr(profile.gamma),
-            }
-            try:
-                self.folder.mkdir(exist_ok=True)
-                write_weights(self.folder / snapshot_file(profile, step), weights, metadata)
-            except (OSError, SafetensorError, NonFiniteWeightsError) as err:
-                error = err
-        return agreed_message(None if error is None else describe_disk_error(error))
+    optimizer, folder = base_optimizer(engine), run_dir / SNAPSHOT_DIR
+    if optimizer.num_updates == 0:
+        return None
+    error: Exception | None = None
+    for key, profile in optimizer.profiles.items():
+        if not isinstance(profile, PowerProfile):
+            continue
+        weights = consolidated_weights(engine, key)  # collective, whatever the disk says
+        if torch.distributed.get_rank() > 0 or error is not None:
+            continue
+        metadata = {
+            FORMAT_KEY: str(SNAPSHOT.newest),
+            "step": str(step),
+            "num_updates": str(optimizer.num_updates),
+            "std": repr(profile.std),
+            "gamma": repr(profile.gamma),
+        }
+        try:
+            folder.mkdir(exist_ok=True)
+            write_weights(folder / snapshot_file(profile, step), weights, metadata)
+        except (OSError, SafetensorError, NonFiniteWeightsError) as err:
+            error = err
+    return agreed_message(None if error is None else describe_disk_error(error))
 
 
 def list_snapshots(run_dir: Path) -> list[Snapshot]:

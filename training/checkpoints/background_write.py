@@ -114,27 +114,22 @@ class Outcome(NamedTuple):
 
 
 class BackgroundWrite:
-    """One checkpoint being written. All ranks start it, in the same order.
+    """One checkpoint being written. All ranks start it, in the same order, by the same plan.
 
     Args:
-        plan: the same on all ranks.
+        plan: of the checkpoint.
         files: of this rank, in host memory; they are freed one by one.
         error: why the folder could not be made, on rank 0.
-
-    Attributes:
-        doing: what the thread is doing.
     """
 
     def __init__(self, plan: WritePlan, files: FileContents, error: OSError | None) -> None:
         self.plan, self._files, self._error = plan, files, error
-        self.rank, self.world_size = (
-            torch.distributed.get_rank(),
-            torch.distributed.get_world_size(),
-        )
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._prefix = f"{STORE_PREFIX}/{next(_numbers)}"
         self._problem: str | None = THREAD_FAILED
-        self.doing = ""
+        self.doing = ""  # for whoever waits for the thread
         self._is_taken_over = False
         self._is_given_up, self._asked_others = False, 0.0
         self._started = self._stopped = time.monotonic()
@@ -205,11 +200,15 @@ class BackgroundWrite:
         return outcome
 
     def _complete(self, files: dict[str, FileRecord]) -> str | None:
+        plan = self.plan
         try:
             self._consolidate(files)
-            self._publish(files)
+            self.doing = f"publishing {plan.final}"
+            publish(plan.temporary, plan.final, manifest_text(plan.manifest_of(files)))
         except WriteError as err:
             return self._describe(err)
+        with contextlib.suppress(OSError):  # what is published is; it is tried again next time
+            prune(plan.final, plan.staging, plan.keep_last, plan.keep_every)
         return None
 
     def _describe(self, error: WriteError) -> str:
@@ -281,19 +280,12 @@ class BackgroundWrite:
             weights = {}
             for name, shape in plan.shapes.items():
                 if self._should_give_up():
-                    raise _given_up()
+                    raise OSError(errno.ECANCELED, GIVEN_UP)
                 weights[name] = stored.whole(name, source, shape, plan.slot_of_expert)
             path = plan.temporary / (RAW_FILE if key is None else average_file(key))
             self.doing = f"writing {path}"
             write_weights(path, weights)
             files[path.name] = record_of(path)
-
-    def _publish(self, files: dict[str, FileRecord]) -> None:
-        plan = self.plan
-        self.doing = f"publishing {plan.final}"
-        publish(plan.temporary, plan.final, manifest_text(plan.manifest_of(files)))
-        with contextlib.suppress(OSError):  # what is published is; it is tried again next time
-            prune(plan.final, plan.staging, plan.keep_last, plan.keep_every)
 
 
 class _StoppableFile(io.FileIO):
@@ -306,9 +298,5 @@ class _StoppableFile(io.FileIO):
     def write(self, data: Any) -> int:
         """Write a part; the buffer around this file calls again for the rest."""
         if self._should_stop():
-            raise _given_up()
+            raise OSError(errno.ECANCELED, GIVEN_UP)
         return super().write(memoryview(data)[:BLOCK_BYTES])
-
-
-def _given_up() -> OSError:
-    return OSError(errno.ECANCELED, GIVEN_UP)

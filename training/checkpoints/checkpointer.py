@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,7 @@ import torch
 from data_tools.stream.order import ORDER_VERSION
 from training.checkpoints.background_write import BackgroundWrite, Outcome, WritePlan
 from training.checkpoints.host_copy import load_verified, take_snapshot
-from training.checkpoints.manifest import (
-    CheckpointManifest,
-    FileRecord,
-    Layout,
-    TrainState,
-    tag_of,
-)
+from training.checkpoints.manifest import CheckpointManifest, Layout, TrainState, tag_of
 from training.checkpoints.other_layout import StoredPartitions, load_resharded
 from training.checkpoints.publishing import TakenOverError
 from training.config.tree import RunConfig
@@ -39,14 +34,8 @@ from training.engine.zero_fragments import whole_shapes
 class Checkpointer:
     """Save and load the checkpoints of one run.
 
-    Args:
-        engine: the DeepSpeed engine.
-        run: where to save, and what to keep.
-        layout: of this job.
-        data_hash: of the data set's manifest.
-        objective: its state, which is small and equal on all ranks, is saved.
-        placement: its state is saved, too.
-        staging: this job's folder beside the checkpoints (run/lock.py).
+    With the engine, the state of the objective is saved, which is small and equal on all ranks, and
+    that of the placement. `staging` is this job's folder beside the checkpoints (run/lock.py).
     """
 
     def __init__(
@@ -91,14 +80,8 @@ class Checkpointer:
         tag = tag_of(state.step)
         error = self._prepare(self.staging / tag)
         placement = self.placement.state()
-        client_state = asdict(state) | {
-            "objective": self.objective.state(),
-            "placement": placement,
-        }
-
-        def manifest_of(files: dict[str, FileRecord]) -> CheckpointManifest:
-            return CheckpointManifest(tag, state, self.layout, self.data_hash, ORDER_VERSION, files)
-
+        states = {"objective": self.objective.state(), "placement": placement}
+        client_state = asdict(state) | states
         # DeepSpeed ends it with a barrier: nobody writes before rank 0 has made the folder.
         files = take_snapshot(self.engine, tag, client_state)
         plan = WritePlan(
@@ -108,7 +91,9 @@ class Checkpointer:
             averages=list(base_optimizer(self.engine).profiles),
             shapes=whole_shapes(self.engine),
             slot_of_expert=self.placement.slots_of(placement),
-            manifest_of=manifest_of,
+            manifest_of=partial(
+                CheckpointManifest, tag, state, self.layout, self.data_hash, ORDER_VERSION
+            ),
             keep_last=self.run.keep_last,
             keep_every=self.run.keep_every,
         )

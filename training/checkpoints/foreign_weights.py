@@ -30,31 +30,10 @@ class StoredObject:
         """Take what the object held."""
 
 
-class StoredMapping(StoredObject):
-    """Stands for one that is filled like a dictionary, of which its content is kept."""
-
-    def __new__(cls, *_args: Any, **_values: Any) -> "StoredMapping":
-        """Return what torch fills."""
-        return OrderedDict()
-
-
-class StoredList(StoredObject):
-    """Stands for one that is filled like a list, of which its content is kept."""
-
-    def __new__(cls, *_args: Any, **_values: Any) -> "StoredList":
-        """Return what torch fills."""
-        return []
-
-
 def read_state_dict(path: Path, flag: str) -> list[Entry]:
     """Map the tensors of a .safetensors or torch file by name; they are read when they are used.
 
-    Args:
-        path: the file.
-        flag: what the user typed for it, which begins error messages.
-
-    Returns:
-        The models in it, the one to take first.
+    Return the models in it, first the one to take. Messages begin with `flag`, as it was typed.
     """
     if not path.exists():
         missing = absence(path) if broken_link(path) else f"there is no {path}"
@@ -86,7 +65,7 @@ def read_state_dict(path: Path, flag: str) -> list[Entry]:
 
 def _unpickle(path: Path, flag: str) -> Any:
     """Read a torch file with stand-ins for all that is no tensor and no plain value."""
-    stands_for: dict[str, type[StoredObject]] = {}
+    stands_for: dict[str, type] = {}
     for _ in range(MAX_CLASSES):
         known = [_stand_in(name, kind) for name, kind in stands_for.items()]
         try:
@@ -104,20 +83,25 @@ def _unpickle(path: Path, flag: str) -> Any:
     raise _refused(flag, "too many classes")
 
 
-def _missing(reason: str) -> tuple[str | None, type[StoredObject]]:
+def _missing(reason: str) -> tuple[str | None, type]:
     """Tell which class's stand-in is missing, or of the wrong kind, when torch gives a reason."""
     if unknown := re.search(r"Unsupported global: GLOBAL (\S+) was not", reason):
         return unknown[1], StoredObject
     if filled := re.search(r"Can only (SETITEMS?|append|extend) .* but got <class '(.+)'>", reason):
-        return filled[2], StoredMapping if filled[1].startswith("SET") else StoredList
+        return filled[2], OrderedDict if filled[1].startswith("SET") else list
     return None, StoredObject
 
 
-def _stand_in(name: str, kind: type[StoredObject]) -> tuple[type, str]:
-    """Put a stand-in in place of a class or function, which is never looked up."""
+def _stand_in(name: str, kind: type) -> tuple[type, str]:
+    """Put a stand-in in place of a class or function, which is never looked up.
+
+    What is filled like a dictionary or a list is one, so that its content is kept.
+    """
     module, _, short = name.rpartition(".")
-    full = name if module else f"builtins.{name}"
-    return type(short, (kind,), {"__module__": module or "builtins"}), full
+    own: dict[str, Any] = {"__module__": module or "builtins"}
+    if kind is not StoredObject:
+        own["__new__"] = lambda _cls, *_args, **_values: kind()
+    return type(short, (StoredObject,), own), name if module else f"builtins.{name}"
 
 
 def _refused(flag: str, reason: str) -> ConfigError:

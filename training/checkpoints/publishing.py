@@ -57,12 +57,6 @@ def prune(newest: Path, staging: Path, keep_last: int, keep_every: int) -> None:
 
     Later ones are of a line that was left by resuming from an older one: they do not push out this
     line's, and are overwritten when their step is reached.
-
-    Args:
-        newest: the checkpoint that `latest` names.
-        staging: of this job.
-        keep_last: newest ones to keep.
-        keep_every: keep those of multiples of this number of steps, too; 0 = none.
     """
     for old in checkpoints_up_to(newest)[:-keep_last]:
         if not (keep_every and step_of(old.name) % keep_every == 0):

@@ -24,13 +24,7 @@ def foreign_objects(path: Path) -> str:
 
 
 def unpickle(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Read a file that has no foreign objects.
-
-    Args:
-        path: the file.
-        map_location: as of torch.load.
-        mmap: read tensors when they are used.
-    """
+    """Read a file that has no foreign objects; with mmap, tensors when they are used."""
     paths = (path.rpartition(".") for path in PICKLED_CLASSES)
     classes = [getattr(import_module(module), name) for module, _, name in paths]
     with torch.serialization.safe_globals(classes):

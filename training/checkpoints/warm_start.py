@@ -6,10 +6,10 @@ What matches by name and shape is loaded; the rest stays freshly initialised; bo
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from models.import_weights import ImportedWeights, check_positions, import_weigh
 from training.checkpoints.foreign_weights import read_state_dict
 from training.checkpoints.manifest import sha256_of
 from training.checkpoints.weight_entries import Entry
-from training.config.tree import Config
+from training.config.tree import Config, differences
 from training.engine.build import build_model
 from training.engine.deepspeed_internals import unsharded_shape
 
@@ -43,10 +43,6 @@ class WarmStart:
     other_shape: dict[str, str]  # those that it has in another shape: "11x384 there, 21x384 here"
     unused: list[str]  # names of the source that this model lacks
     differing_options: list[str]  # of model and diffusion, if the source is a run
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
     def report(self) -> str:
         """Describe in a few lines what was and what was not taken from the source."""
@@ -72,21 +68,16 @@ class WarmStart:
         return "\n".join(lines)
 
 
-class Source(NamedTuple):
-    """A file of weights, and the configuration of the run that it belongs to."""
-
-    path: Path
-    config: Config | None
-
-
-def compare_source(source: Source, config: Config) -> WarmStart:
+def compare_source(path: Path, origin: Config | None, config: Config) -> WarmStart:
     """Compare the weights that a run is to begin with with its model; change nothing.
+
+    `origin` is the configuration of the run, if any, that the file of weights belongs to.
 
     Raises:
         ConfigError: they cannot be read, or no block of the model is in them.
     """
     flag = f"--init-from {config.run.init_from}"
-    imported, (entry, *others) = _read(source.path, flag)
+    imported, (entry, *others) = _read(path, flag)
     with torch.device("meta"):
         model = build_model(config)
     ours = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -96,12 +87,13 @@ def compare_source(source: Source, config: Config) -> WarmStart:
         for name, shape in ours.items()
         if theirs.get(name) == shape and imported.weights[name].is_floating_point()
     }
+    here = origin and replace(origin, model=config.model, diffusion=config.diffusion)
     _check_blocks(ours, theirs, matched, flag)
     _check_values(imported, matched, model, flag)
     return WarmStart(
         source=config.run.init_from,
-        file=str(source.path),
-        sha256=sha256_of(source.path),
+        file=str(path),
+        sha256=sha256_of(path),
         kind=imported.kind,
         entry=entry.name or None,
         other_entries=[other.name for other in others],
@@ -114,7 +106,7 @@ def compare_source(source: Source, config: Config) -> WarmStart:
             if name in theirs and theirs[name] != shape
         },
         unused=[*(name for name in theirs if name not in ours), *entry.outside],
-        differing_options=_differing_options(source.config, config),
+        differing_options=differences(origin, here, of_any_kind=True) if origin else [],
     )
 
 
@@ -177,25 +169,9 @@ def _check_values(
             raise ConfigError(f"{flag}: its {err} that this model has; choose another.") from err
 
 
-def _differing_options(theirs: Config | None, ours: Config) -> list[str]:
-    """List what model and diffusion process are configured otherwise in the source's run."""
-    if theirs is None:
-        return []
-    before, after = theirs.to_dict(), ours.to_dict()
-    return [
-        f"{key} ({value} -> {after[section][key]})"
-        for section in ("model", "diffusion")
-        for key, value in before[section].items()
-        if value != after[section][key]
-    ]
-
-
 def _listed(names: list[str]) -> str:
     """Join names, those of all blocks as one."""
-    grouped: dict[str, int] = {}
-    for name in names:
-        key = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
-        grouped[key] = grouped.get(key, 0) + 1
+    grouped = Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)
     texts = [f"{name} x {count}" if count > 1 else name for name, count in grouped.items()]
     more = f" and {len(texts) - NAMES_SHOWN} more" if len(texts) > NAMES_SHOWN else ""
     return ", ".join(texts[:NAMES_SHOWN]) + more or "nothing"

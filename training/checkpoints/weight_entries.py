@@ -22,17 +22,11 @@ CONDITIONING = re.compile(r"\.(adaLN_modulation|norm1)\.")  # in a block that se
 
 
 class Entry(NamedTuple):
-    """The weights of one model in a file.
+    """The weights of one model in a file."""
 
-    Attributes:
-        name: of the entries that lead to them, "" if the file holds them directly.
-        weights: without wrappers' prefixes.
-        outside: names of tensors beside them that are of no model.
-    """
-
-    name: str
-    weights: dict[str, Tensor]
-    outside: list[str]
+    name: str  # of the entries that lead to them, "" if the file holds them directly
+    weights: dict[str, Tensor]  # without wrappers' prefixes
+    outside: list[str]  # names of tensors beside them that are of no model
 
 
 def entries_of(content: Any) -> list[Entry]:
@@ -49,7 +43,7 @@ def entries_of(content: Any) -> list[Entry]:
 
 def _tables(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
     """Yield every dictionary that holds tensors by name, with the entries that lead to it."""
-    if len(path) > MAX_DEPTH or OPTIMIZER & _words(path):
+    if len(path) > MAX_DEPTH or OPTIMIZER.intersection(_words("/".join(path))):
         return
     if isinstance(content, list | tuple):
         content = dict(enumerate(content))
@@ -73,7 +67,7 @@ def _models(path: tuple[str, ...], tensors: dict[str, Tensor]) -> Iterator[Entry
 
 
 def _rank(entry: Entry) -> tuple[bool, int, int]:
-    words = re.split(r"[^a-z]+", entry.name.lower())
+    words = _words(entry.name)
     is_averaged = sum(word in AVERAGES for word in words)
     is_trained = sum(word in TRAINED for word in words)
     return not _sees_timesteps(entry), 2 * is_trained - is_averaged, -len(entry.weights)
@@ -83,5 +77,5 @@ def _sees_timesteps(entry: Entry) -> bool:
     return any(CONDITIONING.search(name) for name in entry.weights)
 
 
-def _words(path: tuple[str, ...]) -> set[str]:
-    return {word for name in path for word in re.split(r"[^a-z]+", name.lower())}
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z]+", name.lower())

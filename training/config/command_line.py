@@ -28,25 +28,13 @@ _PLACES = ("data", "data_shards")  # a shell makes several words of a wildcard
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What the user asked for.
+    """What the user asked for."""
 
-    Attributes:
-        config: the preset, changed by the flags.
-        preset: name or path, as typed.
-        deepspeed: the DeepSpeed JSON file, as typed.
-        local_rank: from the deepspeed launcher; -1 without it.
-        dry_run: print everything resolved and stop.
-        quiet: print warnings and errors only; log.txt has the rest.
-        notes: warnings about how the command was understood.
-    """
-
-    config: Config
-    preset: str
-    deepspeed: Path
-    local_rank: int
-    dry_run: bool
-    quiet: bool = False
-    notes: tuple[str, ...] = ()
+    config: Config  # the preset, changed by the flags
+    deepspeed: Path  # the DeepSpeed JSON file
+    dry_run: bool  # print everything resolved and stop
+    quiet: bool = False  # print warnings and errors only; log.txt has the rest
+    notes: tuple[str, ...] = ()  # warnings about how the command was understood
 
 
 def _build_parser() -> ArgumentParser:
@@ -70,9 +58,7 @@ def _build_parser() -> ArgumentParser:
         metavar="JSON",
         help=f"memory and precision (default: {DEFAULT_DEEPSPEED})",
     )
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=-1, help="set by older launchers"
-    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by older launchers")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -132,11 +118,7 @@ def _value_of_text(leaf: Option, text: str) -> Any:
 
 
 def parse_command_line(argv: list[str] | None = None) -> CommandLine:
-    """Read the preset and lay the flags over it.
-
-    Args:
-        argv: without the program's name; None = sys.argv.
-    """
+    """Read the preset and lay the flags over it."""
     parser = _build_parser()
     parser.instead = OF_TRAINING
     given, unknown = parser.parse_known_args(argv)
@@ -159,9 +141,7 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
             keys[leaf.name] = expand(keys[leaf.name], where)
     return CommandLine(
         config=config_from_dict(values, given.preset),
-        preset=given.preset,
         deepspeed=in_repository(given.deepspeed),
-        local_rank=given.local_rank,
         dry_run=given.dry_run,
         quiet=given.quiet,
         notes=notes,

@@ -11,18 +11,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class GeneratedTable:
-    """A Markdown table in a document.
+    """A Markdown table in a document."""
 
-    Attributes:
-        page: the document, relative to the repository.
-        name: what the table lists, as the markers say it.
-        module: that generates it.
-        make: returns the table.
-    """
-
-    page: str
-    name: str
-    module: str
+    page: str  # the document, relative to the repository
+    name: str  # what the table lists, as the markers say it
+    module: str  # that generates it
     make: Callable[[], str]
 
     def text(self) -> str:

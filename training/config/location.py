@@ -28,11 +28,8 @@ def preset_file(name_or_path: str) -> Path:
 def run_dir_of(preset: Path, said: str) -> str:
     """Return the run directory that a preset means.
 
-    A run's own config.yaml means the run that it lies in, wherever that was moved or copied to.
-
-    Args:
-        preset: the file.
-        said: its run_dir.
+    A run's own config.yaml means the run that it lies in, wherever that was moved or copied to;
+    another file the run_dir that is said in it.
     """
     is_of_run = preset.name == CONFIG_FILE and (preset.parent / DEEPSPEED_FILE).is_file()
     if not is_of_run or Path(said).resolve() == preset.parent.resolve():

@@ -60,25 +60,21 @@ def load_preset(name_or_path: str) -> Config:
     except MalformedError as err:
         raise ConfigError(f"--preset {name_or_path}: {err}; give a whole number.") from err
     source = name_or_path if path.parent != PRESET_FOLDER else path.name
-    _rename(values)
-    _leave_out_removed(values, source)
+    _bring_up_to_date(values, source)
     return config_from_dict(values, source)
 
 
-def _rename(values: Any) -> None:
-    """Give keys of older versions their present names, so that older runs can be used."""
+def _bring_up_to_date(values: Any, source: str) -> None:
+    """Give keys of older versions their present names; drop those without one, and say so."""
+    sections = values.items() if isinstance(values, dict) else ()
+    parts = {section: keys for section, keys in sections if isinstance(keys, dict)}
     for (section, old), (new, convert) in _RENAMED.items():
-        keys = values.get(section) if isinstance(values, dict) else None
-        if isinstance(keys, dict) and old in keys and new not in keys:
+        keys = parts.get(section, {})
+        if old in keys and new not in keys:
             keys[new] = convert(keys.pop(old))
-
-
-def _leave_out_removed(values: Any, source: str) -> None:
-    """Drop keys that this version has no more, and say so."""
     for (section, key), why in _REMOVED.items():
-        keys = values.get(section) if isinstance(values, dict) else None
-        if isinstance(keys, dict) and key in keys:
-            _say_once(f"{source}: {section}.{key} ({keys.pop(key)}) is left out: {why}")
+        if key in parts.get(section, {}):
+            _say_once(f"{source}: {section}.{key} ({parts[section].pop(key)}) is left out: {why}")
 
 
 @cache

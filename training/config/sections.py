@@ -93,9 +93,7 @@ class DiffusionConfig:
     noise_schedule: str = option("noise schedule", "cosine", choices=NOISE_SCHEDULES)
     num_timesteps: int = option("diffusion timesteps", 1000, bounds=">=2")
     timestep_sampling: str = option(
-        "density of the training timesteps",
-        "uniform",
-        choices=DENSITIES,
+        "density of the training timesteps", "uniform", choices=DENSITIES
     )
     timestep_stratified: bool = option(
         "spread the timesteps of a global batch evenly over the density", False
@@ -104,11 +102,7 @@ class DiffusionConfig:
     timestep_std: float = option("logit-normal: standard deviation", 1.0, bounds=">0")
     mode_scale: float = option("mode: scale, -1 to 1.75; 0 = uniform", 1.29)
     timestep_shift: float = option("shift towards noise; 1 = none", 1.0, bounds=">0")
-    loss_weight: str = option(
-        "weight of a timestep in the loss",
-        "constant",
-        choices=LOSS_WEIGHTS,
-    )
+    loss_weight: str = option("weight of a timestep in the loss", "constant", choices=LOSS_WEIGHTS)
     min_snr_gamma: float = option("min_snr: largest signal-to-noise ratio", 5.0, bounds=">0")
     p2_gamma: float = option("p2: exponent", 1.0, bounds=">=0")
     prior_loss_weight: float = option("weight of the diffusion prior's loss", 1.0, bounds=">=0")
@@ -199,9 +193,7 @@ class OptimConfig:
     )
     ema_warmup: bool = option("limit these decays to (1 + step) / (10 + step) in early steps")
     ema_stds: tuple[float, ...] = option(
-        "relative widths of power-function averages (EDM2), e.g. 0.05,0.1",
-        (),
-        bounds=">0 <0.289",
+        "relative widths of power-function averages (EDM2), e.g. 0.05,0.1", (), bounds=">0 <0.289"
     )
     ema_snapshot_every: int = option(
         "steps between stored snapshots of the power-function averages; 0 = off",

@@ -71,9 +71,7 @@ def option_named(name: str) -> Option:
 def config_from_dict(values: Any, source: str) -> Config:
     """Build a Config from nested dicts; refuse unknown, missing and ill-typed keys.
 
-    Args:
-        values: section, key, value, as YAML gives them.
-        source: file named in error messages.
+    `source` is the file that messages name.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source} must hold the sections {', '.join(SECTIONS)}.")
@@ -110,10 +108,7 @@ def _hint_for_key(section: str, key: str, known: Iterable[tuple[str, str]]) -> s
 def differences(old: Config, new: Config, of_any_kind: bool = False) -> list[str]:
     """List what would make `new` another run than `old`: "lr (0.0001 -> 0.0002)" per key.
 
-    Args:
-        old: configuration before.
-        new: and after.
-        of_any_kind: also list what a run may change.
+    With of_any_kind, also what a run may change.
     """
     before, after = old.to_dict(), new.to_dict()
     return [

@@ -11,11 +11,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from data_tools.errors import ConfigError, count_of
+from data_tools.shards.manifest import DatasetManifest as Dataset
 from models.loss_weights import FLOW_ONLY, NUM_CLUSTERS
 from models.sampler import methods_for
 from models.schedule import MIN_LINEAR_TIMESTEPS
@@ -30,18 +31,6 @@ from training.config.wording import either
 MIN_EXPERT_VALUES_PER_RANK = 2
 
 
-class Dataset(Protocol):
-    """What validation needs of data_tools.shards.manifest.DatasetManifest."""
-
-    folder: Any
-    num_samples: int
-    num_classes: int
-    latent_channels: int
-    latent_height: int
-    latent_width: int
-    has_flip: bool
-
-
 def validate(config: Config, deepspeed_path: Path, world_size: int) -> None:
     """Check a resolved configuration, its DeepSpeed file and a number of ranks.
 
@@ -52,9 +41,11 @@ def validate(config: Config, deepspeed_path: Path, world_size: int) -> None:
     _check_routing(config)
     _check_objective(config)
     _check_averages(config)
-    _check_expert_parallelism(config, deepspeed_path, world_size)
-    _check_rebalancing(config)
-    _check_streams(config)
+    deepspeed_json = load_deepspeed_json(deepspeed_path)
+    if config.run.expert_parallel_size > 1:
+        _check_expert_sizes(config, world_size)
+        _check_expert_zero(config, deepspeed_json, deepspeed_path)
+    _check_intervals_and_streams(config)
     plan_batch(config, world_size)
 
 
@@ -173,17 +164,6 @@ def _check_averages(config: Config) -> None:
         )
 
 
-def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: int) -> None:
-    """Refuse what DeepSpeed 0.19.8 cannot do with shared-out experts.
-
-    It takes most of this and trains on wrong gradients, or stops in the middle with a traceback.
-    """
-    deepspeed_json = load_deepspeed_json(deepspeed_path)
-    if config.run.expert_parallel_size > 1:
-        _check_expert_sizes(config, world_size)
-        _check_expert_zero(config, deepspeed_json, deepspeed_path)
-
-
 def _check_expert_sizes(config: Config, world_size: int) -> None:
     model, size = config.model, config.run.expert_parallel_size
     if model.routing != "switch":
@@ -218,6 +198,7 @@ def expert_values(config: Config) -> int:
 
 
 def _check_expert_zero(config: Config, deepspeed_json: dict[str, Any], path: Path) -> None:
+    """Refuse what DeepSpeed 0.19.8 takes, to train on wrong gradients or to stop in the middle."""
     size, clipping = config.run.expert_parallel_size, config.optim.gradient_clipping
     if stage_of(deepspeed_json) == 0 and clipping > 0:
         raise ConfigError(
@@ -234,8 +215,8 @@ def _check_expert_zero(config: Config, deepspeed_json: dict[str, Any], path: Pat
             )
 
 
-def _check_rebalancing(config: Config) -> None:
-    run = config.run
+def _check_intervals_and_streams(config: Config) -> None:
+    run, streams, batch = config.run, config.data.data_streams, config.optim.global_batch_size
     if run.rebalance_every and run.placement != "balanced":
         raise ConfigError(
             f"--rebalance-every {run.rebalance_every} needs --placement balanced, since "
@@ -247,10 +228,6 @@ def _check_rebalancing(config: Config) -> None:
             f"{run.save_every}, but experts move only right before a checkpoint; use "
             f"{-(-run.rebalance_every // run.save_every) * run.save_every}."
         )
-
-
-def _check_streams(config: Config) -> None:
-    streams, batch = config.data.data_streams, config.optim.global_batch_size
     if batch % streams:
         raise ConfigError(
             f"--data-streams {streams} does not divide --global-batch-size {batch}; use a divisor "
@@ -259,12 +236,7 @@ def _check_streams(config: Config) -> None:
 
 
 def check_data(config: Config, manifest: Dataset) -> None:
-    """Refuse a data set that is not what the model takes.
-
-    Args:
-        config: the resolved configuration.
-        manifest: the data's description.
-    """
+    """Refuse a data set that is not what the model takes."""
     model, where = config.model, f"--data {config.data.data}"
     holds = (manifest.latent_channels, manifest.latent_height, manifest.latent_width)
     takes = model.latent_shape

@@ -9,10 +9,7 @@ from typing import Any
 def did_you_mean(wrong: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """Return "; did you mean 'x'?" for the closest known word.
 
-    Args:
-        wrong: what was given.
-        known: the words to choose from.
-        otherwise: returned when no word is close; None = a list of all words.
+    If none is close, return `otherwise`; None = a list of all words.
     """
     known = list(known)
     lower = {word.lower(): word for word in known}

@@ -192,8 +192,7 @@ def draw(
         on_images: called with the number of images of each part of this rank.
     """
     missing = as_rank_0_says(_missing_parts(folder, settings) if ranks.is_main else [], ranks)
-    error: ConfigError | None = None
-    try:
+    with failing_together(ranks):
         for part in missing[ranks.rank :: ranks.world_size]:
             indices = settings.indices(part)
             numbers = torch.tensor(indices, device=pipeline.device)
@@ -202,9 +201,6 @@ def draw(
             with disk_errors(folder):
                 _write_part(folder / PARTS_DIR, part, pixels)
             on_images(len(indices))
-    except ConfigError as err:
-        error = err
-    fail_together(error, ranks)
 
 
 def as_rank_0_says(value: Any, ranks: Ranks) -> Any:
@@ -215,8 +211,14 @@ def as_rank_0_says(value: Any, ranks: Ranks) -> Any:
     return from_main(value) if ranks.world_size > 1 else value
 
 
-def fail_together(error: ConfigError | None, ranks: Ranks) -> None:
-    """Raise the first error of any rank on all of them; all must call this."""
+@contextmanager
+def failing_together(ranks: Ranks) -> Iterator[None]:
+    """Raise the first ConfigError of any rank on all of them; all must enter and leave this."""
+    error = None
+    try:
+        yield
+    except ConfigError as err:
+        error = err
     message = None if error is None else str(error)
     if ranks.world_size > 1:
         message = agreed_message(error)

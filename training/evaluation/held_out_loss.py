@@ -6,6 +6,7 @@ seed, its batch size or the number of processes. No label is dropped and no imag
 N samples of a batch, T timesteps, C H W latent.
 """
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from models.randomness import Stream, normal
 from models.switch_dit import SwitchDiT
 from training.config.tree import Config
 from training.config.validation import check_data
-from training.evaluation.drawing import fail_together
+from training.evaluation.drawing import failing_together
 from training.ranks.process_group import Ranks
 
 SEED = 0  # no option: another one would be another loss
@@ -139,8 +140,7 @@ def held_out_loss(
     reader = SampleReader(data, data.stores("sha256", cache))
     starts = range(0, held_out.num_samples, batch_size)
     sums: dict[int, np.ndarray] = {}
-    error: ConfigError | None = None
-    try:
+    with failing_together(ranks), closing(reader):
         for start in starts[ranks.rank :: ranks.world_size]:
             ids = np.arange(start, min(start + batch_size, held_out.num_samples))
             raw = torch.empty(
@@ -159,11 +159,6 @@ def held_out_loss(
                 torch.from_numpy(ids).to(device),
                 held_out.timesteps,
             )
-    except ConfigError as err:
-        error = err
-    finally:
-        reader.close()
-    fail_together(error, ranks)
     if ranks.world_size > 1:
         everyone: list[dict[int, np.ndarray]] = [{} for _ in range(ranks.world_size)]
         torch.distributed.all_gather_object(everyone, sums)

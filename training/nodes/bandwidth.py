@@ -25,31 +25,19 @@ class Bandwidth:
     all_reduce: float
     all_to_all: float
 
-    def slow_nodes(self) -> list[str]:
-        """Return the nodes that are much slower than the others; needs three to tell."""
-        if len(self.pairs) < 2:
-            return []
-        middle = sorted(self.pairs.values())[len(self.pairs) // 2]
-        return [node for node, rate in self.pairs.items() if rate * SLOW_RATIO < middle]
-
     def __str__(self) -> str:
-        parts = [
-            f"all-reduce {self.all_reduce:.2f} GB/s",
-            f"all-to-all {self.all_to_all:.2f} GB/s",
-        ]
+        text = f"all-reduce {self.all_reduce:.2f} GB/s, all-to-all {self.all_to_all:.2f} GB/s"
         if self.pairs:
             node = min(self.pairs, key=lambda name: self.pairs[name])
-            parts.append(f"slowest node {node} {self.pairs[node]:.2f} GB/s")
-        return ", ".join(parts)
+            text += f", slowest node {node} {self.pairs[node]:.2f} GB/s"
+        return text
 
 
 def measure(nodes: list[str], device: torch.device, begin: Callable[[str], None]) -> Bandwidth:
     """Exchange some data. All ranks must call this.
 
-    Args:
-        nodes: every rank's node.
-        device: what the process group works on.
-        begin: called with the name of what is exchanged next, so that a failure can name it.
+    `nodes` has every rank's, and `begin` is called with the name of what is exchanged next, so that
+    a failure can name it.
     """
     rank, world_size = dist.get_rank(), len(nodes)
     leaders = {node: nodes.index(node) for node in dict.fromkeys(nodes)}  # its first rank
@@ -110,14 +98,18 @@ def floor_gbps() -> float:
 
 def judge(bandwidth: Bandwidth, floor: float) -> tuple[list[str], list[str]]:
     """Return sentences on nodes that are too slow to train with, and on those to look at."""
+    rates = bandwidth.pairs
+    # Of three nodes at least: of two, nobody can tell which one is slow.
+    middle = sorted(rates.values())[len(rates) // 2] if len(rates) > 1 else 0.0
     slow = [
         f"node {node} exchanges {rate:.3f} GB/s with the first node, {FLOOR_VARIABLE} is {floor:g};"
         " look at its network, or leave it out with sbatch --exclude."
-        for node, rate in bandwidth.pairs.items()
+        for node, rate in rates.items()
         if rate < floor
     ]
     odd = [
-        f"node {node} exchanges {bandwidth.pairs[node]:.3f} GB/s, the others much more."
-        for node in bandwidth.slow_nodes()
+        f"node {node} exchanges {rate:.3f} GB/s, the others much more."
+        for node, rate in rates.items()
+        if rate * SLOW_RATIO < middle
     ]
     return slow, odd

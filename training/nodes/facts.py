@@ -1,12 +1,12 @@
 """Collect facts about a rank's node before any collective, and find the nodes that cannot train."""
 
-import json
 import os
+import platform
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,7 @@ from data_tools.errors import ConfigError, some
 from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from data_tools.process.launcher import own_node, slurm_gpus
 from training.ranks.process_group import Ranks, select_accelerator
-from training.run.program import (
-    commit,
-    hardware,
-    installed_packages,
-    python_version,
-    source_hash,
-)
+from training.run.program import commit, hardware, installed_packages, source_hash
 
 MIN_TEMPORARY_MIB = 256  # torch, Triton and data loaders write there
 SHORT_COMMIT = 10  # digits that a sentence shows
@@ -44,23 +38,12 @@ class NodeFacts:
     checkpoint: str  # that a run would continue from
     exit_code: int = 0  # of the problem
 
-    def to_json(self) -> str:
-        """Return what `from_json` reads."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "NodeFacts":
-        """Read what another rank's `to_json` wrote."""
-        return cls(**json.loads(text))
-
 
 def collect(ranks: Ranks, check: Callable[[], tuple[str, str]]) -> NodeFacts:
     """Look at this node.
 
-    Args:
-        ranks: this process's place.
-        check: raises ConfigError if this rank cannot train; returns the hash of the data and the
-            checkpoint to continue from.
+    `check` raises ConfigError if this rank cannot train, and returns the hash of the data and the
+    checkpoint to continue from.
     """
     problem, exit_code, data, checkpoint = "", 0, "", ""
     try:
@@ -77,7 +60,7 @@ def collect(ranks: Ranks, check: Callable[[], tuple[str, str]]) -> NodeFacts:
         hardware=hardware(),
         commit=commit()[:SHORT_COMMIT],
         sources=source_hash(),
-        python=python_version(),
+        python=platform.python_version(),
         packages=installed_packages(),
         data=data,
         checkpoint=checkpoint,

@@ -14,17 +14,11 @@ SAVED, FAILED, DAMAGED = "saved", "failed", "damaged"
 
 @dataclass(frozen=True)
 class CheckpointNote:
-    """What became of a checkpoint.
+    """What became of a checkpoint."""
 
-    Attributes:
-        step: of the checkpoint; of a damaged one, the step that the run went on from instead.
-        outcome: SAVED, FAILED or DAMAGED.
-        reason: of a failure or of damage; else empty.
-    """
-
-    step: int
-    outcome: str
-    reason: str = field(default="", metadata=FIRST)
+    step: int  # of the checkpoint; of a damaged one, the step that the run went on from instead
+    outcome: str  # SAVED, FAILED or DAMAGED
+    reason: str = field(default="", metadata=FIRST)  # of a failure or of damage
 
 
 NOTE = Format(newest=1, kind=CheckpointNote)

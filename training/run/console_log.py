@@ -109,11 +109,8 @@ class _LoggedStream:
 def log_to(run_dir: Path, is_quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """Log what this process prints to the files of a run. Only rank 0 calls this.
 
-    A disk that is full, or away, costs the lines of that time.
-
-    Args:
-        run_dir: of the run.
-        is_quiet: what goes to the standard output is written to the files only.
+    A disk that is full, or away, costs the lines of that time. If it is quiet, what goes to the
+    standard output is written to the files only.
 
     Yields:
         What adds a line to the files only.

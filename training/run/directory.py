@@ -120,12 +120,7 @@ def create_run_directory(
 ) -> None:
     """Write what the run was started with. Only rank 0 calls this.
 
-    Args:
-        run_dir: the run.
-        config: the resolved configuration.
-        deepspeed_config: the resolved DeepSpeed configuration.
-        manifest: of the data.
-        initial_weights: what to say of another model's weights; None leaves what is said.
+    Without initial_weights, which are another model's, what is said of them stays.
 
     Raises:
         OSError: a file cannot be written.

@@ -16,7 +16,7 @@ from training.checkpoints.manifest import (
     RAW_FILE,
     latest_checkpoint,
 )
-from training.checkpoints.warm_start import Source, WarmStart, compare_source
+from training.checkpoints.warm_start import WarmStart, compare_source
 from training.config.tree import Config
 from training.run.directory import CONFIG_FILE, load_config
 from training.run.weights import find_weights
@@ -78,7 +78,7 @@ def check_warm_start(config: Config) -> WarmStart:
     Raises:
         ConfigError: it cannot be read, or no block of the model is in it.
     """
-    return compare_source(_locate(config.run.init_from), config)
+    return compare_source(*_locate(config.run.init_from), config)
 
 
 def _split_tag(source: str) -> tuple[Path, str | None]:
@@ -89,7 +89,8 @@ def _split_tag(source: str) -> tuple[Path, str | None]:
     return Path(folder), tag
 
 
-def _locate(source: str) -> Source:
+def _locate(source: str) -> tuple[Path, Config | None]:
+    """Return a file of weights, and the configuration of the run that it belongs to."""
     if "://" in source:
         raise ConfigError(
             f"--init-from {source}: URLs are not fetched; download the file and give its path."
@@ -104,8 +105,8 @@ def _locate(source: str) -> Source:
     _check_is_no_part(path, source)
     for folder in DIFFUSERS_FOLDERS:
         if (path / folder / DIFFUSERS_FILE).exists():
-            return Source(path / folder / DIFFUSERS_FILE, None)
-    return Source(path, None)
+            return path / folder / DIFFUSERS_FILE, None
+    return path, None
 
 
 def _check_is_no_part(path: Path, source: str) -> None:
@@ -125,10 +126,10 @@ def _check_is_no_part(path: Path, source: str) -> None:
         )
 
 
-def _averaged_weights(run_dir: Path, tag: str | None, source: str) -> Source:
+def _averaged_weights(run_dir: Path, tag: str | None, source: str) -> tuple[Path, Config]:
     try:
         config = load_config(run_dir)
-        return Source(find_weights(run_dir, config, checkpoint=tag), config)
+        return find_weights(run_dir, config, checkpoint=tag), config
     except ConfigError as err:
         reason = str(err).removeprefix("--checkpoint: ").removeprefix("--run-dir ")
         raise ConfigError(f"--init-from {source}: {reason}") from err

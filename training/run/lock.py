@@ -8,7 +8,6 @@ whose processes still run on a node that nobody reaches, can publish nothing mor
     checkpoints/.staging-TOKEN/     checkpoints that are being written, and the next `latest`
 """
 
-import contextlib
 import fcntl
 import os
 import shutil
@@ -16,9 +15,8 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from training.checkpoints.manifest import CHECKPOINT_DIR
 
@@ -27,52 +25,36 @@ STAGING_PREFIX, REMOVED_PREFIX = ".staging-", ".removed-"
 WAIT_SEC = 15.0  # the processes of a job that was just ended need a moment to leave
 
 
-class WriteAccess(NamedTuple):
-    """Whether this job may write to a run directory.
-
-    Attributes:
-        staging: this job's staging folder; None = it must not write.
-        problem: why it must not, in one sentence.
-    """
-
-    staging: Path | None
-    problem: str | None = None
-
-
 @contextmanager
-def hold_run_directory(run_dir: Path, wait_sec: float = WAIT_SEC) -> Iterator[WriteAccess]:
+def hold_run_directory(
+    run_dir: Path, wait_sec: float = WAIT_SEC
+) -> Iterator[tuple[Path | None, str | None]]:
     """Keep other jobs out of a run directory. Only rank 0 calls this.
 
     The system gives the lock back when this process ends, however it ends. On a file system
     without locks nobody is kept out, but the job before can publish nothing more.
+
+    Yields:
+        This job's staging folder, None if it must not write, and then why, in one sentence.
     """
-    path = run_dir / LOCK_FILE
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as err:
-        yield _cannot_write(run_dir, err)
-        return
-    try:
-        if _is_locked_by_another(descriptor, wait_sec):
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-            yield WriteAccess(
-                None,
-                f"--run-dir {run_dir} is in use by another job ({holder or 'just started'}); wait "
-                "for it, end it, or choose another --run-dir.",
-            )
-            return
+    staging = problem = None
+    with ExitStack() as stack:
         try:
-            staging = take_over(run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            stack.callback(os.close, descriptor)
+            if _is_locked_by_another(descriptor, wait_sec):
+                holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+                problem = (
+                    f"--run-dir {run_dir} is in use by another job ({holder or 'just started'}); "
+                    "wait for it, end it, or choose another --run-dir."
+                )
+            else:
+                staging = take_over(run_dir)
+                stack.callback(shutil.rmtree, staging, ignore_errors=True)
         except OSError as err:
-            yield _cannot_write(run_dir, err)
-            return
-        try:
-            yield WriteAccess(staging)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    finally:
-        os.close(descriptor)
+            problem = f"--run-dir {run_dir}: cannot write ({err.strerror}); choose another."
+        yield staging, problem
 
 
 def take_over(run_dir: Path) -> Path:
@@ -87,16 +69,11 @@ def take_over(run_dir: Path) -> Path:
     for other in folder.glob(f"{STAGING_PREFIX}*"):
         if other != own:
             # At once, so that nothing is moved out of it half deleted.
-            with contextlib.suppress(FileNotFoundError):  # its job has just left
+            with suppress(FileNotFoundError):  # its job has just left
                 other.rename(folder / f"{REMOVED_PREFIX}{uuid.uuid4().hex}")
     for removed in folder.glob(f"{REMOVED_PREFIX}*"):
         shutil.rmtree(removed, ignore_errors=True)  # what is left is tried again by the next job
     return own
-
-
-def _cannot_write(run_dir: Path, error: OSError) -> WriteAccess:
-    problem = f"--run-dir {run_dir}: cannot write ({error.strerror}); choose another."
-    return WriteAccess(None, problem)
 
 
 def _is_locked_by_another(descriptor: int, wait_sec: float) -> bool:

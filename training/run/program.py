@@ -10,9 +10,9 @@ secrets.
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,39 +47,22 @@ _DIFF = (
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run.
+    """One start of a run."""
 
-    Attributes:
-        time: in UTC, ISO 8601.
-        step: that training began or went on at.
-        checkpoint: that was loaded; empty at the beginning.
-        layout: ranks, expert-parallel size, ZeRO stage and precision.
-        hosts: ranks on each node, by the node's name.
-        hardware: of rank 0's node.
-        batch_job: the number that Slurm gave the job; empty without Slurm.
-        commit: of the program, "unknown" outside of a git repository.
-        sources: sha256 of the program's Python files.
-        changes: name of the patch against the commit; empty if there are none.
-        packages: name of the list of packages.
-        python: version.
-        data_hash: of the data set's manifest.
-        config_changes: what is set otherwise than in the start before, "key (old -> new)".
-    """
-
-    time: str
-    step: int
-    checkpoint: str
-    layout: str
-    hosts: dict[str, int]
-    hardware: str
-    batch_job: str
-    commit: str
-    sources: str
-    changes: str
-    packages: str
-    python: str
-    data_hash: str
-    config_changes: list[str]
+    time: str  # in UTC, ISO 8601
+    step: int  # that training began or went on at
+    checkpoint: str  # that was loaded; empty at the beginning
+    layout: str  # ranks, expert-parallel size, ZeRO stage and precision
+    hosts: dict[str, int]  # ranks on each node, by the node's name
+    hardware: str  # of rank 0's node
+    batch_job: str  # the number that Slurm gave the job; empty without Slurm
+    commit: str  # of the program, "unknown" outside of a git repository
+    sources: str  # sha256 of the program's Python files
+    changes: str  # name of the patch against the commit; empty if there are none
+    packages: str  # name of the list of packages
+    python: str  # version
+    data_hash: str  # of the data set's manifest
+    config_changes: list[str]  # against the start before, "key (old -> new)"
 
 
 START = Format(newest=1, kind=Start)
@@ -97,11 +80,6 @@ def hardware() -> str:
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return "CPU"
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-
-
-def python_version() -> str:
-    """Return the version of the interpreter."""
-    return ".".join(map(str, sys.version_info[:3]))
 
 
 def installed_packages() -> dict[str, str]:
@@ -180,7 +158,7 @@ def record_start(
         sources=sources,
         changes=_keep(folder, "changes-{}.patch", changes) if changes else "",
         packages=_keep(folder, "packages-{}.txt", listed.encode()),
-        python=python_version(),
+        python=platform.python_version(),
         data_hash=data_hash,
         config_changes=config_changes,
     )

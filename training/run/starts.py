@@ -26,16 +26,10 @@ DEFAULT_LIMIT = 3
 
 @dataclass(frozen=True)
 class Restarts:
-    """How often a job was started again from one checkpoint.
+    """How often a job was started again from one checkpoint."""
 
-    Attributes:
-        job: its number in the batch system; another one counts afresh.
-        checkpoint: its name; empty for the beginning.
-        count: restarts from there.
-    """
-
-    job: str = field(default="", metadata=FIRST)
-    checkpoint: str = field(default="", metadata=FIRST)
+    job: str = field(default="", metadata=FIRST)  # its number; another one counts afresh
+    checkpoint: str = field(default="", metadata=FIRST)  # its name; empty for the beginning
     count: int = field(default=0, metadata=FIRST)
 
 
@@ -51,15 +45,7 @@ def restart_limit(env: Mapping[str, str] = os.environ) -> int | None:
 def decide(
     exit_code: int, job: str, checkpoint: str, before: Restarts, limit: int
 ) -> tuple[Restarts | None, str]:
-    """Return the new count, None if the job should not be started again, and why.
-
-    Args:
-        exit_code: of the training command.
-        job: that ran it.
-        checkpoint: name of the newest one; empty if there is none.
-        before: the count after the last restart.
-        limit: restarts from one checkpoint.
-    """
+    """Return the new count, None if the job should not be started again, and why."""
     if exit_code == 0:
         return None, "done"
     if exit_code == CONFIG_ERROR_EXIT_CODE:

@@ -33,8 +33,8 @@ def find_weights(
     """Locate the weights of a run that a command asks for, and check that they are whole.
 
     Args:
-        run_dir: the run.
-        config: the run's configuration.
+        run_dir: of the run.
+        config: of the run.
         checkpoint: --checkpoint, such as step-0001000; None = the latest.
         ema: --ema, the name of an average's profile; None = the first.
         is_raw: --raw, the weights that are trained.
@@ -68,13 +68,10 @@ def _file_of(config: Config, ema: str | None, is_raw: bool) -> str:
 
 def find_checkpoint(run_dir: Path, tag: str | None) -> Path:
     """Locate a checkpoint by its name; None = the latest."""
-    if tag is None:
-        folder = latest_checkpoint(run_dir)
-        if folder is None:
-            raise ConfigError(_say_no_checkpoint(run_dir))
-        return folder
+    if tag is None and (latest := latest_checkpoint(run_dir)) is not None:
+        return latest
     folders = {path.name: path for path in sorted((run_dir / CHECKPOINT_DIR).glob("step-*"))}
-    if not folders:
+    if tag is None or not folders:
         raise ConfigError(_say_no_checkpoint(run_dir))
     if tag not in folders:  # not a path either, such as ".."
         raise ConfigError(f"--checkpoint: no '{tag}'{did_you_mean(tag, folders)}")

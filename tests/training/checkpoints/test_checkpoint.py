@@ -237,12 +237,12 @@ def test_a_second_job_is_kept_out_until_the_first_is_gone(tmp_path):
     first = context.Process(target=hold_until_killed, args=(tmp_path, sender))
     first.start()
     try:
-        claim = receiver.recv()
-        assert claim.problem is None
+        first_staging, problem = receiver.recv()
+        assert problem is None
         with hold_run_directory(tmp_path, wait_sec=0.0) as (staging, problem):
             assert staging is None
             assert f"--run-dir {tmp_path} is in use by another job (process {first.pid}" in problem
-        assert claim.staging.is_dir()
+        assert first_staging.is_dir()
         first.kill()
         with hold_run_directory(tmp_path) as (staging, problem):
             assert problem is None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from data_tools.errors import ConfigError
 from data_tools.stream.order import ORDER_VERSION
 from tests.support.ranks import run_ranks
-from training.checkpoints.average_snapshots import SnapshotWriter
+from training.checkpoints.average_snapshots import save_snapshots
 from training.checkpoints.checkpointer import Checkpointer
 from training.checkpoints.manifest import (
     CHECKPOINT_DIR,
@@ -87,7 +87,7 @@ def check_without_updates(engine, build, config, layout):
         assert all(torch.equal(average[key], value) for key, value in raw.items())
     with ema_weights(engine):
         assert base_optimizer(engine).num_updates == 0
-    assert SnapshotWriter(engine, run_dir).save(0) is None
+    assert save_snapshots(engine, run_dir, 0) is None
     assert not (run_dir / "ema_snapshots").exists()
 
     saver = checkpointer(engine, config, layout)
@@ -117,11 +117,10 @@ def check_computing_with_averages(engine, config, rank, world_size):
 
 
 def check_snapshots(engine, run_dir, rank):
-    writer = SnapshotWriter(engine, run_dir)
-    assert writer.save(3) is None
+    assert save_snapshots(engine, run_dir, 3) is None
     raw, _, *averages = raw_and_averages(engine)
     for std, average in zip(STDS, averages, strict=True):
-        file = writer.folder / f"std{std:.3f}-step-0000003.safetensors"
+        file = run_dir / "ema_snapshots" / f"std{std:.3f}-step-0000003.safetensors"
         stored = load_file(file)
         assert all(torch.equal(stored[key], value) for key, value in average.items())
         assert rank != 0 or not torch.equal(stored[MOVED], raw[MOVED])
@@ -131,8 +130,8 @@ def check_snapshots(engine, run_dir, rank):
 
     # All ranks hear of a disk that rank 0 alone has written to.
     torch.distributed.barrier()
-    writer.folder = run_dir / CHECKPOINT_DIR / LATEST_FILE
-    assert "File exists" in writer.save(4)
+    problem = save_snapshots(engine, run_dir / CHECKPOINT_DIR / LATEST_FILE, 4)
+    assert "Not a directory" in problem
 
 
 def check_engine(rank, world_size, folder):

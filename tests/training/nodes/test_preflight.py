@@ -1,6 +1,7 @@
 """What a look at the nodes says, from what the nodes said; test_cluster_slurm.py has real nodes."""
 
 import dataclasses
+import json
 import socket
 import threading
 import time
@@ -91,7 +92,7 @@ def test_only_a_server_that_is_away_is_worth_another_start(codes, expected):
 
 
 def test_facts_travel_as_text():
-    assert NodeFacts.from_json(facts(3).to_json()) == facts(3)
+    assert NodeFacts(**json.loads(json.dumps(dataclasses.asdict(facts(3))))) == facts(3)
 
 
 @pytest.mark.processes
@@ -165,7 +166,7 @@ def test_a_node_without_the_others_checkpoints_has_another_disk():
 @pytest.mark.precision
 def test_a_run_with_a_checkpoint_is_checked_as_training_does(tmp_path):
     config = make_run(tmp_path / "run", tmp_path / "data", sample_every=0)
-    command = CommandLine(config, "small", FP32, -1, dry_run=False)
+    command = CommandLine(config, FP32, dry_run=False)
 
     data, checkpoint = check_job(command, Ranks(0, 1, 0))
 
