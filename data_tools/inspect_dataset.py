@@ -181,11 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(describe(manifest), indent=1) if args.json else page(manifest).rstrip())
     if args.preview:
         # Imported here: it loads the VAE's library, which a description does not need.
-        from data_tools.vae.autoencoder import resolve_device
         from data_tools.verification.preview import write_preview
 
-        device = resolve_device(args.device)
-        number = write_preview(args.preview, manifest, vae=args.vae, device=device)
+        number = write_preview(args.preview, manifest, vae=args.vae, device=args.device)
         print(f"{args.preview}: {count_of(number, 'sample')}", file=sys.stderr)
 
 

@@ -78,9 +78,11 @@ def read_list(path: Path) -> FileSource:
             f"--input {path}: {num_plain} of {len(names)} lines name no class; name one in every "
             "line, or in none."
         )
-    folder = path.parent
-    if num_plain:
-        return FileSource(str(path), folder, names, Classes.none(len(names)))
+    classes = Classes.none(len(names)) if num_plain else _classes(path, place_of, members)
+    return FileSource(str(path), path.parent, names, classes)
+
+
+def _classes(path: Path, place_of: dict[bytes, int], members: array) -> Classes:
     places = np.frombuffer(members, np.int32)
     if odd := next((name for name in place_of if _NEGATIVE.fullmatch(name)), b""):
         raise ConfigError(
@@ -89,10 +91,8 @@ def read_list(path: Path) -> FileSource:
     if all(name.isdigit() for name in place_of):
         # Seven digits are too large already; Python refuses to read thousands of them.
         numbers = np.array([int(name.lstrip(b"0")[:7] or b"0") for name in place_of], np.int32)
-        classes = numbered_classes(str(path), numbers[places])
-        return FileSource(str(path), folder, names, classes)
-    ids = [name.decode("utf-8", "backslashreplace") for name in place_of]
-    return FileSource(str(path), folder, names, classes_of(ids, places))
+        return numbered_classes(str(path), numbers[places])
+    return classes_of([name.decode("utf-8", "backslashreplace") for name in place_of], places)
 
 
 def _mended(text: bytes, mends: Iterable[_Mend]) -> bytes:

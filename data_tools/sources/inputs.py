@@ -124,18 +124,17 @@ def _scan_images(folder: Path, reading: Reading) -> ImageSource:
 
 def _tars(places: list[str], text: str) -> list[Path]:
     other = next((place for place in places if not place.lower().endswith(".tar")), None)
-    if other is not None and not os.path.lexists(other):
-        raise ConfigError(
-            f"--input {text}: {other} does not exist; a path with blanks needs quotes."
-        )
     if other is not None:
+        if not os.path.lexists(other):
+            raise ConfigError(
+                f"--input {text}: {other} does not exist; a path with blanks needs quotes."
+            )
         raise ConfigError(
             f"--input {text}: names {len(places)} files and folders, such as {other}, and only "
             "tars can be several; give the one folder that holds them, or a list of images."
         )
     paths = [Path(place) for place in places]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path for path in paths if not path.is_file()]:
         raise ConfigError(
             f"--input {missing[0]}: does not exist ({len(missing)} of {len(paths)} tars); give "
             "tars that are there."
@@ -195,12 +194,8 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
 
 
 def _from_lines(text: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        key, tab, name = line.partition("\t")
-        if not tab:
-            raise ValueError(f"line {number} has no tab")
-        pairs[key] = name.strip()
-    return pairs
+    lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if odd := next((i for i, line in lines if "\t" not in line), None):
+        raise ValueError(f"line {odd} has no tab")
+    parts = (line.partition("\t") for _, line in lines)
+    return {key: name.strip() for key, _, name in parts}

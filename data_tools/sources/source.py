@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,6 @@ class Names:
     """A sequence of byte strings in one buffer: their bytes and 8 more each."""
 
     def __init__(self, names: Iterable[bytes] = ()) -> None:
-        """Collect names."""
         blob, ends = bytearray(), array("q")
         for name in names:
             blob += name
@@ -82,11 +82,9 @@ class Names:
         return names
 
     def __len__(self) -> int:
-        """Return how many."""
         return len(self.ends)
 
     def __getitem__(self, index: int) -> bytes:
-        """Return one."""
         start = int(self.ends[index - 1]) if index else 0
         return self.blob[start : int(self.ends[index])].tobytes()
 
@@ -111,12 +109,10 @@ class ImageSource(ABC):
     """
 
     def __init__(self, text: str, classes: Classes, left_out: Sequence[LeftOut] = ()) -> None:
-        """Hold what every kind of source has."""
         self.text, self.labels, self.classes = text, classes.labels, classes.classes
         self.former, self.notes, self.left_out = classes.former, classes.notes, list(left_out)
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.labels)
 
     @abstractmethod
@@ -146,13 +142,11 @@ class ImageSource(ABC):
 
     def fingerprint(self) -> str:
         """Return the sha256 of all names and labels in order."""
-        digest, lines = hashlib.sha256(), []
-        for name, label in zip(self.raw_names(), _each(self.labels), strict=True):
-            lines.append(b"%b\t%d\n" % (name, label))
-            if len(lines) == _CHUNK:
-                digest.update(b"".join(lines))
-                lines.clear()
-        digest.update(b"".join(lines))
+        digest, chunks = hashlib.sha256(), range(0, len(self), _CHUNK)
+        labels = (label for i in chunks for label in self.labels[i : i + _CHUNK].tolist())
+        lines = (b"%b\t%d\n" % pair for pair in zip(self.raw_names(), labels, strict=True))
+        while chunk := b"".join(islice(lines, _CHUNK)):
+            digest.update(chunk)
         return digest.hexdigest()
 
     def with_former_labels(self) -> "ImageSource":
@@ -196,7 +190,7 @@ class ImageSource(ABC):
 
 
 class FileSource(ImageSource):
-    """Images that are files of their own."""
+    """Images that are files of their own, names relative to a folder or absolute."""
 
     def __init__(
         self,
@@ -206,7 +200,6 @@ class FileSource(ImageSource):
         classes: Classes,
         left_out: Sequence[LeftOut] = (),
     ) -> None:
-        """Describe files whose names are relative to `folder`, or absolute."""
         super().__init__(text, classes, left_out)
         self.folder, self.names = os.fsencode(folder), names
 
@@ -244,11 +237,6 @@ class FileSource(ImageSource):
             return os.stat(os.path.join(self.folder, self.names[index])).st_size
         except OSError:
             return -1
-
-
-def _each(values: np.ndarray) -> Iterator[int]:
-    for first in range(0, len(values), _CHUNK):
-        yield from values[first : first + _CHUNK].tolist()
 
 
 def classes_of(ids: list[str], members: np.ndarray, order: Sequence[Any] | None = None) -> Classes:
