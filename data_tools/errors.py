@@ -78,12 +78,9 @@ class OutageError(ConfigError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a wrong command line as a ConfigError: one sentence, without the usage.
+    """Reports a wrong command line as a ConfigError: one sentence, without the usage."""
 
-    Attributes:
-        instead: flags that people know from other programs, and what to write for them here.
-    """
-
+    # Flags that people know from other programs, and what to write for them here.
     instead: Mapping[str, str] = {}
 
     def parse_known_args(

@@ -194,24 +194,23 @@ def save(
     decibels = held_out_psnr(saved, pictures.held_out, device)
     saved.register_to_config(scaling_factor=round(1 / std, 5), sample_size=args.size)
     saved.to(memory_format=torch.contiguous_format).half().save_pretrained(args.output)
-    num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-    text = card(pictures, args, step, decibels=decibels, std=std, num_parameters=num_parameters)
+    text = card(saved, pictures, args, step, decibels, std)
     (args.output / "README.md").write_text(text, encoding="utf-8")
     print(f"step {step}/{args.steps}: held-out PSNR {decibels:.2f} dB", flush=True)
 
 
 def card(
+    vae: AutoencoderKL,
     pictures: TrainingPictures,
     args: argparse.Namespace,
     step: int,
-    *,
     decibels: float,
     std: float,
-    num_parameters: int,
 ) -> str:
     """Describe the weights: data, licence, command, numbers."""
     images = f"--images {' '.join(map(str, args.images))} " if args.images else ""
     licence = "" if args.images else OPENMOJI_LICENCE
+    num_parameters = sum(parameter.numel() for parameter in vae.parameters())
     return f"""# Image autoencoder of the demo
 
 An `AutoencoderKL` of diffusers: block_out_channels {BLOCK_OUT_CHANNELS}, {LATENT_CHANNELS} latent

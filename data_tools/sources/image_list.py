@@ -57,13 +57,12 @@ def read_list(path: Path) -> FileSource:
                     f"--input {path}: line {number} is no path, or path, tab and class; correct it."
                 )
             mends = mending.of(fields[0])
-            name = _mended(fields[0], mends)
             num_plain += len(fields) == 1
             label = fields[1].strip() if len(fields) == 2 else b""
             if _unquoted in mends:
                 label = _unquoted(label)
             members.append(place_of.setdefault(label, len(place_of)))
-            yield name
+            yield _mended(fields[0], mends)
 
     try:
         with os_errors_as(f"--input {path}: cannot be read", "give a list of images"):
@@ -114,7 +113,7 @@ class _Mending:
         possible = _possible(text)
         if possible not in self._chosen:
             # A file may be missing; then the next line of this look decides.
-            alike = (other for other in self._paths() if _possible(other) == possible)
+            alike = (other for _, other, _ in self._lines() if _possible(other) == possible)
             tried = (self._that_finds(other, possible) for other in islice(alike, _MOST_TRIED))
             self._chosen[possible] = next((found for found in tried if found is not None), ())
         return self._chosen[possible]
@@ -148,9 +147,6 @@ class _Mending:
             path, *others = line.rstrip(b"\r\n").split(b"\t")
             if path.strip():
                 yield number, path, not others
-
-    def _paths(self) -> Iterator[bytes]:
-        return (path for _, path, _ in self._lines())
 
     def _that_finds(self, text: bytes, possible: tuple[_Mend, ...]) -> tuple[_Mend, ...] | None:
         """Return the fewest changes to a text that lead to a file; None where none do."""

@@ -84,8 +84,6 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
         raise BadImageError("is empty")
     try:
         return _decoded(data, size)
-    except BadImageError:
-        raise
     except _DAMAGE as err:
         for reduced in without_metadata(data):
             try:

@@ -43,18 +43,12 @@ class ImageClass:
 
 @dataclass(frozen=True)
 class Classes:
-    """Labels and classes of all images.
+    """Labels and classes of all images."""
 
-    Attributes:
-        labels: int32 (N,), class of each image; all 0 without classes.
-        classes: by label; empty: the images have none.
-        former: what earlier versions gave, where they gave others.
-        notes: lines for people, about what could be understood in another way.
-    """
-
-    labels: np.ndarray
-    classes: tuple[ImageClass, ...] = ()
-    former: "Classes | None" = None
+    labels: np.ndarray  # int32 (N,), class of each image; all 0 without classes
+    classes: tuple[ImageClass, ...] = ()  # by label; empty: the images have none
+    former: "Classes | None" = None  # what earlier versions gave, where they gave others
+    # Lines for people, about what could be understood in another way.
     notes: list[str] = field(default_factory=list)
 
     @classmethod

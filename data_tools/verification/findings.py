@@ -15,40 +15,24 @@ from data_tools.shards.undescribed import SETTINGS_NAME
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be.
+    """Something that is not as it should be."""
 
-    Attributes:
-        part: "shard", "sidecar", "manifest", or "note": worth knowing, and no damage.
-        name: of the file.
-        what: is wrong with it, a clause that follows the name.
-    """
-
-    part: str
-    name: str
-    what: str
+    part: str  # "shard", "sidecar", "manifest", or "note": worth knowing, and no damage
+    name: str  # of the file
+    what: str  # is wrong with it, a clause that follows the name
 
 
 @dataclass
 class Verification:
-    """What was looked at and what was found.
-
-    Attributes:
-        folder: of the data set.
-        is_quick: only sizes, names and first and last samples were looked at.
-        manifest: dataset.json; None if it is missing or malformed.
-        findings: in the order of the shards.
-        contents: of the shards, full checks only.
-        checked: what was compared, and with what outcome, for the report.
-        skipped: what could not be compared, and why.
-    """
+    """What was looked at and what was found."""
 
     folder: Path
-    is_quick: bool
-    manifest: DatasetManifest | None = None
-    findings: list[Finding] = field(default_factory=list)
-    contents: dict[str, ShardContent] = field(default_factory=dict)
-    checked: list[tuple[str, str]] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    is_quick: bool  # only sizes, names and first and last samples were looked at
+    manifest: DatasetManifest | None = None  # None if it is missing or malformed
+    findings: list[Finding] = field(default_factory=list)  # in the order of the shards
+    contents: dict[str, ShardContent] = field(default_factory=dict)  # full checks only
+    checked: list[tuple[str, str]] = field(default_factory=list)  # what, and with what outcome
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # what, and why
 
     def damaged(self, *parts: str) -> list[str]:
         """Name the files with findings of these parts, all but notes if none is given."""
