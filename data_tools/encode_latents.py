@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
-    sys.path[0] = str(REPOSITORY)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_tools.encoding.command import EncodingRun
 from data_tools.encoding.input_summary import NAMES_SHOWN, class_lines

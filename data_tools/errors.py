@@ -98,15 +98,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_bare_or_flag(
         self, name: str, flag: str, kind: Callable[[str], Any], metavar: str, help_text: str
     ) -> None:
-        """Add a required argument that may be given bare or by a flag; both mean the same.
-
-        Args:
-            name: of the value in what is parsed.
-            flag: the other way to give it.
-            kind: makes the value of the text.
-            metavar: what the help calls it.
-            help_text: one line.
-        """
+        """Add a required argument that may be given bare or by a flag; `kind` makes its value."""
 
         def value(text: str) -> Any:  # argparse converts its mark for "not given", too
             return text if text is argparse.SUPPRESS else kind(text)

@@ -53,7 +53,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--input",
         type=typed_text,
         required=True,
@@ -61,27 +62,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="TARS",
         help="their folder, or several with braces or * or by name",
     )
-    parser.add_argument(
-        "--output", type=typed_path, help="folder of dataset.json; default: the tars'"
-    )
-    parser.add_argument("--array", required=True, metavar="SUFFIX", help="after KEY and a dot")
-    parser.add_argument("--flip", default="", metavar="SUFFIX", help="of the mirrored image")
-    parser.add_argument(
-        "--label", default="cls", metavar="SUFFIX", help="a whole number; json:FIELD; or none"
-    )
-    parser.add_argument(
+    add("--output", type=typed_path, help="folder of dataset.json; default: the tars'")
+    add("--array", required=True, metavar="SUFFIX", help="after KEY and a dot")
+    add("--flip", default="", metavar="SUFFIX", help="of the mirrored image")
+    add("--label", default="cls", metavar="SUFFIX", help="a whole number; json:FIELD; or none")
+    add(
         "--kind",
         choices=("moments", "latents"),
         default="moments",
         help="mean | log-variance, or draws of the posterior; unscaled",
     )
-    parser.add_argument(
-        "--vae", type=typed_text, required=True, help="that made the latents: folder, file, hub id"
-    )
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="of the images; for people")
-    parser.add_argument(
-        "--class-names", type=typed_path, metavar="FILE", help="a line for each label"
-    )
+    made_by = "that made the latents: folder, file, hub id"
+    add("--vae", type=typed_text, required=True, help=made_by)
+    add("--size", type=int, metavar="PIXELS", help="of the images; for people")
+    add("--class-names", type=typed_path, metavar="FILE", help="a line for each label")
     return parser.parse_args(argv)
 
 
@@ -116,9 +110,7 @@ def scan_shard(
     """Index a tar, unless that was done before; nothing is written of a tar that is refused."""
     stem = name.removesuffix(".tar")
     index, notes = output / f"{stem}.index.npy", output / f"{stem}.index.json"
-    known = None
-    with suppress(OSError, ValueError, MalformedError):
-        known = NOTES.loads(notes.read_bytes(), str(notes))
+    known = _known(notes)
     if known is not None and known.wanted == wanted and index.is_file():
         tar = None if location.folder is None else location.folder / name
         if tar is None or (tar.is_file() and _is_that(tar, known, notes)):
@@ -135,6 +127,12 @@ def scan_shard(
 def _is_that(tar: Path, known: ScannedShard, notes: Path) -> bool:
     status = tar.stat()
     return status.st_size == known.bytes and status.st_mtime_ns <= notes.stat().st_mtime_ns
+
+
+def _known(notes: Path) -> ScannedShard | None:
+    with suppress(OSError, ValueError, MalformedError):
+        return NOTES.loads(notes.read_bytes(), str(notes))
+    return None
 
 
 def check_latents(name: str, shard: ScannedShard, vae: Vae) -> None:
@@ -235,13 +233,13 @@ def main(argv: list[str] | None = None) -> None:
     class_names = []
     if args.class_names is not None:
         try:
-            lines = read_text(args.class_names).rstrip().split("\n")
+            text = read_text(args.class_names)
         except (OSError, TextError) as err:
             raise ConfigError(
                 f"--class-names {args.class_names}: is no text that can be read; give a file with "
                 "a line for each label."
             ) from err
-        class_names = [line.strip() for line in lines]
+        class_names = [line.strip() for line in text.rstrip().split("\n")]
         if "" in class_names:
             raise ConfigError(
                 f"--class-names {args.class_names}: line {class_names.index('') + 1} is empty; "

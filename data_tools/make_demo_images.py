@@ -7,9 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
-    sys.path[0] = str(REPOSITORY)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.process.entry_point import enter

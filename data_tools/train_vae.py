@@ -29,6 +29,7 @@ from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 from data_tools.vae.autoencoder import resolve_device
 from data_tools.vae.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
+from models.latents import PIXEL_CENTRE
 
 BLOCK_OUT_CHANNELS = (24, 48, 80)  # three levels: latents are 4 times smaller than the image
 LATENT_CHANNELS = 4
@@ -66,7 +67,7 @@ def make_vae() -> AutoencoderKL:
 def to_input(pixels: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]; memory stays channels-last."""
     x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2)
-    return x.float() / 127.5 - 1
+    return x.float() / PIXEL_CENTRE - 1
 
 
 def psnr(x: Tensor, reconstruction: Tensor) -> Tensor:

@@ -255,12 +255,11 @@ def _claimed(folder: EncodingOutput, claims: Claims) -> Iterator[int]:
     """Claim one shard after the other, of those that nobody holds or has finished."""
     for index in list(folder.missing):
         name = claim_name(index)
-        if folder.is_finished(index) or not claims.take(name):
-            continue
-        if folder.is_finished(index):  # meanwhile, by another process
-            claims.release(name)
-            continue
-        yield index
+        if not folder.is_finished(index) and claims.take(name):
+            if folder.is_finished(index):  # meanwhile, by another process
+                claims.release(name)
+            else:
+                yield index
 
 
 def reopen(

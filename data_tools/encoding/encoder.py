@@ -164,8 +164,7 @@ class ShardEncoder:
                 batch = ahead.popleft()
                 if not open_shards or open_shards[-1].index != batch.index:
                     while len(open_shards) >= _OPEN_SHARDS:
-                        yield open_shards[0].sidecar.result()
-                        open_shards.popleft()
+                        yield open_shards.popleft().sidecar.result()
                     open_shards.append(_OpenShard(batch.index))
                     shard = open_shards[-1]
                     shard.sidecar = writers.submit(self._write, shard)
@@ -173,11 +172,9 @@ class ShardEncoder:
                 on_images(batch.index, len(batch.places))
                 self.wall_sec = sec_before + time.perf_counter() - started
                 while open_shards[0].sidecar.done() and len(open_shards) > 1:
-                    yield open_shards[0].sidecar.result()
-                    open_shards.popleft()
+                    yield open_shards.popleft().sidecar.result()
             while open_shards:
-                yield open_shards[0].sidecar.result()
-                open_shards.popleft()
+                yield open_shards.popleft().sidecar.result()
             self.clock.collect(is_last=True)
             self.wall_sec = sec_before + time.perf_counter() - started
         finally:

@@ -81,14 +81,7 @@ def check_files_exist(source: ImageSource, sizes: list[int]) -> None:
 def edited_images(
     output: Path, begun: EncodingSettings, source: ImageSource, sizes: list[int]
 ) -> list[str]:
-    """Name images of finished shards whose files have other sizes than when encoding began.
-
-    Args:
-        output: holds the shards.
-        begun: its settings.
-        source: the same images by their names.
-        sizes: what `source.sizes()` returns.
-    """
+    """Name images of finished shards whose files, now of `sizes`, had others in the beginning."""
     places = source.edited(begun.sizes, sizes)
     if not places:
         return []

@@ -156,12 +156,8 @@ def _unused(found: "datasets.Dataset", names: list[str]) -> list[str]:
             count = pa.compute.count_distinct(column).as_py()
             if count < len(column):
                 parts.append(f"{name} ({column.type}, {count} values)")
-    if not parts:
-        return []
-    return [
-        f"columns that are not used: {', '.join(parts)}; add --label-column NAME if one holds "
-        "classes"
-    ]
+    advice = "add --label-column NAME if one holds classes"
+    return [f"columns that are not used: {', '.join(parts)}; {advice}"] if parts else []
 
 
 def _column_classes(

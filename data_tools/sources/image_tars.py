@@ -137,10 +137,8 @@ def open_tars(
     Without any label, folders in the tars are classes; without folders there are none.
 
     Args:
-        text: the input as typed.
         paths: of the tars, in the order of their images.
         cache: folder for the indexes, which several processes may fill at once; None: keep none.
-        reading: what the flags say.
         left_out: what lies beside the tars.
     """
     reading, left_out = reading or Reading(), left_out or Tally()

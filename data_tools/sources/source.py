@@ -253,9 +253,7 @@ def numbered_classes(text: str, labels: np.ndarray, *notes: str) -> Classes:
     """Describe classes that the input numbers itself, 0 to the largest; some may have no image.
 
     Args:
-        text: the input as typed.
         labels: int (N,); numbers from MAX_CLASSES on, however cut to a type's range, are refused.
-        notes: for people.
     """
     if int(labels.max()) >= MAX_CLASSES:
         raise too_large_label(text)

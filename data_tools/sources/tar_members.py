@@ -146,12 +146,6 @@ def _next_archive(file: SeekableFile, end: int) -> int | None:
 
 
 def content_of(file: BinaryIO | SeekableFile, member: Member, limit: int | None = None) -> bytes:
-    """Read a member's content, or its first bytes.
-
-    Args:
-        file: that `walk` reads.
-        member: is_plain.
-        limit: bytes at most.
-    """
+    """Read the content of a member that is_plain, or its first `limit` bytes."""
     file.seek(member.offset_data)
     return file.read(member.size if limit is None else min(member.size, limit))

@@ -42,8 +42,7 @@ def report(
     """Write what was checked, what was found, and what to do.
 
     Args:
-        result: of the last check.
-        seconds: that it took.
+        result: of the last check, which took `seconds`.
         repaired: what was repaired before it, one clause per file.
         max_findings: rows of the table; None = all.
     """
