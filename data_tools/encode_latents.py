@@ -16,13 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
-    sys.path[0] = str(REPOSITORY)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_tools.encoding.changes import edited_sentence
 from data_tools.encoding.command import EncodingRun
-from data_tools.encoding.input_summary import class_lines
+from data_tools.encoding.input_summary import NAMES_SHOWN, class_lines
 from data_tools.encoding.output import DEMO_LATENTS, nothing_left_by_a_refusal
 from data_tools.encoding.settings import PRECISIONS, disk_errors_as_config_errors
 from data_tools.errors import ArgumentParser, ConfigError, count_of, some
@@ -36,7 +34,6 @@ from data_tools.vae.vae_files import DEFAULT_VAE
 
 DEFAULT_SIZE = 256
 DEFAULT_VAE_SIZES = (256, 512)  # what the paper family uses it for
-SKIPPED_SHOWN = 5
 
 
 def encode(args: argparse.Namespace, is_quiet: bool = False) -> None:
@@ -65,20 +62,23 @@ def _encode(args: argparse.Namespace, is_quiet: bool) -> None:
     num_samples = count_of(manifest.num_samples, "sample")
     run.say(f"{args.output}: {num_samples} in {count_of(len(manifest.shards), 'shard')}")
     if run.edited:
-        run.say(edited_sentence(run.edited))
+        run.say(
+            "images edited since they were encoded, by the sizes of their files: "
+            f"{len(run.edited)} ({some(run.edited, NAMES_SHOWN)}); the shards hold the old "
+            "pictures, for the new ones encode into a new --output"
+        )
     if run.settings.vae.latents_mean != manifest.vae.latents_mean:
         run.say(
             f"latents_mean and latents_std of --vae {args.vae} are not used: this data set was "
             "begun without them; a new --output uses them"
         )
     if skipped:
-        shown = some(skipped, SKIPPED_SHOWN)
-        what = "file that is no readable image"
-        if len(skipped) > 1:
-            what = "files that are no readable images"
-        run.say(f"skipped {len(skipped)} {what}: {shown}")
-    for line in class_lines(manifest.classes)[1:] if skipped else ():
-        run.say(line)
+        what = "files that are no readable images"
+        if len(skipped) == 1:
+            what = "file that is no readable image"
+        run.say(f"skipped {len(skipped)} {what}: {some(skipped, NAMES_SHOWN)}")
+        for line in class_lines(manifest.classes)[1:]:
+            run.say(line)
 
 
 @contextmanager

@@ -78,12 +78,9 @@ class OutageError(ConfigError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a wrong command line as a ConfigError: one sentence, without the usage.
+    """Reports a wrong command line as a ConfigError: one sentence, without the usage."""
 
-    Attributes:
-        instead: flags that people know from other programs, and what to write for them here.
-    """
-
+    # Flags that people know from other programs, and what to write for them here.
     instead: Mapping[str, str] = {}
 
     def parse_known_args(
@@ -100,15 +97,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_bare_or_flag(
         self, name: str, flag: str, kind: Callable[[str], Any], metavar: str, help_text: str
     ) -> None:
-        """Add a required argument that may be given bare or by a flag; both mean the same.
-
-        Args:
-            name: of the value in what is parsed.
-            flag: the other way to give it.
-            kind: makes the value of the text.
-            metavar: what the help calls it.
-            help_text: one line.
-        """
+        """Add a required argument that may be given bare or by a flag; `kind` makes its value."""
 
         def value(text: str) -> Any:  # argparse converts its mark for "not given", too
             return text if text is argparse.SUPPRESS else kind(text)

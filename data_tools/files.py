@@ -21,9 +21,7 @@ class MalformedError(Exception):
     """JSON that is not what a dataclass describes."""
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)  # slow, and a manifest has a hundred thousand parts
+_hints = cache(get_type_hints)  # slow, and a manifest has a hundred thousand parts
 
 
 @cache

@@ -32,20 +32,13 @@ class Format:
 
     A field that is added gets a default, and its format in its metadata, {SINCE: 3}; without
     that it counts as new in the newest one.
-
-    Attributes:
-        newest: number that this program knows.
-        base: number of a file that uses nothing that was added since.
-        oldest: that is still read.
-        kind: dataclass of the content; None: a dictionary of any keys.
-        key: of the number, in the file.
     """
 
-    newest: int
-    base: int = 1
-    oldest: int = 1
-    kind: type | None = None
-    key: str = FORMAT_KEY
+    newest: int  # number that this program knows
+    base: int = 1  # number of a file that uses nothing that was added since
+    oldest: int = 1  # that is still read
+    kind: type | None = None  # dataclass of the content; None: a dictionary of any keys
+    key: str = FORMAT_KEY  # of the number, in the file
 
     def check(self, content: Any, where: str) -> int:  # noqa: ANN401
         """Return the number of a parsed file, or line.
@@ -100,7 +93,8 @@ class Format:
 
     def dumps(self, content: Any, indent: int | None = 1) -> str:  # noqa: ANN401
         """Return the text of a file, without the end of its last line."""
-        numbered = {self.key: self._number(content)}
+        added_in = [since or self.newest for since in _added_in(content)]
+        numbered = {self.key: max([self.base, *added_in])}
         numbered |= stored_values(content) if is_dataclass(content) else content
         return json.dumps(numbered, indent=indent, default=stored_values)
 
@@ -142,9 +136,6 @@ class Format:
         except (OSError, ValueError, MalformedError, ConfigError):
             pass  # none, or one that its reader refuses
 
-    def _number(self, content: Any) -> int:  # noqa: ANN401
-        return max([self.base, *(since or self.newest for since in _added_in(content))])
-
 
 def stored_values(content: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return a dataclass's values by name, without added fields that have their default."""
@@ -168,14 +159,10 @@ def _added(kind: type) -> dict[str, tuple[Any, int | None]]:
 
 def _added_in(content: Any) -> Iterator[int | None]:  # noqa: ANN401
     """Go through the formats of the added fields that a tree of dataclasses uses."""
-    parts: Any = ()
     if is_dataclass(content):
         used, added = stored_values(content), _added(type(content))
         yield from (added[name][1] for name in used if name in added)
-        parts = used.values()
-    elif isinstance(content, list | tuple):
-        parts = content
-    elif isinstance(content, dict):
-        parts = content.values()
-    for part in parts:
+        content = used
+    parts = content.values() if isinstance(content, dict) else content
+    for part in parts if isinstance(content, dict | list | tuple) else ():
         yield from _added_in(part)

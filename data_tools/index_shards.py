@@ -11,6 +11,7 @@ command again continues it.
 import argparse
 import importlib.metadata
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
@@ -38,7 +39,7 @@ from data_tools.shards.manifest import (
 )
 from data_tools.shards.sidecar import label_counts, statistics_of
 from data_tools.shards.undescribed import SETTINGS_NAME
-from data_tools.sources.left_out import LeftOut, Tally, sentence
+from data_tools.sources.left_out import Tally, sentence
 from data_tools.storage.locations import Location, parse_location
 from data_tools.user_files.file_kinds import refuse_lfs_pointer
 from data_tools.user_files.paths import typed_path, typed_text
@@ -52,7 +53,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--input",
         type=typed_text,
         required=True,
@@ -60,27 +62,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="TARS",
         help="their folder, or several with braces or * or by name",
     )
-    parser.add_argument(
-        "--output", type=typed_path, help="folder of dataset.json; default: the tars'"
-    )
-    parser.add_argument("--array", required=True, metavar="SUFFIX", help="after KEY and a dot")
-    parser.add_argument("--flip", default="", metavar="SUFFIX", help="of the mirrored image")
-    parser.add_argument(
-        "--label", default="cls", metavar="SUFFIX", help="a whole number; json:FIELD; or none"
-    )
-    parser.add_argument(
+    add("--output", type=typed_path, help="folder of dataset.json; default: the tars'")
+    add("--array", required=True, metavar="SUFFIX", help="after KEY and a dot")
+    add("--flip", default="", metavar="SUFFIX", help="of the mirrored image")
+    add("--label", default="cls", metavar="SUFFIX", help="a whole number; json:FIELD; or none")
+    add(
         "--kind",
         choices=("moments", "latents"),
         default="moments",
         help="mean | log-variance, or draws of the posterior; unscaled",
     )
-    parser.add_argument(
-        "--vae", type=typed_text, required=True, help="that made the latents: folder, file, hub id"
-    )
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="of the images; for people")
-    parser.add_argument(
-        "--class-names", type=typed_path, metavar="FILE", help="a line for each label"
-    )
+    made_by = "that made the latents: folder, file, hub id"
+    add("--vae", type=typed_text, required=True, help=made_by)
+    add("--size", type=int, metavar="PIXELS", help="of the images; for people")
+    add("--class-names", type=typed_path, metavar="FILE", help="a line for each label")
     return parser.parse_args(argv)
 
 
@@ -104,8 +99,7 @@ def split_input(words: list[str]) -> tuple[Location, list[str]]:
             f"--input {text}: the tars of a data set lie in one folder under different names; "
             "index each folder and give training --data a,b."
         )
-    wrong = next((name for name in names if not name.endswith(".tar")), None)
-    if wrong is not None:
+    if wrong := next((name for name in names if not name.endswith(".tar")), None):
         raise ConfigError(f"--input {text}: {wrong!r} is not called NAME.tar; rename it.")
     return parse_location(folders.pop() or "/", "--input"), names
 
@@ -136,10 +130,9 @@ def _is_that(tar: Path, known: ScannedShard, notes: Path) -> bool:
 
 
 def _known(notes: Path) -> ScannedShard | None:
-    try:
+    with suppress(OSError, ValueError, MalformedError):
         return NOTES.loads(notes.read_bytes(), str(notes))
-    except (OSError, ValueError, MalformedError):
-        return None
+    return None
 
 
 def check_latents(name: str, shard: ScannedShard, vae: Vae) -> None:
@@ -171,6 +164,10 @@ def describe(
                 f"--input {name}: holds arrays {shard.dtype} {shard.shape}, {names[0]} holds "
                 f"{first.dtype} {first.shape}; index them apart."
             )
+    left_out = Tally()
+    for name, shard in zip(names, found, strict=True):
+        for entry in shard.left_out:
+            left_out.add_all(entry, f"{name}/")
     totals = [shard.totals for shard in found]
     counts = label_counts(totals)
     num_classes = max(counts) + 1 if wanted.label else 0
@@ -217,16 +214,8 @@ def describe(
             for label, name in enumerate(ids)
         ],
         versions={"numpy": importlib.metadata.version("numpy")},
-        left_out=_left_out(names, found),
+        left_out=left_out.entries(),
     )
-
-
-def _left_out(names: list[str], found: list[ScannedShard]) -> list[LeftOut]:
-    tally = Tally()
-    for name, shard in zip(names, found, strict=True):
-        for entry in shard.left_out:
-            tally.add_all(entry, f"{name}/")
-    return tally.entries()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -244,13 +233,13 @@ def main(argv: list[str] | None = None) -> None:
     class_names = []
     if args.class_names is not None:
         try:
-            class_names = read_text(args.class_names).rstrip().split("\n")
+            text = read_text(args.class_names)
         except (OSError, TextError) as err:
             raise ConfigError(
                 f"--class-names {args.class_names}: is no text that can be read; give a file with "
                 "a line for each label."
             ) from err
-        class_names = [line.strip() for line in class_names]
+        class_names = [line.strip() for line in text.rstrip().split("\n")]
         if "" in class_names:
             raise ConfigError(
                 f"--class-names {args.class_names}: line {class_names.index('') + 1} is empty; "
@@ -271,13 +260,13 @@ def main(argv: list[str] | None = None) -> None:
         DATASET.write(output / MANIFEST_NAME, describe(names, found, vae, args.size, class_names))
     manifest = DatasetManifest.load(output, check_shards=output == location.folder)
     shape = "x".join(map(str, manifest.latent.shape))
-    sys.stdout.write(
+    shown = "  ".join(f"{std:.3f}" for std in manifest.scaled_std)
+    lines = [
         f"{output}: {count_of(manifest.num_samples, 'sample')} in {count_of(len(names), 'tar')}, "
         f"{manifest.latent.kind} {shape} {manifest.latent.dtype}, "
-        f"{count_of(manifest.num_classes, 'class')}\n"
-    )
-    shown = "  ".join(f"{std:.3f}" for std in manifest.scaled_std)
-    lines = [f"scaled std {shown}  per channel, what the model sees, 1 is usual"]
+        f"{count_of(manifest.num_classes, 'class')}",
+        f"scaled std {shown}  per channel, what the model sees, 1 is usual",
+    ]
     if doubt := doubts(manifest.scaled_std, manifest.vae.scaling_factor):
         lines.append(f"warning: {output}: {doubt}.")
     lines += class_lines(manifest.classes)

@@ -74,37 +74,29 @@ def describe(manifest: DatasetManifest) -> dict[str, Any]:
 def page(manifest: DatasetManifest) -> str:
     """Write the description for people."""
     facts = describe(manifest)
-    latent, vae, per_shard = manifest.latent, manifest.vae, facts["samples_per_shard"]
-    size = manifest.image.size
+    latent, vae, image = manifest.latent, manifest.vae, manifest.image
+    least, most = facts["samples_per_shard"].values()
     shards = count_of(len(manifest.shards), "shard")
+    num_bytes, shape = readable_bytes(facts["bytes"]), "x".join(map(str, latent.shape))
     mirrored = "with" if latent.flip else "without"
     steps = facts["steps_per_epoch"][str(BATCH_SIZE)]
     shift = f", shift {vae.shift_factor:g}" if vae.shift_factor else ""
     shift += ", latents_mean and latents_std" if vae.latents_mean else ""
-    spread = (
-        f"{per_shard['max']}"
-        if per_shard["min"] == per_shard["max"]
-        else f"{per_shard['min']} to {per_shard['max']}"
-    )
+    spread = f"{most}" if least == most else f"{least} to {most}"
+    skipped, num_files = facts["skipped"], manifest.source.num_files
+    names = f": {some(skipped, _SKIPPED_SHOWN)}" if skipped else ""
     rows = [
         ("samples", f"{manifest.num_samples} in {shards} of {spread}"),
-        (
-            "size",
-            f"{readable_bytes(facts['bytes'])}, {facts['bytes_per_sample']:.0f} bytes per sample",
-        ),
+        ("size", f"{num_bytes}, {facts['bytes_per_sample']:.0f} bytes per sample"),
         ("epoch", f"{steps:.1f} steps at batch {BATCH_SIZE}"),
-        (
-            "latents",
-            f"{latent.kind} {'x'.join(map(str, latent.shape))} {latent.dtype}, {mirrored} those of "
-            "mirrored images",
-        ),
-        ("images", f"{size}x{size} pixels, crop {manifest.image.crop}"),
+        ("latents", f"{latent.kind} {shape} {latent.dtype}, {mirrored} those of mirrored images"),
+        ("images", f"{image.size}x{image.size} pixels, crop {image.crop}"),
         ("VAE", f"{vae.id}, weights {vae.sha256[:12]}, scale {vae.scaling_factor:g}{shift}"),
         ("encoded in", latent.precision),
         ("mean", f"{_numbers(manifest.statistics.mean)}  per channel, unscaled"),
         ("std", f"{_numbers(manifest.statistics.std)}  per channel, unscaled"),
         ("scaled std", f"{_numbers(manifest.scaled_std)}  what the model sees, 1 is usual"),
-        ("skipped", _skipped(facts["skipped"], manifest.source.num_files)),
+        ("skipped", f"{len(skipped) or 'none'} of {num_files} files{names}"),
         ("left out", sentence(manifest.left_out) or "nothing that was noted"),
         ("made with", ", ".join(f"{k} {v}" for k, v in sorted(manifest.versions.items())) or "?"),
         ("hash", manifest.hash[:12]),
@@ -119,12 +111,6 @@ def _numbers(values: list[float]) -> str:
     return "  ".join(f"{value:7.4f}" for value in values)
 
 
-def _skipped(names: list[str], num_files: int) -> str:
-    if not names:
-        return f"none of {num_files} files"
-    return f"{len(names)} of {num_files} files: {some(names, _SKIPPED_SHOWN)}"
-
-
 def _class_lines(classes: list[ClassEntry]) -> list[str]:
     if not classes:
         return ["no classes: the data set is unconditional"]
@@ -136,12 +122,11 @@ def _class_lines(classes: list[ClassEntry]) -> list[str]:
     )
     if empty := counts.count(0):
         title += f", {empty} without any"
-    by_count = sorted(classes, key=lambda entry: (-entry.count, entry.index))
     if len(classes) <= ALL_CLASSES:
         return [title, *table(_class_row(entry, total, max(counts)) for entry in classes)]
-    most, least = by_count[:_EXTREMES], by_count[-_EXTREMES:]
-    shown = [_class_row(entry, total, max(counts)) for entry in (*most, *least)]
-    aligned = table(shown)
+    by_count = sorted(classes, key=lambda entry: (-entry.count, entry.index))
+    extremes = by_count[:_EXTREMES] + by_count[-_EXTREMES:]
+    aligned = table(_class_row(entry, total, max(counts)) for entry in extremes)
     hidden = f"  ... {len(classes) - 2 * _EXTREMES} classes in between, --json lists all"
     return [title, *aligned[:_EXTREMES], hidden, *aligned[_EXTREMES:]]
 
@@ -181,11 +166,9 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(describe(manifest), indent=1) if args.json else page(manifest).rstrip())
     if args.preview:
         # Imported here: it loads the VAE's library, which a description does not need.
-        from data_tools.vae.autoencoder import resolve_device
         from data_tools.verification.preview import write_preview
 
-        device = resolve_device(args.device)
-        number = write_preview(args.preview, manifest, vae=args.vae, device=device)
+        number = write_preview(args.preview, manifest, vae=args.vae, device=args.device)
         print(f"{args.preview}: {count_of(number, 'sample')}", file=sys.stderr)
 
 

@@ -7,9 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
-    sys.path[0] = str(REPOSITORY)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.process.entry_point import enter
@@ -30,23 +29,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
         description="Draw the demo image set: ten classes of emoji (OpenMoji, CC BY-SA 4.0)."
     )
-    parser.add_argument(
-        "--output",
-        type=typed_path,
-        default=DEMO_IMAGES,
-        metavar="FOLDER",
-        help="default: %(default)s",
-    )
-    parser.add_argument(
-        "--size", type=int, default=DEMO_SIZE, metavar="PIXELS", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--per-class",
-        type=int,
-        default=DEMO_PER_CLASS,
-        metavar="N",
-        help="pictures per class at most (default: %(default)s)",
-    )
+    add, shown = parser.add_argument, "default: %(default)s"
+    add("--output", type=typed_path, default=DEMO_IMAGES, metavar="FOLDER", help=shown)
+    add("--size", type=int, default=DEMO_SIZE, metavar="PIXELS", help=shown)
+    most = f"pictures per class at most ({shown})"
+    add("--per-class", type=int, default=DEMO_PER_CLASS, metavar="N", help=most)
     args = parser.parse_args(argv)
     if args.size < MIN_SIZE:
         raise ConfigError(f"--size {args.size}: must be at least {MIN_SIZE} pixels.")

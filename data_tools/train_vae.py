@@ -29,6 +29,7 @@ from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 from data_tools.vae.autoencoder import resolve_device
 from data_tools.vae.vae_pictures import TrainingPictures, emoji_pictures, folder_pictures
+from models.latents import PIXEL_CENTRE
 
 BLOCK_OUT_CHANNELS = (24, 48, 80)  # three levels: latents are 4 times smaller than the image
 LATENT_CHANNELS = 4
@@ -66,7 +67,7 @@ def make_vae() -> AutoencoderKL:
 def to_input(pixels: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]; memory stays channels-last."""
     x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2)
-    return x.float() / 127.5 - 1
+    return x.float() / PIXEL_CENTRE - 1
 
 
 def psnr(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -194,24 +195,23 @@ def save(
     decibels = held_out_psnr(saved, pictures.held_out, device)
     saved.register_to_config(scaling_factor=round(1 / std, 5), sample_size=args.size)
     saved.to(memory_format=torch.contiguous_format).half().save_pretrained(args.output)
-    num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-    text = card(pictures, args, step, decibels=decibels, std=std, num_parameters=num_parameters)
+    text = card(saved, pictures, args, step, decibels, std)
     (args.output / "README.md").write_text(text, encoding="utf-8")
     print(f"step {step}/{args.steps}: held-out PSNR {decibels:.2f} dB", flush=True)
 
 
 def card(
+    vae: AutoencoderKL,
     pictures: TrainingPictures,
     args: argparse.Namespace,
     step: int,
-    *,
     decibels: float,
     std: float,
-    num_parameters: int,
 ) -> str:
     """Describe the weights: data, licence, command, numbers."""
     images = f"--images {' '.join(map(str, args.images))} " if args.images else ""
     licence = "" if args.images else OPENMOJI_LICENCE
+    num_parameters = sum(parameter.numel() for parameter in vae.parameters())
     return f"""# Image autoencoder of the demo
 
 An `AutoencoderKL` of diffusers: block_out_channels {BLOCK_OUT_CHANNELS}, {LATENT_CHANNELS} latent

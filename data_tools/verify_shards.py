@@ -11,6 +11,7 @@ import argparse
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from data_tools.errors import ArgumentParser, ConfigError, count_of, os_errors_as
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
-from data_tools.verification.findings import SHARD_PARTS, Verification
+from data_tools.verification.findings import Verification
 from data_tools.verification.report import readable_bytes, report, sentence
 from data_tools.verification.verify import default_workers, verify
 
@@ -67,16 +68,16 @@ def check(args: argparse.Namespace, known: Verification | None = None) -> Verifi
 def repair(result: Verification, args: argparse.Namespace) -> tuple[Verification, list[str]]:
     """Repair what `result` found; return the check after it, and what was done."""
     # Imported here: it loads the VAE's library, which a check does not need.
-    from data_tools.verification.repair import RepairSource, repair_shards, repair_small_files
+    from data_tools.verification.repair import repair_shards, repair_small_files
 
-    source = RepairSource(args.input, args.vae, args.device, args.accept_new_bytes)
+    source = (args.input, args.vae, args.device, args.accept_new_bytes)
     done: list[str] = []
     # dataset.json first, then the shards that it shows to be damaged, then what follows from them.
     for _ in range(2):
-        if done_now := repair_shards(result, source, lambda line: print(line, flush=True)):
+        if done_now := repair_shards(result, partial(print, flush=True), *source):
             done += done_now
             result = check(args, known=result)
-    if not result.damaged(*SHARD_PARTS) and (done_now := repair_small_files(result)):
+    if not result.damaged("shard") and (done_now := repair_small_files(result)):
         done += done_now
         result = check(args, known=result)
     return result, done
@@ -85,17 +86,13 @@ def repair(result: Verification, args: argparse.Namespace) -> tuple[Verification
 def write_preview_picture(result: Verification, args: argparse.Namespace) -> None:
     """Write --preview, of the shards that are sound."""
     # Imported here: it loads the VAE's library, which a check does not need.
-    from data_tools.vae.autoencoder import resolve_device
     from data_tools.verification.preview import write_preview
 
     if result.manifest is None:
         print(f"--preview {args.preview}: not made, it needs dataset.json", flush=True)
         return
-    device = resolve_device(args.device)
-    without = result.damaged(*SHARD_PARTS)
-    number = write_preview(
-        args.preview, result.manifest, vae=args.vae, device=device, without=without
-    )
+    given, without = {"vae": args.vae, "device": args.device}, result.damaged("shard")
+    number = write_preview(args.preview, result.manifest, **given, without=without)
     print(f"{args.preview}: {count_of(number, 'sample')}", flush=True)
 
 

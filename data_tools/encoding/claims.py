@@ -29,28 +29,14 @@ _MAX_BYTES = 4096
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a claim, and how far it is.
+    """Who holds a claim, and how far it is."""
 
-    Attributes:
-        host: for people.
-        machine: one boot of one kernel and its namespace of process numbers.
-        pid: valid on that machine.
-        started: the process's start in ticks since boot; a pid is used again, this is not.
-        token: of this object's process.
-        done: units of work done on the piece.
-    """
-
-    host: str
-    machine: str
-    pid: int
-    started: int
-    token: str
-    done: int
-
-
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    host: str  # for people
+    machine: str  # one boot of one kernel and its namespace of process numbers
+    pid: int  # valid on that machine
+    started: int  # in ticks since boot; a pid is used again, this is not
+    token: str  # of this object's process
+    done: int  # units of work done on the piece
 
 
 def _start_of(pid: int) -> int | None:
@@ -79,7 +65,8 @@ class Claims:
         """
         self.folder, self.lease_sec, self.renew_sec = folder, lease_sec, renew_sec
         self.token = uuid.uuid4().hex
-        self.machine = _machine()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        self.machine = f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
         self._started = _start_of(os.getpid()) or 0
         self._done: dict[str, int] = {}  # of each claim held
         self._lock = threading.Lock()
@@ -89,7 +76,6 @@ class Claims:
         self._thread.start()
 
     def __enter__(self) -> "Claims":
-        """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,8 +152,7 @@ class Claims:
         """Give a claim back."""
         with self._lock:
             self._done.pop(name, None)
-            found = self._read(name)
-            if found is not None and found[1] is not None and found[1].token == self.token:
+            if self._is_own(name):
                 self._path(name).unlink(missing_ok=True)
 
     def is_live(self, name: str) -> bool:
@@ -179,9 +164,8 @@ class Claims:
         yield from list(self._done.items())
         for path in self.folder.glob("*" + _SUFFIX):
             name = path.name.removesuffix(_SUFFIX)
-            found = self._read(name) if name not in self._done else None
-            if found is not None and found[1] is not None:
-                yield name, found[1].done
+            if name not in self._done and (owner := self._read(name)[1]) is not None:
+                yield name, owner.done
 
     def age_sec(self, path: Path) -> float:
         """Return how long ago a file was written, by the file server's clock."""
@@ -196,28 +180,32 @@ class Claims:
         finally:
             os.close(descriptor)
 
-    def _read(self, name: str) -> tuple[float, Owner | None] | None:
-        """Return a claim's time and owner (None: not written yet); None if there is no claim."""
+    def _read(self, name: str) -> tuple[float | None, Owner | None]:
+        """Return a claim's time (None: there is no claim) and owner (None: not written yet)."""
         try:
             # Opening makes an NFS client ask the server: a bare stat may be a minute old.
             with self._path(name).open("rb") as file:
                 content: Any = file.read(_MAX_BYTES)
                 modified = os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
-            return None
+            return None, None
         try:
             return modified, from_json(Owner, parse_json(content))
         except (ValueError, MalformedError):
             return modified, None
 
     def _is_stale(self, name: str) -> bool:
-        found = self._read(name)
-        if found is None:
+        modified, owner = self._read(name)
+        if modified is None:
             return False
-        modified, owner = found
         if owner is not None and owner.machine == self.machine:
             return _start_of(owner.pid) != owner.started
         return self._now() - modified > self.lease_sec
+
+    def _is_own(self, name: str) -> bool:
+        """Tell whether no other process believes this one dead and does the work again."""
+        _, owner = self._read(name)
+        return owner is not None and owner.token == self.token
 
     def _renew(self) -> None:
         while not self._is_over.wait(self.renew_sec):
@@ -225,15 +213,10 @@ class Claims:
                 for name in list(self._done):
                     # Fails where the claim was taken over, or the server is away for a moment.
                     with suppress(OSError):
-                        self._renew_one(name)
+                        if self._is_own(name):
+                            self._renew_one(name)
 
     def _renew_one(self, name: str) -> None:
-        found = self._read(name)
-        if found is None or found[1] is None or found[1].token != self.token:
-            return  # another process believes this one dead, and does the work again
-        descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.pwrite(descriptor, self._owner(name), 0)
-            os.utime(descriptor)
-        finally:
-            os.close(descriptor)
+        with self._path(name).open("r+b", buffering=0) as file:
+            file.write(self._owner(name))
+            os.utime(file.fileno())

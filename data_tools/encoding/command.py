@@ -12,10 +12,14 @@ from pathlib import Path
 
 import torch
 
-from data_tools.encoding.changes import check_files_exist, edited_images, finished_before
 from data_tools.encoding.claims import Claims
 from data_tools.encoding.encoder import ShardEncoder
-from data_tools.encoding.input_summary import refuse_mostly_empty, summary
+from data_tools.encoding.input_summary import (
+    check_files_exist,
+    edited_images,
+    refuse_mostly_empty,
+    summary,
+)
 from data_tools.encoding.output import CLAIMS_NAME, INDEXES_NAME, EncodingOutput, claim_name
 from data_tools.encoding.progress import EncodingProgress, duration
 from data_tools.encoding.settings import (
@@ -93,15 +97,14 @@ class EncodingRun:
         self.settings = make_settings(self.source, self.exact, args)
         with disk_errors_as_config_errors(args.output):
             self.begun = begun_settings(args.output, self.settings, self.source)
-        sizes = self.settings.sizes
-        if self.begun is None:
-            check_files_exist(self.source, sizes)
-            # Names for all of them show that they are meant.
-            if not (args.allow_empty_classes or self.class_names):
-                refuse_mostly_empty(self.source)
-            self.edited = []
-        else:
+        sizes, self.edited = self.settings.sizes, []
+        if self.begun is not None:
             self.edited = edited_images(args.output, self.begun, self.source, sizes)
+            return
+        check_files_exist(self.source, sizes)
+        # Names for all of them show that they are meant.
+        if not (args.allow_empty_classes or self.class_names):
+            refuse_mostly_empty(self.source)
 
     def say(self, text: str) -> None:
         """Print a line, where anybody wants to read it; names of files may hold anything."""
@@ -146,13 +149,10 @@ class EncodingRun:
 
     def encoder(self, settings: EncodingSettings) -> ShardEncoder:
         """Return what encodes, with the VAE in the precision asked for, which is checked."""
-        if self._encoder is None:
-            self._encoder = self._checked_encoder(settings)
-        self._encoder.settings = settings
-        return self._encoder
-
-    def _checked_encoder(self, settings: EncodingSettings) -> ShardEncoder:
-        encoder = ShardEncoder(
+        if self._encoder is not None:
+            self._encoder.settings = settings
+            return self._encoder
+        encoder = self._encoder = ShardEncoder(
             self.source,
             self.exact,
             settings,
@@ -180,27 +180,27 @@ class EncodingRun:
             f"{settings.num_files * stride:,} bytes in all, {stride:,} a sample, "
             f"{settings.shard_size * stride:,} a shard of {settings.shard_size}"
         )
-        trial = timed_trial(self.encoder(settings))
-        per_sec = trial.images_per_sec(self.num_threads)
+        decode_sec, vae_sec = timed_trial(self.encoder(settings))
+        per_sec = 1 / max(vae_sec, decode_sec / self.num_threads)
         done = EncodingOutput(self.output, settings).num_images_done if self.begun else 0
         left = settings.num_files - done
         self.say(
             f"{count_of(done, 'image', 'are')} done; about {per_sec:.1f} images/s here (decoding "
-            f"{1000 * trial.decode_sec:.1f} ms on each of {self.num_threads} threads, encoding "
-            f"{1000 * trial.vae_sec:.1f} ms), {duration(left / per_sec)} for one process"
+            f"{1000 * decode_sec:.1f} ms on each of {self.num_threads} threads, encoding "
+            f"{1000 * vae_sec:.1f} ms), {duration(left / per_sec)} for one process"
         )
 
     def encode(self) -> Manifest:
-        """Encode what is missing, together with any other processes.
-
-        Returns:
-            what dataset.json holds.
-        """
+        """Encode what is missing, together with any other processes; return dataset.json."""
         with disk_errors_as_config_errors(self.output):
             if self.begun is not None:
                 folder = EncodingOutput(self.output, self.begun)
                 if not folder.missing and (self.output / MANIFEST_NAME).exists():
-                    self.say(finished_before(self.begun, self.source))
+                    self.say(
+                        "finished before: nothing was encoded, the sizes of "
+                        f"{len(self.begun.sizes)} of its {count_of(len(self.source), 'image')} "
+                        "were compared"
+                    )
                     self._drop_indexes()  # of this process, where another one has just finished
                     return folder.write_manifest(self.source, self.class_names)
             self.output.mkdir(parents=True, exist_ok=True)
@@ -221,11 +221,28 @@ class EncodingRun:
         shutil.rmtree(self.output / INDEXES_NAME, ignore_errors=True)
 
     def _encode_missing(self, folder: EncodingOutput, claims: Claims) -> None:
+        """Encode what no other process does, until all is done."""
         encoder = self.encoder(folder.settings)
-        encoder.stated = {name: shard.sha256 for name, shard in folder.stated_shards().items()}
+        encoder.stated = folder.stated_sha256()
+        is_waiting = False
         # Closed whatever happens: what is said then is not written into the bar.
         with closing(EncodingProgress(folder, claims, self.is_quiet)) as progress:
-            self._share_shards(encoder, folder, claims, progress)
+            while folder.missing:
+                num_taken, indices = 0, _claimed(folder, claims)
+                with closing(encoder.encode_all(indices, progress.update)) as sidecars:
+                    for sidecar in sidecars:
+                        index = int(sidecar.shard.name.removesuffix(".tar"))
+                        folder.is_finished(index)
+                        claims.release(claim_name(index))
+                        num_taken += 1
+                folder.refresh()
+                if folder.missing and not num_taken:
+                    if not is_waiting:
+                        num_left = count_of(len(folder.missing), "shard")
+                        self.say(f"waiting for other processes: {num_left}")
+                        is_waiting = True
+                    progress.look_now_and_then()
+                    time.sleep(POLL_SEC)
         self.busy_share = encoder.busy_share
         if encoder.wall_sec:
             self.say(
@@ -233,43 +250,16 @@ class EncodingRun:
                 f"{100 * encoder.busy_share:.0f} % of that"
             )
 
-    def _share_shards(
-        self,
-        encoder: ShardEncoder,
-        folder: EncodingOutput,
-        claims: Claims,
-        progress: EncodingProgress,
-    ) -> None:
-        """Encode what no other process does, until all is done."""
-        is_waiting = False
-        while folder.missing:
-            num_taken = 0
-            with closing(encoder.encode_all(_claimed(folder, claims), progress.update)) as sidecars:
-                for sidecar in sidecars:
-                    index = int(sidecar.shard.name.removesuffix(".tar"))
-                    folder.is_finished(index)
-                    claims.release(claim_name(index))
-                    num_taken += 1
-            folder.refresh()
-            if folder.missing and not num_taken:
-                if not is_waiting:
-                    num_left = count_of(len(folder.missing), "shard")
-                    self.say(f"waiting for other processes: {num_left}")
-                    is_waiting = True
-                progress.look_now_and_then()
-                time.sleep(POLL_SEC)
-
 
 def _claimed(folder: EncodingOutput, claims: Claims) -> Iterator[int]:
     """Claim one shard after the other, of those that nobody holds or has finished."""
     for index in list(folder.missing):
         name = claim_name(index)
-        if folder.is_finished(index) or not claims.take(name):
-            continue
-        if folder.is_finished(index):  # meanwhile, by another process
-            claims.release(name)
-            continue
-        yield index
+        if not folder.is_finished(index) and claims.take(name):
+            if folder.is_finished(index):  # meanwhile, by another process
+                claims.release(name)
+            else:
+                yield index
 
 
 def reopen(

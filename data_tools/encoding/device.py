@@ -42,7 +42,6 @@ class BusyClock:
     """Measures for how long the VAE computed; on a GPU by the GPU's own clock."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begin with nothing."""
         self.is_cuda, self.sec = device.type == "cuda", 0.0
         self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 

@@ -132,11 +132,6 @@ class ShardEncoder:
         """Which part of the time spent encoding the VAE computed, 0 to 1."""
         return self.clock.sec / max(self.wall_sec, 1e-9)
 
-    def shard_files(self, index: int) -> np.ndarray:
-        """Return the places in the source of the images that belong to a shard."""
-        size = self.settings.shard_size
-        return self.order[index * size : (index + 1) * size]
-
     def encode(self, index: int) -> Sidecar:
         """Write one shard and its sidecar, each whole or not at all, over what may be there."""
         (sidecar,) = self.encode_all(iter([index]))
@@ -169,8 +164,7 @@ class ShardEncoder:
                 batch = ahead.popleft()
                 if not open_shards or open_shards[-1].index != batch.index:
                     while len(open_shards) >= _OPEN_SHARDS:
-                        yield open_shards[0].sidecar.result()
-                        open_shards.popleft()
+                        yield open_shards.popleft().sidecar.result()
                     open_shards.append(_OpenShard(batch.index))
                     shard = open_shards[-1]
                     shard.sidecar = writers.submit(self._write, shard)
@@ -178,11 +172,9 @@ class ShardEncoder:
                 on_images(batch.index, len(batch.places))
                 self.wall_sec = sec_before + time.perf_counter() - started
                 while open_shards[0].sidecar.done() and len(open_shards) > 1:
-                    yield open_shards[0].sidecar.result()
-                    open_shards.popleft()
+                    yield open_shards.popleft().sidecar.result()
             while open_shards:
-                yield open_shards[0].sidecar.result()
-                open_shards.popleft()
+                yield open_shards.popleft().sidecar.result()
             self.clock.collect(is_last=True)
             self.wall_sec = sec_before + time.perf_counter() - started
         finally:
@@ -192,20 +184,16 @@ class ShardEncoder:
             writers.shutdown()
 
     def _batches(self, indices: Iterator[int], readers: ThreadPoolExecutor) -> Iterator[Batch]:
-        size, side = self.settings.batch_size, self.settings.image.size
+        settings, pinned = self.settings, self.device.type == "cuda"
+        size, side = settings.batch_size, settings.image.size
         for index in indices:
-            files = self.shard_files(index)
+            files = self.order[index * settings.shard_size : (index + 1) * settings.shard_size]
             for start in range(0, len(files), size):
                 places = files[start : start + size]
                 shape = (len(places), side, side, 3)
-                pixels = torch.empty(
-                    shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-                )
-                rows = pixels.numpy()
-                read = [
-                    readers.submit(self._read, int(place), rows[row])
-                    for row, place in enumerate(places)
-                ]
+                pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+                rows = zip(places.tolist(), pixels.numpy(), strict=True)
+                read = [readers.submit(self._read, place, row) for place, row in rows]
                 yield Batch(index, start + size >= len(files), places, pixels, read)
 
     def _read(self, place: int, row: np.ndarray) -> BadImageError | None:
@@ -260,70 +248,60 @@ class ShardEncoder:
             ) from err
 
     def _write(self, shard: _OpenShard) -> Sidecar:
-        tar = self.output / shard_name(shard.index)
+        tar, layout = self.output / shard_name(shard.index), self.settings.latent.record_layout
         totals, keys, digest = ShardTotals(), [], hashlib.sha256()
         num_bytes = 0
 
         def samples() -> Iterator[Sample]:
             for places, encoded in shard.take():
                 moments, flips = encoded.arrays()
-                self._check(moments, flips)
+                parts = [moments] if flips is None else [moments, flips]
+                if not all(np.isfinite(part).all() for part in parts):
+                    raise ConfigError(
+                        f"--vae {self.vae.id}: its moments do not fit into float16 (--precision "
+                        f"{self.settings.latent.precision}); use another VAE or precision."
+                    )
                 labels = self.source.labels[places].tolist()
                 add_samples(totals, labels, moments)
-                for row, (place, label) in enumerate(zip(places, labels, strict=True)):
-                    keys.append(sample_key(place))
-                    flip = None if flips is None else flips[row]
-                    yield Sample(place, label, moments[row], flip)
+                keys.extend(map(sample_key, places))
+                mirrored = [None] * len(places) if flips is None else flips
+                yield from map(Sample, places, labels, moments, mirrored)
 
         def write(file: IO[bytes]) -> None:
             nonlocal num_bytes
-            self.settings.latent.record_layout.write(_Hashing(file, digest), samples())
+            layout.write(_Hashing(file, digest), samples())
             num_bytes = file.tell()
-            self._check_stated(tar.name, digest.hexdigest())
-
-        def describe() -> Sidecar:
-            record = Shard(
-                name=tar.name,
-                num_samples=len(keys),
-                bytes=num_bytes,
-                sha256=digest.hexdigest(),
-                stride=self.settings.latent.record_layout.stride,
-                index_sha256="",
-                first_key=keys[0] if keys else "",
-                skipped=sorted(shard.skipped),
-            )
-            return Sidecar(record, totals)
+            # A finished data set stays what it is: runs and checkpoints know it by its content.
+            if self.stated.get(tar.name, digest.hexdigest()) != digest.hexdigest():
+                raise ConfigError(
+                    f"--output {self.output}: its {tar.name} is missing or damaged, and encoding "
+                    "it again gives other bytes than dataset.json says (another machine, version "
+                    "or image); copy it again from another copy of the data set, or see "
+                    "verify_shards.py --repair."
+                )
 
         # A name of its own: another process may write the same shard, to the same bytes.
         temporary = tar.with_name(f"{tar.name}.{os.getpid()}-{uuid.uuid4().hex}.tmp")
         try:
             replace_file(tar, write, temporary)
-            sidecar = describe()
-            SIDECAR.write(tar.with_suffix(".json"), sidecar)
-            return sidecar
+            record = Shard(
+                name=tar.name,
+                num_samples=len(keys),
+                bytes=num_bytes,
+                sha256=digest.hexdigest(),
+                stride=layout.stride,
+                index_sha256="",
+                first_key=keys[0] if keys else "",
+                skipped=sorted(shard.skipped),
+            )
+            SIDECAR.write(tar.with_suffix(".json"), Sidecar(record, totals))
+            return Sidecar(record, totals)
         except FileNotFoundError:
             # Others believed this process dead, wrote the shard, and removed its temporary file.
             finished = finished_sidecar(self.output, shard.index)
             if finished is None:
                 raise
             return finished
-
-    def _check_stated(self, name: str, sha256: str) -> None:
-        """Leave a finished data set what it is: runs and checkpoints know it by its content."""
-        if self.stated.get(name, sha256) != sha256:
-            raise ConfigError(
-                f"--output {self.output}: its {name} is missing or damaged, and encoding it again "
-                "gives other bytes than dataset.json says (another machine, version or image); "
-                "copy it again from another copy of the data set, or see verify_shards.py --repair."
-            )
-
-    def _check(self, moments: np.ndarray, flips: np.ndarray | None) -> None:
-        for part in (moments, flips):
-            if part is not None and not np.isfinite(part).all():
-                raise ConfigError(
-                    f"--vae {self.vae.id}: its moments do not fit into float16 "
-                    f"(--precision {self.settings.latent.precision}); use another VAE or precision."
-                )
 
 
 class _Hashing:

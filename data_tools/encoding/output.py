@@ -24,7 +24,6 @@ from data_tools.shards.manifest import (
     DatasetManifest,
     Manifest,
     Members,
-    Shard,
     SourceList,
 )
 from data_tools.shards.shard_check import read_shard
@@ -83,7 +82,6 @@ class EncodingOutput:
     """What is done and what is missing of a data set that several processes may be encoding."""
 
     def __init__(self, folder: Path, settings: EncodingSettings) -> None:
-        """Look into an existing folder."""
         self.folder, self.settings = folder, settings
         self.missing = dict.fromkeys(range(settings.num_shards))  # in order, quickly removed from
         self.refresh()
@@ -108,21 +106,20 @@ class EncodingOutput:
         resume on the data any more.
         """
         manifest = self._stated() if self.missing else None
-        if manifest is None:
-            return
-        stated = {shard.name: shard for shard in manifest.shards}
-        for index in list(self.missing):
-            shard = stated.get(shard_name(index))
-            content = None if shard is None else read_shard(self.folder, shard, manifest)
-            if content is not None and not content.problems:
+        names = {shard_name(index): index for index in self.missing}
+        for shard in manifest.shards if manifest else ():
+            if shard.name not in names:
+                continue
+            content = read_shard(self.folder, shard, manifest)
+            if not content.problems:
                 path = (self.folder / shard.name).with_suffix(".json")
                 SIDECAR.write(path, Sidecar(shard, content.totals))
-                self.is_finished(index)
+                self.is_finished(names[shard.name])
 
-    def stated_shards(self) -> dict[str, Shard]:
-        """Return the shards that dataset.json describes, by name; {} before it is written."""
+    def stated_sha256(self) -> dict[str, str]:
+        """Return what dataset.json says of the shards, by name; {} before it is written."""
         manifest = self._stated()
-        return {} if manifest is None else {shard.name: shard for shard in manifest.shards}
+        return {shard.name: shard.sha256 for shard in manifest.shards} if manifest else {}
 
     def _stated(self) -> DatasetManifest | None:
         try:
@@ -152,25 +149,19 @@ class EncodingOutput:
     def write_manifest(
         self, source: ImageSource, class_names: dict[str, tuple[str, str]]
     ) -> Manifest:
-        """Write dataset.json from the sidecars of all shards, unless it says the same already.
+        """Write dataset.json from all sidecars, unless it says the same already, and return it.
 
         Args:
             source: the images.
             class_names: id and name to write, by the source's id; others get theirs from the id.
-
-        Returns:
-            what dataset.json holds.
         """
-        sidecars = [
-            finished_sidecar(self.folder, index) for index in range(self.settings.num_shards)
-        ]
-        complete = [sidecar for sidecar in sidecars if sidecar is not None]
-        if num_lost := len(sidecars) - len(complete):
+        sidecars = [finished_sidecar(self.folder, i) for i in range(self.settings.num_shards)]
+        if num_lost := sidecars.count(None):
             raise ConfigError(
                 f"--output {self.folder}: {count_of(num_lost, 'finished shard', 'were')} removed "
                 "or changed meanwhile; run the same command again."
             )
-        manifest = _manifest(self.settings, source, class_names, complete)
+        manifest = _manifest(self.settings, source, class_names, sidecars)
         path = self.folder / MANIFEST_NAME
         if not _says_the_same(path, manifest):
             DATASET.write(path, manifest)

@@ -27,7 +27,6 @@ class EncodingProgress:
     """
 
     def __init__(self, output: EncodingOutput, claims: Claims, is_quiet: bool) -> None:
-        """Start the clock."""
         self.output, self.claims, self.total = output, claims, output.settings.num_files
         self.is_plain = not is_quiet and not sys.stderr.isatty()
         self.in_shard: dict[int, int] = {}

@@ -94,12 +94,7 @@ def disk_errors_as_config_errors(output: Path) -> Iterator[None]:
 
 
 def make_settings(source: ImageSource, vae: Vae, args: argparse.Namespace) -> EncodingSettings:
-    """Collect what decides the bytes of a data set.
-
-    Args:
-        source: the images.
-        vae: that encodes them.
-        args: of encode_latents.py; a batch size that is still open becomes 0.
+    """Collect what decides the bytes of a data set; a batch size that is still open becomes 0.
 
     Raises:
         ConfigError: the VAE cannot reduce images of this size, or there are more of them than a
@@ -172,8 +167,10 @@ def begun_settings(
     if not settings.batch_size:
         settings = dataclasses.replace(settings, batch_size=found.batch_size)
     old, new = _leaves(asdict(found)), _leaves(asdict(settings))
+    told = {name: f"{name} ({old[name]} -> {new[name]})" for name in new}
+    told["source"] = "other names or classes of images"  # two sums of them tell nobody anything
     different = [
-        _difference(name, old[name], new[name])
+        told[name]
         for name in new
         # What was begun before a VAE's statistics were used is finished without them.
         if old[name] != new[name] and not (name in _STATISTICS and not old[name])
@@ -193,12 +190,6 @@ def begun_settings(
             f"{len(found.sizes)} have other sizes); repeat the old input, or give a new folder."
         )
     return found
-
-
-def _difference(name: str, old: object, new: object) -> str:
-    if name == "source":  # two sums of all names and labels tell nobody anything
-        return "other names or classes of images"
-    return f"{name} ({old} -> {new})"
 
 
 def as_begun(output: Path, source: ImageSource) -> ImageSource:
@@ -227,8 +218,7 @@ def settle(
 
     Args:
         output: exists.
-        settings: of this command; without a batch size, that of the folder is taken over.
-        source: the images of this command.
+        settings, source: as of begun_settings.
         complete: chooses what is free, in the first process only.
         claims: of this process.
     """
@@ -247,11 +237,9 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to {"image.size": 64, ...}."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        if name == "reading":
-            continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "reading":
             leaves |= _leaves(value, f"{prefix}{name}.")
         # Of the VAE the weights count, not where they were found; sizes are compared apart.
-        elif prefix + name not in ("vae.id", "sizes"):
+        elif prefix + name not in ("reading", "vae.id", "sizes"):
             leaves[prefix + name] = value
     return leaves

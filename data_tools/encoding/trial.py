@@ -4,7 +4,7 @@ N batch, C latent channels, H W latent size.
 """
 
 import time
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +25,6 @@ TRIAL_IMAGES = 8
 MAX_BATCH_SIZE = {"cpu": 32, "cuda": 256}  # larger ones gain no speed
 _FREE_SHARE = 0.5  # of the memory that is free: other processes, and what this one does not know
 _SAMPLES = (1, 3)  # batches whose peaks are compared; the difference is what an image takes
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A timed batch.
-
-    Attributes:
-        decode_sec: to read and decode one image, on one thread.
-        vae_sec: to encode one image, with the mirrored one if that is stored.
-    """
-
-    decode_sec: float
-    vae_sec: float
-
-    def images_per_sec(self, num_threads: int) -> float:
-        """Return what one process does, with that many threads that decode."""
-        return 1 / max(self.vae_sec, self.decode_sec / num_threads)
 
 
 def first_images(source: ImageSource, order: np.ndarray, size: int, count: int) -> np.ndarray:
@@ -95,8 +78,8 @@ def check_precision(exact: Vae, reduced: Vae, pixels: np.ndarray, name: str) -> 
     if error > MAX_PRECISION_ERROR:
         raise ConfigError(
             f"--precision {name}: the latents of {count_of(len(pixels), 'image')} differ from "
-            "those in fp32 by "
-            f"{error:.2g} of their standard deviation, more than {MAX_PRECISION_ERROR}; use fp32."
+            f"those in fp32 by {error:.2g} of their standard deviation, more than "
+            f"{MAX_PRECISION_ERROR}; use fp32."
         )
     return (
         f"--precision {name}: rms error {error:.2g} of the latents' standard deviation on "
@@ -104,8 +87,13 @@ def check_precision(exact: Vae, reduced: Vae, pixels: np.ndarray, name: str) -> 
     )
 
 
-def timed_trial(encoder: ShardEncoder) -> Trial:
-    """Decode and encode a few images of the first shard."""
+def timed_trial(encoder: ShardEncoder) -> tuple[float, float]:
+    """Decode and encode a few images of the first shard.
+
+    Returns:
+        seconds to read and decode one image on one thread; and seconds to encode one, with the
+        mirrored one if that is stored.
+    """
     settings, started = encoder.settings, time.perf_counter()
     count = min(TRIAL_IMAGES, settings.batch_size)
     pixels = first_images(encoder.source, encoder.order, settings.image.size, count)
@@ -116,7 +104,7 @@ def timed_trial(encoder: ShardEncoder) -> Trial:
         if len(images):
             encoder.encode_pixels(images).arrays()
         vae_sec = (time.perf_counter() - started) / max(len(images), 1)
-    return Trial(decode_sec, vae_sec)
+    return decode_sec, vae_sec
 
 
 def choose_batch_size(vae: Vae, size: int, num_processes: int) -> int:
@@ -170,20 +158,12 @@ def _free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    for limit, used in (("memory.max", "memory.current"), _CGROUP_1):
-        free = min(free, _cgroup_free(limit, used))
+    # What a container's or a job's limit leaves.
+    for names in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # there is no limit, or it is "max"
+            limit, used = (int(Path("/sys/fs/cgroup", name).read_text("utf-8")) for name in names)
+            free = min(free, limit - used)
     return free
-
-
-_CGROUP_1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
-
-
-def _cgroup_free(limit: str, used: str) -> int:
-    """Return what a container's or a job's limit leaves; a very large number without one."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        return int((folder / limit).read_text(encoding="utf-8")) - int(
-            (folder / used).read_text(encoding="utf-8")
-        )
-    except (OSError, ValueError):  # there is none, or it is "max"
-        return 1 << 62

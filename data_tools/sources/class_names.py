@@ -18,17 +18,11 @@ _SHOWN = 5  # classes named in a line
 
 
 class ClassFolders:
-    """Collects the folders of images, one image after the other.
-
-    Attributes:
-        num_loose: images that lie in no folder.
-        first_loose: the first of these.
-    """
+    """Collects the folders of images, one image after the other."""
 
     def __init__(self, reading: Reading) -> None:
-        """Begin; `reading` says which folders are classes."""
         self.reading = reading
-        self.num_loose, self.first_loose = 0, b""
+        self.num_loose, self.first_loose = 0, b""  # images that lie in no folder
         self._place_of: dict[bytes, int] = {}
         self._members = array("i")
         self._num_direct = 0  # images that lie in the first folder of their path itself
@@ -70,9 +64,12 @@ class ClassFolders:
             ids = _without_common_folders(ids)
         notes = []
         if not self.reading.class_from and not self._num_direct:
+            what, it = f"the classes are {some(sorted(ids), _SHOWN)}", "them"
+            if len(ids) == 1:
+                what, it = f"all images lie in the folder {ids[0]}, which is the only class", "it"
             notes.append(
-                f"{_named(sorted(ids))}: the folders in {'it' if len(ids) == 1 else 'them'} are "
-                "not classes, add --class-from path if they should be"
+                f"{what}: the folders in {it} are not classes, add --class-from path if they "
+                "should be"
             )
         if not all(name.isascii() and name.isdigit() for name in ids):
             return replace(classes_of(ids, members), notes=notes)
@@ -86,10 +83,9 @@ class ClassFolders:
 
     def _refuse_splits(self, where: str, advice: Callable[[str], str], ids: list[str]) -> None:
         """Refuse the folders of a training and a test set as classes."""
-        if not _SPLITS.issuperset(name.lower() for name in ids):
+        are_pictures_of_trains = len(ids) == 1 and self._num_direct
+        if are_pictures_of_trains or not _SPLITS.issuperset(name.lower() for name in ids):
             return
-        if len(ids) == 1 and self._num_direct:
-            return  # pictures of trains
         verb = "class would be called" if len(ids) == 1 else "classes would be called"
         raise ConfigError(
             f"{where}: its {verb} {' and '.join(sorted(ids))}, as parts of a data set are called; "
@@ -103,12 +99,6 @@ def number_difference(classes: tuple[ImageClass, ...]) -> str:
         if (entry.id.lstrip("0") or "0") != str(entry.index):
             return f"the folder {entry.id} is class {entry.index}"
     return ""
-
-
-def _named(ids: list[str]) -> str:
-    if len(ids) == 1:
-        return f"all images lie in the folder {ids[0]}, which is the only class"
-    return f"the classes are {some(ids, _SHOWN)}"
 
 
 def _without_common_folders(ids: list[str]) -> list[str]:

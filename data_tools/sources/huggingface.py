@@ -32,30 +32,24 @@ if TYPE_CHECKING:
 
 _STATE_NAME, _SPLITS_NAME = "state.json", "dataset_dict.json"
 # The package trusts a data set's JSON files. RuntimeError: nested too deep, or more than Arrow can.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RuntimeError,
-)
+_BAD_JSON = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
+_UNREADABLE = (OSError, RuntimeError, *_BAD_JSON)
 _LOOKED_AT = 100_000  # rows whose values are counted for a hint
 _NUMBER_COLUMNS = ("label", "labels", "cls")  # of class numbers, where no column names its classes
 
 
 class HuggingFaceSource(ImageSource):
-    """Images in a column of an Arrow table.
+    """Images in a column of an Arrow table, of structs {bytes, path}.
 
     An image is called ROW/PATH. PATH is what its row says beside the bytes, and is never opened.
     """
 
     def __init__(self, text: str, images: "pa.ChunkedArray", classes: Classes) -> None:
-        """Describe a column of structs {bytes, path}."""
         super().__init__(text, classes)
         self.images = images
-        self.paths = Names(_paths(images))
+        # May be no UTF-8.
+        paths = (chunk.field("path").cast("binary").to_pylist() for chunk in images.chunks)
+        self.paths = Names(path or b"" for chunk in paths for path in chunk)
 
     def raw_names(self) -> Iterator[bytes]:
         """Go through ROW/PATH in order."""
@@ -81,12 +75,6 @@ class HuggingFaceSource(ImageSource):
         return -1 if buffer is None else buffer.size
 
 
-def _paths(images: "pa.ChunkedArray") -> Iterator[bytes]:
-    for chunk in images.chunks:
-        for path in chunk.field("path").cast("binary").to_pylist():  # may be no UTF-8
-            yield path or b""
-
-
 def is_saved_dataset(folder: Path) -> bool:
     """Tell a folder that `save_to_disk` wrote, of one split or of several, from others.
 
@@ -100,14 +88,13 @@ def _is_split(folder: Path) -> bool:
     return (folder / _STATE_NAME).is_file() and (folder / "dataset_info.json").is_file()
 
 
-def open_saved_dataset(folder: Path, reading: Reading | None = None) -> HuggingFaceSource:
+def open_saved_dataset(folder: Path, reading: Reading) -> HuggingFaceSource:
     """Open one split.
 
     Its classes are those of its only ClassLabel column, in the order in which that has them; else
     the numbers in a column called label, labels or cls; without either there are none. Any other
     column has to be chosen.
     """
-    reading = reading or Reading()
     reading.refuse_others(str(folder), "a data set of Hugging Face datasets", "label_column")
     if not _is_split(folder):
         raise _splits_error(folder)
@@ -123,19 +110,22 @@ def open_saved_dataset(folder: Path, reading: Reading | None = None) -> HuggingF
         # Without files there is nothing to load, which the package takes for an error.
         found = Dataset.load_from_disk(str(folder)) if _has_files(folder) else ()
     except _UNREADABLE as err:
-        raise _unreadable_error(folder, err) from err
+        raise _unreadable_error(folder, first_line(err)) from err
     if not len(found):
         raise ConfigError(f"--input {folder}: has no rows; give a data set with images.")
-    images = _only_column(
-        folder, found, Image, "save it again without all but one (remove_columns)"
-    )
+    advice = "save it again without all but one (remove_columns)"
+    images = _only_column(folder, found, Image, advice)
     if images is None:
         columns = ", ".join(found.column_names)
         raise ConfigError(
             f"--input {folder}: none of its columns ({columns}) is of type Image; cast one with "
             "cast_column(NAME, datasets.Image()) and save the data set again."
         )
-    labels = reading.label_column or _label_column(folder, found, ClassLabel)
+    labels = (
+        reading.label_column
+        or _only_column(folder, found, ClassLabel, "choose one, --label-column {}")
+        or next((name for name in _NUMBER_COLUMNS if name in found.features), None)
+    )
     others = [name for name in found.column_names if name != images]
     if labels and labels not in others:
         raise ConfigError(
@@ -159,27 +149,15 @@ def _unused(found: "datasets.Dataset", names: list[str]) -> list[str]:
     import pyarrow.compute
 
     parts = []
-    first = found.select(range(min(len(found), _LOOKED_AT))).with_format("arrow")
+    first = found.select(range(min(len(found), _LOOKED_AT)))
     for name in names:
         column = first.with_format("arrow", columns=[name])[:][name]
-        if not (_is_value(column.type) or pa.types.is_integer(column.type)):
-            continue
-        count = pa.compute.count_distinct(column).as_py()
-        if count < len(column):
-            parts.append(f"{name} ({column.type}, {count} values)")
-    if not parts:
-        return []
-    return [
-        f"columns that are not used: {', '.join(parts)}; add --label-column NAME if one holds "
-        "classes"
-    ]
-
-
-def _label_column(folder: Path, found: "datasets.Dataset", kind: type) -> str | None:
-    """Return the only ClassLabel column, or one that is called as class numbers are."""
-    named = (name for name in _NUMBER_COLUMNS if name in found.features)
-    column = _only_column(folder, found, kind, "choose one, --label-column {}")
-    return next(named, None) if column is None else column
+        if _is_value(column.type) or pa.types.is_integer(column.type):
+            count = pa.compute.count_distinct(column).as_py()
+            if count < len(column):
+                parts.append(f"{name} ({column.type}, {count} values)")
+    advice = "add --label-column NAME if one holds classes"
+    return [f"columns that are not used: {', '.join(parts)}; {advice}"] if parts else []
 
 
 def _column_classes(
@@ -191,8 +169,7 @@ def _column_classes(
 ) -> Classes:
     """Make classes of a column: named numbers, numbers, or where it was chosen other values."""
     if not all(isinstance(text, str) for text in class_names or ()):
-        err = ValueError(f"column {name} has class names that are no text")
-        raise _unreadable_error(folder, err)
+        raise _unreadable_error(folder, f"column {name} has class names that are no text")
     if _is_value(column.type):
         if not is_chosen:
             raise ConfigError(
@@ -260,7 +237,7 @@ def _splits_error(folder: Path) -> ConfigError:
         if not isinstance(splits, list) or not splits or not all(map(_is_plain, splits)):
             raise ValueError(f"{_SPLITS_NAME} has no list of splits")
     except _UNREADABLE as err:
-        return _unreadable_error(folder, err)
+        return _unreadable_error(folder, first_line(err))
     return ConfigError(
         f"--input {folder}: holds the splits {', '.join(splits)}; give one of them, such as "
         f"--input {folder / splits[0]}."
@@ -272,10 +249,10 @@ def _is_plain(name: object) -> bool:
     return is_text and name not in ("", "..") and Path(name).name == name
 
 
-def _unreadable_error(folder: Path, err: Exception) -> ConfigError:
+def _unreadable_error(folder: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"--input {folder}: cannot be read as a data set of Hugging Face datasets "
-        f"({first_line(err)}); copy or save it again."
+        f"--input {folder}: cannot be read as a data set of Hugging Face datasets ({why}); copy "
+        "or save it again."
     )
 
 

@@ -28,22 +28,15 @@ from data_tools.user_files.paths import absence
 
 LABELS_NAME = "dataset.json"  # as the tools of StyleGAN and EDM write it beside images
 _COMPANIONS_SHOWN = 2  # kinds
-_WITHOUT_IMAGES = "folders without images, which are no classes"
 
 
 @dataclass
 class _BesideImages:
-    """What a walk meets beside images.
+    """What a walk meets beside images."""
 
-    Attributes:
-        flag: that named the folder.
-        left_out: what is not used.
-        companions: images that may be no images of their own.
-    """
-
-    flag: str
+    flag: str  # that named the folder
     left_out: Tally = field(default_factory=Tally)
-    companions: Tally = field(default_factory=Tally)
+    companions: Tally = field(default_factory=Tally)  # images that may be no images of their own
 
     def look_for_companions(self, names: list[str], prefix: str) -> None:
         """Count names such as 1.seg.png beside 1.jpg, of one folder."""
@@ -66,7 +59,7 @@ class _BesideImages:
 
 
 def _walk(
-    folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: "_BesideImages"
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...], found: _BesideImages
 ) -> Iterator[str]:
     """Yield image paths relative to the root, in the order of the whole strings."""
     status = os.stat(folder)
@@ -147,7 +140,7 @@ def scan_folder(root: Path, flag: str, reading: Reading | None = None) -> FileSo
         with_images = found.first_folders()
         for folder in folders:
             if not is_hidden(folder) and os.fsencode(folder) not in with_images:
-                left_out.add(_WITHOUT_IMAGES, folder)
+                left_out.add("folders without images, which are no classes", folder)
         classes = _folder_classes(found, root, flag, len(names))
         if stored and not reading.class_from:
             classes.notes.append(
@@ -178,9 +171,8 @@ def _stored_classes(where: str, content: bytes, names: Names, left_out: Tally) -
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     advice = "correct it, or pass --class-from folder or none to leave it unread."
-    if not all(type(label) is int and label >= 0 for label in label_of.values()):
-        odd = next(v for v in label_of.values() if type(v) is not int or v < 0)
-        raise ConfigError(f"{where}: has the label {str(odd)[:40]}, no class number; {advice}")
+    if odd := [label for label in label_of.values() if type(label) is not int or label < 0]:
+        raise ConfigError(f"{where}: has the label {str(odd[0])[:40]}, no class number; {advice}")
     labels, missing, num_missing = array("i"), b"", 0
     for name in names:
         label = label_of.pop(name, None)

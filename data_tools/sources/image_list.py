@@ -57,13 +57,12 @@ def read_list(path: Path) -> FileSource:
                     f"--input {path}: line {number} is no path, or path, tab and class; correct it."
                 )
             mends = mending.of(fields[0])
-            name = _mended(fields[0], mends)
             num_plain += len(fields) == 1
             label = fields[1].strip() if len(fields) == 2 else b""
             if _unquoted in mends:
                 label = _unquoted(label)
             members.append(place_of.setdefault(label, len(place_of)))
-            yield name
+            yield _mended(fields[0], mends)
 
     try:
         with os_errors_as(f"--input {path}: cannot be read", "give a list of images"):
@@ -78,9 +77,11 @@ def read_list(path: Path) -> FileSource:
             f"--input {path}: {num_plain} of {len(names)} lines name no class; name one in every "
             "line, or in none."
         )
-    folder = path.parent
-    if num_plain:
-        return FileSource(str(path), folder, names, Classes.none(len(names)))
+    classes = Classes.none(len(names)) if num_plain else _classes(path, place_of, members)
+    return FileSource(str(path), path.parent, names, classes)
+
+
+def _classes(path: Path, place_of: dict[bytes, int], members: array) -> Classes:
     places = np.frombuffer(members, np.int32)
     if odd := next((name for name in place_of if _NEGATIVE.fullmatch(name)), b""):
         raise ConfigError(
@@ -89,10 +90,8 @@ def read_list(path: Path) -> FileSource:
     if all(name.isdigit() for name in place_of):
         # Seven digits are too large already; Python refuses to read thousands of them.
         numbers = np.array([int(name.lstrip(b"0")[:7] or b"0") for name in place_of], np.int32)
-        classes = numbered_classes(str(path), numbers[places])
-        return FileSource(str(path), folder, names, classes)
-    ids = [name.decode("utf-8", "backslashreplace") for name in place_of]
-    return FileSource(str(path), folder, names, classes_of(ids, places))
+        return numbered_classes(str(path), numbers[places])
+    return classes_of([name.decode("utf-8", "backslashreplace") for name in place_of], places)
 
 
 def _mended(text: bytes, mends: Iterable[_Mend]) -> bytes:
@@ -114,7 +113,7 @@ class _Mending:
         possible = _possible(text)
         if possible not in self._chosen:
             # A file may be missing; then the next line of this look decides.
-            alike = (other for other in self._paths() if _possible(other) == possible)
+            alike = (other for _, other, _ in self._lines() if _possible(other) == possible)
             tried = (self._that_finds(other, possible) for other in islice(alike, _MOST_TRIED))
             self._chosen[possible] = next((found for found in tried if found is not None), ())
         return self._chosen[possible]
@@ -148,9 +147,6 @@ class _Mending:
             path, *others = line.rstrip(b"\r\n").split(b"\t")
             if path.strip():
                 yield number, path, not others
-
-    def _paths(self) -> Iterator[bytes]:
-        return (path for _, path, _ in self._lines())
 
     def _that_finds(self, text: bytes, possible: tuple[_Mend, ...]) -> tuple[_Mend, ...] | None:
         """Return the fewest changes to a text that lead to a file; None where none do."""

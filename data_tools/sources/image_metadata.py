@@ -76,13 +76,9 @@ def _tiff(data: bytes, kept_tags: frozenset[int]) -> bytes:
         (count,) = struct.unpack_from(order + "H", data, start)
     except struct.error:
         return data
-    entries = [
-        data[start + 2 + i * _TIFF_ENTRY : start + 2 + (i + 1) * _TIFF_ENTRY] for i in range(count)
-    ]
-    kept = [
-        entry
-        for entry in entries
-        if len(entry) == _TIFF_ENTRY and struct.unpack_from(order + "H", entry)[0] in kept_tags
-    ]
+    table = data[start + 2 : start + 2 + count * _TIFF_ENTRY]
+    whole = len(table) - len(table) % _TIFF_ENTRY  # the file may be cut off
+    entries = (table[i : i + _TIFF_ENTRY] for i in range(0, whole, _TIFF_ENTRY))
+    kept = [part for part in entries if struct.unpack_from(order + "H", part)[0] in kept_tags]
     tags = struct.pack(order + "H", len(kept)) + b"".join(kept) + bytes(4)  # no further picture
     return data[:start] + tags + data[start + len(tags) :]

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -71,7 +72,7 @@ def _index_of(path: Path, cache: Path | None, reading: Reading) -> TarIndex:
 
 
 class TarSource(ImageSource):
-    """Images inside tars."""
+    """Images inside tars, which count their images one after the other."""
 
     def __init__(
         self,
@@ -81,7 +82,6 @@ class TarSource(ImageSource):
         classes: Classes,
         left_out: Sequence[LeftOut] = (),
     ) -> None:
-        """Join the indexes of the tars, which count their images one after the other."""
         super().__init__(text, classes, left_out)
         folder = os.path.commonpath([path.parent for path in paths])
         self.paths = paths
@@ -137,23 +137,18 @@ def open_tars(
     Without any label, folders in the tars are classes; without folders there are none.
 
     Args:
-        text: the input as typed.
         paths: of the tars, in the order of their images.
         cache: folder for the indexes, which several processes may fill at once; None: keep none.
-        reading: what the flags say.
         left_out: what lies beside the tars.
     """
     reading, left_out = reading or Reading(), left_out or Tally()
     reading.refuse_others(text, "tars", "class_from", "image_suffix", "label_suffix")
     # Processes that start together begin at different tars and find the others' indexes.
-    order = np.random.default_rng().permutation(len(paths))
-    indexes: list[TarIndex | None] = [None] * len(paths)
-
-    def scan(place: int) -> None:
-        indexes[place] = _index_of(paths[place], cache, reading)
-
+    order = random.SystemRandom().sample(paths, len(paths))
     with ThreadPoolExecutor(_SCANNERS, thread_name_prefix="scan") as pool:
-        list(pool.map(scan, order.tolist()))
+        found = pool.map(lambda path: _index_of(path, cache, reading), order)
+        index_of = dict(zip(order, found, strict=True))
+    indexes = [index_of[path] for path in paths]
     for path, index in zip(paths, indexes, strict=True):
         for entry in index.left_out:
             left_out.add_all(entry, f"{_shown(path)}/")
@@ -175,13 +170,11 @@ def _shown(path: Path) -> str:
 
 
 def _no_images_error(text: str, paths: list[Path], entries: list[LeftOut]) -> ConfigError:
-    inside = next((entry for entry in entries if entry.kind == TARS_INSIDE), None)
-    if inside is not None:
+    if inside := next((entry for entry in entries if entry.kind == TARS_INSIDE), None):
         return ConfigError(
             f"--input {text}: holds {count_of(inside.count, 'tar')} ({inside.examples[0]}, ...) "
-            "and no images; "
-            f"unpack it once, tar -xf {paths[0]} -C FOLDER, and give --input FOLDER (with "
-            "--class-from tar if each tar in it is a class)."
+            f"and no images; unpack it once, tar -xf {paths[0]} -C FOLDER, and give --input FOLDER "
+            "(with --class-from tar if each tar in it is a class)."
         )
     instead = f"; left out: {sentence(entries)}" if entries else ""
     return ConfigError(
@@ -223,11 +216,10 @@ def _classes(
 
 
 def _folder_classes(text: str, indexes: list[TarIndex], reading: Reading) -> Classes:
-    found, count = ClassFolders(reading), 0
+    found, count = ClassFolders(reading), sum(len(index.names) for index in indexes)
     for index in indexes:
         for name in index.names:
             found.add(name)
-            count += 1
     if 0 < found.num_loose < count and reading.class_from != "none":
         raise ConfigError(
             f"--input {text}: {found.num_loose} of {count} images lie in no folder of their tar; "

@@ -7,6 +7,7 @@ import io
 import struct
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -84,14 +85,10 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
         raise BadImageError("is empty")
     try:
         return _decoded(data, size)
-    except BadImageError:
-        raise
     except _DAMAGE as err:
         for reduced in without_metadata(data):
-            try:
+            with suppress(*_DAMAGE):
                 return _decoded(reduced, size)
-            except _DAMAGE:
-                continue
         raise BadImageError(_reason(data, err)) from err
 
 

@@ -29,7 +29,6 @@ def open_source(
     Args:
         words: as typed; braces and wildcards are expanded, several names are those of tars.
         cache: folder that keeps the indexes of tars; None = scan and keep nothing.
-        reading: what the flags say about it.
     """
     text, reading = " ".join(words), reading or Reading()
     if address := next((word for word in words if is_address(word)), ""):
@@ -38,38 +37,36 @@ def open_source(
             "copy them here first."
         )
     places = [place for word in words for place in places_of(word, "--input")]
-    path = Path(places[0])
-    is_saved, is_list, tars, beside = False, False, [], Tally()
+    path, suffix = Path(places[0]), Path(places[0]).suffix.lower()
+    is_saved, tars, beside = False, [], Tally()
     with os_errors_as(f"--input {text}: cannot be read", "give a path that can be"):
-        if len(places) > 1 or (path.suffix.lower() == ".tar" and not path.is_dir()):
+        is_folder = path.is_dir()
+        if len(places) > 1 or (suffix == ".tar" and not is_folder):
             tars = _tars(places, text)
+        elif not is_folder:
+            _refuse_packed(places[0])
         elif not (is_saved := is_saved_dataset(path)):
-            tars, beside = _tars_in(path) if path.is_dir() else ([], beside)
-            is_list = path.is_file() and path.suffix.lower() in _LIST_SUFFIXES
-            if not path.is_dir():
-                _refuse_packed(places[0])
+            tars, beside = _tars_in(path)
     if is_saved:
-        source = open_saved_dataset(path, reading)
-    elif tars:
+        return open_saved_dataset(path, reading)
+    if tars:
         for tar in tars:
             refuse_lfs_pointer("--input", tar)
-        source = open_tars(text, tars, cache, reading, beside)
-    elif is_list:
+        return open_tars(text, tars, cache, reading, beside)
+    if is_folder or not path.exists():
+        return _scan_images(path, reading)
+    if path.is_file() and suffix in _LIST_SUFFIXES:
         reading.refuse_others(text, "a list")
-        source = read_list(path)
-    elif path.is_file() and path.suffix.lower() in _TABLE_SUFFIXES:
+        return read_list(path)
+    if path.is_file() and suffix in _TABLE_SUFFIXES:
         raise ConfigError(
             f"--input {text}: a {path.suffix} file is no list of images; write a .tsv file with a "
             "path, a tab and a class in each line, without a line of headings."
         )
-    elif path.exists() and not path.is_dir():
-        raise ConfigError(
-            f"--input {text}: is a file, and neither a list (.txt, .tsv) nor a tar (.tar); give a "
-            "folder of images, a list or tars."
-        )
-    else:
-        source = _scan_images(path, reading)
-    return source
+    raise ConfigError(
+        f"--input {text}: is a file, and neither a list (.txt, .tsv) nor a tar (.tar); give a "
+        "folder of images, a list or tars."
+    )
 
 
 def _tars_in(folder: Path) -> tuple[list[Path], Tally]:
@@ -124,18 +121,17 @@ def _scan_images(folder: Path, reading: Reading) -> ImageSource:
 
 def _tars(places: list[str], text: str) -> list[Path]:
     other = next((place for place in places if not place.lower().endswith(".tar")), None)
-    if other is not None and not os.path.lexists(other):
-        raise ConfigError(
-            f"--input {text}: {other} does not exist; a path with blanks needs quotes."
-        )
     if other is not None:
+        if not os.path.lexists(other):
+            raise ConfigError(
+                f"--input {text}: {other} does not exist; a path with blanks needs quotes."
+            )
         raise ConfigError(
             f"--input {text}: names {len(places)} files and folders, such as {other}, and only "
             "tars can be several; give the one folder that holds them, or a list of images."
         )
     paths = [Path(place) for place in places]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path for path in paths if not path.is_file()]:
         raise ConfigError(
             f"--input {missing[0]}: does not exist ({len(missing)} of {len(paths)} tars); give "
             "tars that are there."
@@ -195,12 +191,8 @@ def read_class_names(path: Path, classes: tuple[ImageClass, ...]) -> dict[str, t
 
 
 def _from_lines(text: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        key, tab, name = line.partition("\t")
-        if not tab:
-            raise ValueError(f"line {number} has no tab")
-        pairs[key] = name.strip()
-    return pairs
+    lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if odd := next((i for i, line in lines if "\t" not in line), None):
+        raise ValueError(f"line {odd} has no tab")
+    parts = (line.partition("\t") for _, line in lines)
+    return {key: name.strip() for key, _, name in parts}

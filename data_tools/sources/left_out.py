@@ -22,12 +22,10 @@ class Tally:
     """Counts what is left out while an input is read."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
 
     def __bool__(self) -> bool:
-        """Tell whether anything was left out."""
         return bool(self._counts)
 
     def _count(self, kind: str, number: int) -> list[str]:

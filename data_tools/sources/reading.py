@@ -11,24 +11,18 @@ CLASS_SOURCES = ("folder", "path", "tar", "none")
 
 @dataclass(frozen=True)
 class Reading:
-    """What the flags say; "" where the input decides.
+    """What the flags say; "" where the input decides."""
 
-    Attributes:
-        class_from: what names an image's class: the first folder of its path, its whole folder,
-            its tar, or nothing.
-        image_suffix: of the images in tars, after KEY and a dot, where the name is cut at its
-            first dot.
-        label_suffix: of the labels in tars, or json:FIELD.
-        label_column: of a data set by Hugging Face.
-    """
-
+    # What names an image's class: the first folder of its path, its whole folder, its tar, nothing.
     class_from: str = field(default="", metadata={SINCE: 3})
+    # Of the images in tars, after KEY and a dot, where the name is cut at its first dot.
     image_suffix: str = field(default="", metadata={SINCE: 3})
+    # Of the labels in tars, or json:FIELD.
     label_suffix: str = field(default="", metadata={SINCE: 3})
+    # Of a data set by Hugging Face.
     label_column: str = field(default="", metadata={SINCE: 3})
 
     def __post_init__(self) -> None:
-        """Check the texts."""
         if self.label_suffix and not is_label_text(self.label_suffix):
             raise ConfigError(
                 f"--label-suffix {self.label_suffix}: is no suffix; write what stands after KEY "

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,12 @@ class ImageClass:
 
 @dataclass(frozen=True)
 class Classes:
-    """Labels and classes of all images.
+    """Labels and classes of all images."""
 
-    Attributes:
-        labels: int32 (N,), class of each image; all 0 without classes.
-        classes: by label; empty: the images have none.
-        former: what earlier versions gave, where they gave others.
-        notes: lines for people, about what could be understood in another way.
-    """
-
-    labels: np.ndarray
-    classes: tuple[ImageClass, ...] = ()
-    former: "Classes | None" = None
+    labels: np.ndarray  # int32 (N,), class of each image; all 0 without classes
+    classes: tuple[ImageClass, ...] = ()  # by label; empty: the images have none
+    former: "Classes | None" = None  # what earlier versions gave, where they gave others
+    # Lines for people, about what could be understood in another way.
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -66,7 +61,6 @@ class Names:
     """A sequence of byte strings in one buffer: their bytes and 8 more each."""
 
     def __init__(self, names: Iterable[bytes] = ()) -> None:
-        """Collect names."""
         blob, ends = bytearray(), array("q")
         for name in names:
             blob += name
@@ -82,11 +76,9 @@ class Names:
         return names
 
     def __len__(self) -> int:
-        """Return how many."""
         return len(self.ends)
 
     def __getitem__(self, index: int) -> bytes:
-        """Return one."""
         start = int(self.ends[index - 1]) if index else 0
         return self.blob[start : int(self.ends[index])].tobytes()
 
@@ -111,12 +103,10 @@ class ImageSource(ABC):
     """
 
     def __init__(self, text: str, classes: Classes, left_out: Sequence[LeftOut] = ()) -> None:
-        """Hold what every kind of source has."""
         self.text, self.labels, self.classes = text, classes.labels, classes.classes
         self.former, self.notes, self.left_out = classes.former, classes.notes, list(left_out)
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.labels)
 
     @abstractmethod
@@ -146,13 +136,11 @@ class ImageSource(ABC):
 
     def fingerprint(self) -> str:
         """Return the sha256 of all names and labels in order."""
-        digest, lines = hashlib.sha256(), []
-        for name, label in zip(self.raw_names(), _each(self.labels), strict=True):
-            lines.append(b"%b\t%d\n" % (name, label))
-            if len(lines) == _CHUNK:
-                digest.update(b"".join(lines))
-                lines.clear()
-        digest.update(b"".join(lines))
+        digest, chunks = hashlib.sha256(), range(0, len(self), _CHUNK)
+        labels = (label for i in chunks for label in self.labels[i : i + _CHUNK].tolist())
+        lines = (b"%b\t%d\n" % pair for pair in zip(self.raw_names(), labels, strict=True))
+        while chunk := b"".join(islice(lines, _CHUNK)):
+            digest.update(chunk)
         return digest.hexdigest()
 
     def with_former_labels(self) -> "ImageSource":
@@ -196,7 +184,7 @@ class ImageSource(ABC):
 
 
 class FileSource(ImageSource):
-    """Images that are files of their own."""
+    """Images that are files of their own, names relative to a folder or absolute."""
 
     def __init__(
         self,
@@ -206,7 +194,6 @@ class FileSource(ImageSource):
         classes: Classes,
         left_out: Sequence[LeftOut] = (),
     ) -> None:
-        """Describe files whose names are relative to `folder`, or absolute."""
         super().__init__(text, classes, left_out)
         self.folder, self.names = os.fsencode(folder), names
 
@@ -246,11 +233,6 @@ class FileSource(ImageSource):
             return -1
 
 
-def _each(values: np.ndarray) -> Iterator[int]:
-    for first in range(0, len(values), _CHUNK):
-        yield from values[first : first + _CHUNK].tolist()
-
-
 def classes_of(ids: list[str], members: np.ndarray, order: Sequence[Any] | None = None) -> Classes:
     """Give the classes their labels in the order of their ids.
 
@@ -271,9 +253,7 @@ def numbered_classes(text: str, labels: np.ndarray, *notes: str) -> Classes:
     """Describe classes that the input numbers itself, 0 to the largest; some may have no image.
 
     Args:
-        text: the input as typed.
         labels: int (N,); numbers from MAX_CLASSES on, however cut to a type's range, are refused.
-        notes: for people.
     """
     if int(labels.max()) >= MAX_CLASSES:
         raise too_large_label(text)

@@ -3,6 +3,7 @@
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,21 +39,13 @@ _NO_LABEL = -1
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The images of one tar.
+    """The images of one tar."""
 
-    Attributes:
-        names: of the image files in it.
-        offsets: int64 (n,), where their contents begin.
-        sizes: int64 (n,), bytes of their contents.
-        labels: int32 (n,), -1 without a label.
-        left_out: all else in the tar.
-    """
-
-    names: Names
-    offsets: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-    left_out: list[LeftOut]
+    names: Names  # of the image files in it
+    offsets: np.ndarray  # int64 (n,), where their contents begin
+    sizes: np.ndarray  # int64 (n,), bytes of their contents
+    labels: np.ndarray  # int32 (n,), -1 without a label
+    left_out: list[LeftOut]  # all else in the tar
 
 
 @dataclass
@@ -126,9 +119,9 @@ class _Scan:
         elif sample.image.name == member.name:
             raise self._error(f"holds {member.shown} twice; leave one, or rename it")
         else:
-            raise ConfigError(
-                f"--input {self.path}: {sample.image.shown} and {member.shown} are one sample; "
-                "leave one image per sample, or say with --image-suffix which it is."
+            raise self._error(
+                f"{sample.image.shown} and {member.shown} are one sample; leave one image per "
+                "sample, or say with --image-suffix which it is"
             )
 
     def _look(self, member: Member) -> tuple[str, str, str]:
@@ -150,10 +143,8 @@ class _Scan:
         try:
             number = parse_label(content_of(file, member, LABEL_BYTES), self.label_field)
         except LabelError as err:
-            raise self._error(
-                f"{member.shown} holds {err}, which is no number of a class; write the label into "
-                "it"
-            ) from err
+            what = f"{member.shown} holds {err}, which is no number of a class"
+            raise self._error(f"{what}; write the label into it") from err
         if number < 0:
             raise self._error(f"{member.shown} holds {number}; labels count from 0")
         return min(number, MAX_CLASSES)
@@ -179,19 +170,14 @@ class _Scan:
 
     def _end_archive(self) -> None:
         """Look at what belongs together in an archive; another may use the same keys again."""
-        self._match_labels()
-        self._find_companions()
-        self.first = len(self.names)
-
-    def _match_labels(self) -> None:
-        """Give the images of an archive the labels that stand elsewhere in it."""
-        if self.waiting:
-            for place in range(self.first, len(self.names)):
-                if self.labels[place] == _NO_LABEL:
-                    label, _ = self.waiting.pop(self._key(place), (_NO_LABEL, ""))
-                    self.labels[place] = label
+        # Labels may stand anywhere in it.
+        for place in range(self.first, len(self.names)) if self.waiting else ():
+            if self.labels[place] == _NO_LABEL:
+                self.labels[place], _ = self.waiting.pop(self._key(place), (_NO_LABEL, ""))
         self.orphans += [name for _, name in self.waiting.values()]
         self.waiting.clear()
+        self._find_companions()
+        self.first = len(self.names)
 
     def _name(self, place: int) -> str:
         return self.names[place].decode("utf-8", "surrogateescape")
@@ -212,7 +198,7 @@ class _Scan:
         for name in self.orphans:
             self.left_out.add("labels without an image", name)
         return TarIndex(
-            Names(name for name, is_kept in zip(self.names, kept.tolist(), strict=True) if is_kept),
+            Names(compress(self.names, kept.tolist())),
             np.frombuffer(self.offsets, np.int64)[kept],
             np.frombuffer(self.sizes, np.int64)[kept],
             labels,
@@ -228,12 +214,8 @@ class _Scan:
         }
         if not candidates:
             return
-        shorts = set(candidates.values())
-        mains = {
-            key
-            for place in range(self.first, len(self.names))
-            if place not in self.companions and (key := self._key(place)) in shorts
-        }
+        others = (i for i in range(self.first, len(self.names)) if i not in self.companions)
+        mains = set(candidates.values()).intersection(map(self._key, others))
         alone: dict[str, list[str]] = {}
         for place, short in candidates.items():
             suffix = split_name(self._name(place))[1]

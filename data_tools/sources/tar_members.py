@@ -44,13 +44,9 @@ class SeekableFile(Protocol):
 
 
 class Member(tarfile.TarInfo):
-    """One member.
+    """One member."""
 
-    Attributes:
-        archive: number of the archive, of those that were joined, counted from 0.
-    """
-
-    archive = 0
+    archive = 0  # number of the archive, of those that were joined
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Member":
@@ -126,10 +122,8 @@ def _other_kind(file: SeekableFile, err: Exception) -> str:
     kind = content_kind(begin)
     if kind in _UNPACK:
         what = kind if kind.endswith("archive") else f"compressed with {kind}"
-        return (
-            f"is {what}, so that no single file can be read from it; unpack it once with "
-            f"{_UNPACK[kind]}"
-        )
+        why = "so that no single file can be read from it"
+        return f"is {what}, {why}; unpack it once with {_UNPACK[kind]}"
     what = "is empty" if not begin else f"is no tar, or damaged at its beginning ({err})"
     return f"{what}; copy it again"
 
@@ -152,12 +146,6 @@ def _next_archive(file: SeekableFile, end: int) -> int | None:
 
 
 def content_of(file: BinaryIO | SeekableFile, member: Member, limit: int | None = None) -> bytes:
-    """Read a member's content, or its first bytes.
-
-    Args:
-        file: that `walk` reads.
-        member: is_plain.
-        limit: bytes at most.
-    """
+    """Read the content of a member that is_plain, or its first `limit` bytes."""
     file.seek(member.offset_data)
     return file.read(member.size if limit is None else min(member.size, limit))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_tools.errors import count_of
 from data_tools.files import MalformedError, from_json, parse_json
 from data_tools.formats import stored_values
 from data_tools.shards.manifest import DatasetManifest, Shard
@@ -11,51 +12,45 @@ from data_tools.shards.shard_check import ShardContent
 from data_tools.shards.sidecar import SIDECAR, ShardTotals
 from data_tools.shards.undescribed import SETTINGS_NAME
 
-SHARD_PARTS = ("shard", "index")
-
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be.
+    """Something that is not as it should be."""
 
-    Attributes:
-        part: "shard", "index" of a tar by others, "sidecar", "manifest", or "note": worth knowing,
-            and no damage.
-        name: of the file.
-        what: is wrong with it, a clause that follows the name.
-    """
-
-    part: str
-    name: str
-    what: str
+    part: str  # "shard", "sidecar", "manifest", or "note": worth knowing, and no damage
+    name: str  # of the file
+    what: str  # is wrong with it, a clause that follows the name
 
 
 @dataclass
 class Verification:
-    """What was looked at and what was found.
-
-    Attributes:
-        folder: of the data set.
-        is_quick: only sizes, names and first and last samples were looked at.
-        manifest: dataset.json; None if it is missing or malformed.
-        findings: in the order of the shards.
-        contents: of the shards, full checks only.
-        checked: what was compared, and with what outcome, for the report.
-        skipped: what could not be compared, and why.
-    """
+    """What was looked at and what was found."""
 
     folder: Path
-    is_quick: bool
-    manifest: DatasetManifest | None = None
-    findings: list[Finding] = field(default_factory=list)
-    contents: dict[str, ShardContent] = field(default_factory=dict)
-    checked: list[tuple[str, str]] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    is_quick: bool  # only sizes, names and first and last samples were looked at
+    manifest: DatasetManifest | None = None  # None if it is missing or malformed
+    findings: list[Finding] = field(default_factory=list)  # in the order of the shards
+    contents: dict[str, ShardContent] = field(default_factory=dict)  # full checks only
+    checked: list[tuple[str, str]] = field(default_factory=list)  # what, and with what outcome
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # what, and why
 
     def damaged(self, *parts: str) -> list[str]:
         """Name the files with findings of these parts, all but notes if none is given."""
-        wanted = parts or (*SHARD_PARTS, "sidecar", "manifest")
+        wanted = parts or ("shard", "sidecar", "manifest")
         return list(dict.fromkeys(f.name for f in self.findings if f.part in wanted))
+
+    def add(self, part: str, name: str, what: str) -> None:
+        """Add a finding."""
+        self.findings.append(Finding(part, name, what))
+
+    def count_sound(self, what: str, with_sidecars: bool) -> None:
+        """Note in how many shards, and sidecars, nothing was found when `what` was compared."""
+        assert self.manifest is not None
+        number = len(self.manifest.shards)
+        num_bad, num_odd = len(self.damaged("shard")), len(self.damaged("sidecar"))
+        self.checked.append((what, f"{number - num_bad} of {count_of(number, 'shard')}"))
+        if with_sidecars:
+            self.checked.append(("sidecars", f"{number - num_odd} of {number}"))
 
 
 def expects_sidecars(result: Verification, manifest: DatasetManifest) -> bool:
@@ -64,9 +59,7 @@ def expects_sidecars(result: Verification, manifest: DatasetManifest) -> bool:
         return False
     if (result.folder / SETTINGS_NAME).exists():
         return True
-    result.findings.append(
-        Finding("note", SETTINGS_NAME, "is missing: training does not need it, --repair does")
-    )
+    result.add("note", SETTINGS_NAME, "is missing: training does not need it, --repair does")
     return any((result.folder / s.name).with_suffix(".json").exists() for s in manifest.shards[:1])
 
 

@@ -39,27 +39,22 @@ def run_full(
         sidecar, why = read_sidecar(result.folder, shard, True) if with_sidecars else (None, "")
         if content.problems == [OTHER_BYTES]:
             content.problems = [_what_changed(content, sidecar, has_flip=manifest.latent.flip)]
-        found = [Finding("shard", shard.name, "; ".join(content.problems))]
-        found = found if content.problems else []
-        if with_sidecars and not why and sidecar is not None and not content.problems:
-            why = _differing_sums(sidecar, content)
+        found = []
+        if content.problems:
+            found.append(Finding("shard", shard.name, "; ".join(content.problems)))
+        elif sidecar is not None:
+            why = why or _differing_sums(sidecar, content)
         if why:
             found.append(Finding("sidecar", shard.name.replace(".tar", ".json"), why))
         on_bytes(shard.bytes)
         return content, found
 
-    for shard, (content, found) in zip(
-        manifest.shards, pool.map(look, manifest.shards), strict=True
-    ):
+    shards = manifest.shards
+    for shard, (content, found) in zip(shards, pool.map(look, shards), strict=True):
         result.contents[shard.name] = content
         result.findings += found
-    num_shards, num_bad = len(manifest.shards), len(result.damaged("shard"))
-    good = f"{num_shards - num_bad} of {count_of(num_shards, 'shard')}"
-    result.checked.append(("size, sha256, members, shapes, finite values, labels", good))
-    if with_sidecars:
-        num_odd = len(result.damaged("sidecar"))
-        result.checked.append(("sidecars", f"{num_shards - num_odd} of {num_shards}"))
-    if num_bad:
+    result.count_sound("size, sha256, members, shapes, finite values, labels", with_sidecars)
+    if num_bad := len(result.damaged("shard")):
         why = f"{count_of(num_bad, 'shard', 'are')} damaged; verify again after the repair"
         result.skipped.append(("keys, labels and statistics of the whole set", why))
         return
@@ -111,7 +106,7 @@ def _compare_keys(result: Verification, manifest: DatasetManifest) -> None:
         names.setdefault(second, []).append(f"{sample_key(int(joined[order[place]]))} of {first}")
     for name, twice in names.items():
         more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
-        result.findings.append(Finding("shard", name, f"repeats sample {twice[0]}{more}"))
+        result.add("shard", name, f"repeats sample {twice[0]}{more}")
     result.checked.append(("no sample twice", f"{len(joined) - len(again)} keys"))
 
 
@@ -120,7 +115,7 @@ def _compare_counts(result: Verification, manifest: DatasetManifest) -> None:
     wrong = [e for e in manifest.classes if e.count != counts[e.index]]
     for entry in wrong:
         what = f"class {entry.name!r} counts {entry.count}, the shards hold {counts[entry.index]}"
-        result.findings.append(Finding("manifest", MANIFEST_NAME, what))
+        result.add("manifest", MANIFEST_NAME, what)
     good = len(manifest.classes) - len(wrong)
     outcome = f"{good} of {len(manifest.classes)} classes" if manifest.classes else "no classes"
     result.checked.append(("samples per class", outcome))
@@ -146,12 +141,12 @@ def _compare_statistics(result: Verification, manifest: DatasetManifest) -> None
         stated, found = getattr(manifest.statistics, name), getattr(computed, name)
         if len(stated) != len(found):
             what = f"statistics.{name} has {len(stated)} channels, the shards {len(found)}"
-            result.findings.append(Finding("manifest", MANIFEST_NAME, what))
+            result.add("manifest", MANIFEST_NAME, what)
             continue
         for channel, (old, new) in enumerate(zip(stated, found, strict=True)):
             difference = abs(old - new) if math.isfinite(old) else math.inf
             worst = max(worst, difference)
             if difference > STATISTICS_TOLERANCE + _RELATIVE_TOLERANCE * abs(new):
                 what = f"statistics.{name}[{channel}] is {old:g}, the shards give {new:g}"
-                result.findings.append(Finding("manifest", MANIFEST_NAME, what))
+                result.add("manifest", MANIFEST_NAME, what)
     result.checked.append(("mean and std per channel", f"differ by at most {worst:.1e}"))

@@ -22,7 +22,7 @@ from data_tools.storage.locations import Location
 from data_tools.stream.plan import BLOCK
 from data_tools.stream.reader import SampleReader
 from data_tools.stream.training_data import DataPart, TrainingData
-from data_tools.vae.autoencoder import decode_pixels, load_vae
+from data_tools.vae.autoencoder import decode_pixels, load_vae, resolve_device
 from models.latents import frozen_latents
 
 MAX_PICTURES = 60  # ten by six
@@ -94,7 +94,7 @@ def write_preview(
     manifest: DatasetManifest,
     *,
     vae: str | None = None,
-    device: torch.device | str = "cpu",
+    device: str | None = None,
     without: Collection[str] = (),
 ) -> int:
     """Decode some samples and write them as one PNG.
@@ -103,31 +103,29 @@ def write_preview(
         path: of the picture.
         manifest: of a data set with its shards.
         vae: where the data set's VAE is; None = where dataset.json says. Its checksum must agree.
-        device: that decodes.
+        device: as --device.
         without: names of shards not to read.
 
     Returns:
         the number of pictures.
     """
+    where, reference = resolve_device(device), manifest.vae
     samples = choose_samples(manifest, without=without)
     if not samples:
         raise ConfigError(
             f"--preview {path}: no shard can be read, so there is nothing to show; repair the data "
             "set first."
         )
-    reference = manifest.vae
-    autoencoder = load_vae(
-        vae or reference.id, device=device, expected_sha256=reference.sha256 or None
-    )
+    wanted = reference.sha256 or None
+    autoencoder = load_vae(vae or reference.id, device=where, expected_sha256=wanted)
     latents = torch.stack([sample.latent for sample in samples])  # (N, C, H, W)
     scaled = frozen_latents(latents, *autoencoder.scale_and_shift("cpu"))
-    pixels = decode_pixels(autoencoder, scaled.to(device))
+    pixels = decode_pixels(autoencoder, scaled.to(where))
     title = (
         f"{manifest.folder.resolve().name}: {len(samples)} of "
         f"{count_of(manifest.num_samples, 'sample')}, "
         f"{count_of(manifest.num_classes or 'no', 'class')}, "
-        f"{pixels.shape[2]}x{pixels.shape[1]} pixels, "
-        f"decoded by {reference.id}"
+        f"{pixels.shape[2]}x{pixels.shape[1]} pixels, decoded by {reference.id}"
     )
     picture = draw_grid(pixels, [sample.caption for sample in samples], title)
     with os_errors_as(f"--preview {path}: cannot be written", "name another file"):

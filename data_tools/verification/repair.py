@@ -4,11 +4,10 @@ A shard is encoded into a scratch folder first and takes its place only if it ha
 dataset.json asks for; so a repair on another machine, or from changed images, harms nothing.
 """
 
-import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from data_tools.encoding.command import reopen
@@ -18,44 +17,35 @@ from data_tools.encoding.settings import disk_errors_as_config_errors
 from data_tools.errors import ConfigError, count_of
 from data_tools.shards.manifest import DATASET, MANIFEST_NAME, DatasetManifest, Shard
 from data_tools.shards.sidecar import SIDECAR, Sidecar
-from data_tools.verification.findings import SHARD_PARTS, Verification
+from data_tools.verification.findings import Verification
 from data_tools.verification.full_check import class_counts, computed_statistics
 
 _SCRATCH = "repair-"  # begins the scratch folder's name, inside the data set's folder
 
 
-@dataclass(frozen=True)
-class RepairSource:
-    """What shards are encoded from again.
-
-    Attributes:
-        input: --input as given; None: only small files can be repaired.
-        vae: where the VAE is, if not where encoding.json says.
-        device: that encodes.
-        accepts_new_bytes: put a shard in place although its bytes are not the former ones.
-    """
-
-    input: list[str] | None
-    vae: str | None
-    device: str | None
-    accepts_new_bytes: bool
-
-
 def repair_shards(
-    result: Verification, source: RepairSource, say: Callable[[str], object]
+    result: Verification,
+    say: Callable[[str], object],
+    inputs: Sequence[str] | None,
+    vae: str | None,
+    device: str | None,
+    accepts_new_bytes: bool,
 ) -> list[str]:
     """Encode what is damaged again, and dataset.json from the sidecars if it is missing.
 
     Args:
         result: of a full check.
-        source: of the images.
         say: told of every shard that is begun.
+        inputs: --input as given; None: only small files can be repaired.
+        vae: where the VAE is, if not where encoding.json says.
+        device: that encodes.
+        accepts_new_bytes: put a shard in place although its bytes are not the former ones.
 
     Returns:
         what was done, one clause per file.
     """
     folder, manifest = result.folder, result.manifest
-    broken = result.damaged(*SHARD_PARTS)
+    broken = result.damaged("shard")
     if manifest is not None and not broken:
         return []
     if manifest is not None and not manifest.has_own_layout:
@@ -63,17 +53,17 @@ def repair_shards(
             f"--repair: {', '.join(broken[:3])} of {folder} were written by others and cannot be "
             "encoded again; fetch them again from where they came."
         )
-    if source.input is None:
+    if inputs is None:
         what = count_of(len(broken), "shard") if manifest is not None else MANIFEST_NAME
         raise ConfigError(
             f"--repair: {what} of {folder} can only be made again from the images; name them with "
             "--input, or copy the files again from another copy of the data set."
         )
-    encoder = reopen(folder, source.input, source.vae, source.device)
+    encoder = reopen(folder, inputs, vae, device)
     with disk_errors_as_config_errors(folder):
         if manifest is None:
             return _make_manifest(folder, encoder, say)
-        return _encode_again(folder, manifest, broken, encoder, source, say)
+        return _encode_again(folder, manifest, broken, encoder, say, accepts_new_bytes)
 
 
 def _make_manifest(folder: Path, encoder: ShardEncoder, say: Callable[[str], object]) -> list[str]:
@@ -92,8 +82,8 @@ def _encode_again(
     manifest: DatasetManifest,
     broken: list[str],
     encoder: ShardEncoder,
-    source: RepairSource,
     say: Callable[[str], object],
+    accepts_new_bytes: bool,
 ) -> list[str]:
     place = {shard_name(index): index for index in range(encoder.settings.num_shards)}
     if strange := [name for name in broken if name not in place]:
@@ -110,7 +100,8 @@ def _encode_again(
             say(f"encoding {name} ({number + 1} of {len(broken)})")
             sidecar = encoder.encode(place[name])
             if sidecar.shard != stated[name]:
-                _check_acceptable(sidecar.shard, stated[name], manifest, source)
+                if not accepts_new_bytes:
+                    raise _other_bytes_error(sidecar.shard, stated[name], manifest)
                 changed.append(sidecar.shard)
             for new in (scratch / name, (scratch / name).with_suffix(".json")):
                 new.replace(folder / new.name)
@@ -119,31 +110,22 @@ def _encode_again(
     finally:
         shutil.rmtree(scratch)
         if changed:
-            _write_shards(folder, manifest, changed)
+            shards = list((stated | {shard.name: shard for shard in changed}).values())
+            total = sum(shard.num_samples for shard in shards)
+            _write_manifest(folder, manifest, shards=shards, num_samples=total)
     if changed:
         done.append(f"{MANIFEST_NAME}: describes the new shards; runs cannot resume on this data")
     return done
 
 
-def _check_acceptable(
-    new: Shard, old: Shard, manifest: DatasetManifest, source: RepairSource
-) -> None:
-    if source.accepts_new_bytes:
-        return
+def _other_bytes_error(new: Shard, old: Shard, manifest: DatasetManifest) -> ConfigError:
     made_by = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
-    raise ConfigError(
+    return ConfigError(
         f"--repair: {new.name} encodes to other bytes here (sha256 {new.sha256[:12]}, not "
         f"{old.sha256[:12]}), because the images, the device, its number of threads or the "
         f"versions ({made_by}) are not those of the first time; repair where it was encoded, or "
         "pass --accept-new-bytes, and no run on this data can resume."
     )
-
-
-def _write_shards(folder: Path, manifest: DatasetManifest, changed: list[Shard]) -> None:
-    new = {shard.name: shard for shard in changed}
-    shards = [new.get(shard.name, shard) for shard in manifest.shards]
-    total = sum(shard.num_samples for shard in shards)
-    _write_manifest(folder, manifest, shards=shards, num_samples=total)
 
 
 def _write_manifest(folder: Path, manifest: DatasetManifest, **changes: object) -> None:
@@ -160,7 +142,7 @@ def repair_small_files(result: Verification) -> list[str]:
         what was done, one clause per file.
     """
     manifest, done = result.manifest, []
-    assert manifest is not None and not result.damaged(*SHARD_PARTS)
+    assert manifest is not None and not result.damaged("shard")
     with disk_errors_as_config_errors(result.folder):
         names = set(result.damaged("sidecar"))
         for shard in manifest.shards:
@@ -170,9 +152,7 @@ def repair_small_files(result: Verification) -> list[str]:
                 done.append(f"{path.name}: written from {shard.name}")
         if result.damaged("manifest"):
             counts = class_counts(result)
-            classes = [
-                dataclasses.replace(entry, count=counts[entry.index]) for entry in manifest.classes
-            ]
+            classes = [replace(entry, count=counts[entry.index]) for entry in manifest.classes]
             statistics = computed_statistics(result)
             _write_manifest(result.folder, manifest, classes=classes, statistics=statistics)
             done.append(f"{MANIFEST_NAME}: counts and statistics written from the shards")

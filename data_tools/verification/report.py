@@ -7,7 +7,7 @@ from data_tools.errors import count_of
 from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources import left_out
-from data_tools.verification.findings import SHARD_PARTS, Verification
+from data_tools.verification.findings import Verification
 
 MAX_FINDINGS = 30  # one page; --report holds all
 _MAX_NAMES = 12  # in the closing sentence
@@ -42,8 +42,7 @@ def report(
     """Write what was checked, what was found, and what to do.
 
     Args:
-        result: of the last check.
-        seconds: that it took.
+        result: of the last check, which took `seconds`.
         repaired: what was repaired before it, one clause per file.
         max_findings: rows of the table; None = all.
     """
@@ -69,14 +68,11 @@ def report(
         lines += ["", "found", *table(found[:max_findings])]
         if max_findings is not None and len(found) > max_findings:
             lines.append(f"  ... and {len(found) - max_findings} more; --report FILE holds all")
-    lines += ["", *_verdict(result)]
+    if result.damaged():
+        lines += ["", "what to do", *(f"  {line}" for line in _advice(result))]
+    else:
+        lines += ["", "intact" + (" as far as a quick check tells" if result.is_quick else "")]
     return "\n".join(lines) + "\n"
-
-
-def _verdict(result: Verification) -> list[str]:
-    if not result.damaged():
-        return ["intact" + (" as far as a quick check tells" if result.is_quick else "")]
-    return ["what to do", *(f"  {line}" for line in _advice(result))]
 
 
 def _advice(result: Verification) -> list[str]:
@@ -86,16 +82,15 @@ def _advice(result: Verification) -> list[str]:
     if result.manifest is None:
         lines.append(f"{MANIFEST_NAME}: copy it again, or write it anew from the sidecars:")
         lines.append(f"  {command} --input IMAGES")
-    if result.damaged(*SHARD_PARTS):
+    if result.damaged("shard"):
         if is_foreign:
             lines.append("shards: fetch them again, or index the set again if they were replaced")
         elif (result.folder / SETTINGS_NAME).exists():
             lines.append("shards: copy them again, or encode only these again from the images:")
             lines.append(f"  {command} --input IMAGES")
         else:
-            lines.append(
-                f"shards: copy them again; without {SETTINGS_NAME} they cannot be repaired"
-            )
+            why = f"without {SETTINGS_NAME} they cannot be repaired"
+            lines.append(f"shards: copy them again; {why}")
     elif result.damaged("sidecar", "manifest") and result.manifest is not None:
         if is_foreign:
             lines.append(f"{MANIFEST_NAME}: index the set again")
@@ -112,7 +107,7 @@ def _shown(names: list[str]) -> list[str]:
 
 def sentence(result: Verification, report_path: Path | None) -> str:
     """Say in one sentence what is damaged, for stderr."""
-    shards, others = result.damaged(*SHARD_PARTS), result.damaged("sidecar", "manifest")
+    shards, others = result.damaged("shard"), result.damaged("sidecar", "manifest")
     parts = []
     if shards:
         number = len(result.manifest.shards) if result.manifest else "?"
