@@ -60,7 +60,8 @@ THREAD_FAILED = "the thread that writes failed; see the error above"
 GIVEN_UP = "given up for the later one that a signal asks for"
 _numbers = itertools.count()  # of the checkpoints of this process; equal on all ranks
 
-WriteError = OSError | RuntimeError | SafetensorError | NonFiniteWeightsError
+# Of writing weights; torch's zip writer reports ENOSPC as RuntimeError.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, NonFiniteWeightsError)
 
 
 @dataclass(frozen=True)
@@ -205,13 +206,13 @@ class BackgroundWrite:
             self._consolidate(files)
             self.doing = f"publishing {plan.final}"
             publish(plan.temporary, plan.final, manifest_text(plan.manifest_of(files)))
-        except WriteError as err:
+        except WRITE_ERRORS as err:
             return self._describe(err)
         with contextlib.suppress(OSError):  # what is published is; it is tried again next time
             prune(plan.final, plan.staging, plan.keep_last, plan.keep_every)
         return None
 
-    def _describe(self, error: WriteError) -> str:
+    def _describe(self, error: Exception) -> str:
         """Say what went wrong and what to do."""
         if self._is_given_up:
             return GIVEN_UP
@@ -222,7 +223,7 @@ class BackgroundWrite:
     def _write_own_files(self) -> dict[str, Any]:
         """Write this rank's files; return its problem and their records, ready for JSON."""
         records: dict[str, FileRecord] = {}
-        error: WriteError | None = self._error
+        error: Exception | None = self._error
         while self._files:
             name, content = self._files.pop()
             if error is not None:

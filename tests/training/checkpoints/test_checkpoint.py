@@ -395,6 +395,34 @@ def test_a_signal_does_not_wait_for_a_checkpoint_that_is_being_written(
     assert not write.plan.temporary.exists()
 
 
+@pytest.mark.usefixtures("single_process_group")
+def test_weights_that_are_not_finite_become_no_checkpoint(tmp_path):
+    checkpoint_at(tmp_path, 2)
+    before, staging = visible(tmp_path), take_over(tmp_path)
+    final = staging.parent / "step-0000004"
+    (staging / final.name).mkdir()
+    stored = {
+        "fragments": [("a", 0, 0, 0, 2)],
+        "masters": [torch.tensor([1.0, torch.nan])],
+        "states": [{}],
+        "progress": (4, 32, 0),
+        "client_state": {},
+    }
+    plan = WritePlan(
+        *(staging, final, TrainState(4), [], {"a": torch.Size([2])}, torch.empty(0), None),
+        keep_last=1,
+        keep_every=0,
+    )
+
+    write = BackgroundWrite(plan, [("mp_rank_00_model_states.pt", {"partitions": stored})], None)
+
+    assert write.outcome(lambda: False).problem == (
+        "a holds values that are not finite; lower --lr, raise --warmup-steps or set "
+        "--gradient-clipping"
+    )
+    assert visible(tmp_path) == before
+
+
 def test_a_snapshot_does_not_change_any_more_and_shares_what_was_shared():
     master = torch.arange(6.0)
     view, other, empty = master[:4].view(2, 2), master[2:], torch.empty(0)
