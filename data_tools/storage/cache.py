@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from data_tools.errors import ConfigError, os_errors_as
 from data_tools.storage.checksums import RememberedChecksums
-from data_tools.storage.locks import StoppedError, lock, lock_file, try_lock, try_lock_file
+from data_tools.storage.locks import AT_ONCE, StoppedError, lock, lock_file, try_lock
 from data_tools.user_files.paths import expand
 
 _FLAG = "--data-cache"
@@ -246,10 +246,10 @@ class ShardCache:
     def _remove_part(self, path: Path) -> bool:
         """Remove what a process that was killed has left."""
         lock_path = path.with_name(f"{path.name.partition('.')[0]}.lock")
-        with try_lock_file(lock_path) as is_mine:
-            if is_mine:
-                path.unlink(missing_ok=True)
-            return is_mine
+        with suppress(StoppedError), lock_file(lock_path, AT_ONCE):
+            path.unlink(missing_ok=True)
+            return True
+        return False  # another process fetches it
 
 
 def _make_private(folder: Path) -> None:

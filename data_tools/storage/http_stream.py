@@ -29,11 +29,7 @@ _RETRIED_REFUSALS = (408, 425, 429)  # request timeout, too early, too many requ
 def open_http(url: str, start: int, validator: str, patience: Patience) -> "HttpStream":
     """Open a file from byte `start` on, or from the beginning if only that is to be had.
 
-    Args:
-        url: http or https.
-        start: first byte wanted.
-        validator: of the version whose first bytes are here; "" if unknown.
-        patience: with the server.
+    `validator` is of the version whose first bytes are here; "" if unknown.
     """
     with suppress(NoSuchPartError):
         return HttpStream(url, start, validator, patience)
