@@ -61,12 +61,9 @@ class BatchReader:
         """Start preparing shards as soon as the first batch is asked for.
 
         Args:
-            data: what is read.
             seed: of the order and of the flips.
             window: shards that are shuffled together.
             global_batch_size: samples per optimizer step over all ranks.
-            rank: of this process.
-            world_size: number of processes.
             num_streams: canonical streams; must divide the global batch.
             horizontal_flip: replace half of the samples by their mirror images.
             check: of local shards before their first use: "sha256" or "size".
@@ -148,11 +145,7 @@ class LatentStream:
         """Start reading ahead.
 
         Args:
-            data: what is read.
             micro_batch_size: samples per batch of this stream.
-            global_batch_size: samples per optimizer step over all ranks.
-            rank: of this process.
-            world_size: number of processes.
             start_position: samples consumed so far by the whole job.
             settings: the other arguments of BatchReader.
         """
