@@ -22,7 +22,7 @@ from data_tools.storage.byte_stream import (
 from data_tools.storage.checksums import descriptor_sha256
 from data_tools.storage.http_stream import open_http
 from data_tools.storage.locations import Location
-from data_tools.storage.locks import StoppedError
+from data_tools.storage.locks import StoppedError, opened
 from data_tools.storage.object_stores import open_object
 from data_tools.storage.server_answers import instead_of_file
 from data_tools.user_files.place_names import PIPE
@@ -135,11 +135,8 @@ def fetch(
                 raise TransferError("its parts did not fit together")
             raise _WrongContentError("its sha256 is not that of dataset.json")
 
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
+    with opened(path, os.O_RDWR | os.O_CREAT) as file:
         _persist(attempt, location.describe(name), patience, cancel)
-    finally:
-        os.close(file)
 
 
 def _open_stream(url: str, start: int, validator: str, patience: Patience) -> Stream:

@@ -81,7 +81,10 @@ class HttpStream:
         if found := _COMPRESSIONS.intersection(map(str.strip, encodings)):
             raise RefusalError(f"the server sends it compressed ({found.pop()})")
         self.origin = _origin(self._response, self._url)
-        self.validator = _validator(headers)
+        etag = headers.get("ETag", "")
+        # A weak ETag does not promise equal bytes, and If-Range takes strong ones only.
+        is_strong = etag and not etag.startswith("W/")
+        self.validator = etag if is_strong else headers.get("Last-Modified", "")
         self.start, self.length = _range_of(headers, self._response.status)
         if self.start == 0:
             return
@@ -159,12 +162,6 @@ def _request(url: str, start: int, validator: str) -> urllib.request.Request:
         if validator:
             request.add_header("If-Range", validator)
     return request
-
-
-def _validator(headers: email.message.Message) -> str:
-    etag = headers.get("ETag", "")
-    # A weak ETag does not promise equal bytes, and If-Range takes strong ones only.
-    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
 
 
 def _range_of(headers: email.message.Message, status: int) -> tuple[int, int | None]:

@@ -47,11 +47,20 @@ def lock(
 
 
 @contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open a file that is no link, as a descriptor; one that is made is for this user alone."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def lock_file(path: Path, stop: threading.Event | None = None) -> Iterator[None]:
     """Hold the lock of a file that exists only for it and is removed at the end."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
+        with opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
             lock(descriptor, path, stop=stop)
             if _is_at(path, descriptor):  # else the one who held it has removed it
                 try:
@@ -59,8 +68,6 @@ def lock_file(path: Path, stop: threading.Event | None = None) -> Iterator[None]
                 finally:
                     path.unlink(missing_ok=True)
                 return
-        finally:
-            os.close(descriptor)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -125,10 +125,8 @@ class BatchReader:
 class LatentStream:
     """An endless iterator of this rank's micro-batches, from any stream position on.
 
-    With global batch G, world size W and micro-batch n, rank r reads in step s the positions
-    s * G + r * G / W + [0, G / W), and n of them in each micro-step. So the union over ranks and
-    micro-steps is the global batch at s * G whatever the number of ranks, a rank meets as few
-    canonical streams as there can be, and resuming needs the position alone.
+    Which these are, says `micro_batches`: the union over ranks and micro-steps is the global batch
+    whatever the number of ranks, and resuming needs the position alone.
     """
 
     def __init__(
