@@ -38,15 +38,11 @@ class StopRequest(KeyboardInterrupt):
 
 
 class _LossyFile(io.FileIO):
-    """A file that loses what cannot be written.
-
-    Attributes:
-        error: why something was lost, the first time.
-    """
+    """A file that loses what cannot be written."""
 
     def __init__(self, descriptor: int, name: str) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self.name, self.error = name, None
+        self.name, self.error = name, None  # why something was lost, the first time
 
     def write(self, data: "bytes | memoryview") -> int:
         """Write all of it, or nothing more after an error."""

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from data_tools.errors import ConfigError
@@ -36,28 +36,15 @@ class _Family(NamedTuple):
     local_sizes: tuple[str, ...] = ()
 
 
+def _prefixed(launcher: str, prefix: str) -> _Family:
+    names = [f"{prefix}_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+    return _Family(launcher, *names[:2], (names[2],), (names[3],))
+
+
 _FAMILIES = (
-    _Family(
-        "jsrun",
-        "JSM_NAMESPACE_RANK",
-        "JSM_NAMESPACE_SIZE",
-        ("JSM_NAMESPACE_LOCAL_RANK",),
-        ("JSM_NAMESPACE_LOCAL_SIZE",),
-    ),
-    _Family(
-        "OpenMPI's mpirun",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    _Family(
-        "MVAPICH's mpirun",
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        ("MV2_COMM_WORLD_LOCAL_RANK",),
-        ("MV2_COMM_WORLD_LOCAL_SIZE",),
-    ),
+    _prefixed("jsrun", "JSM_NAMESPACE"),
+    _prefixed("OpenMPI's mpirun", "OMPI_COMM_WORLD"),
+    _prefixed("MVAPICH's mpirun", "MV2_COMM_WORLD"),
     _Family("flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", ("FLUX_TASK_LOCAL_ID",)),
     # MPICH and Intel MPI name the place on the node MPI_*, Cray PALS names it PMI_* and PALS_*.
     _Family(
@@ -78,21 +65,13 @@ _USE = "start with torchrun, deepspeed, srun or mpirun"
 
 @dataclass(frozen=True)
 class Place:
-    """Which of how many processes this one is.
+    """Which of how many processes this one is."""
 
-    Attributes:
-        launcher: its name as users know it; empty for a process that nobody launched.
-        rank: this process's number among all.
-        world_size: number of all processes.
-        local_rank: this process's number on its node.
-        local_size: number of processes on this node; None if the launcher does not say.
-    """
-
-    launcher: str
-    rank: int
+    launcher: str  # its name as users know it; empty for a process that nobody launched
+    rank: int  # among all
     world_size: int
-    local_rank: int
-    local_size: int | None
+    local_rank: int  # on its node
+    local_size: int | None  # processes on this node; None if the launcher does not say
 
 
 ALONE = Place("", 0, 1, 0, 1)
@@ -151,12 +130,7 @@ def _of_torch(env: Mapping[str, str]) -> Place | None:
             f"{found[0]}={env[found[0]]} is set and {missing} is not, so the number of processes "
             f"is unknown; unset {found[0]} for a single process, or {_USE}."
         )
-    family = _Family(
-        BY_TORCH,
-        *names,
-        ("LOCAL_RANK",),
-        ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-    )
+    family = _Family(BY_TORCH, *names, ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     return _of_family(env, family)
 
 
@@ -203,17 +177,13 @@ def _of_slurm(env: Mapping[str, str]) -> Place | None:
     size_name = "SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     family = _Family(SRUN, "SLURM_PROCID", size_name, ("SLURM_LOCALID",))
     place = _of_family(env, family)
-    local_size = 1 if place.world_size == 1 else _slurm_tasks_here(env)
-    return Place(SRUN, place.rank, place.world_size, place.local_rank, local_size)
+    return replace(place, local_size=1 if place.world_size == 1 else _slurm_tasks_here(env))
 
 
 def _slurm_tasks_here(env: Mapping[str, str]) -> int | None:
     """Return this node's number of tasks, of a list such as 2(x3),1."""
-    counts = []
-    for count, times in re.findall(
-        r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")
-    ):
-        counts += [int(count)] * int(times or 1)
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    counts = [int(count) for count, times in found for _ in range(int(times or 1))]
     node = _first_number(env, ("SLURM_NODEID",))
     return counts[node] if node is not None and node < len(counts) else None
 

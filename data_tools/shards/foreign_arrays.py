@@ -57,9 +57,7 @@ def channels_last(shape: Sequence[int]) -> str:
 def doubts(scaled_std: Sequence[float], scaling_factor: float) -> str:
     """Warn of latents that are not unscaled ones of this VAE; "" where their size is usual.
 
-    Args:
-        scaled_std: per channel, as a model would see them.
-        scaling_factor: of the VAE.
+    `scaled_std` is per channel, as a model would see them.
     """
     least, most = USUAL_STD
     if all(least <= std <= most for std in scaled_std):

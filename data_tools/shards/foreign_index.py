@@ -33,12 +33,9 @@ _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class WantedMembers:
-    """Which members of a sample are what, by the suffix after its key and a dot."""
+class WantedMembers(Members):
+    """Which members of a sample are what, and what the arrays hold."""
 
-    array: str
-    flip: str  # "": there are no latents of mirrored images
-    label: str  # "": no labels; "json:FIELD": a field of the member json
     kind: str  # "moments" or "latents"
 
 
@@ -95,9 +92,8 @@ def _scan(file: BinaryIO, wanted: WantedMembers) -> tuple[ScannedShard, bytes]:
     uniform, totals = _Uniform(wanted.kind), ShardTotals()
     rows: list[tuple[int, int, int]] = []
     first_key = ""
-    members = Members(wanted.array, wanted.flip, wanted.label)
     try:
-        for sample in walk_samples(hashing, members, left_out):
+        for sample in walk_samples(hashing, wanted, left_out):
             uniform.check(sample)
             add_samples(totals, [sample.label], sample.array[None], wanted.kind)
             first_key = first_key or sample.key

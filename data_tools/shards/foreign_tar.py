@@ -29,17 +29,13 @@ class RefusedTarError(BadTarError):
 
 @dataclass(frozen=True)
 class TarSample:
-    """One sample as its members say.
+    """One sample as its members say."""
 
-    Attributes:
-        key: what its members' names begin with.
-        row: of an index: where the content of the array's .npy member begins in the tar, and that
-            of the mirrored image or -1, in bytes; the label, 0 where the set has none.
-        arrays: (2C, H, W) or (C, H, W) by the names of their members; the mirrored image's second.
-    """
-
-    key: str
+    key: str  # what its members' names begin with
+    # Of an index: where the content of the array's .npy member begins in the tar, and that of the
+    # mirrored image or -1, in bytes; the label, 0 where the set has none.
     row: tuple[int, int, int]
+    # (2C, H, W) or (C, H, W) by the names of their members; the mirrored image's second.
     arrays: dict[str, np.ndarray]
 
     @property
@@ -72,12 +68,7 @@ def first_foreign_member(file: BinaryIO, members: Members) -> str | None:
 def walk_samples(
     file: SeekableFile, members: Members, left_out: Tally | None = None
 ) -> Iterator[TarSample]:
-    """Read all samples of a tar in order.
-
-    Args:
-        file: the tar.
-        members: what the parts of a sample are called.
-        left_out: counts all other members.
+    """Read all samples of a tar in order; `left_out` counts all other members.
 
     Raises:
         BadTarError: a header is damaged, a part is missing, occurs twice, or is no array or label

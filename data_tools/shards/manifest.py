@@ -80,21 +80,14 @@ class Members:
 
 @dataclass(frozen=True)
 class VaeReference:
-    """Which VAE made the latents, and its numbers.
+    """Which VAE made the latents, and its numbers."""
 
-    Attributes:
-        id: finds it again: a hub id, or a path; inside this repository relative to it.
-        sha256: of the weights (names, shapes and fp32 values), whatever file they came from.
-        scaling_factor: final = (latent - shift_factor) * scaling_factor.
-        shift_factor: 0 where the VAE's configuration has none.
-        latents_mean: (C,), which replaces shift_factor; most VAEs have none.
-        latents_std: (C,), by which final latents are divided; most VAEs have none.
-    """
-
-    id: str
-    sha256: str
-    scaling_factor: float
-    shift_factor: float
+    id: str  # finds it again: a hub id, or a path; inside this repository relative to it
+    sha256: str  # of the weights (names, shapes and fp32 values), whatever file they came from
+    scaling_factor: float  # final = (latent - shift_factor) * scaling_factor
+    shift_factor: float  # 0 where the VAE's configuration has none
+    # (C,), which replaces shift_factor, and (C,), by which final latents are divided; most VAEs
+    # have neither.
     latents_mean: list[float] = field(default_factory=list, metadata={SINCE: 3})
     latents_std: list[float] = field(default_factory=list, metadata={SINCE: 3})
 
@@ -164,24 +157,14 @@ DATASET = Format(newest=3, base=2, oldest=2, kind=Manifest)
 
 @dataclass(frozen=True)
 class DatasetManifest(Manifest):
-    """dataset.json as read from a folder.
+    """dataset.json as read from a folder."""
 
-    Attributes:
-        folder: where it was found; None where that is no folder of this machine.
-        hash: sha256 of what training reads; another value means another data set.
-    """
-
-    folder: Path | None
-    hash: str
+    folder: Path | None  # where it was found; None where that is no folder of this machine
+    hash: str  # sha256 of what training reads; another value means another data set
 
     @classmethod
     def load(cls, folder: str | Path, check_shards: bool = True) -> "DatasetManifest":
-        """Read a data set's description.
-
-        Args:
-            folder: holds dataset.json.
-            check_shards: also compare the shards' sizes; False for a copy without shards.
-        """
+        """Read a folder's description, and compare its shards' sizes unless it is a mere copy."""
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         if not path.is_file():
@@ -199,13 +182,7 @@ class DatasetManifest(Manifest):
 
     @classmethod
     def parse(cls, text: bytes, where: str, folder: Path | None = None) -> "DatasetManifest":
-        """Read a description that was fetched.
-
-        Args:
-            text: the content of dataset.json.
-            where: that was found, for messages.
-            folder: that holds it.
-        """
+        """Read the content of a dataset.json; messages say `where` it was found."""
         advice = f"check the address, and that {_ENCODE} wrote the file"
         if folder is not None:
             advice = f"copy it again, or run {_VERIFY} --data {folder}, it says what to do"
@@ -218,11 +195,6 @@ class DatasetManifest(Manifest):
             raise ConfigError(f"{where}: {err}; {advice}.") from err
         except ValueError as err:
             raise ConfigError(f"{where}: is not JSON ({err}); {advice}.") from err
-        return cls.of(manifest, folder)
-
-    @classmethod
-    def of(cls, manifest: Manifest, folder: Path | None = None) -> "DatasetManifest":
-        """Add what follows from a description."""
         values = {item.name: getattr(manifest, item.name) for item in fields(Manifest)}
         return cls(**values, folder=folder, hash=content_hash(manifest))
 
@@ -338,10 +310,10 @@ def _check_consistent(manifest: Manifest) -> None:
 def _check_shard(path: Path, shard: Shard) -> None:
     try:
         size = path.stat().st_size
-        found, is_good = f"has {size} bytes", size == shard.bytes
+        found = f"has {size} bytes"
     except FileNotFoundError:
-        found, is_good = "is missing", False
-    if not is_good:
+        size, found = None, "is missing"
+    if size != shard.bytes:
         refuse_lfs_pointer("--data", path)
         raise ConfigError(
             f"{path}: {found}, {MANIFEST_NAME} says {shard.bytes} bytes; copy the shard again, or "

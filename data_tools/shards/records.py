@@ -108,7 +108,6 @@ class RecordLayout:
         """Read samples of a shard, unchecked.
 
         Args:
-            descriptor: of the open shard.
             rows: the N samples' places in the shard.
             use_flip: read the mirrored image's array.
             heads: N of head_bytes, filled with the label's member and the array's headers.
@@ -170,11 +169,7 @@ class IndexedLayout:
         self.array_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         empty = npy_bytes(np.zeros(shape, dtype))
         self.npy_header = np.frombuffer(empty[: len(empty) - self.array_bytes], np.uint8)
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes of the npy header."""
-        return len(self.npy_header)
+        self.head_bytes = len(self.npy_header)
 
     def read_rows(
         self,

@@ -39,21 +39,14 @@ _HALF_EXPONENT = np.uint16(0x7C00)  # all ones in float16: infinite, or no numbe
 
 @dataclass
 class ShardContent:
-    """What a shard holds, as far as it could be read.
+    """What a shard holds, as far as it could be read."""
 
-    Attributes:
-        problems: what is wrong, most telling first; empty: sound.
-        digest: sha256 of the file; "" if it could not be read.
-        keys: int64 (n,) of a data set of this project; empty for tars of others.
-        totals: of the samples that are sound.
-        num_samples: found.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    digest: str = ""
+    problems: list[str] = field(default_factory=list)  # most telling first; empty: sound
+    digest: str = ""  # sha256 of the file; "" if it could not be read
+    # int64 (n,) of a data set of this project; empty for tars of others
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    totals: ShardTotals = field(default_factory=ShardTotals)
-    num_samples: int = 0
+    totals: ShardTotals = field(default_factory=ShardTotals)  # of the samples that are sound
+    num_samples: int = 0  # found
 
 
 def read_shard(folder: Path, shard: Shard, manifest: DatasetManifest) -> ShardContent:
@@ -64,14 +57,16 @@ def read_shard(folder: Path, shard: Shard, manifest: DatasetManifest) -> ShardCo
             size = os.fstat(file.fileno()).st_size
             if is_lfs_pointer_file(path):
                 return ShardContent([LFS_REASON])
-            if shard.stride:
-                check = _StridedCheck(shard, manifest, content)
-                check.run(file)
-            else:
+            if not shard.stride:
                 content.digest = hashlib.file_digest(file, "sha256").hexdigest()
                 _check_foreign(file, folder, shard, manifest, content)
-            if shard.stride and content.problems and size == shard.bytes:
-                _add_first_foreign_member(file, manifest, content)
+            else:
+                _StridedCheck(shard, manifest, content).run(file)
+                looks_whole = content.problems and size == shard.bytes
+                name = first_foreign_member(file, manifest.members) if looks_whole else None
+                if name is not None:
+                    what = f"holds the member {name!r}, which is no part of a sample"
+                    content.problems.insert(0, what)
     except OSError as err:
         what = "is missing" if isinstance(err, FileNotFoundError) else _unreadable(err)
         return ShardContent([what])
@@ -103,14 +98,6 @@ def _whole_file_problems(
     return [OTHER_BYTES]
 
 
-def _add_first_foreign_member(
-    file: BinaryIO, manifest: DatasetManifest, content: ShardContent
-) -> None:
-    name = first_foreign_member(file, manifest.members)
-    if name is not None:
-        content.problems.insert(0, f"holds the member {name!r}, which is no part of a sample")
-
-
 class _StridedCheck:
     """The samples of a shard whose samples all take the same number of bytes."""
 
@@ -127,7 +114,7 @@ class _StridedCheck:
         row = 0
         while row < self.shard.num_samples:
             wanted = min(len(buffer), (self.shard.num_samples - row) * stride)
-            found = _fill(file, memoryview(buffer)[:wanted])
+            found = file.readinto(memoryview(buffer)[:wanted])  # full, but for the end of the file
             digest.update(memoryview(buffer)[:found])
             rows = found // stride
             block = np.frombuffer(buffer, np.uint8, rows * stride).reshape(rows, stride)
@@ -136,10 +123,10 @@ class _StridedCheck:
             if found < wanted:
                 break
         self.content.num_samples = row
+        self.content.keys = np.concatenate([np.empty(0, np.int64), *self.keys])
         self._report(row)
         self._check_tail(file, digest)
         self.content.digest = digest.hexdigest()
-        self.content.keys = np.concatenate([np.empty(0, np.int64), *self.keys])
 
     def _report(self, num_rows: int) -> None:
         problems = self.content.problems
@@ -148,7 +135,7 @@ class _StridedCheck:
         for what, rows in self.faults.items():
             others = f" and {len(rows) - 1} others" if len(rows) > 1 else ""
             problems.append(f"holds {what} in sample {rows[0]}{others}")
-        keys = np.concatenate([np.empty(0, np.int64), *self.keys])
+        keys = self.content.keys
         first_key = f"{keys[0]:0{KEY_DIGITS}d}" if len(keys) else ""
         if not self.faults and num_rows and first_key != self.shard.first_key:
             problems.append(f"begins with {first_key}, dataset.json says {self.shard.first_key}")
@@ -204,14 +191,6 @@ class _StridedCheck:
         arrays = moments[is_good].reshape(-1, *latent.shape)
         add_samples(self.content.totals, labels[is_good].tolist(), arrays)
         self.keys.append(keys)
-
-
-def _fill(file: BinaryIO, buffer: memoryview) -> int:
-    """Read until the buffer is full or the file ends; return the bytes read."""
-    done = 0
-    while done < len(buffer) and (count := file.readinto(buffer[done:])):  # type: ignore[attr-defined]
-        done += count
-    return done
 
 
 def _digits(characters: np.ndarray, base: int) -> tuple[np.ndarray, np.ndarray]:

@@ -85,7 +85,6 @@ def statistics_of(
 
     Args:
         totals: of all shards, in order.
-        num_samples: in all of them.
         num_positions: H x W.
     """
     filled = [part for part in totals if part.channel_sum]

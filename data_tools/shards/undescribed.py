@@ -144,7 +144,6 @@ def _first(
     """Return the first file with one of the suffixes, of those that are looked at; or "".
 
     Args:
-        folder: to look into.
         suffixes: in small letters.
         within: levels of folders below it.
     """

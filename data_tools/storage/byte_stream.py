@@ -74,19 +74,12 @@ class Patience:
 
 
 class Stream(Protocol):
-    """The bytes of a file from `start` on.
+    """The bytes of a file from `start` on."""
 
-    Attributes:
-        start: what was asked for, or 0 if the other side can only begin at the beginning.
-        length: of the whole file, where it is known.
-        validator: ETag or date, by which a server recognises the same version of the file.
-        origin: the type of content that the server announces, and where it redirected to; or "".
-    """
-
-    start: int
-    length: int | None
-    validator: str
-    origin: str
+    start: int  # what was asked for, or 0 if the other side can only begin at the beginning
+    length: int | None  # of the whole file, where it is known
+    validator: str  # ETag or date, by which a server recognises the same version of the file
+    origin: str  # the type of content that the server announces, and where it redirected to; or ""
 
     def read(self) -> bytes:
         """Return the next bytes, none at the end; raises TransferError."""
@@ -111,14 +104,7 @@ class ProcessStream:
         patience: Patience,
         failure: Callable[[str], type[TransferError]] = lambda said: TransferError,
     ) -> None:
-        """Start the command; it prints the file from `start` on.
-
-        Args:
-            command: a program and its arguments.
-            start: first byte that it prints.
-            patience: with the command.
-            failure: what kind of failure it is when the command ends with this last line.
-        """
+        """Start a command that prints the file from `start` on; `failure` judges its last line."""
         self.start, self._stall_sec, self._failure = start, patience.stall_sec, failure
         # A file and no pipe: what the command leaves running may keep a pipe open for ever.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- close() closes it
@@ -130,7 +116,6 @@ class ProcessStream:
             stderr=self._errors,
             start_new_session=True,
         )
-        assert self._process.stdout is not None
         self._output = self._process.stdout.fileno()
         self._poll = select.poll()
         self._poll.register(self._output, select.POLLIN)
@@ -149,7 +134,6 @@ class ProcessStream:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        assert self._process.stdout is not None
         self._process.stdout.close()
         self._errors.close()
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from data_tools.errors import ConfigError, os_errors_as
 from data_tools.storage.checksums import RememberedChecksums
-from data_tools.storage.locks import StoppedError, lock, lock_file, try_lock, try_lock_file
+from data_tools.storage.locks import AT_ONCE, StoppedError, lock, lock_file, opened, try_lock
 from data_tools.user_files.paths import expand
 
 _FLAG = "--data-cache"
@@ -165,11 +165,8 @@ class ShardCache:
                     if not self._free_disk(err, part, num_bytes, cancel):
                         part.unlink(missing_ok=True)
                         raise
-            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            with opened(part) as descriptor:
                 self.checksums.remember(path, descriptor, sha256)
-            finally:
-                os.close(descriptor)
             os.replace(part, path)
             return self._open_whole(sha256, num_bytes, cancel)
 
@@ -230,26 +227,20 @@ class ShardCache:
         return num_bytes
 
     def _remove_whole(self, path: Path) -> bool:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            if not try_lock(descriptor, path):
-                return False
-            path.unlink(missing_ok=True)
-            self.checksums.forget(path)
-            return True
-        finally:
-            os.close(descriptor)
+        with suppress(FileNotFoundError), opened(path) as descriptor:
+            if try_lock(descriptor, path):
+                path.unlink(missing_ok=True)
+                self.checksums.forget(path)
+                return True
+        return False
 
     def _remove_part(self, path: Path) -> bool:
         """Remove what a process that was killed has left."""
         lock_path = path.with_name(f"{path.name.partition('.')[0]}.lock")
-        with try_lock_file(lock_path) as is_mine:
-            if is_mine:
-                path.unlink(missing_ok=True)
-            return is_mine
+        with suppress(StoppedError), lock_file(lock_path, AT_ONCE):
+            path.unlink(missing_ok=True)
+            return True
+        return False  # another process fetches it
 
 
 def _make_private(folder: Path) -> None:

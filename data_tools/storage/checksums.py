@@ -48,7 +48,6 @@ class RememberedChecksums:
 
         Args:
             path: of the file, absolute or not; what is remembered is remembered under it.
-            descriptor: of the file.
             sha256: expected, hexadecimal.
             stop: when set, waiting for another process that reads it ends with StoppedError.
         """

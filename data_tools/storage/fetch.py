@@ -22,7 +22,7 @@ from data_tools.storage.byte_stream import (
 from data_tools.storage.checksums import descriptor_sha256
 from data_tools.storage.http_stream import open_http
 from data_tools.storage.locations import Location
-from data_tools.storage.locks import StoppedError
+from data_tools.storage.locks import StoppedError, opened
 from data_tools.storage.object_stores import open_object
 from data_tools.storage.server_answers import instead_of_file
 from data_tools.user_files.place_names import PIPE
@@ -55,8 +55,6 @@ def read_small(
     """Return the content of a small file.
 
     Args:
-        location: where it lies.
-        name: of the file there.
         limit_bytes: most that it may have.
         patience: with the other side; default from the environment.
         on_failure: called with a sentence before each pause.
@@ -74,7 +72,7 @@ def read_small(
     def attempt() -> bytes:
         parts, count = [], 0
         with closing(_open_stream(location.url(name), 0, "", patience)) as stream:
-            for chunk in _chunks(stream, name, _StallWatch(patience.stall_sec)):
+            for chunk in _chunks(stream, name, patience.stall_sec):
                 parts.append(chunk)
                 count += len(chunk)
                 if count > limit_bytes:
@@ -103,9 +101,7 @@ def fetch(
 
     Args:
         location: remote.
-        name: of the file there.
         path: where it goes; created if need be.
-        num_bytes: that it has.
         sha256: that it has, hexadecimal.
         patience: with the other side; default from the environment.
         cancel: when set, the fetch stops with StoppedError.
@@ -126,7 +122,7 @@ def fetch(
             with closing(_open_stream(url, start, validator, patience)) as stream:
                 start, validator = stream.start, stream.validator
                 os.ftruncate(file, start)
-                chunks = _chunks(stream, name, _StallWatch(patience.stall_sec))
+                chunks = _chunks(stream, name, patience.stall_sec)
                 if stream.length not in (None, num_bytes):
                     os.ftruncate(file, 0)
                     next(chunks, b"")  # which may tell what came instead
@@ -139,11 +135,8 @@ def fetch(
                 raise TransferError("its parts did not fit together")
             raise _WrongContentError("its sha256 is not that of dataset.json")
 
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
+    with opened(path, os.O_RDWR | os.O_CREAT) as file:
         _persist(attempt, location.describe(name), patience, cancel)
-    finally:
-        os.close(file)
 
 
 def _open_stream(url: str, start: int, validator: str, patience: Patience) -> Stream:
@@ -160,11 +153,17 @@ def _open_stream(url: str, start: int, validator: str, patience: Patience) -> St
     return open_object(url, start, patience)
 
 
-def _chunks(stream: Stream, name: str, watch: "_StallWatch") -> Iterator[bytes]:
-    """Yield what comes, unless it is a page or a message in the file's place."""
+def _chunks(stream: Stream, name: str, stall_sec: float) -> Iterator[bytes]:
+    """Yield what comes, unless it is a page or a message in the file's place, or a trickle."""
     is_beginning = stream.start == 0
+    since, count = time.monotonic(), 0
     while chunk := stream.read():
-        watch.count(len(chunk))
+        count += len(chunk)
+        seconds = time.monotonic() - since
+        if seconds >= stall_sec:  # no time-out for a single byte notices a server that trickles
+            if count < _MIN_BYTES_PER_SEC * seconds:
+                raise TransferError(f"only {count} bytes came in {seconds:.1f} s")
+            since, count = time.monotonic(), 0
         if is_beginning and (wrong := instead_of_file(chunk, name, stream.origin)):
             raise _WrongContentError(wrong)
         is_beginning = False
@@ -186,23 +185,6 @@ def _copy(
             position, rest = position + written, rest[written:]
     if position != num_bytes:
         raise TransferError(f"the connection ended at byte {position} of {num_bytes}")
-
-
-class _StallWatch:
-    """Notices a server that trickles, which no time-out for a single byte does."""
-
-    def __init__(self, stall_sec: float) -> None:
-        self._stall_sec, self._since, self._count = stall_sec, time.monotonic(), 0
-
-    def count(self, num_bytes: int) -> None:
-        """Count what has arrived; raise TransferError if that is almost nothing."""
-        self._count += num_bytes
-        seconds = time.monotonic() - self._since
-        if seconds < self._stall_sec:
-            return
-        if self._count < _MIN_BYTES_PER_SEC * seconds:
-            raise TransferError(f"only {self._count} bytes came in {seconds:.1f} s")
-        self._since, self._count = time.monotonic(), 0
 
 
 def _persist(

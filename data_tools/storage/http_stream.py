@@ -29,11 +29,7 @@ _RETRIED_REFUSALS = (408, 425, 429)  # request timeout, too early, too many requ
 def open_http(url: str, start: int, validator: str, patience: Patience) -> "HttpStream":
     """Open a file from byte `start` on, or from the beginning if only that is to be had.
 
-    Args:
-        url: http or https.
-        start: first byte wanted.
-        validator: of the version whose first bytes are here; "" if unknown.
-        patience: with the server.
+    `validator` is of the version whose first bytes are here; "" if unknown.
     """
     with suppress(NoSuchPartError):
         return HttpStream(url, start, validator, patience)
@@ -85,7 +81,10 @@ class HttpStream:
         if found := _COMPRESSIONS.intersection(map(str.strip, encodings)):
             raise RefusalError(f"the server sends it compressed ({found.pop()})")
         self.origin = _origin(self._response, self._url)
-        self.validator = _validator(headers)
+        etag = headers.get("ETag", "")
+        # A weak ETag does not promise equal bytes, and If-Range takes strong ones only.
+        is_strong = etag and not etag.startswith("W/")
+        self.validator = etag if is_strong else headers.get("Last-Modified", "")
         self.start, self.length = _range_of(headers, self._response.status)
         if self.start == 0:
             return
@@ -163,12 +162,6 @@ def _request(url: str, start: int, validator: str) -> urllib.request.Request:
         if validator:
             request.add_header("If-Range", validator)
     return request
-
-
-def _validator(headers: email.message.Message) -> str:
-    etag = headers.get("ETag", "")
-    # A weak ETag does not promise equal bytes, and If-Range takes strong ones only.
-    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
 
 
 def _range_of(headers: email.message.Message, status: int) -> tuple[int, int | None]:

@@ -20,15 +20,10 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Location:
-    """Where the files of one data set lie.
+    """Where the files of one data set lie."""
 
-    Attributes:
-        text: as the user gave it.
-        folder: on this machine; None if the files are fetched.
-    """
-
-    text: str
-    folder: Path | None
+    text: str  # as the user gave it
+    folder: Path | None  # on this machine; None if the files are fetched
 
     def path(self, name: str) -> Path:
         """Return where a file lies on this machine."""

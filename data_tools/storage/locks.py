@@ -12,6 +12,8 @@ from data_tools.errors import ConfigError
 
 _POLL_SEC = 0.02
 _NEVER = threading.Event()
+AT_ONCE = threading.Event()  # a stop that is set: take a lock without waiting
+AT_ONCE.set()
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -45,11 +47,20 @@ def lock(
 
 
 @contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open a file that is no link, as a descriptor; one that is made is for this user alone."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def lock_file(path: Path, stop: threading.Event | None = None) -> Iterator[None]:
     """Hold the lock of a file that exists only for it and is removed at the end."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
+        with opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
             lock(descriptor, path, stop=stop)
             if _is_at(path, descriptor):  # else the one who held it has removed it
                 try:
@@ -57,21 +68,6 @@ def lock_file(path: Path, stop: threading.Event | None = None) -> Iterator[None]
                 finally:
                     path.unlink(missing_ok=True)
                 return
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def try_lock_file(path: Path) -> Iterator[bool]:
-    """Do the same without waiting; yield False if another process has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        is_mine = try_lock(descriptor, path) and _is_at(path, descriptor)
-        yield is_mine
-        if is_mine:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

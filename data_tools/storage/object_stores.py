@@ -76,8 +76,6 @@ def open_object(url: str, start: int, patience: Patience) -> ProcessStream:
 
     Args:
         url: s3://BUCKET/KEY or gs://BUCKET/KEY; the key as it is, nothing in it is escaped.
-        start: first byte wanted.
-        patience: with the program that reads it.
 
     Raises:
         ConfigError: no such program is installed.
@@ -86,7 +84,10 @@ def open_object(url: str, start: int, patience: Patience) -> ProcessStream:
     key = place.partition("/")[2]
 
     def failure(said: str) -> type[TransferError]:
-        return _failure(_URL.sub("", said.replace(key, "")))  # a key may be called "Forbidden"
+        said = _URL.sub("", said.replace(key, ""))  # a key may be called "Forbidden"
+        if _ABSENT.search(said):
+            return AbsentError
+        return _DeniedError if _DENIED.search(said) else TransferError
 
     package, commands = _STORES[scheme]
     if importlib.util.find_spec(package):
@@ -99,10 +100,3 @@ def open_object(url: str, start: int, patience: Patience) -> ProcessStream:
         f"{url}: needs {' or '.join(commands)} on PATH or the Python package {package}; install "
         "one of them, or name the data by https: or pipe:."
     )
-
-
-def _failure(said: str) -> type[TransferError]:
-    """Tell a file that is not there, a refusal, and an outage apart."""
-    if _ABSENT.search(said):
-        return AbsentError
-    return _DeniedError if _DENIED.search(said) else TransferError

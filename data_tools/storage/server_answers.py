@@ -13,10 +13,7 @@ _SHOWN = 80  # characters of what a server says
 def instead_of_file(head: bytes, name: str, origin: str) -> str:
     """Say what came in a file's place; "" where nothing speaks against the file itself.
 
-    Args:
-        head: the first bytes that came.
-        name: of the file that was asked for.
-        origin: what the server says of it, see Stream.
+    `origin` is what the server says of it, see Stream.
     """
     if is_lfs_pointer(head):
         return f"it is a git-lfs pointer and no {name}: ask for what the site's downloads give"

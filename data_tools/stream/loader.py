@@ -61,12 +61,9 @@ class BatchReader:
         """Start preparing shards as soon as the first batch is asked for.
 
         Args:
-            data: what is read.
             seed: of the order and of the flips.
             window: shards that are shuffled together.
             global_batch_size: samples per optimizer step over all ranks.
-            rank: of this process.
-            world_size: number of processes.
             num_streams: canonical streams; must divide the global batch.
             horizontal_flip: replace half of the samples by their mirror images.
             check: of local shards before their first use: "sha256" or "size".
@@ -128,10 +125,8 @@ class BatchReader:
 class LatentStream:
     """An endless iterator of this rank's micro-batches, from any stream position on.
 
-    With global batch G, world size W and micro-batch n, rank r reads in step s the positions
-    s * G + r * G / W + [0, G / W), and n of them in each micro-step. So the union over ranks and
-    micro-steps is the global batch at s * G whatever the number of ranks, a rank meets as few
-    canonical streams as there can be, and resuming needs the position alone.
+    Which these are, says `micro_batches`: the union over ranks and micro-steps is the global batch
+    whatever the number of ranks, and resuming needs the position alone.
     """
 
     def __init__(
@@ -148,11 +143,7 @@ class LatentStream:
         """Start reading ahead.
 
         Args:
-            data: what is read.
             micro_batch_size: samples per batch of this stream.
-            global_batch_size: samples per optimizer step over all ranks.
-            rank: of this process.
-            world_size: number of processes.
             start_position: samples consumed so far by the whole job.
             settings: the other arguments of BatchReader.
         """

@@ -24,9 +24,6 @@ class StreamOrder:
 
     A sample id counts samples through the shards in the manifest's order. One object is used by
     one thread: the current epoch and window are cached.
-
-    Attributes:
-        num_samples: of this order's part.
     """
 
     def __init__(
@@ -36,7 +33,6 @@ class StreamOrder:
 
         Args:
             shard_sizes: samples in each shard; a shard may be empty.
-            seed: of the run.
             window: shards whose samples are shuffled together.
             part: which of the equal parts (up to one sample) of the data this is the order of.
             num_parts: how many there are; at most one per sample.
@@ -48,7 +44,7 @@ class StreamOrder:
         if num_parts > 1:
             self._keep_part(part, num_parts)
             self.seed = derived_seed(seed, _PART, part)
-        self.num_samples = int(self.sizes.sum())
+        self.num_samples = int(self.sizes.sum())  # of this part
         assert self.num_samples > 0 and window > 0, "an order needs samples and a positive window"
         self._known_windows: list[tuple[int, int, np.ndarray]] = []  # the last two asked for
         self._epoch = self._window = -1  # what the caches below hold

@@ -67,7 +67,6 @@ class StreamPlan:
 
         Args:
             sets: samples in each shard of each set.
-            seed: of the run.
             window: shards of a set and stream that are shuffled together.
             global_batch_size: samples per optimizer step over all ranks.
             weights: of the sets, in thousandths.
@@ -76,8 +75,7 @@ class StreamPlan:
         assert len(weights) == len(sets) and sum(weights) == BLOCK and min(weights) > 0
         assert global_batch_size % num_streams == 0, "the streams do not divide the global batch"
         self.num_streams, self.global_batch_size = num_streams, global_batch_size
-        self.window, self.weights = window, np.array(weights)
-        self._seed = seed
+        self.weights, self._seed = np.array(weights), seed
         self._first_id = np.cumsum([0, *(sum(sizes) for sizes in sets)])
         self._first_shard = np.cumsum([0, *(len(sizes) for sizes in sets)])
         seeds = (
@@ -92,11 +90,6 @@ class StreamPlan:
         ]
         self._block = (-1, -1)  # the stream and block that the cache below is of
         self._owners = np.empty(0, np.int64)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of all sets together."""
-        return int(self._first_id[-1])
 
     def sample_ids(self, start: int, stop: int) -> np.ndarray:
         """Return the ids of the samples at positions [start, stop), int64 (stop - start,)."""

@@ -15,7 +15,7 @@ import torch
 
 from data_tools.errors import ConfigError
 from data_tools.shards.records import DamagedRecordError
-from data_tools.stream.shard_store import ShardStore
+from data_tools.stream.shard_store import ShardStore, numbered
 from data_tools.stream.training_data import DataPart, TrainingData
 
 NUM_INDEXES = 256  # of tars of others that are kept in memory, 24 bytes a sample
@@ -23,12 +23,7 @@ _SPARE_DESCRIPTORS = 256  # of the process for everything else
 
 
 class SampleReader:
-    """Reads samples by their ids; used by one thread.
-
-    Attributes:
-        first_id: of each shard of all data sets, and the number of samples, int64 (shards + 1,).
-        opened: descriptors by shard, the least recently used first.
-    """
+    """Reads samples by their ids; used by one thread."""
 
     def __init__(
         self,
@@ -40,25 +35,23 @@ class SampleReader:
         """Prepare; files are opened when first needed.
 
         Args:
-            data: what is read.
             stores: of its parts.
             open_shard: returns a descriptor of the n-th shard of all; None = the stores' own.
             num_open_shards: that samples are drawn from at a time; as many may be open at least
                 if the system allows it.
         """
-        self.first_id = np.concatenate(([0], np.cumsum(data.shard_sizes)))
+        first_id = np.concatenate(([0], np.cumsum(data.shard_sizes)))
         counts = [len(part.manifest.shards) for part in data.parts]
-        self._first_shard = np.cumsum([0, *counts])[:-1]
-        self._first_part_id = self.first_id[self._first_shard]
-        self._stores, self._open_shard = stores, open_shard or self._open_in_store
+        first_shard = np.cumsum([0, *counts])[:-1]
+        self._first_part_id = first_id[first_shard]
+        self._shards, self._open_shard = numbered(stores), open_shard or self._open_in_store
         self.num_open_shards = _allowed_descriptors(num_open_shards)
         self._last_shard = -1  # that was asked for
+        # Descriptors by shard, the least recently used first.
         self.opened: OrderedDict[int, int] = OrderedDict()
         self._parts = [
             PartReader(part, store, partial(self._descriptor, first))
-            for part, store, first in zip(
-                data.parts, stores, self._first_shard.tolist(), strict=True
-            )
+            for part, store, first in zip(data.parts, stores, first_shard.tolist(), strict=True)
         ]
 
     def read(self, ids: np.ndarray, use_flip: np.ndarray, out: torch.Tensor) -> np.ndarray:
@@ -105,18 +98,14 @@ class SampleReader:
         return descriptor
 
     def _open_in_store(self, shard: int) -> int:
-        store, own = self._locate(shard)
+        store, own = self._shards[shard]
         return store.open(own)
-
-    def _locate(self, shard: int) -> tuple[ShardStore, int]:
-        part = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
-        return self._stores[part], shard - int(self._first_shard[part])
 
     def describe_last(self) -> str:
         """Name the shard that was asked for last; empty before the first. Any thread may ask."""
         if self._last_shard < 0:
             return ""
-        store, own = self._locate(self._last_shard)
+        store, own = self._shards[self._last_shard]
         return store.describe(own)
 
 

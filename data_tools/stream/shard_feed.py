@@ -3,9 +3,8 @@
 import os
 import threading
 
-import numpy as np
-
-from data_tools.stream.shard_store import ShardStore
+from data_tools.storage.locks import StoppedError
+from data_tools.stream.shard_store import ShardStore, numbered
 
 NUM_THREADS = 4  # shards that are fetched or checked at a time
 
@@ -20,13 +19,11 @@ class ShardFeed:
         """Start the threads.
 
         Args:
-            stores: of the parts of the data.
             reads_ahead: ask the system to read local shards whole before they are needed, which
                 pays where this process reads a good part of each.
         """
         self._stores, self._reads_ahead = stores, reads_ahead
-        counts = [len(store.manifest.shards) for store in stores]
-        self._first_shard = np.cumsum([0, *counts])[:-1]
+        self._shards = numbered(stores)
         self._wanted: list[int] = []
         self._begun: set[int] = set()
         self._ready: set[int] = set()
@@ -63,8 +60,8 @@ class ShardFeed:
             if shard in self._failures:
                 raise self._failures[shard]
             if self._is_closed:
-                raise ClosedError("the feed is closed")
-        store, own = self._locate(shard)
+                raise StoppedError("the feed is closed")
+        store, own = self._shards[shard]
         return store.open(own)
 
     def close(self, timeout_sec: float) -> None:
@@ -77,12 +74,8 @@ class ShardFeed:
         for thread in self._threads:
             thread.join(timeout_sec / NUM_THREADS)
 
-    def _locate(self, shard: int) -> tuple[ShardStore, int]:
-        part = int(np.searchsorted(self._first_shard, shard, side="right")) - 1
-        return self._stores[part], shard - int(self._first_shard[part])
-
     def _release(self, shard: int) -> None:
-        store, own = self._locate(shard)
+        store, own = self._shards[shard]
         store.release(own)
 
     def _next(self) -> int | None:
@@ -116,7 +109,7 @@ class ShardFeed:
                 self._release(shard)
 
     def _prepare(self, shard: int) -> None:
-        store, own = self._locate(shard)
+        store, own = self._shards[shard]
         store.prepare(own)
         if self._reads_ahead and store.location.folder is not None:
             descriptor = store.open(own)
@@ -124,7 +117,3 @@ class ShardFeed:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(descriptor)
-
-
-class ClosedError(Exception):
-    """A shard was asked for while the feed was being closed, or later."""

@@ -23,11 +23,7 @@ INDEX_COLUMNS = 3  # offsets of the array and of the mirrored one (-1: none), la
 
 
 class ShardStore:
-    """Checked access to shards, by their place in the manifest; safe for several threads.
-
-    Attributes:
-        num_downloads: files that this object had to fetch.
-    """
+    """Checked access to shards, by their place in the manifest; safe for several threads."""
 
     def __init__(
         self,
@@ -42,8 +38,6 @@ class ShardStore:
         """Prepare; nothing is opened or fetched yet.
 
         Args:
-            manifest: says what the shards are.
-            location: where they lie.
             index_location: where the indexes of tars of others lie; default there too.
             check: of local shards before their first use: "sha256", or "size" alone. What is
                 fetched is always checked in full.
@@ -57,7 +51,7 @@ class ShardStore:
                 f"--data {location.text}: is not on this machine; name a folder with --data-cache."
             )
         self.manifest, self.location, self.check = manifest, location, check
-        self.num_downloads = 0
+        self.num_downloads = 0  # files that this object had to fetch
         self._index_location = index_location or location
         if cache is None and check == "sha256":
             cache = ShardCache(default_cache_folder())
@@ -191,3 +185,8 @@ class ShardStore:
             )
 
         return self._cache.open(sha256, num_bytes, bring, self._closing)
+
+
+def numbered(stores: list[ShardStore]) -> list[tuple[ShardStore, int]]:
+    """Number the shards through all stores: the store of each, and its place there."""
+    return [(store, own) for store in stores for own in range(len(store.manifest.shards))]

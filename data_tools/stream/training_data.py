@@ -25,7 +25,6 @@ from data_tools.shards.manifest import (
     ChannelStatistics,
     ClassEntry,
     DatasetManifest,
-    Manifest,
     SourceList,
 )
 from data_tools.storage.cache import ShardCache
@@ -60,19 +59,12 @@ class DataPart:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything that samples come from.
+    """Everything that samples come from."""
 
-    Attributes:
-        manifest: one description of all, with a hash of everything that decides what is read.
-        parts: in the order of sample ids.
-        part_counts: how many of the parts each set of the mixture has.
-        weights: of the sets, in thousandths.
-    """
-
-    manifest: DatasetManifest
-    parts: tuple[DataPart, ...]
-    part_counts: tuple[int, ...]
-    weights: tuple[int, ...]
+    manifest: DatasetManifest  # of all; its hash is of everything that decides what is read
+    parts: tuple[DataPart, ...]  # in the order of sample ids
+    part_counts: tuple[int, ...]  # how many of the parts each set of the mixture has
+    weights: tuple[int, ...]  # of the sets, in thousandths
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -186,7 +178,6 @@ def open_data(
     """Read the descriptions of all that --data names and unite them.
 
     Args:
-        text: of --data.
         data_shards: of --data-shards: where the tars lie, as many places; None = beside each
             dataset.json.
         on_failure: called with a sentence whenever a server failed and is waited for.
@@ -295,24 +286,21 @@ def _united(
     sources = [manifest.source for manifest in manifests]
     content = json.dumps([[m.hash for m in manifests], counts, weights])
     digest = hashlib.sha256(content.encode()).hexdigest()
-    whole = Manifest(
+    return replace(
+        first,
+        folder=None,
+        hash=digest,
         num_samples=sum(manifest.num_samples for manifest in manifests),
         shards=[shard for manifest in manifests for shard in manifest.shards],
-        latent=first.latent,
-        members=first.members,
-        vae=first.vae,
         statistics=_pooled(manifests),
-        image=first.image,
         source=SourceList(
             sum(source.num_files for source in sources),
             sum(source.num_skipped for source in sources),
             digest,
         ),
-        order_seed=first.order_seed,
         classes=classes,
-        versions=first.versions,
+        left_out=[],
     )
-    return replace(DatasetManifest.of(whole), hash=digest)
 
 
 def _pooled(manifests: list[DatasetManifest]) -> ChannelStatistics:

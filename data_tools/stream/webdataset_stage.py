@@ -41,11 +41,8 @@ class PlannedSamples(IterableDataset):
         """Prepare; files are opened in the process that iterates.
 
         Args:
-            data: what is read.
             batch_size: of the batches that later stages make; a worker reads as many in one go.
             global_batch_size: samples per step over all ranks; None = batch_size x world_size.
-            rank: of this process.
-            world_size: number of processes.
             start_position: stream position to begin at, between two steps.
             stop_position: where to end; None = never.
             settings: of BatchReader: seed and window, perhaps num_streams and others.
@@ -69,21 +66,18 @@ class PlannedSamples(IterableDataset):
         if self.stop_position is not None:
             starts = takewhile(lambda start: start < self.stop_position, starts)
         batches = BatchReader(self.data, **self._settings)
-        array, label = self._names()
+        members = self.data.manifest.members
+        label_name = members.label if members.label.isalnum() else "cls"
         try:
             for start in islice(starts, number, None, count):
                 latents, labels, positions = batches.read(start, self.batch_size)
                 values = zip(latents.numpy(), labels.tolist(), positions.tolist(), strict=True)
-                for value, own, position in values:
+                for array, label, position in values:
                     yield {
                         "__key__": f"{position:012d}",
-                        array: value,
-                        label: own,
+                        members.array: array,
+                        label_name: label,
                         "position": torch.tensor(position),
                     }
         finally:
             batches.close()
-
-    def _names(self) -> tuple[str, str]:
-        members = self.data.manifest.members
-        return members.array, members.label if members.label.isalnum() else "cls"

@@ -11,16 +11,9 @@ _MAX_POINTER_BYTES = 1024  # by the specification of Git LFS
 LFS_REASON = "is a git-lfs pointer and not the file itself; run git lfs pull in its folder"
 # The four letters after "ftyp" in files made of boxes, as HEIF and MP4 are.
 _BRANDS = {
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"hevc": "HEIC",
-    b"hevx": "HEIC",
-    b"heim": "HEIC",
-    b"heis": "HEIC",
-    b"mif1": "HEIF",
-    b"msf1": "HEIF",
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"), "HEIC"),
+    **dict.fromkeys((b"mif1", b"msf1"), "HEIF"),
     b"crx ": "a Canon raw photograph",
 }
 _SIGNATURES = (
@@ -107,10 +100,6 @@ def is_lfs_pointer_file(path: Path) -> bool:
 
 def refuse_lfs_pointer(flag: str, path: Path) -> None:
     """Refuse a file that Git LFS did not fetch.
-
-    Args:
-        flag: the option that named it, for the message.
-        path: of the file.
 
     Raises:
         ConfigError: it is a pointer.

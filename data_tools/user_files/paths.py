@@ -23,9 +23,7 @@ MAX_PATH_BYTES = 4096 - 512
 def expand(text: str, where: str) -> str:
     """Return a path with ~, ~user and $VARIABLES replaced; one that exists as it is stays.
 
-    Args:
-        text: as typed.
-        where: the flag or key that gave it.
+    `where` is the flag or key that gave it.
 
     Raises:
         ConfigError: a variable that is not set, a user whom nobody knows, or a link to nothing.
@@ -129,9 +127,7 @@ def broken_link(wanted: Path) -> Path | None:
 def absence(wanted: Path, named: Path | None = None) -> str:
     """Say in what way a path is not there: it is a link to nothing, or nothing at all.
 
-    Args:
-        wanted: the path.
-        named: what the sentence begins with, if that is another one.
+    `named` is what the sentence begins with, if that is another path.
     """
     link = broken_link(wanted)
     if link is None:

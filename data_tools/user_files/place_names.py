@@ -33,9 +33,7 @@ def exists_as_typed(text: str) -> bool:
 def places_of(text: str, flag: str) -> list[str]:
     """Expand {a,b}, {000..012} and, on this machine, *, ? and [..], as a shell does.
 
-    Args:
-        text: as typed; a pipe's command is left alone.
-        flag: that gave it, for messages.
+    A pipe's command is left alone.
 
     Returns:
         at least one; those of a wildcard exist and are sorted.

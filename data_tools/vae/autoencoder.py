@@ -29,26 +29,16 @@ DEMO_VAE = REPOSITORY / "data_tools" / "demo_vae"
 
 @dataclass(frozen=True, kw_only=True)
 class Vae(VaeReference):
-    """An autoencoder, and what a manifest says of it.
+    """An autoencoder, and what a manifest says of it."""
 
-    Attributes:
-        model: in evaluation mode, on its device.
-        latent_channels: C.
-        downsample: image side over latent side.
-    """
-
-    model: "AutoencoderKL"
-    latent_channels: int
-    downsample: int
+    model: "AutoencoderKL"  # in evaluation mode, on its device
+    latent_channels: int  # C
+    downsample: int  # image side over latent side
 
     @property
     def reference(self) -> VaeReference:
         """What a manifest says of it."""
         return VaeReference(self.id, self.sha256, *self.normalisation)
-
-    def scale_and_shift(self, device: torch.device | str) -> tuple[float | Tensor, float | Tensor]:
-        """Return what normalises its latents, see models/latents.py."""
-        return scale_and_shift(*self.normalisation, device)
 
 
 def load_vae(
@@ -59,7 +49,6 @@ def load_vae(
     Args:
         source: a path (relative ones are tried from the working folder, then from the repository),
             or a hub id such as stabilityai/sd-vae-ft-ema.
-        device: where the model goes.
         expected_sha256: of the VAE that encoded the data, from its manifest; another VAE of the
             same shape would decode its latents into wrong pictures without any error.
     """
@@ -123,27 +112,16 @@ def load_decoder(
         named: one that the user names on purpose, such as a decoder fine-tuned for the same
             latents; None = the one that encoded the data, and its checksum must agree.
         reference: of the data set's manifest.
-        device: where it goes.
     """
     if named is not None:
         vae = load_vae(named, device=device)
     else:
         vae = load_vae(reference.id, device=device, expected_sha256=reference.sha256)
     # What the model learned decides, and not what this VAE's configuration says.
-    scaling_factor, shift_factor, mean, std = reference.normalisation
-    vae.model.register_to_config(
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor or None,
-        latents_mean=mean or None,
-        latents_std=std or None,
-    )
-    return dataclasses.replace(
-        vae,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        latents_mean=mean,
-        latents_std=std,
-    )
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    learned = dict(zip(names, reference.normalisation, strict=True))
+    vae.model.register_to_config(**{name: value or None for name, value in learned.items()})
+    return dataclasses.replace(vae, **learned)
 
 
 def _weights_sha256(model: "AutoencoderKL") -> str:
@@ -159,7 +137,6 @@ def encode_moments(vae: Vae, pixels: Tensor) -> Tensor:
     """Encode pixels to raw latents, without waiting for a GPU.
 
     Args:
-        vae: the autoencoder.
         pixels: uint8 (N, H, W, 3), contiguous, on any device.
 
     Returns:
@@ -175,7 +152,7 @@ def encode_moments(vae: Vae, pixels: Tensor) -> Tensor:
 
 def decode_pixels(vae: Vae, final_latents: Tensor) -> np.ndarray:
     """Decode final latents (N, C, h, w), N > 0, to pixels, uint8 (N, H, W, 3)."""
-    normalisation = vae.scale_and_shift(final_latents.device)
+    normalisation = scale_and_shift(*vae.normalisation, final_latents.device)
     return decode(vae.model, final_latents, *normalisation).numpy()
 
 

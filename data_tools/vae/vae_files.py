@@ -85,12 +85,7 @@ def _find(source: str | Path) -> Path | None:
 
 
 def _from_folder(folder: Path, shown: str) -> "AutoencoderKL":
-    """Load from a folder that diffusers saved, the VAE's own or that of a whole pipeline.
-
-    Args:
-        folder: as found.
-        shown: what to call it in messages.
-    """
+    """Load from a folder that diffusers saved, the VAE's own or that of a whole pipeline."""
     from diffusers import AutoencoderKL
 
     part = folder / _PIPELINE_PART
@@ -133,11 +128,8 @@ def _weights_in(folder: Path, shown: str) -> dict[str, Any] | Path:
     if _WEIGHTS in names or _INDEX in names:
         return {}
     variants = {match[1] for name in names if (match := _INDEX_VARIANT.fullmatch(name))}
-    variants |= {
-        match[1]
-        for name in names
-        if (match := _VARIANT.fullmatch(name)) and not _PART.search(match[1])
-    }
+    matches = filter(None, map(_VARIANT.fullmatch, names))
+    variants |= {match[1] for match in matches if not _PART.search(match[1])}
     for variant in _PRECISIONS:
         if variant in variants:
             return {"variant": variant}
@@ -204,8 +196,10 @@ def _hub_folder(hub_id: str) -> Path:
         for name in (_WEIGHTS, _INDEX, *(_WEIGHTS.replace(".", f".{v}.") for v in _PRECISIONS)):
             with contextlib.suppress(EntryNotFoundError):
                 found = Path(hf_hub_download(hub_id, place + name))
-                for part in _parts(found) if name == _INDEX else ():
-                    hf_hub_download(hub_id, place + part)
+                if name == _INDEX:
+                    index = json.loads(found.read_text(encoding="utf-8"))
+                    for part in sorted(set(index["weight_map"].values())):
+                        hf_hub_download(hub_id, place + part)
                 break
     except (OSError, EntryNotFoundError, HfHubHTTPError, HFValidationError, ValueError) as err:
         if isinstance(err, EntryNotFoundError) and not isinstance(err, LocalEntryNotFoundError):
@@ -247,12 +241,6 @@ def _hub_config(hub_id: str) -> tuple[Path, str]:
         f"--vae {hub_id}: describes {_model_name(config) or 'no model'}, not an AutoencoderKL; "
         "give the id of a VAE or of a pipeline with one."
     )
-
-
-def _parts(index: Path) -> list[str]:
-    """Name the files that an index of weights is of."""
-    content = json.loads(index.read_text(encoding="utf-8"))
-    return sorted(set(content["weight_map"].values()))
 
 
 def _model_name(config: Path) -> str | None:

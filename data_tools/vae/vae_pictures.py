@@ -18,19 +18,12 @@ HELD_OUT_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class TrainingPictures:
-    """Pictures split into training and held-out ones by a hash of their family name.
+    """Pictures split into training and held-out ones by a hash of their family name."""
 
-    Attributes:
-        train: uint8 (M, size, size, 3).
-        train_weight: float64 (M,), drawing probability; every family weighs the same.
-        held_out: uint8 (K, size, size, 3).
-        source: for the card.
-    """
-
-    train: np.ndarray
-    train_weight: np.ndarray
-    held_out: np.ndarray
-    source: str
+    train: np.ndarray  # uint8 (M, size, size, 3)
+    train_weight: np.ndarray  # float64 (M,), drawing probability; every family weighs the same
+    held_out: np.ndarray  # uint8 (K, size, size, 3)
+    source: str  # for the card
 
 
 def is_held_out(family: str) -> bool:

@@ -23,7 +23,7 @@ from data_tools.stream.plan import BLOCK
 from data_tools.stream.reader import SampleReader
 from data_tools.stream.training_data import DataPart, TrainingData
 from data_tools.vae.autoencoder import decode_pixels, load_vae, resolve_device
-from models.latents import frozen_latents
+from models.latents import frozen_latents, scale_and_shift
 
 MAX_PICTURES = 60  # ten by six
 MAX_PER_CLASS = 8
@@ -119,7 +119,7 @@ def write_preview(
     wanted = reference.sha256 or None
     autoencoder = load_vae(vae or reference.id, device=where, expected_sha256=wanted)
     latents = torch.stack([sample.latent for sample in samples])  # (N, C, H, W)
-    scaled = frozen_latents(latents, *autoencoder.scale_and_shift("cpu"))
+    scaled = frozen_latents(latents, *scale_and_shift(*autoencoder.normalisation, "cpu"))
     pixels = decode_pixels(autoencoder, scaled.to(where))
     title = (
         f"{manifest.folder.resolve().name}: {len(samples)} of "
