@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -257,10 +258,8 @@ def merge_parts(folder: Path, settings: DrawSettings, class_counts: list[int]) -
 
 def _read_parts(folder: Path, settings: DrawSettings) -> Iterator[np.ndarray]:
     for part in range(settings.num_parts):
-        path, wanted = (
-            folder / _part_name(part),
-            (len(settings.indices(part)), *settings.image_size, 3),
-        )
+        path = folder / _part_name(part)
+        wanted = (len(settings.indices(part)), *settings.image_size, 3)
         try:
             pixels = np.load(path)
         except ValueError as err:
@@ -277,11 +276,8 @@ def _read_parts(folder: Path, settings: DrawSettings) -> Iterator[np.ndarray]:
 
 def write_pngs(samples: ImageNpz, folder: Path) -> None:
     """Write the images that are not there yet as FOLDER/png/000000.png. Only rank 0 calls this."""
-    i = 0
-    for batch in samples.batches(64):
-        for picture in batch:
-            path = folder / PNG_DIR / f"{i:06d}.png"
-            if not path.exists():
-                with disk_errors(folder):
-                    save_png(path, picture)
-            i += 1
+    for i, picture in enumerate(chain.from_iterable(samples.batches(64))):
+        path = folder / PNG_DIR / f"{i:06d}.png"
+        if not path.exists():
+            with disk_errors(folder):
+                save_png(path, picture)

@@ -70,7 +70,8 @@ def open_held_out(
     """
     try:
         data = open_data(text)
-        check_data(_with_data(config, text), data.manifest)
+        tried = replace(config.data, data=text, horizontal_flip=False)
+        check_data(replace(config, data=tried), data.manifest)
     except ConfigError as err:
         raise ConfigError(str(err).replace("--data ", f"{FLAG} ", 1)) from err
     where, found = f"{FLAG} {text}", data.manifest
@@ -96,10 +97,6 @@ def _numbers(space: tuple[Any, ...]) -> str:
     _, scale, shift, mean, std = space
     statistics = f", mean {mean}, std {std}" if mean else ""
     return f"scale {scale:g}, shift {shift:g}{statistics}"
-
-
-def _with_data(config: Config, text: str) -> Config:
-    return replace(config, data=replace(config.data, data=text, horizontal_flip=False))
 
 
 def _classes(
@@ -165,10 +162,10 @@ def held_out_loss(
         sums = {start: part for parts in everyone for start, part in parts.items()}
     # In the order of the batches, so that the number of ranks changes no digit.
     total = sum(sums[start] for start in starts) / held_out.num_samples  # (terms, T)
-    found: dict[str, Any] = {}
-    for term, values in zip(TERMS, total.tolist(), strict=True):
-        found[term] = {"mean": sum(values) / len(values), "by_timestep": values}
-    return found
+    return {
+        term: {"mean": sum(values) / len(values), "by_timestep": values}
+        for term, values in zip(TERMS, total.tolist(), strict=True)
+    }
 
 
 def _clean(raw: Tensor, ids: Tensor, data: TrainingData, is_frozen: bool) -> Tensor:

@@ -44,113 +44,68 @@ class Block(NamedTuple):
     pool_width: int = 0  # of the convolution after the pooling; 0 = none
 
 
-def _chain(*convs: Conv) -> list[Step]:
-    return [(conv,) for conv in convs]
+def _branch(text: str) -> list[Step]:
+    """Read a branch: NAME WIDTH HEIGHTxWIDTH [STRIDE], ..., with "|" between those side by side."""
+    return [tuple(_conv(conv) for conv in step.split("|")) for step in text.split(",")]
 
 
-def _conv(name: str, width: int, height: int, side: int | None = None, stride: int = 1) -> Conv:
-    return Conv(name, width, (height, side or height), stride)
+def _conv(text: str) -> Conv:
+    name, width, kernel, *stride = text.split()
+    height, side = kernel.split("x")
+    return Conv(name, int(width), (int(height), int(side)), *map(int, stride))
 
 
-def _block_35(pool_width: int) -> Block:
-    return Block(
-        (
-            _chain(_conv("branch1x1", 64, 1)),
-            _chain(_conv("branch5x5_1", 48, 1), _conv("branch5x5_2", 64, 5)),
-            _chain(
-                _conv("branch3x3dbl_1", 64, 1),
-                _conv("branch3x3dbl_2", 96, 3),
-                _conv("branch3x3dbl_3", 96, 3),
-            ),
-        ),
-        "average",
-        pool_width,
+def _block(branches: str, pooling: str, pool_width: int = 0) -> Block:
+    """Read a block, a line per branch."""
+    return Block([_branch(line) for line in branches.strip().splitlines()], pooling, pool_width)
+
+
+BLOCK_35 = """
+    branch1x1 64 1x1
+    branch5x5_1 48 1x1, branch5x5_2 64 5x5
+    branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3
+"""
+REDUCTION_35 = """
+    branch3x3 384 3x3 2
+    branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3 2
+"""
+BLOCK_17 = """
+    branch1x1 192 1x1
+    branch7x7_1 {0} 1x1, branch7x7_2 {0} 1x7, branch7x7_3 192 7x1
+    branch7x7dbl_1 {0} 1x1, branch7x7dbl_2 {0} 7x1, branch7x7dbl_3 {0} 1x7, \
+    branch7x7dbl_4 {0} 7x1, branch7x7dbl_5 192 1x7
+"""
+REDUCTION_17 = """
+    branch3x3_1 192 1x1, branch3x3_2 320 3x3 2
+    branch7x7x3_1 192 1x1, branch7x7x3_2 192 1x7, branch7x7x3_3 192 7x1, branch7x7x3_4 192 3x3 2
+"""
+BLOCK_8 = """
+    branch1x1 320 1x1
+    branch3x3_1 384 1x1, branch3x3_2a 384 1x3 | branch3x3_2b 384 3x1
+    branch3x3dbl_1 448 1x1, branch3x3dbl_2 384 3x3, \
+    branch3x3dbl_3a 384 1x3 | branch3x3dbl_3b 384 3x1
+"""
+STEM = tuple(  # conv, conv_1, conv_2, pool, conv_3, conv_4, pool_1 in the graph
+    conv
+    for (conv,) in _branch(
+        "Conv2d_1a_3x3 32 3x3 2, Conv2d_2a_3x3 32 3x3, Conv2d_2b_3x3 64 3x3, "
+        "Conv2d_3b_1x1 80 1x1, Conv2d_4a_3x3 192 3x3"
     )
-
-
-def _block_17(width: int) -> Block:
-    return Block(
-        (
-            _chain(_conv("branch1x1", 192, 1)),
-            _chain(
-                _conv("branch7x7_1", width, 1),
-                _conv("branch7x7_2", width, 1, 7),
-                _conv("branch7x7_3", 192, 7, 1),
-            ),
-            _chain(
-                _conv("branch7x7dbl_1", width, 1),
-                _conv("branch7x7dbl_2", width, 7, 1),
-                _conv("branch7x7dbl_3", width, 1, 7),
-                _conv("branch7x7dbl_4", width, 7, 1),
-                _conv("branch7x7dbl_5", 192, 1, 7),
-            ),
-        ),
-        "average",
-        192,
-    )
-
-
-def _block_8(pooling: str) -> Block:
-    def pair(name: str) -> Step:
-        return (_conv(f"{name}a", 384, 1, 3), _conv(f"{name}b", 384, 3, 1))
-
-    return Block(
-        (
-            _chain(_conv("branch1x1", 320, 1)),
-            [(_conv("branch3x3_1", 384, 1),), pair("branch3x3_2")],
-            [
-                (_conv("branch3x3dbl_1", 448, 1),),
-                (_conv("branch3x3dbl_2", 384, 3),),
-                pair("branch3x3dbl_3"),
-            ],
-        ),
-        pooling,
-        192,
-    )
-
-
-STEM = (  # conv, conv_1, conv_2, pool, conv_3, conv_4, pool_1 in the graph
-    _conv("Conv2d_1a_3x3", 32, 3, stride=2),
-    _conv("Conv2d_2a_3x3", 32, 3),
-    _conv("Conv2d_2b_3x3", 64, 3),
-    _conv("Conv2d_3b_1x1", 80, 1),
-    _conv("Conv2d_4a_3x3", 192, 3),
 )
 UNPADDED = ("Conv2d_2a_3x3", "Conv2d_4a_3x3")
 POOL_AFTER = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
 BLOCKS = {  # mixed, mixed_1, ... mixed_10 in the graph
-    "Mixed_5b": _block_35(32),
-    "Mixed_5c": _block_35(64),
-    "Mixed_5d": _block_35(64),
-    "Mixed_6a": Block(
-        (
-            _chain(_conv("branch3x3", 384, 3, stride=2)),
-            _chain(
-                _conv("branch3x3dbl_1", 64, 1),
-                _conv("branch3x3dbl_2", 96, 3),
-                _conv("branch3x3dbl_3", 96, 3, stride=2),
-            ),
-        ),
-        "halve",
-    ),
-    "Mixed_6b": _block_17(128),
-    "Mixed_6c": _block_17(160),
-    "Mixed_6d": _block_17(160),
-    "Mixed_6e": _block_17(192),
-    "Mixed_7a": Block(
-        (
-            _chain(_conv("branch3x3_1", 192, 1), _conv("branch3x3_2", 320, 3, stride=2)),
-            _chain(
-                _conv("branch7x7x3_1", 192, 1),
-                _conv("branch7x7x3_2", 192, 1, 7),
-                _conv("branch7x7x3_3", 192, 7, 1),
-                _conv("branch7x7x3_4", 192, 3, stride=2),
-            ),
-        ),
-        "halve",
-    ),
-    "Mixed_7b": _block_8("average"),
-    "Mixed_7c": _block_8("maximum"),
+    "Mixed_5b": _block(BLOCK_35, "average", 32),
+    "Mixed_5c": _block(BLOCK_35, "average", 64),
+    "Mixed_5d": _block(BLOCK_35, "average", 64),
+    "Mixed_6a": _block(REDUCTION_35, "halve"),
+    "Mixed_6b": _block(BLOCK_17.format(128), "average", 192),
+    "Mixed_6c": _block(BLOCK_17.format(160), "average", 192),
+    "Mixed_6d": _block(BLOCK_17.format(160), "average", 192),
+    "Mixed_6e": _block(BLOCK_17.format(192), "average", 192),
+    "Mixed_7a": _block(REDUCTION_17, "halve"),
+    "Mixed_7b": _block(BLOCK_8, "average", 192),
+    "Mixed_7c": _block(BLOCK_8, "maximum", 192),
 }
 SPATIAL_BLOCK = "Mixed_6d"  # mixed_6; its first branch is mixed_6/conv
 

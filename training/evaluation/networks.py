@@ -193,12 +193,9 @@ def _cached_inception() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256[:8], False)
     except (OSError, urllib.error.URLError, RuntimeError) as err:
+        reason = str(err).strip().splitlines()[0].strip("<>").rstrip(".")
         raise ConfigError(
             f"--inception is not given, {folder} has no {INCEPTION_FILES[0]} and it cannot be "
-            f"fetched ({_reason(err)}); fetch {INCEPTION_URL} elsewhere and give --inception FILE."
+            f"fetched ({reason}); fetch {INCEPTION_URL} elsewhere and give --inception FILE."
         ) from err
     return path
-
-
-def _reason(err: Exception) -> str:
-    return str(err).strip().splitlines()[0].strip("<>").rstrip(".")

@@ -26,13 +26,7 @@ from training.evaluation.distances import (
     precision_and_recall,
 )
 from training.evaluation.image_npz import ImageNpz
-from training.evaluation.networks import (
-    BATCH_SIZE,
-    POOL,
-    SPATIAL,
-    FeatureNetwork,
-    InceptionNetwork,
-)
+from training.evaluation.networks import BATCH_SIZE, POOL, SPATIAL, FeatureNetwork, InceptionNetwork
 
 # Names of the mean and the covariance of a layer, as in ADM's files. Statistics of other networks
 # have other names, so that no tool takes them for Inception's.
@@ -234,6 +228,6 @@ def score(
     else:
         found = {"frechet_distance": distances[POOL]}
     if len(pool) > NEIGHBOURS:
-        shares = precision_and_recall(pool.to(network.device), statistics.pool.to(network.device))
-        found |= {"precision": shares.precision, "recall": shares.recall}
+        sets = pool.to(network.device), statistics.pool.to(network.device)
+        found |= precision_and_recall(*sets)._asdict()
     return found

@@ -15,12 +15,7 @@ from data_tools.shards.manifest import DatasetManifest
 from data_tools.vae.autoencoder import Vae, load_decoder
 from models.network_options import NetworkOptions
 from models.switch_dit import SwitchDiT
-from training.checkpoints.manifest import (
-    MANIFEST_FILE,
-    RAW_FILE,
-    read_manifest,
-    sha256_of,
-)
+from training.checkpoints.manifest import MANIFEST_FILE, RAW_FILE, read_manifest, sha256_of
 from training.config.network import network_options
 from training.config.tree import Config
 from training.engine.average_profiles import profiles_of

@@ -44,35 +44,18 @@ def shares(step: Interval, communication: list[Interval], computation: list[Inte
         computation: may overlap, too.
     """
     length = step[1] - step[0]
-    under_way, computing = united(communication, step), united(computation, step)
-    total = sum(end - start for start, end in under_way)
-    hidden = _common_length(under_way, computing)
-    return Shares(100.0 * total / length, 100.0 * (total - hidden) / length)
+    under_way, computing = union_length(communication, step), union_length(computation, step)
+    exposed = union_length([*communication, *computation], step) - computing
+    return Shares(100.0 * under_way / length, 100.0 * exposed / length)
 
 
-def united(intervals: Iterable[Interval], within: Interval) -> list[Interval]:
-    """Return the union of intervals as disjoint ones in order, cut to what lies `within`."""
-    merged: list[Interval] = []
+def union_length(intervals: Iterable[Interval], within: Interval) -> int:
+    """Return how long the union of intervals lasts `within` another one."""
+    total, reached = 0, within[0]
     for start, end in sorted(intervals):
-        start, end = max(start, within[0]), min(end, within[1])
-        if start >= end:
-            continue
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(merged[-1][1], end)
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _common_length(first: list[Interval], second: list[Interval]) -> int:
-    """Return how long two unions of `united` both last."""
-    total = i = j = 0
-    while i < len(first) and j < len(second):
-        total += max(0, min(first[i][1], second[j][1]) - max(first[i][0], second[j][0]))
-        if first[i][1] < second[j][1]:
-            i += 1
-        else:
-            j += 1
+        end = min(end, within[1])
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
     return total
 
 

@@ -125,11 +125,6 @@ def exchange_shape(model: Any, rank: int, group_size: int, precision: str) -> Ex
     return ExchangeShape(rank % group_size, group_size, row_bytes, num_passes)
 
 
-def num_exchange_sums(depth: int, shape: ExchangeShape) -> int:
-    """Return the length of the vector that `add_exchanges` adds to."""
-    return depth * shape.group_size + 2
-
-
 def add_exchanges(sums: Tensor, plan: RoutingPlan, num_samples: int, shape: ExchangeShape) -> None:
     """Count the rows that this rank sends to each rank of its group, from a plan's split sizes.
 
@@ -159,7 +154,7 @@ def exchange_metrics(
 
     Returns:
         MiB that a rank sends to others per step (mean over ranks; every row there and its sum
-        back, in every pass), copies of a sample per block that leave its rank, and the rows that
+        back, in every pass), other ranks that a sample travels to per block, and the rows that
         the busiest place of a group receives relative to the mean: the mean over blocks and the
         worst block. They are those of the interval's sums, so a place that is the busiest in every
         step shows, and chance does not.
@@ -226,9 +221,8 @@ class LoadHistory:
 
     def over_time(self) -> tuple[list[int], Tensor]:
         """Return the steps at which intervals ended, and (intervals, L, E) samples or shares."""
-        return self._steps, torch.stack(self._loads) if self._loads else torch.zeros(
-            0, *self._shape
-        )
+        loads = torch.stack(self._loads) if self._loads else torch.zeros(0, *self._shape)
+        return self._steps, loads
 
     def take_counts(self) -> Tensor | None:
         """Return the counts (L, E, B) since the last call, or None, and begin anew."""
@@ -255,8 +249,8 @@ class GateDrift:
 
 def _names(flags: Tensor) -> str:
     """List the experts whose flag (L, E) is set; empty if there is none."""
-    parts = []
-    for block, row in enumerate(flags):
-        if row.any():
-            parts.append(f"block {block}: {', '.join(map(str, row.nonzero()[:, 0].tolist()))}")
-    return "; ".join(parts)
+    return "; ".join(
+        f"block {block}: {', '.join(map(str, row.nonzero()[:, 0].tolist()))}"
+        for block, row in enumerate(flags)
+        if row.any()
+    )

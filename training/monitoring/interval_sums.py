@@ -159,15 +159,14 @@ class MetricSums:
         values = _memory_metrics(self.device)
         for one, place in found.items():
             described = one.describe(place, totals)
-            values |= described if isinstance(described, dict) else {self._tag(one): described}
+            if not isinstance(described, dict):
+                (tag,) = self._tags[one]  # of several metrics it must name the values itself
+                described = {tag: described}
+            values |= described
         count = expert_count(found[SERVED], self.shape) if SERVED in found else None
         losses = dict(zip(self._step_loss, (steps / world_size).tolist(), strict=True))
         self._clear()
         return Interval(values, losses, count)
-
-    def _tag(self, one: Sum) -> str:
-        (tag,) = self._tags[one]  # of several metrics it must name the values itself
-        return tag
 
 
 def _memory_metrics(device: torch.device) -> dict[str, float]:

@@ -170,7 +170,7 @@ METRICS = (
     Metric(
         "comm/copies_per_sample",
         FAST,
-        "copies of a sample that leave its rank, per block",
+        "other ranks that a sample travels to, per block",
         sum=EXCHANGES,
         only_with=EXPERT_PARALLEL,
     ),

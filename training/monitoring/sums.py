@@ -11,7 +11,6 @@ from training.monitoring.expert_load import (
     entropy_by_timestep,
     exchange_metrics,
     load_metrics,
-    num_exchange_sums,
 )
 from training.monitoring.metric import NUM_RANGES, MicroStep, Sum, SumShape, Totals
 
@@ -68,7 +67,7 @@ EXCHANGES = Sum(
     describe=lambda place, totals: exchange_metrics(
         place, totals.shape.exchange, totals.num_steps, totals.num_ranks
     ),
-    size=lambda shape: num_exchange_sums(shape.depth, shape.exchange) if shape.exchange else 0,
+    size=lambda shape: shape.depth * shape.exchange.group_size + 2 if shape.exchange else 0,
     is_on_host=True,
 )
 SAMPLES = Sum(
