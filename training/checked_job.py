@@ -11,7 +11,7 @@ from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.stream.training_data import TrainingData, open_data
 from data_tools.vae.autoencoder import Vae, load_decoder
-from training.checkpoints.manifest import CheckpointManifest, Layout
+from training.checkpoints.manifest import PARAMETER_ORDER, CheckpointManifest, Layout
 from training.checkpoints.resume_point import check_resumable, newest_point
 from training.checkpoints.warm_start import WarmStart
 from training.config.command_line import CommandLine
@@ -102,6 +102,7 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         config.run.expert_parallel_size,
         stage_of(deepspeed_config),
         precision_of(deepspeed_config),
+        PARAMETER_ORDER,
     )
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:

@@ -216,7 +216,7 @@ def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | 
         f"{model.size}/{model.patch_size}, {ranks.world_size} rank(s), "
         f"ZeRO {job.layout.zero_stage}, {job.layout.precision}, {job.manifest.num_samples} samples"
     )
-    if point is not None and point.manifest.layout != job.layout:
+    if point is not None and str(point.manifest.layout) != str(job.layout):
         lines.append(f"its layout changes from {point.manifest.layout} to {job.layout}")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Continue a run on another layout: other ranks, another expert-parallel size or ZeRO stage.
+"""Continue a run on another layout: other ranks, expert-parallel size, ZeRO stage, or order.
 
 Every rank's file of a checkpoint says which values of which parameters it holds
 (engine/zero_fragments.py). Each rank of the new job reads the ranges that it needs itself, through
@@ -78,7 +78,7 @@ class StoredPartitions:
             if ENTRY not in stored:
                 raise NotReshardableError(
                     f"{folder} does not say which rank has what of the weights, so an older "
-                    "version of this program wrote it; continue on the layout that it names."
+                    "version of this program wrote it; continue with that version."
                 )
             self.parts.append(stored[ENTRY])
         self.counters = EngineCounters(*self.parts[0]["progress"])

@@ -1,6 +1,7 @@
 """Build the DeepSpeed engine of a run: model, optimizer groups, ZeRO; set its learning rate."""
 
 from collections.abc import Callable, Iterable
+from math import gcd
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from training.engine.optimizer import AgreeingEMAAdamW, EMAAdamW
 from training.engine.zero_weights import set_full_value
 
 DENSE_GROUP = "dense"
+ALIGNED_NUMBERS = 8  # in bf16, 16 bytes
 
 # Lists a model's parameters, or some of them, each with this rank's share of its first value.
 InitialValues = Callable[[torch.nn.Module], Iterable[tuple[torch.nn.Parameter, torch.Tensor]]]
@@ -41,6 +43,20 @@ def build_model(
             config, expert_parallel_size=expert_parallel_size, shards_weights=shards_weights
         )
     )
+
+
+def in_packing_order(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Order parameters so that ZeRO, which packs them end to end, leaves weights aligned.
+
+    GPUs multiply matrices fast, and grouped ones at all, only at addresses that are multiples of 16
+    bytes: 8 numbers in bf16. So parameters whose size is a multiple of 8 come first, which all
+    matrices are, then those of 4, 2 and 1. Each then starts at a multiple of as much. Under ZeRO 3
+    this matters where one rank holds whole parameters; parts are put together anew for each use.
+
+    The order is part of what a checkpoint's flat tensors mean: a change needs a new
+    `PARAMETER_ORDER` (training/checkpoints/manifest.py).
+    """
+    return sorted(parameters, key=lambda parameter: -gcd(parameter.numel(), ALIGNED_NUMBERS))
 
 
 def build_engine(
@@ -73,8 +89,11 @@ def build_engine(
     # ZeRO needs experts in groups of their own, named by DeepSpeed; without expert parallelism
     # this is one group.
     groups = split_params_into_different_moe_groups_for_optimizer(
-        {"params": list(model.parameters()), "name": DENSE_GROUP}
+        {"params": in_packing_order(model.parameters()), "name": DENSE_GROUP}
     )
+    # ZeRO 3 packs all groups end to end. Experts that one rank holds whole must come before parts
+    # of the rest, whose sizes depend on the number of ranks.
+    groups.sort(key=lambda group: group["name"] == DENSE_GROUP)
     optim = config.optim
     optimizer_class = AgreeingEMAAdamW if stage == 0 else EMAAdamW
     optimizer = optimizer_class(
