@@ -13,6 +13,7 @@ from training.engine.average_profiles import profiles_of
 from training.engine.deepspeed_internals import (
     base_optimizer,
     import_muon_uncompiled,
+    make_steps_lean,
 )
 from training.engine.interface import Engine
 from training.engine.optimizer import AgreeingEMAAdamW, EMAAdamW
@@ -92,6 +93,7 @@ def build_engine(
         # DeepSpeed has made the fp32 masters of weights that it had rounded to bf16 before.
         for parameter, value in initial_values(model):
             set_full_value(engine, parameter, None, value.float())
+    make_steps_lean(engine)
     return engine
 
 
