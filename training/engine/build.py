@@ -10,6 +10,7 @@ from training.config.deepspeed_config import MAX_STAGE, stage_of
 from training.config.network import network_options
 from training.config.tree import Config, OptimConfig
 from training.engine.average_profiles import profiles_of
+from training.engine.compiling import with_compiling_decided
 from training.engine.deepspeed_internals import (
     base_optimizer,
     import_muon_uncompiled,
@@ -62,6 +63,7 @@ def build_engine(
 
     import_muon_uncompiled()
     stage = stage_of(deepspeed_config)
+    config = with_compiling_decided(config, stage)
     model = build_model(
         config,
         expert_parallel_size=config.run.expert_parallel_size,
