@@ -93,6 +93,7 @@ def open_training(
         world_size=ranks.world_size,
         is_frozen=manifest.is_frozen,
     )
+    objective.gate_stream.watch(engine.module.gate)
     placement = ExpertPlacement(config, engine, objective)
     stream = LatentStream(
         job.data,

@@ -23,6 +23,7 @@ from training.config.wording import did_you_mean
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DEEPSPEED = Path("ds_configs/zero2.json")
+_STATES = {"on": True, "off": False, "auto": None}  # of a switch that may be left open
 _PLACES = ("data", "data_shards")  # a shell makes several words of a wildcard
 
 
@@ -81,7 +82,12 @@ def _build_parser() -> ArgumentParser:
 def _add_flag(group: Any, leaf: Option) -> None:
     meta = leaf.field.metadata
     common = {"dest": leaf.name, "default": argparse.SUPPRESS, "help": meta["help"]}
-    if leaf.kind is bool:
+    if leaf.kind is bool and leaf.is_nullable:
+        group.add_argument(leaf.flag, nargs="?", const="on", metavar="|".join(_STATES), **common)
+        common["help"] = f"{leaf.flag} off"
+        no_flag = leaf.flag.replace("--", "--no-", 1)
+        group.add_argument(no_flag, action="store_const", const="off", **common)
+    elif leaf.kind is bool:
         group.add_argument(leaf.flag, action=argparse.BooleanOptionalAction, **common)
     else:
         if leaf.name in _PLACES:
@@ -111,6 +117,10 @@ def _value_of_flag(leaf: Option, text: str | bool | list[str]) -> Any:
 def _value_of_text(leaf: Option, text: str) -> Any:
     if leaf.kind is str:
         return text
+    if leaf.kind is bool:
+        if text not in _STATES:
+            raise ConfigError(f"{leaf.flag} must be {', '.join(_STATES)}, not '{text}'.")
+        return _STATES[text]
     try:
         return leaf.kind(text)
     except ValueError:

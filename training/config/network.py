@@ -21,6 +21,7 @@ def network_options(
     """
     model, diffusion = config.model, config.diffusion
     same = {f.name: vars(model)[f.name] for f in fields(NetworkOptions) if f.name in vars(model)}
+    same["compile_blocks"] = bool(model.compile_blocks)  # training decides what is left open
     return NetworkOptions(
         **same,
         **MODEL_SIZES[model.size]._asdict(),

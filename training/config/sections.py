@@ -64,10 +64,10 @@ class ModelConfig:
         False,
         may_change=True,
     )
-    compile_blocks: bool = option(
-        "compile every block (torch.compile): slower start, faster steps; on a CPU this "
-        "needs a C++ compiler",
-        False,
+    compile_blocks: bool | None = option(
+        "compile every block (torch.compile): slower start, faster steps; auto (null): training on "
+        "a GPU does, where Triton can; on a CPU this needs a C++ compiler",
+        None,
         may_change=True,
     )
 

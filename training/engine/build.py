@@ -11,9 +11,11 @@ from training.config.deepspeed_config import MAX_STAGE, stage_of
 from training.config.network import network_options
 from training.config.tree import Config, OptimConfig
 from training.engine.average_profiles import profiles_of
+from training.engine.compiling import with_compiling_decided
 from training.engine.deepspeed_internals import (
     base_optimizer,
     import_muon_uncompiled,
+    make_steps_lean,
 )
 from training.engine.interface import Engine
 from training.engine.optimizer import AgreeingEMAAdamW, EMAAdamW
@@ -77,6 +79,7 @@ def build_engine(
 
     import_muon_uncompiled()
     stage = stage_of(deepspeed_config)
+    config = with_compiling_decided(config, stage)
     model = build_model(
         config,
         expert_parallel_size=config.run.expert_parallel_size,
@@ -111,6 +114,7 @@ def build_engine(
         # DeepSpeed has made the fp32 masters of weights that it had rounded to bf16 before.
         for parameter, value in initial_values(model):
             set_full_value(engine, parameter, None, value.float())
+    make_steps_lean(engine)
     return engine
 
 

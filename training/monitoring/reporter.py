@@ -71,7 +71,9 @@ class Reporter:
         self.history, self.monitor, self.progress = history, monitor, progress
         self.heartbeat, self.is_main = heartbeat, is_main
         self._spikes, self._drift = SpikeDetector(config.optim.spike_threshold), GateDrift()
-        self._tflop_of_sample = training_flops(network_options(config), 1) / TERA
+        # The gates of all timesteps are computed once per pass, whatever its number of samples.
+        N = engine.train_micro_batch_size_per_gpu()
+        self._tflop_of_sample = training_flops(network_options(config), N) / N / TERA
         self._peak_tflops = peak_tflops(device)
 
     def begin(self, starts: list[Start]) -> None:

@@ -24,6 +24,7 @@ import torch
 
 from data_tools.files import replace_file
 from data_tools.formats import Format
+from data_tools.process.accelerator import has_gpu
 from data_tools.process.launcher import batch_job, own_node
 from training.run.starts import STARTS_FILE
 
@@ -77,7 +78,7 @@ def count_hosts() -> dict[str, int]:
 
 def hardware() -> str:
     """Return what this node computes with."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    if not has_gpu():
         return "CPU"
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
 
