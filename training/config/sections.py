@@ -18,6 +18,8 @@ from models.switch_dit import MODEL_NAMES, MODEL_SIZES
 from models.timestep_sampling import DENSITIES
 from training.config.option import option
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -172,8 +174,23 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, the averages of the weights, and the batch."""
+    """AdamW or Muon, the averages of the weights, and the batch."""
 
+    optimizer: str = option(
+        "adamw; or muon for the matrices of blocks and experts, with adamw for all else",
+        "adamw",
+        choices=OPTIMIZERS,
+    )
+    muon_lr: float | None = option(
+        "Muon's learning rate, at its peak; null = lr", None, bounds=">0"
+    )
+    muon_momentum: float = option("Muon's decay of its momentum", 0.95, bounds=">=0 <1")
+    muon_wire: str = option(
+        "numbers in which parts of Muon's updates travel between ranks",
+        "fp32",
+        choices=("fp32", "bf16"),
+        may_change=True,
+    )
     lr: float = option("learning rate", bounds=">0")
     beta1: float = option("Adam's decay of the first moment", 0.9, bounds=">=0 <1")
     beta2: float = option("Adam's decay of the second moment", 0.999, bounds=">=0 <1")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from models.matrices import matrix_shapes
 from models.switch_dit import SwitchDiT
 from training.config.deepspeed_config import MAX_STAGE, stage_of
 from training.config.network import network_options
@@ -15,10 +16,13 @@ from training.engine.deepspeed_internals import (
     import_muon_uncompiled,
 )
 from training.engine.interface import Engine
-from training.engine.optimizer import AgreeingEMAAdamW, EMAAdamW
+from training.engine.matrix_updates import MatrixUpdates, mark_matrix
+from training.engine.optimizer import IS_MATRIX, AgreeingEMAAdamW, EMAAdamW
 from training.engine.zero_weights import set_full_value
 
-DENSE_GROUP = "dense"
+DENSE_GROUP, MATRIX_GROUP = "dense", "matrices"
+LR_FACTOR = "lr_factor"  # entry of a group: its learning rate over that of the others
+WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Lists a model's parameters, or some of them, each with this rank's share of its first value.
 InitialValues = Callable[[torch.nn.Module], Iterable[tuple[torch.nn.Parameter, torch.Tensor]]]
@@ -72,10 +76,8 @@ def build_engine(
                 parameter.copy_(value)
     # ZeRO needs experts in groups of their own, named by DeepSpeed; without expert parallelism
     # this is one group.
-    groups = split_params_into_different_moe_groups_for_optimizer(
-        {"params": list(model.parameters()), "name": DENSE_GROUP}
-    )
     optim = config.optim
+    groups = split_params_into_different_moe_groups_for_optimizer(_groups(model, optim))
     optimizer_class = AgreeingEMAAdamW if stage == 0 else EMAAdamW
     optimizer = optimizer_class(
         groups,
@@ -84,15 +86,33 @@ def build_engine(
         weight_decay=optim.weight_decay,
         fused=True,  # one pass over memory instead of a dozen
         profiles=profiles_of(optim),
+        momentum=optim.muon_momentum,
     )
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
+    if optim.optimizer == "muon":
+        optimizer.orthogonalise = MatrixUpdates(engine, WIRE_DTYPES[optim.muon_wire])
     if initial_values is not None and next(model.parameters()).dtype != torch.float32:
         # DeepSpeed has made the fp32 masters of weights that it had rounded to bf16 before.
         for parameter, value in initial_values(model):
             set_full_value(engine, parameter, None, value.float())
     return engine
+
+
+def _groups(model: SwitchDiT, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Put parameters into groups: matrices apart if Muon updates them."""
+    named = dict(model.named_parameters())
+    dense = {"params": list(named.values()), "name": DENSE_GROUP, IS_MATRIX: False}
+    if optim.optimizer != "muon":
+        return [dense]
+    shapes = matrix_shapes({name: tuple(param.shape) for name, param in named.items()})
+    for name, shape in shapes.items():
+        mark_matrix(named[name], shape)
+    dense["params"] = [param for name, param in named.items() if name not in shapes]
+    factor = 1.0 if optim.muon_lr is None else optim.muon_lr / optim.lr
+    matrices = {"params": [named[name] for name in shapes], "name": MATRIX_GROUP}
+    return [dense, matrices | {IS_MATRIX: True, LR_FACTOR: factor}]
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -108,4 +128,4 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
 def set_learning_rate(engine: Engine, lr: float) -> None:
     """Set the rate of all parameter groups for the next step."""
     for group in base_optimizer(engine).param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(LR_FACTOR, 1.0)
