@@ -36,6 +36,7 @@ class CommandLine:
         deepspeed: the DeepSpeed JSON file, as typed.
         local_rank: from the deepspeed launcher; -1 without it.
         dry_run: print everything resolved and stop.
+        reschedule: let a continued run's learning rate follow another schedule than so far.
         quiet: print warnings and errors only; log.txt has the rest.
         notes: warnings about how the command was understood.
     """
@@ -45,6 +46,7 @@ class CommandLine:
     deepspeed: Path
     local_rank: int
     dry_run: bool
+    reschedule: bool
     quiet: bool = False
     notes: tuple[str, ...] = ()
 
@@ -77,6 +79,11 @@ def _build_parser() -> ArgumentParser:
         "--dry-run",
         action="store_true",
         help="print the resolved configuration, sizes and memory, and write nothing",
+    )
+    parser.add_argument(
+        "--reschedule",
+        action="store_true",
+        help="continue a run by a learning-rate schedule that its past has not followed",
     )
     parser.add_argument(
         "--quiet",
@@ -163,6 +170,7 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         deepspeed=in_repository(given.deepspeed),
         local_rank=given.local_rank,
         dry_run=given.dry_run,
+        reschedule=given.reschedule,
         quiet=given.quiet,
         notes=notes,
     )

@@ -19,6 +19,7 @@ from models.timestep_sampling import DENSITIES
 from training.config.option import option
 
 OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse-sqrt")  # learning_rate.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +197,23 @@ class OptimConfig:
     beta2: float = option("Adam's decay of the second moment", 0.999, bounds=">=0 <1")
     weight_decay: float = option("AdamW's weight decay", 0.0, bounds=">=0")
     warmup_steps: int = option("steps over which the learning rate rises", bounds=">=0")
+    lr_schedule: str = option(
+        "learning rate after that: constant; linear or cosine, falling to lr_floor; wsd, constant "
+        "and falling in the end; inverse-sqrt",
+        "constant",
+        choices=SCHEDULES,
+        may_change=True,
+    )
+    lr_length: int | None = option(
+        "last step of linear and cosine, null = max_steps; steps that wsd falls, null = a fifth of "
+        "max_steps; step from which inverse-sqrt falls",
+        None,
+        bounds=">=1",
+        may_change=True,
+    )
+    lr_floor: float = option(
+        "part of lr that linear, cosine and wsd fall to", 0.0, bounds=">=0 <1", may_change=True
+    )
     gradient_clipping: float = option("largest global gradient norm; 0 = off", bounds=">=0")
     max_skipped_steps: int = option(
         "steps in a row that may be skipped for a loss or gradient that is not finite",

@@ -22,6 +22,7 @@ from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+from training.config.learning_rate import check_schedule
 from training.config.network import network_options
 from training.config.tree import Config
 from training.config.wording import either
@@ -52,6 +53,7 @@ def validate(config: Config, deepspeed_path: Path, world_size: int) -> None:
     _check_routing(config)
     _check_objective(config)
     _check_averages(config)
+    check_schedule(config)
     _check_expert_parallelism(config, deepspeed_path, world_size)
     _check_rebalancing(config)
     _check_streams(config)

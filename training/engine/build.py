@@ -115,16 +115,6 @@ def _groups(model: SwitchDiT, optim: OptimConfig) -> list[dict[str, Any]]:
     return [dense, matrices | {IS_MATRIX: True, LR_FACTOR: factor}]
 
 
-def learning_rate(optim: OptimConfig, step: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then constant.
-
-    A pure function of the step, so resuming needs no scheduler state.
-    """
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    return optim.lr
-
-
 def set_learning_rate(engine: Engine, lr: float) -> None:
     """Set the rate of all parameter groups for the next step."""
     for group in base_optimizer(engine).param_groups:
