@@ -260,7 +260,16 @@ class RunConfig:
     run_dir: str = option(
         "folder of the run; starting again continues it", may_change=True, expands=expand
     )
-    seed: int = option("seed of everything random", bounds=f">=0 <{2**63}")
+    seed: int = option("seed of everything random that has none of its own", bounds=f">=0 <{2**63}")
+    seed_init: int | None = option(
+        "seed of the network's first weights; null = seed", None, bounds=f">=0 <{2**63}"
+    )
+    seed_data: int | None = option(
+        "seed of the order of samples and of mirroring; null = seed", None, bounds=f">=0 <{2**63}"
+    )
+    seed_noise: int | None = option(
+        "seed of noise, timesteps and dropped labels; null = seed", None, bounds=f">=0 <{2**63}"
+    )
     init_from: str | None = option(
         "weights to start from: a run, a .safetensors file, or a DiT, DTR or Switch-DiT checkpoint",
         None,
@@ -316,3 +325,8 @@ class RunConfig:
         may_change=True,
         expands=expand,
     )
+
+    def seed_of(self, what: str) -> int:
+        """Return the seed of "init", "data" or "noise"."""
+        own = getattr(self, f"seed_{what}")
+        return self.seed if own is None else own

@@ -39,7 +39,7 @@ def build_model(
             group, whatever the configuration trains with.
         shards_weights: the model is for ZeRO 3.
     """
-    torch.manual_seed(config.run.seed)  # the same start on every rank
+    torch.manual_seed(config.run.seed_of("init"))  # the same start on every rank
     return SwitchDiT(
         network_options(
             config, expert_parallel_size=expert_parallel_size, shards_weights=shards_weights

@@ -153,7 +153,7 @@ class Objective:
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """Draw everything random about a batch of stored latents from its stream positions."""
-        seed = self.config.run.seed
+        seed = self.config.run.seed_of("noise")
         positions = batch.positions.to(self.device, non_blocking=True)
         raw = batch.raw_latents.to(self.device, non_blocking=True)
         y = batch.labels.to(self.device, non_blocking=True)
@@ -181,7 +181,7 @@ class Objective:
         Those that will be dealt are drawn on the host, where positions come from, so that nothing
         waits for the device.
         """
-        seed, group_size = self.config.run.seed, self.config.run.expert_parallel_size
+        seed, group_size = self.config.run.seed_of("noise"), self.config.run.expert_parallel_size
         if group_size == 1:
             return self.timesteps.draw(seed, positions), None
         # Each rank of the group is at the same place of its own slice of the global batch.
@@ -236,7 +236,7 @@ class Objective:
         # for the device; the steps in between do not.
         due = step - step % self.config.diffusion.prior_matching_every
         if self._assignment is None or self._assignment[0] != due:
-            seed = self.config.run.seed * 1_000_003 + due
+            seed = self.config.run.seed_of("noise") * 1_000_003 + due
             units = match_units(gate_table, self.config.model.top_k, self.prior, seed=seed)
             self._assignment = (due, units.to(self.device))
             if self._deals:
