@@ -97,7 +97,7 @@ def open_training(
     placement = ExpertPlacement(config, engine, objective)
     stream = LatentStream(
         job.data,
-        seed=config.run.seed,
+        seed=config.run.seed_of("data"),
         window=data.shuffle_window,
         num_streams=data.data_streams,
         check=data.check_shards,

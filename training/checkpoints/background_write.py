@@ -277,7 +277,7 @@ class BackgroundWrite:
         stored = StoredPartitions(plan.temporary, list(files))
         for key in (*plan.averages, None):
             # The average of no steps is the start.
-            source = key if key in stored.keys() else None  # noqa: SIM118
+            source = key if stored.has_states else None
             weights = {}
             for name, shape in plan.shapes.items():
                 if self._should_give_up():

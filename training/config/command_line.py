@@ -34,6 +34,7 @@ class CommandLine:
     config: Config  # the preset, changed by the flags
     deepspeed: Path  # the DeepSpeed JSON file
     dry_run: bool  # print everything resolved and stop
+    reschedule: bool  # let a continued run's rate follow another schedule than so far
     quiet: bool = False  # print warnings and errors only; log.txt has the rest
     notes: tuple[str, ...] = ()  # warnings about how the command was understood
 
@@ -64,6 +65,11 @@ def _build_parser() -> ArgumentParser:
         "--dry-run",
         action="store_true",
         help="print the resolved configuration, sizes and memory, and write nothing",
+    )
+    parser.add_argument(
+        "--reschedule",
+        action="store_true",
+        help="continue a run by a learning-rate schedule that its past has not followed",
     )
     parser.add_argument(
         "--quiet",
@@ -153,6 +159,7 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         config=config_from_dict(values, given.preset),
         deepspeed=in_repository(given.deepspeed),
         dry_run=given.dry_run,
+        reschedule=given.reschedule,
         quiet=given.quiet,
         notes=notes,
     )

@@ -23,6 +23,7 @@ from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
 from training.config.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+from training.config.learning_rate import check_schedule
 from training.config.network import network_options
 from training.config.tree import Config
 from training.config.wording import either
@@ -41,6 +42,7 @@ def validate(config: Config, deepspeed_path: Path, world_size: int) -> None:
     _check_routing(config)
     _check_objective(config)
     _check_averages(config)
+    check_schedule(config)
     deepspeed_json = load_deepspeed_json(deepspeed_path)
     if config.run.expert_parallel_size > 1:
         _check_expert_sizes(config, world_size)

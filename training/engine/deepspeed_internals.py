@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from training.engine.interface import Engine
-from training.engine.optimizer import EMAAdamW
+from training.engine.optimizer import IS_MATRIX, EMAAdamW
 
 # Classes of DeepSpeed's whose objects are pickled in its checkpoint files.
 PICKLED_CLASSES = (
@@ -80,6 +80,28 @@ def masters(engine: Engine) -> list[Tensor]:
     if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2
         return list(optimizer.single_partition_of_fp32_groups)
     return list(optimizer.fp32_groups_flat_partition)  # BF16_Optimizer: ZeRO 1 in bf16
+
+
+def holds_matrices(engine: Engine) -> list[bool]:
+    """Tell for each of the masters whether Muon updates it; equal on all ranks."""
+    groups = base_optimizer(engine).param_groups
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [bool(group.get(IS_MATRIX)) for group in groups for _ in group["params"]]
+    numbers = engine.optimizer.sub_group_to_group_id if stage == 3 else range(len(groups))
+    return [bool(groups[numbers[i]].get(IS_MATRIX)) for i in range(len(masters(engine)))]
+
+
+def master_groups(engine: Engine) -> list[ProcessGroup | None]:
+    """Return, for each of the masters, the ranks that share it; None if this rank has all of it."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        return [None] * len(masters(engine))
+    if stage == 3:
+        groups = optimizer.fp16_groups
+    else:
+        groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
+    return [sharding_group(group[0]) for group in groups]
 
 
 def parts(engine: Engine) -> Iterator[Part]:

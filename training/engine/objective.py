@@ -155,7 +155,7 @@ class Objective:
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """Draw everything random about a batch of stored latents from its stream positions."""
-        seed = self.config.run.seed
+        seed = self.config.run.seed_of("noise")
         positions = batch.positions.to(self.device, non_blocking=True)
         raw = batch.raw_latents.to(self.device, non_blocking=True)
         y = batch.labels.to(self.device, non_blocking=True)
@@ -183,7 +183,7 @@ class Objective:
         Those that will be dealt are drawn on the host, where positions come from, so that nothing
         waits for the device.
         """
-        seed, group_size = self.config.run.seed, self.config.run.expert_parallel_size
+        seed, group_size = self.config.run.seed_of("noise"), self.config.run.expert_parallel_size
         if group_size == 1:
             return self.timesteps.draw(seed, positions), None
         # Each rank of the group is at the same place of its own slice of the global batch.
@@ -238,7 +238,7 @@ class Objective:
         # for the gates; the steps in between wait for nothing.
         due = step - step % self.config.diffusion.prior_matching_every
         if self._assignment is None or self._assignment[0] != due:
-            seed = self.config.run.seed * 1_000_003 + due
+            seed = self.config.run.seed_of("noise") * 1_000_003 + due
             top_k, group_size = self.config.model.top_k, self.config.run.expert_parallel_size
             with self.gate_stream.beside_the_blocks():
                 units = match_units(gate_table, top_k, self.prior, seed=seed)
