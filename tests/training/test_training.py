@@ -63,6 +63,7 @@ def runs(tmp_path_factory, demo_latents):
     dtr = ("--objective", "v", "--routing", "dtr", "--learned-variance")
     ep2, ep4 = ("--expert-parallel-size", 2), ("--expert-parallel-size", 4)
     muon = ("--optimizer", "muon", "--muon-lr", 4e-3, "--weight-decay", 0.1, *mlp)
+    strided = ("--placement", "strided")
     mixture = ("--data", f"{demo_latents}=2,{demo_latents}", "--data-streams", 2)
     top_1, all_mlp = ("--top-k", 1), (*mlp, "--top-k", 4)
     # Clipping is on in all of them.
@@ -117,9 +118,9 @@ def runs(tmp_path_factory, demo_latents):
             job("w2-z1-flow", 1, *flow, *GRIDS),
             job("w2-z1-muon", 1, *muon, "--micro-batch-size", 2),
             job("w2-z0-ep2-muon-unclipped", 0, *muon, *ep2),
-            job("w2-z2-ep2-muon", 2, *muon, *ep2, *GRIDS, "--placement", "strided"),
-            job("w2-z2-ep2-muon-resumed", 2, *muon, *ep2, *GRIDS, "--max-steps", 3),
-            job("w2-z2-ep2-muon-resumed", 2, *muon, *ep2, *GRIDS, "--placement", "strided"),
+            job("w2-z2-ep2-muon", 2, *muon, *ep2, *GRIDS, *strided),
+            job("w2-z2-ep2-muon-resumed", 2, *muon, *ep2, *GRIDS, *strided, "--max-steps", 3),
+            job("w2-z2-ep2-muon-resumed", 2, *muon, *ep2, *GRIDS, *strided),
             job("muon-elsewhere", 2, *muon, *ep2, "--max-steps", 3),
             job("w2-z2-dtr", 2, *dtr, "--activation-checkpointing"),
             bf16("bf16-z0", "zero0", "--gradient-clipping", 0),
