@@ -21,7 +21,12 @@ from models.sampler import methods_for
 from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
-from training.config.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+from training.config.deepspeed_config import (
+    MAX_STAGE,
+    load_deepspeed_json,
+    plan_batch,
+    stage_of,
+)
 from training.config.network import network_options
 from training.config.tree import Config
 from training.config.wording import either
@@ -53,6 +58,7 @@ def validate(config: Config, deepspeed_path: Path, world_size: int) -> None:
     _check_objective(config)
     _check_averages(config)
     _check_expert_parallelism(config, deepspeed_path, world_size)
+    _check_compiling(config, deepspeed_path)
     _check_rebalancing(config)
     _check_streams(config)
     plan_batch(config, world_size)
@@ -182,6 +188,15 @@ def _check_expert_parallelism(config: Config, deepspeed_path: Path, world_size: 
     if config.run.expert_parallel_size > 1:
         _check_expert_sizes(config, world_size)
         _check_expert_zero(config, deepspeed_json, deepspeed_path)
+
+
+def _check_compiling(config: Config, deepspeed_path: Path) -> None:
+    """Refuse to compile blocks whose weights ZeRO 3 fetches: torch compiles and then gives up."""
+    if config.model.compile_blocks and stage_of(load_deepspeed_json(deepspeed_path)) == MAX_STAGE:
+        raise ConfigError(
+            f"--compile-blocks: blocks do not compile at ZeRO stage {MAX_STAGE} of "
+            f"--deepspeed {deepspeed_path}; use --no-compile-blocks, or ZeRO stage 0, 1 or 2."
+        )
 
 
 def _check_expert_sizes(config: Config, world_size: int) -> None:

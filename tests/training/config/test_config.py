@@ -323,6 +323,12 @@ def test_micro_batches_of_all_ranks_make_up_the_global_batch(demo, world_size, m
         ),
         ({"patch_size": 3}, 2, 1, "--patch-size 3 does not divide --latent-size 16;"),
         ({"sample_steps": 2000}, 2, 1, "--sample-steps 2000 is more than --num-timesteps 1000;"),
+        (
+            {"compile_blocks": True},
+            3,
+            1,
+            "--compile-blocks: blocks do not compile at ZeRO stage 3 of --deepspeed ",
+        ),
         ({"ema_decays": ()}, 2, 1, "--ema-decays and --ema-stds are both empty, but samples"),
         (
             {"ema_snapshot_every": 100},
