@@ -226,6 +226,11 @@ class RunConfig:
         "folder of the run; starting again continues it", may_change=True, expands=expand
     )
     seed: int = option("seed of everything random", bounds=f">=0 <{2**63}")
+    deterministic: bool = option(
+        "use only operators that repeat bit for bit, which on a GPU are slower; a CPU's do anyway",
+        False,
+        may_change=True,
+    )
     init_from: str | None = option(
         "weights to start from: a run, a .safetensors file, or a DiT, DTR or Switch-DiT checkpoint",
         None,

@@ -258,7 +258,7 @@ def test_what_may_change_in_a_run_is_a_closed_list():
         *("expert_parallel_size", "log_every", "save_every", "save_every_minutes"),
         *("keep_last", "keep_every", "vae"),
         *("sample_every", "sample_count", "sample_steps", "sample_cfg_scale", "sample_method"),
-        *("compile_blocks", "expert_dispatch", "ema_snapshot_every"),
+        *("compile_blocks", "deterministic", "expert_dispatch", "ema_snapshot_every"),
         *("max_skipped_steps", "spike_threshold", "placement", "rebalance_every"),
         *("data_shards", "data_cache", "data_cache_gib", "check_shards"),
     }
