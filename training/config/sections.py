@@ -262,6 +262,11 @@ class RunConfig:
     seed_noise: int | None = option(
         "seed of noise, timesteps and dropped labels; null = seed", None, bounds=f">=0 <{2**63}"
     )
+    deterministic: bool = option(
+        "use only operators that repeat bit for bit, which on a GPU are slower; a CPU's do anyway",
+        False,
+        may_change=True,
+    )
     init_from: str | None = option(
         "weights to start from: a run, a .safetensors file, or a DiT, DTR or Switch-DiT checkpoint",
         None,

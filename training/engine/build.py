@@ -1,5 +1,6 @@
 """Build the DeepSpeed engine of a run: model, optimizer groups, ZeRO; set its learning rate."""
 
+import os
 from collections.abc import Callable, Iterable
 from math import gcd
 from typing import Any
@@ -65,6 +66,15 @@ def in_packing_order(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.
     return sorted(parameters, key=lambda parameter: -gcd(parameter.numel(), ALIGNED_NUMBERS))
 
 
+def choose_operators(is_deterministic: bool) -> None:
+    """Let torch use operators that repeat bit for bit only, or any, from now on."""
+    torch.use_deterministic_algorithms(is_deterministic)
+    # Nothing here reads memory before it is written, so filling it would only take time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if is_deterministic:  # cuBLAS reads this when it multiplies for the first time
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def build_engine(
     config: Config,
     deepspeed_config: dict[str, Any],
@@ -81,6 +91,7 @@ def build_engine(
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
+    choose_operators(config.run.deterministic)
     import_muon_uncompiled()
     stage = stage_of(deepspeed_config)
     config = with_compiling_decided(config, stage)
