@@ -48,6 +48,7 @@ from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 
 POLL_SEC = 0.2
+CPU_PATIENCE = 10  # times a part's limit; a rehearsal may share the CPU
 SUMMARY = "acceptance.json"
 
 
@@ -118,7 +119,7 @@ def supervise(args: argparse.Namespace) -> list[Record]:
     with tempfile.TemporaryDirectory(prefix="gpu-acceptance-") as work:
         while left and time.monotonic() < deadline:
             with _worker(args, left, Path(work)) as worker:
-                reason = _watch(worker, args.output, left, deadline)
+                reason = _watch(worker, args, left, deadline)
             left = [name for name in left if not _has_ended(args.output, name)]
             if reason and left:  # the one that it was at
                 record = read_record(args.output, left[0]) or Record(left[0])
@@ -149,19 +150,21 @@ def _worker(args: argparse.Namespace, parts: list[str], work: Path) -> Iterator[
         worker.wait()
 
 
-def _watch(worker: subprocess.Popen, folder: Path, parts: list[str], deadline: float) -> str:
+def _watch(
+    worker: subprocess.Popen, args: argparse.Namespace, parts: list[str], deadline: float
+) -> str:
     """Wait until a worker ends or is too slow; return why it did not end well."""
+    patience = CPU_PATIENCE if args.device == "cpu" else 1
     while worker.poll() is None:
         time.sleep(POLL_SEC)
-        running = [record for name in parts if (record := read_record(folder, name)) is not None]
-        too_late = running and running[-1].state == RUNNING and _is_over_limit(running[-1])
-        if too_late or time.monotonic() > deadline:
+        begun = [r for name in parts if (r := read_record(args.output, name)) is not None]
+        is_late = any(
+            r.state == RUNNING and time.time() - r.began > patience * PARTS[r.part].limit_sec
+            for r in begun
+        )
+        if is_late or time.monotonic() > deadline:
             return STOPPED
     return BROKEN if worker.returncode else ""
-
-
-def _is_over_limit(record: Record) -> bool:
-    return time.time() - record.began > PARTS[record.part].limit_sec
 
 
 def _has_ended(folder: Path, name: str) -> bool:

@@ -12,7 +12,7 @@ from benchmarks.gpu_parts.catalogue import PARTS
 from benchmarks.gpu_parts.record import Record, read_record
 from tests.support.launch import REPOSITORY, environment
 
-REHEARSAL = ("--tiny", "--device", "cpu", "--output")
+REHEARSAL = ("--tiny", "--device", "cpu", "--minutes", "90", "--output")
 # Parts that are there in place of the real ones: one that ends, one with an error, one that hangs.
 STAND_INS = """
 import sys, time
