@@ -32,9 +32,11 @@ MAX_LOSS = 1.15  # of what auto chooses, over the faster way
 def measure_ceilings(setting: Setting, record: Record) -> None:
     """Products and copies at their best; XL's products by address, the merge, attention."""
     names = ("A B", "A B^T", "A^T B")
-    for name, rate in zip(names, _large_products(setting), strict=True):
+    products, copied = _large_products(setting), _copy_rate(setting)
+    for name, rate in zip(names, products, strict=True):
         record.number(f"large bf16 product {name}, TFLOP/s", rate / TERA)
-    record.number("copy on the device, TB/s", _copy_rate(setting) / TERA)
+    record.number("copy on the device, TB/s", copied / TERA)
+    record.number("product over copy, FLOP per byte", max(products) / copied)
     _measure_products(setting, record)
     _measure_merge(setting, record)
     _measure_attention(setting, record)

@@ -15,7 +15,8 @@ from models.switch_dit import SwitchDiT
 
 ALIGNMENT = 16  # bytes, for Hopper's fast products and for grouped ones
 STAGES = ("zero2", "zero1", "zero3", "zero0")
-MAX_WAITS = 6  # of a step on one GPU under ZeRO 2: the matching's, and DeepSpeed's for the norm
+# Of a step under ZeRO 2: the gates', the norm's, the end of the backward pass's; one to spare.
+MAX_WAITS = 4
 SMALL = NetworkOptions(
     input_size=(16, 16),
     patch_size=2,
