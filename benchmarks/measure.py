@@ -233,13 +233,14 @@ def cuda_waits(fn: Callable[[], Any]) -> Counter[str]:
     """Run fn on CUDA and count by source line where the host waited for the device."""
     torch.cuda.synchronize()
     previous = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(action="ignore"):  # that the mode does not see everything
         torch.cuda.set_sync_debug_mode("warn")
-        try:
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             fn()
-        finally:
-            torch.cuda.set_sync_debug_mode(previous)
+    finally:
+        torch.cuda.set_sync_debug_mode(previous)
     return Counter(
         f"{os.path.relpath(w.filename)}:{w.lineno}"
         for w in caught

@@ -72,8 +72,8 @@ class BatchReader:
         """
         if horizontal_flip and not data.manifest.has_flip:
             raise ConfigError(
-                f"--horizontal-flip true: {data.parts[0].location.text} holds no latents of "
-                "mirrored images; pass --horizontal-flip false, or encode again without --no-flip."
+                f"--horizontal-flip: {data.parts[0].location.text} holds no latents of "
+                "mirrored images; pass --no-horizontal-flip, or encode again without --no-flip."
             )
         self.data, self.seed, self.horizontal_flip = data, seed, horizontal_flip
         self.plan = data.plan(
