@@ -45,7 +45,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed (N, C, H, W) to (N, T, D) in the dtype of the weights; tokens row by row."""
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        # All blocks keep the layout of the stream: transposed, every norm would copy it first.
+        return x.contiguous()
 
 
 class TimestepEmbedder(nn.Module):
