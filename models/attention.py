@@ -58,9 +58,9 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, keeps_weights: bool) -> tuple[Tens
     The weights are (N, H, T, T), or empty unless the backward pass will need them.
     """
     N, H, T, d = q.shape
-    result, weights = _empty_result(q), _empty_weights(q, keeps_weights)
-    for part in _parts(N, H, T):
-        P = _product(q[part], k[part], d**-0.5).softmax(-1).to(q.dtype)
+    result, weights = _room_for_result(q), _room_for_weights(q, keeps_weights)
+    for part in _batched_parts(N, H, T):
+        P = _fp32_product(q[part], k[part], d**-0.5).softmax(-1).to(q.dtype)
         result[part] = P @ v[part]
         if keeps_weights:
             weights[part] = P
@@ -68,8 +68,8 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, keeps_weights: bool) -> tuple[Tens
 
 
 @_batched.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, keeps_weights: bool) -> tuple[Tensor, Tensor]:
-    return _empty_result(q), _empty_weights(q, keeps_weights)
+def _batched_like(q: Tensor, k: Tensor, v: Tensor, keeps_weights: bool) -> tuple[Tensor, Tensor]:
+    return _room_for_result(q), _room_for_weights(q, keeps_weights)
 
 
 @torch.library.custom_op("switch_dit::batched_attention_backward", mutates_args=())
@@ -78,55 +78,57 @@ def _batched_backward(
 ) -> Tensor:
     """Return the gradients of q, k and v as the parts of one tensor (N, T, 3, H, d)."""
     N, H, T, d = q.shape
-    grads = _empty_grads(q)
+    grads = _room_for_grads(q)
     grad_q, grad_k, grad_v = (g.transpose(1, 2) for g in grads.unbind(2))
-    for part in _parts(N, H, T):
+    for part in _batched_parts(N, H, T):
         P, g = weights[part], grad[part]
         grad_v[part] = P.transpose(-2, -1) @ g
         # With dP = g v^T: dS = P * (dP - sum_j P dP), and that sum is g . result.
         mean = (g.float() * result[part]).sum(-1, keepdim=True).mul_(d**-0.5)
-        grad_scores = _product(g, v[part], d**-0.5).sub_(mean).mul_(P).to(q.dtype)
+        grad_scores = _fp32_product(g, v[part], d**-0.5).sub_(mean).mul_(P).to(q.dtype)
         grad_q[part] = grad_scores @ k[part]
         grad_k[part] = grad_scores.transpose(-2, -1) @ q[part]
     return grads
 
 
 @_batched_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Tensor, weights: Tensor) -> Tensor:
-    return _empty_grads(q)
+def _batched_backward_like(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Tensor, weights: Tensor
+) -> Tensor:
+    return _room_for_grads(q)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:3], *output)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate_batched(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     grads = _batched_backward(grad, *ctx.saved_tensors)
     return *(g.transpose(1, 2) for g in grads.unbind(2)), None
 
 
-_batched.register_autograd(_differentiate, setup_context=_keep)
+_batched.register_autograd(_differentiate_batched, setup_context=_keep_for_backward)
 
 
-def _empty_result(q: Tensor) -> Tensor:
+def _room_for_result(q: Tensor) -> Tensor:
     """Make room for (N, H, T, d), of which (N, T, H d) is a view."""
     N, H, T, d = q.shape
     return q.new_empty(N, T, H, d).transpose(1, 2)
 
 
-def _empty_weights(q: Tensor, is_kept: bool) -> Tensor:
+def _room_for_weights(q: Tensor, is_kept: bool) -> Tensor:
     N, H, T, _ = q.shape
     return q.new_empty(N if is_kept else 0, H, T, T)
 
 
-def _empty_grads(q: Tensor) -> Tensor:
+def _room_for_grads(q: Tensor) -> Tensor:
     """Make room for the gradients of queries, keys and values, in the layout of their layer."""
     N, H, T, d = q.shape
     return q.new_empty(N, T, 3, H, d)
 
 
-def _parts(N: int, H: int, T: int) -> list[tuple[slice, slice]]:
+def _batched_parts(N: int, H: int, T: int) -> list[tuple[slice, slice]]:
     """Split samples, or heads where one sample is too large, so that scores stay in the caches."""
     heads = max(1, torch.get_num_threads() * SCORES_PER_THREAD // (T * T))
     samples = max(1, heads // H)
@@ -137,19 +139,19 @@ def _parts(N: int, H: int, T: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _fp32_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return scale * a b^T, (n, H, T, T) fp32, of bf16 a and b: no digit of the sums is lost."""
     n, H, T, d = a.shape
     a, b = (x.float().contiguous().view(n * H, T, d) for x in (a, b))
     out = a.new_empty(n * H, T, T)
-    with _fp32_holds_bf16():
+    with _fp32_factors_are_bf16():
         # beta 0: what is in `out` is not read
         torch.baddbmm(out, a, b.transpose(1, 2), beta=0, alpha=scale, out=out)
     return out.view(n, H, T, T)
 
 
 @contextmanager
-def _fp32_holds_bf16() -> Iterator[None]:
+def _fp32_factors_are_bf16() -> Iterator[None]:
     """Let oneDNN take fp32 factors for bf16 ones; sums stay fp32. It may ignore this."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
