@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from data_tools.stream.shard_store import CHECKS
 from data_tools.user_files.paths import expand, expand_data, expand_name
+from models.attention import KERNELS
 from models.dealing import DEALINGS
 from models.diffusion import OBJECTIVES
 from models.loss_weights import LOSS_WEIGHTS
@@ -62,6 +63,13 @@ class ModelConfig:
     )
     dtr_beta: float = option("dtr: fraction of channels open at a timestep", 0.8, bounds=">0 <=1")
     qk_norm: bool = option("normalise queries and keys, against growing attention logits", False)
+    attention_kernel: str = option(
+        "fused = torch's; batched = in bf16 on a CPU, batched products; auto = batched on CPUs "
+        "that multiply bf16, where it is faster",
+        "auto",
+        choices=KERNELS,
+        may_change=True,
+    )
     activation_checkpointing: bool = option(
         "recompute block activations in backward: less memory, about a third more time",
         False,

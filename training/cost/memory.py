@@ -102,6 +102,9 @@ class Activations(NamedTuple):
 def activation_bytes(options: NetworkOptions, batch_size: int, *, precision: str) -> Activations:
     """Count what a forward pass keeps. A compiled one keeps less.
 
+    Attention is torch's kernel. Batched products (models/attention.py), on a CPU, keep
+    2 N T T bytes more for each head of each block.
+
     Args:
         options: of the network.
         batch_size: N, of the micro-batch.

@@ -70,6 +70,7 @@ class DrawSettings:
     weights_sha256: str
     weaker_weights_sha256: str  # "" without autoguidance
     vae_sha256: str
+    precision: str = "fp32"  # of the network
 
     @property
     def num_parts(self) -> int:
@@ -82,7 +83,7 @@ class DrawSettings:
         return range(start, min(start + self.batch_size, self.num_images))
 
 
-DRAW = Format(newest=1, kind=DrawSettings)
+DRAW = Format(newest=2, kind=DrawSettings)
 
 
 def labels_of(settings: DrawSettings, indices: Tensor, class_counts: list[int]) -> Tensor:

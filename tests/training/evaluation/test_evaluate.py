@@ -440,6 +440,19 @@ class TestHeldOutLoss:
         assert card["num_samples"] == 9 and card["objective"] == "epsilon"
 
     @pytest.mark.processes
+    def test_bf16_is_near_and_in_a_file_of_its_own(self, run_dir, held_out, tmp_path):
+        flags = ("--validation-data", held_out, "--validation-timesteps", 2, "--output", tmp_path)
+        call(evaluate.main, run_dir, *flags)
+        exact = self.loss(tmp_path)
+        call(evaluate.main, run_dir, *flags, "--precision", "bf16")
+
+        (path,) = tmp_path.glob("validation-*-bf16.json")
+        fast = json.loads(path.read_text())
+        assert (exact["precision"], fast["precision"]) == ("fp32", "bf16")
+        means = [card["validation_loss"]["mse"]["mean"] for card in (exact, fast)]
+        assert means[0] != means[1] == pytest.approx(means[0], rel=0.02)
+
+    @pytest.mark.processes
     def test_two_processes_compute_the_digits_of_one(self, run_dir, held_out, resumed, tmp_path):
         flags = ("--validation-data", held_out, "--batch-size", BATCH_SIZE, "--output", tmp_path)
         call(evaluate.main, run_dir, *flags)
