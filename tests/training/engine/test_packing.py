@@ -35,11 +35,13 @@ NETWORKS = {
     "mlp of odd width": {"num_experts": 3, "expert_kind": "mlp", "expert_hidden_ratio": 0.4},
     "odd output": {"latent_channels": 3, "patch_size": 1, "learned_variance": False},
     "unconditional": {"num_classes": 0, "loss_weight": "uncertainty"},
+    "muon": {"num_experts": 3, "optimizer": "muon"},
     "dtr": {"routing": "dtr", "patch_size": 1, "latent_channels": 1},
     "dense": {"routing": "dense", "patch_size": 1, "latent_channels": 3},
 }
 SHARED_OUT = {
     "affine": {"num_experts": 6},
+    "muon": {"num_experts": 6, "optimizer": "muon", "gradient_clipping": 0.0},
     "mlp of odd width": {
         **{"num_experts": 6, "expert_kind": "mlp", "expert_hidden_ratio": 0.4},
         **{"gradient_clipping": 0.0},
