@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,39 +70,28 @@ class Monitor:
 
     def extra(self, step: int, name: str, value: float) -> None:
         """Record what another start of the same run would not repeat: TensorBoard only."""
-        if self._writer is not None:
-            with self.surviving_disk_errors():
-                self._writer.add_scalar(name, value, step)
+        self._write(lambda writer: writer.add_scalar(name, value, step))
 
     def layout(self, layout: dict[str, dict[str, list[Any]]]) -> None:
         """Set the charts of TensorBoard's page "custom scalars"."""
-        if self._writer is not None:
-            with self.surviving_disk_errors():
-                self._writer.add_custom_scalars(layout)
+        self._write(lambda writer: writer.add_custom_scalars(layout))
 
     def hyperparameters(self, values: dict[str, Any]) -> None:
         """Record what TensorBoard's page "hparams" compares runs by."""
-        if self._writer is None:
-            return
         # SummaryWriter.add_hparams would make another run for them.
         plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in values.items()}
         experiment, start, _ = hparams(plain, dict.fromkeys(HPARAMS_METRICS, 0.0))
-        with self.surviving_disk_errors():
-            self._writer.file_writer.add_summary(experiment)
-            self._writer.file_writer.add_summary(start)
+        for summary in (experiment, start):
+            self._write(lambda writer, one=summary: writer.file_writer.add_summary(one))
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Record a picture, (H, W, 3) uint8."""
-        if self._writer is not None:
-            with self.surviving_disk_errors():
-                self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._write(lambda writer: writer.add_image(name, picture, step, dataformats="HWC"))
 
     def text(self, name: str, text: str, step: int | None = None) -> None:
         """Record a text, shown as preformatted."""
-        if self._writer is not None:
-            indented = "\n".join(f"    {line}" for line in text.splitlines())
-            with self.surviving_disk_errors():
-                self._writer.add_text(name, indented, step)
+        indented = "\n".join(f"    {line}" for line in text.splitlines())
+        self._write(lambda writer: writer.add_text(name, indented, step))
 
     def event(self, step: int, text: str) -> None:
         """Record something out of the ordinary that happened at a step."""
@@ -119,6 +108,11 @@ class Monitor:
             with self.surviving_disk_errors():
                 self._writer.close()
             self._lines.close()
+
+    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
+        if self._writer is not None:
+            with self.surviving_disk_errors():
+                write(self._writer)
 
     @contextmanager
     def surviving_disk_errors(self) -> Iterator[None]:

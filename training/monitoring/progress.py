@@ -22,11 +22,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        max_steps: int,
-        log: Callable[[str], None] | None,
-        is_quiet: bool,
-        terminal: TextIO,
+        self, max_steps: int, log: Callable[[str], None] | None, is_quiet: bool, terminal: TextIO
     ) -> None:
         self._max_steps, self._log = max_steps, log
         self._has_bar = log is not None and not is_quiet and terminal.isatty()

@@ -15,11 +15,7 @@ from training.monitoring.event_files import Monitor
 from training.ranks.process_group import Ranks
 from training.run.directory import SAMPLES_DIR
 from training.sampling.image_files import image_grid, save_png
-from training.sampling.latents import (
-    SamplerSettings,
-    can_guide_without_classifier,
-    sample_latents,
-)
+from training.sampling.latents import SamplerSettings, can_guide_without_classifier, sample_latents
 
 SAMPLE_SEED = 0  # the same images are drawn every time, so that progress can be seen
 
