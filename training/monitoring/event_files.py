@@ -64,7 +64,8 @@ class Monitor:
             )
             self._writer.file_writer.add_summary(Summary(value=values), step)
             self._writer.flush()
-            if _newest_size(self._folder) > MAX_EVENTS_BYTES:
+            files = [path.stat() for path in self._folder.iterdir() if path.is_file()]
+            if max(files, key=lambda file: file.st_mtime_ns).st_size > MAX_EVENTS_BYTES:
                 self._writer.close()
                 self._writer = SummaryWriter(str(self._folder))
 
@@ -126,12 +127,6 @@ class Monitor:
                     "training goes on without them, TensorBoard shows no more until a restart.\n"
                 )
             self._has_warned = True
-
-
-def _newest_size(folder: Path) -> int:
-    """Return the bytes of the file that TensorBoard's writer writes."""
-    files = (path.stat() for path in folder.iterdir() if path.is_file())
-    return max(files, key=lambda found: found.st_mtime_ns).st_size
 
 
 def _drop_later_records(path: Path, resume_step: int) -> None:

@@ -72,14 +72,10 @@ def find_checkpoint(run_dir: Path, tag: str | None) -> Path:
         return latest
     folders = {path.name: path for path in sorted((run_dir / CHECKPOINT_DIR).glob("step-*"))}
     if tag is None or not folders:
-        raise ConfigError(_say_no_checkpoint(run_dir))
+        step = last_saved_step(run_dir)
+        if step is None:
+            raise ConfigError(f"{run_dir} has no checkpoint yet; train first.")
+        raise ConfigError(f"{run_dir}: {checkpoints_are_gone(step)}.")
     if tag not in folders:  # not a path either, such as ".."
         raise ConfigError(f"--checkpoint: no '{tag}'{did_you_mean(tag, folders)}")
     return folders[tag]
-
-
-def _say_no_checkpoint(run_dir: Path) -> str:
-    step = last_saved_step(run_dir)
-    if step is None:
-        return f"{run_dir} has no checkpoint yet; train first."
-    return f"{run_dir}: {checkpoints_are_gone(step)}."

@@ -256,7 +256,7 @@ def test_the_demo_set_is_reproducible_and_even(tmp_path):
     ("argv", "sentence"),
     [
         (["--size", "4"], "--size 4: must be at least 8 pixels."),
-        (["--per-class", "0"], "--per-class 0: must be at least 1."),
+        (["--per-class", "0"], "--per-class must be at least 1, not 0."),
         (["--output", __file__], f"--output {__file__}: is a file; give a folder."),
     ],
 )
