@@ -110,9 +110,7 @@ def scan_shard(
     """Index a tar, unless that was done before; nothing is written of a tar that is refused."""
     stem = name.removesuffix(".tar")
     index, notes = output / f"{stem}.index.npy", output / f"{stem}.index.json"
-    known = None
-    with suppress(OSError, ValueError, MalformedError):
-        known = NOTES.loads(notes.read_bytes(), str(notes))
+    known = _known(notes)
     if known is not None and known.wanted == wanted and index.is_file():
         tar = None if location.folder is None else location.folder / name
         if tar is None or (tar.is_file() and _is_that(tar, known, notes)):
@@ -129,6 +127,12 @@ def scan_shard(
 def _is_that(tar: Path, known: ScannedShard, notes: Path) -> bool:
     status = tar.stat()
     return status.st_size == known.bytes and status.st_mtime_ns <= notes.stat().st_mtime_ns
+
+
+def _known(notes: Path) -> ScannedShard | None:
+    with suppress(OSError, ValueError, MalformedError):
+        return NOTES.loads(notes.read_bytes(), str(notes))
+    return None
 
 
 def check_latents(name: str, shard: ScannedShard, vae: Vae) -> None:

@@ -220,7 +220,11 @@ def grouped(
             _check_complete(waiting, wanted)
             complete.clear()
             archive = member.archive
-        kind, key, suffix = _look(member)
+        key, suffix = split_name(member.name)
+        kind = member.unusable_kind or ("" if suffix else suffix_kind(member.name))
+        # The last part only: sets that are in use may have samples in hidden folders.
+        if is_hidden(member.name.rpartition("/")[2]):
+            kind = HIDDEN_KIND
         if kind or suffix not in wanted:
             if left_out is not None and not member.isdir():
                 left_out.add(kind or f".{suffix}", member.name)
@@ -244,12 +248,3 @@ def _check_complete(waiting: dict[str, TarParts], wanted: frozenset[str]) -> Non
         raise IncompleteSampleError(
             f"sample {parts.shown!r} has no .{suffix}{more}; see --array, --flip and --label"
         )
-
-
-def _look(member: Member) -> tuple[str, str, str]:
-    """Return why a member is left out, "" where it is not, and its key and suffix."""
-    key, suffix = split_name(member.name)
-    # The last part only: sets that are in use may have samples in hidden folders.
-    if is_hidden(member.name.rpartition("/")[2]):
-        return HIDDEN_KIND, key, suffix
-    return member.unusable_kind or ("" if suffix else suffix_kind(member.name)), key, suffix

@@ -48,7 +48,6 @@ def choose_samples(manifest: DatasetManifest, without: Collection[str] = ()) -> 
     """Choose a few samples of each class where there are few, or as many classes as fit.
 
     Args:
-        manifest: of a data set with its shards.
         without: names of shards not to read.
 
     Returns:
@@ -97,10 +96,7 @@ def write_preview(
     """Decode some samples and write them as one PNG.
 
     Args:
-        path: of the picture.
-        manifest: of a data set with its shards.
         vae: where the data set's VAE is; None = where dataset.json says. Its checksum must agree.
-        device: as --device.
         without: names of shards not to read.
 
     Returns:

@@ -92,12 +92,7 @@ class ExportJob:
 
 
 def check_job(args: argparse.Namespace, has_vae: bool) -> ExportJob:
-    """Find what the command line asks for; write nothing.
-
-    Args:
-        args: the command line.
-        has_vae: the format holds the VAE.
-    """
+    """Find what the command line asks for; write nothing. `has_vae`: the format holds the VAE."""
     run = open_run(args)
     run_dir, config, manifest = run.folder, run.config, run.manifest
     if args.autoguidance is not None:

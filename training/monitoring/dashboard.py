@@ -19,7 +19,6 @@ def dashboard(
         config: of the run; charts of what it does not have are left out.
         depth: blocks.
         num_experts: of a block; 0 = a model without experts.
-        num_ranks: that train.
         has_peak: whether the peak of the device, which speeds are compared with, is known.
     """
     run = RunTraits(config, num_experts, num_ranks, has_peak)

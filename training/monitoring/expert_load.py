@@ -104,7 +104,6 @@ def exchange_shape(model: Any, rank: int, group_size: int, precision: str) -> Ex
 
     Args:
         model: a SwitchDiT.
-        rank: of this process among all ranks.
         group_size: R.
         precision: "bf16", "autocast" or "fp32"; autocast's products, and with them the stream
             between blocks, are bf16.
@@ -124,9 +123,6 @@ def add_exchanges(sums: Tensor, plan: RoutingPlan, num_samples: int, shape: Exch
 
     Args:
         sums: (L * R + 2,), added to: rows by block and rank, rows that stay, samples.
-        plan: of a micro-step.
-        num_samples: of the micro-step.
-        shape: of what is sent.
     """
     rows = [dispatch.send_splits for dispatch in plan.dispatch]  # (L, R)
     num_kept = sum(of_block[shape.group_rank] for of_block in rows)
@@ -140,9 +136,6 @@ def exchange_metrics(
 
     Args:
         sums: of `add_exchanges`, summed over ranks.
-        shape: of what was sent.
-        num_steps: of the interval.
-        world_size: ranks of the job.
 
     Returns:
         MiB that a rank sends to others per step (mean over ranks; every row there and its sum
@@ -167,7 +160,6 @@ class LoadHistory:
     """Which experts have been without samples for long, and who served which timesteps lately.
 
     Args:
-        depth: L.
         num_experts: E; 0 = a model without experts.
         records: of the metrics of earlier intervals, of a run that is continued.
     """

@@ -15,10 +15,8 @@ class Progress:
     as on all ranks but one, nothing is shown.
 
     Args:
-        max_steps: steps wanted.
         log: writes a line to the log of the run and nowhere else; None = nothing is shown.
         is_quiet: neither bar nor lines, but in the log.
-        terminal: for the bar.
     """
 
     def __init__(
@@ -49,13 +47,7 @@ class Progress:
             self._bar.update()
 
     def show(self, metrics: dict[str, float], step: int, speed: float) -> None:
-        """Show the metrics of an interval.
-
-        Args:
-            metrics: of the interval.
-            step: steps done.
-            speed: steps per second since this process started.
-        """
+        """Show the metrics of an interval; `speed` is in steps per second of this process."""
         if self._log is None:
             return
         left = round((self._max_steps - step) / speed)

@@ -36,13 +36,8 @@ MAX_CHANGES_BYTES = 1 << 24  # a patch that is larger holds something else than 
 HASH_DIGITS = 12
 # A user's settings must neither start programs nor change what is written.
 _DIFF = (
-    "diff",
-    "--binary",
-    "--no-color",
-    "--no-ext-diff",
-    "--no-textconv",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
+    *("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv"),
+    *("--src-prefix=a/", "--dst-prefix=b/"),
 )
 
 

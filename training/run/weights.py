@@ -33,8 +33,6 @@ def find_weights(
     """Locate the weights of a run that a command asks for, and check that they are whole.
 
     Args:
-        run_dir: of the run.
-        config: of the run.
         checkpoint: --checkpoint, such as step-0001000; None = the latest.
         ema: --ema, the name of an average's profile; None = the first.
         is_raw: --raw, the weights that are trained.
