@@ -272,7 +272,6 @@ def reopen(
         output: holds encoding.json.
         inputs: the images, the words of --input.
         vae: where its VAE is now; None: where it was.
-        device: as --device.
     """
     settings = load_settings(output)
     if settings is None:

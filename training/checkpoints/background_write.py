@@ -118,7 +118,6 @@ class BackgroundWrite:
     """One checkpoint being written. All ranks start it, in the same order, by the same plan.
 
     Args:
-        plan: of the checkpoint.
         files: of this rank, in host memory; they are freed one by one.
         error: why the folder could not be made, on rank 0.
     """

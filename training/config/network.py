@@ -14,7 +14,6 @@ def network_options(
     """Return the options of a configuration's network; keys of section `model` keep their names.
 
     Args:
-        config: the run's configuration.
         expert_parallel_size: ranks that share the experts; 1 gives a network that needs no process
             group, whatever the configuration trains with.
         shards_weights: the network is for ZeRO 3.
