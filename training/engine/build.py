@@ -18,6 +18,7 @@ from training.engine.deepspeed_internals import (
     base_optimizer,
     import_muon_uncompiled,
     make_steps_lean,
+    silence_memory_lines,
 )
 from training.engine.interface import Engine
 from training.engine.matrix_updates import MatrixUpdates, mark_matrix
@@ -93,6 +94,7 @@ def build_engine(
 
     choose_operators(config.run.deterministic)
     import_muon_uncompiled()
+    silence_memory_lines()
     stage = stage_of(deepspeed_config)
     config = with_compiling_decided(config, stage)
     model = build_model(

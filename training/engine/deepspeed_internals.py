@@ -46,6 +46,13 @@ def import_muon_uncompiled() -> None:
         compiler.compile = compile_as_usual
 
 
+def silence_memory_lines() -> None:
+    """Keep ZeRO 1 in bf16 from printing a dozen lines of memory while an engine is built."""
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+
+
 def expert_group(param: Tensor) -> ProcessGroup | None:
     """Return the ranks that share a parameter's experts out; None if every rank has all of it."""
     from deepspeed.moe.utils import is_moe_param

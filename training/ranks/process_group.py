@@ -174,12 +174,9 @@ def start_process_group(ranks: Ranks, device: torch.device) -> None:
         ConfigError: the ranks did not meet.
     """
     import deepspeed
-    from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")  # its warnings are about what config/deepspeed_config.py has chosen
-    # ZeRO 1 in bf16 would print a dozen lines of memory while the engine is built.
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cuda":
         torch.cuda.set_device(device)
