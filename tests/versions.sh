@@ -17,17 +17,17 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failed=()
 for pair in "$@"; do
-  python=${pair%%:*} torch=${pair#*:}
-  bin=$folder/$pair/bin
+  python=${pair%:*} torch=${pair##*:}
+  bin=$folder/venv/bin
   echo "== Python $("$python" -c 'import platform; print(platform.python_version())'), torch $torch"
-  "$python" -m venv "$folder/$pair"
+  "$python" -m venv "$folder/venv"
   sed "s/^torch==.*/torch==$torch/" requirements.txt >"$folder/requirements.txt"
   cp requirements-dev.txt "$folder/"
   "$bin/python" -m pip install --quiet --disable-pip-version-check -r "$folder/requirements-dev.txt"
   PATH=$bin:$PATH CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 "$bin/python" -m pytest -q \
-    -p no:cacheprovider --basetemp "$folder/$pair/tmp" tests/models tests/training/engine \
+    -p no:cacheprovider --basetemp "$folder/tmp" tests/models tests/training/engine \
     tests/data_tools/stream tests/commands/test_documented_commands.py || failed+=("$pair")
-  rm -rf "${folder:?}/$pair"
+  rm -rf "$folder/venv" "$folder/tmp"
 done
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}" >&2
