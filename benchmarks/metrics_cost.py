@@ -130,7 +130,12 @@ def measure_reporter(
     shape = exchange_shape(model, 0, GROUP_SIZE, "fp32")
     sums = MetricSums(depth, E, config.diffusion.num_timesteps, device, shape)
     loads, history = LoadHistory(depth, E), RunHistory([], [])
-    engine = SimpleNamespace(module=model, skipped_steps=0, get_global_grad_norm=lambda: 1.0)
+    engine = SimpleNamespace(
+        module=model,
+        skipped_steps=0,
+        get_global_grad_norm=lambda: 1.0,
+        train_micro_batch_size_per_gpu=lambda: N,
+    )
     monitor = Monitor(folder)
     progress = Progress(config.run.max_steps, lambda _: None, False, io.StringIO())
     parts = (config, engine, sums, loads, history, monitor, progress, device, Heartbeat(device))

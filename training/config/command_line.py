@@ -34,7 +34,7 @@ class CommandLine:
     config: Config  # the preset, changed by the flags
     deepspeed: Path  # the DeepSpeed JSON file
     dry_run: bool  # print everything resolved and stop
-    reschedule: bool  # let a continued run's rate follow another schedule than so far
+    reschedule: bool = False  # let a continued run's rate follow another schedule than so far
     quiet: bool = False  # print warnings and errors only; log.txt has the rest
     notes: tuple[str, ...] = ()  # warnings about how the command was understood
 

@@ -261,6 +261,8 @@ def test_what_may_change_in_a_run_is_a_closed_list():
         *("compile_blocks", "deterministic", "expert_dispatch", "ema_snapshot_every"),
         *("max_skipped_steps", "spike_threshold", "placement", "rebalance_every"),
         *("data_shards", "data_cache", "data_cache_gib", "check_shards"),
+        *("attention_kernel", "muon_wire"),
+        *("lr_schedule", "lr_length", "lr_floor"),  # as far as no past step would notice
     }
 
 

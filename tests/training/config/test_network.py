@@ -21,7 +21,12 @@ OTHER_KEYS = {
     "has_loss_uncertainty": {"diffusion": {"loss_weight": "uncertainty"}},
 }
 LAYOUT = {"expert_parallel_size": 2, "shards_weights": True}  # given by what builds the network
-ANOTHER_TEXT = {"routing": "dtr", "expert_kind": "mlp", "expert_dispatch": "merged"}
+ANOTHER_TEXT = {
+    "routing": "dtr",
+    "expert_kind": "mlp",
+    "expert_dispatch": "merged",
+    "attention_kernel": "fused",
+}
 
 
 @pytest.fixture(scope="module")
