@@ -55,7 +55,7 @@ from training.evaluation.held_out_loss import SEED, held_out_loss
 from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check, name_of_weights
 from training.evaluation.networks import add_network_flags
 from training.evaluation.score_events import write_score_events
-from training.evaluation.scores import score
+from training.evaluation.scores import said, score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
 from training.ranks.process_group import (
     Ranks,
@@ -177,7 +177,7 @@ def finish_point(
     if reference is not None:
         with tqdm(total=samples.num_images, unit="image", desc="looking") as progress:
             metrics = score(samples, reference, progress.update)
-        card = {"metrics": metrics, **describe_reference(reference), **card}
+        card = {"metrics": metrics, **describe_reference(reference, samples.num_images), **card}
     with disk_errors(path.parent):
         CARD.write(path, card)
     return card
@@ -193,8 +193,8 @@ def finish(
         print(f"--reference {job.reference.path}: {told}")
     cards = [finish_point(args, job, point, device) for point in job.points]
     for point, card in zip(job.points, cards, strict=True):
-        found = "".join(f", {name} {value:.4f}" for name, value in card.get("metrics", {}).items())
-        print(f"{point.folder}: {count_of(f'{point.settings.num_images:,}', 'image')}{found}")
+        found = [count_of(f"{point.settings.num_images:,}", "image"), said(card.get("metrics", {}))]
+        print(f"{point.folder}: {', '.join(filter(None, found))}")
     if len(job.points) > 1 and job.reference is not None:
         print(f"sweep: {write_sweep(job, cards)} and .png")
     if job.output == job.run_dir / EVALUATION_DIR:  # else they are nobody's but the user's

@@ -1,4 +1,4 @@
-"""Score a set of images: FID, sFID, Inception Score, precision and recall by ADM's protocol.
+"""Score a set of images: FID, sFID, KID, Inception Score, precision and recall.
 
     python training/score_images.py samples.npz --reference VIRTUAL_imagenet256_labeled.npz
 
@@ -25,7 +25,7 @@ from training.evaluation.card import CARD, describe_program, describe_reference,
 from training.evaluation.drawing import disk_errors
 from training.evaluation.image_npz import ImageNpz
 from training.evaluation.networks import add_network_flags, load_network
-from training.evaluation.scores import Reference, check_count, score
+from training.evaluation.scores import Reference, check_count, said, score
 
 
 def build_parser() -> ArgumentParser:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             "num_images": samples.num_images,
             "image_size": samples.image_size,
         },
-        **describe_reference(reference),
+        **describe_reference(reference, samples.num_images),
         "program": describe_program(device),
     }
     if args.output is None:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         return
     with disk_errors(args.output):
         CARD.write(args.output, card)
-    print(f"{args.output}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+    print(f"{args.output}: {said(metrics)}")
 
 
 def _check_output(path: Path, is_forced: bool) -> None:

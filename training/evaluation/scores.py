@@ -1,8 +1,8 @@
 """Score a set of images against a reference: FID and its relatives, by ADM's protocol.
 
 The reference is an npz file. ADM's files hold statistics of a whole set (mu, sigma, mu_s, sigma_s)
-and some images (arr_0) for precision and recall. Images alone will do. So will mu and sigma alone,
-as pytorch-fid writes them; they give the FID and nothing else.
+and some images (arr_0) for KID, precision and recall. Images alone will do. So will mu and sigma
+alone, as pytorch-fid writes them; they give the FID and nothing else.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,12 +18,15 @@ from torch import Tensor
 from data_tools.errors import ConfigError, count_of
 from training.checkpoints.manifest import sha256_of
 from training.evaluation.distances import (
+    MIN_KERNEL_FEATURES,
     NEIGHBOURS,
     Gaussian,
     GaussianFit,
     frechet_distance,
     inception_score,
+    kernel_distance,
     precision_and_recall,
+    subset_size,
 )
 from training.evaluation.image_npz import ImageNpz
 from training.evaluation.networks import BATCH_SIZE, POOL, SPATIAL, FeatureNetwork, InceptionNetwork
@@ -33,6 +36,7 @@ from training.evaluation.networks import BATCH_SIZE, POOL, SPATIAL, FeatureNetwo
 INCEPTION_ARRAYS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 OTHER_ARRAYS = {POOL: ("features_mu", "features_sigma")}
 NETWORK_SHA256 = "features_sha256"  # of the network that made the latter
+STD = "_std"  # ends the name of a score's spread
 
 
 @dataclass
@@ -124,8 +128,10 @@ class Reference:
         lacks = {}
         if SPATIAL in self.network.widths and SPATIAL not in self.layers:
             lacks["sfid"] = "no mu_s and sigma_s in the reference"
+        held = count_of(self.num_images, "image") if self.num_images else "no images (arr_0)"
+        if self.num_images < MIN_KERNEL_FEATURES:
+            lacks[kernel_name(self.network)] = f"{held} in the reference"
         if self.num_images <= NEIGHBOURS:
-            held = count_of(self.num_images, "image") if self.num_images else "no images (arr_0)"
             lacks |= dict.fromkeys(("precision", "recall"), f"{held} in the reference")
         return lacks
 
@@ -192,6 +198,26 @@ class Reference:
         return torch.from_numpy(self._file.array(name).astype(np.float64))
 
 
+def kernel_name(network: FeatureNetwork) -> str:
+    """Name the kernel distance: KID with Inception's features only."""
+    return "kid" if isinstance(network, InceptionNetwork) else "kernel_distance"
+
+
+def said(metrics: dict[str, float]) -> str:
+    """Return scores for a line of text, a spread behind its mean."""
+    parts = []
+    for name, value in metrics.items():
+        if name.removesuffix(STD) in metrics and name.endswith(STD):
+            continue
+        spread = metrics.get(f"{name}{STD}")
+        parts.append(f"{name} " + (f"{value:.4f}" if spread is None else _spread(value, spread)))
+    return ", ".join(parts)
+
+
+def _spread(value: float, std: float) -> str:
+    return f"{value:.6f} +- {std:.6f}"  # a KID of a good model is a thousandth
+
+
 def check_count(count: int, network: FeatureNetwork, what: str) -> None:
     """Refuse fewer images than the statistics take; `what` names them in the message."""
     if count < network.min_images:
@@ -210,8 +236,9 @@ def score(
     """Score images against a reference. Only with Inception's features is a score called FID.
 
     Returns:
-        "fid", "sfid" and "inception_score", or "frechet_distance"; "precision" and "recall". Those
-        in `reference.left_out` are not there.
+        "fid", "sfid" and "inception_score", or "frechet_distance"; "kid", or "kernel_distance",
+        and the same with "_std"; "precision" and "recall". Those in `reference.left_out` are not
+        there.
     """
     network = reference.network
     statistics = feature_statistics(network, samples.batches(BATCH_SIZE), on_batch=on_batch)
@@ -227,7 +254,10 @@ def score(
         found["inception_score"] = inception_score(network.logits(statistics.pool))
     else:
         found = {"frechet_distance": distances[POOL]}
+    sets = pool.to(network.device), statistics.pool.to(network.device)
+    if min(map(len, sets)) >= MIN_KERNEL_FEATURES:
+        name, kernel = kernel_name(network), kernel_distance(*sets, subset_size(*map(len, sets)))
+        found |= {name: kernel.mean, f"{name}{STD}": kernel.std}
     if len(pool) > NEIGHBOURS:
-        sets = pool.to(network.device), statistics.pool.to(network.device)
         found |= precision_and_recall(*sets)._asdict()
     return found

@@ -34,6 +34,7 @@ BUSIEST = "busiest rank of a group over the mean"
 UNUSED = "idle, starved, dead and never used"
 SPIKES = "loss spikes and skipped steps"
 DISTANCE = "FID, sFID, or a Frechet distance: lower is better"
+KERNEL = "KID, or a kernel distance: lower is better"
 SHARED = "precision and recall: higher is better"
 HIGHER = "Higher is better."
 
@@ -281,6 +282,10 @@ METRICS = (
     Metric("eval/fid", IMAGES, "Frechet inception distance", DISTANCE),
     Metric("eval/sfid", IMAGES, "the same of spatial features", DISTANCE),
     Metric("eval/frechet_distance", IMAGES, "the same of another network's features", DISTANCE),
+    Metric("eval/kid", IMAGES, "kernel inception distance, the mean over subsets", KERNEL),
+    Metric("eval/kid_std", IMAGES, "its standard deviation over subsets"),
+    Metric("eval/kernel_distance", IMAGES, "the same of another network's features", KERNEL),
+    Metric("eval/kernel_distance_std", IMAGES, "its standard deviation over subsets"),
     Metric(
         "eval/inception_score",
         IMAGES,

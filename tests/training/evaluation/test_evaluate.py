@@ -24,6 +24,7 @@ from training import evaluate, reference_statistics, sample, score_images
 from training.checkpoints.manifest import CHECKPOINT_DIR, sha256_of
 from training.checkpoints.weight_files import load_model
 from training.engine.objective import build_diffusion
+from training.evaluation.distances import kernel_distance
 from training.evaluation.drawing import (
     LABEL_RULES,
     PARTS_DIR,
@@ -33,6 +34,8 @@ from training.evaluation.drawing import (
     labels_of,
 )
 from training.evaluation.networks import ScriptedNetwork
+from training.evaluation.scores import said
+from training.evaluation.sweep import SweepPoint, plot_of, table_of
 from training.run.directory import load_config
 from training.sampling.latents import SamplerSettings, sample_latents
 
@@ -264,6 +267,9 @@ class TestDrawing:
         assert np.load(found)["arr_1"].tolist() == [0, 0]
 
 
+SCORES = ["frechet_distance", "kernel_distance", "kernel_distance_std", "precision", "recall"]
+
+
 class TestScoring:
     """With a network of the user's, since Inception's weights are not here."""
 
@@ -277,7 +283,9 @@ class TestScoring:
             for f in (ours, theirs)
         ]
         shares = precision_and_recall(theirs, ours, 3, np.float16)
-        return [frechet_distance(*fits), *shares]
+        sets = [torch.from_numpy(features) for features in (theirs, ours)]
+        kernel = kernel_distance(*sets, min(map(len, sets)) // 2)
+        return [frechet_distance(*fits), *kernel, *shares]
 
     @pytest.mark.processes
     def test_a_run_is_scored_against_images(self, drawn, run_dir, network, reference, tmp_path):
@@ -289,7 +297,7 @@ class TestScoring:
         (path,) = (output / FOLDER).glob("score-*.json")
         card = json.loads(path.read_text())
         metrics = card["metrics"]
-        assert list(metrics) == ["frechet_distance", "precision", "recall"]  # and no "fid"
+        assert list(metrics) == SCORES  # and neither "fid" nor "kid"
         wanted = self.expected(pixels_of(drawn), np.load(reference)["arr_0"])
         assert list(metrics.values()) == pytest.approx(wanted, rel=1e-4)
         assert card["reference"]["sha256"] == sha256_of(reference)
@@ -390,9 +398,7 @@ class TestScoring:
 
         (table,) = tmp_path.glob("sweep-*.txt")
         lines = table.read_text().splitlines()
-        assert lines[0].split() == ["sampler", "steps", "cfg", "scale"] + [
-            *("frechet_distance", "precision", "recall")
-        ]
+        assert lines[0].split() == ["sampler", "steps", "cfg", "scale"] + [*SCORES]
         found = {tuple(line.split()[:3]) for line in lines[1:]}
         assert found == {(m, s, c) for m in ("ddim", "ddpm") for s in "12" for c in "12"}
         for sampler, steps, scale, distance, *_ in map(str.split, lines[1:]):
@@ -404,6 +410,19 @@ class TestScoring:
         picture = np.asarray(Image.open(table.with_suffix(".png")))
         assert picture.shape[2] == 3 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 6
         assert table.read_text() in capsys.readouterr().out
+
+
+def test_a_sweep_shows_cards_of_earlier_versions_beside_new_ones():
+    old = SweepPoint("ddim", 50, 1.0, {"fid": 12.0})
+    new = SweepPoint("ddim", 50, 2.0, {"fid": 11.0, "kid": 0.00123, "kid_std": 0.0002})
+
+    lines = [line.split() for line in table_of([old, new]).splitlines()]
+
+    assert lines[0][4:] == ["fid", "kid", "kid_std"]
+    assert lines[1][3:] == ["12", "-", "-"] and lines[2][3:] == ["11", "0.00123", "0.0002"]
+    assert plot_of([old, new], "title").shape[2] == 3
+    assert said(new.metrics) == "fid 11.0000, kid 0.001230 +- 0.000200"
+    assert said(old.metrics) == "fid 12.0000"
 
 
 class TestHeldOutLoss:
