@@ -36,6 +36,7 @@ from training.evaluation.networks import BATCH_SIZE, POOL, SPATIAL, FeatureNetwo
 INCEPTION_ARRAYS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 OTHER_ARRAYS = {POOL: ("features_mu", "features_sigma")}
 NETWORK_SHA256 = "features_sha256"  # of the network that made the latter
+DIGITS = 12  # of that, which end these names in a file for several networks
 STD = "_std"  # ends the name of a score's spread
 
 
@@ -47,9 +48,19 @@ class FeatureStatistics:
     pool: Tensor  # (N, D) float32 on the CPU
 
 
-def arrays_of(network: FeatureNetwork) -> dict[str, tuple[str, str]]:
-    """Name the arrays of a network's statistics in an npz file, by layer."""
-    return INCEPTION_ARRAYS if isinstance(network, InceptionNetwork) else OTHER_ARRAYS
+def arrays_of(network: FeatureNetwork, is_one_of_many: bool) -> dict[str, tuple[str, str]]:
+    """Name the arrays of a network's statistics in an npz file, by layer.
+
+    Args:
+        network: that made them.
+        is_one_of_many: the file holds statistics of several networks.
+    """
+    if isinstance(network, InceptionNetwork):
+        return INCEPTION_ARRAYS
+    if not is_one_of_many:
+        return OTHER_ARRAYS
+    end = network.sha256[:DIGITS]
+    return {layer: tuple(f"{n}_{end}" for n in names) for layer, names in OTHER_ARRAYS.items()}
 
 
 def feature_statistics(
@@ -107,6 +118,9 @@ class Reference:
                 f"{self._flag}: holds images of {found[0]}x{found[1]} and the samples are "
                 f"{image_size[0]}x{image_size[1]}; give a reference of that size."
             )
+        own = arrays_of(network, is_one_of_many=True)
+        has_own = any(name in self._file.names for names in own.values() for name in names)
+        self._arrays = own if has_own else arrays_of(network, is_one_of_many=False)
         self.stated = self._stated_layers()
         if not (self.has_statistics or self._has_enough_images):
             raise ConfigError(f"{self._flag}: {self._lack()}.")
@@ -141,8 +155,8 @@ class Reference:
 
     def _lack(self) -> str:
         """Say what the file lacks, and what it has instead."""
-        mean, covariance = arrays_of(self.network)[POOL]
-        others = INCEPTION_ARRAYS if arrays_of(self.network) is OTHER_ARRAYS else OTHER_ARRAYS
+        mean, covariance = self._arrays[POOL]
+        others = OTHER_ARRAYS if self._arrays is INCEPTION_ARRAYS else INCEPTION_ARRAYS
         found = [name for pair in others.values() for name in pair if name in self._file.names]
         instead = f"; its {' and '.join(found)} are of another network" if found else ""
         return (
@@ -154,11 +168,9 @@ class Reference:
     def _stated_layers(self) -> set[str]:
         """Tell which layers' statistics there are; refuse those of another network."""
         layers = {
-            layer: names
-            for layer, names in arrays_of(self.network).items()
-            if set(names) <= self._file.names
+            layer: names for layer, names in self._arrays.items() if set(names) <= self._file.names
         }
-        is_other = layers and arrays_of(self.network) is OTHER_ARRAYS
+        is_other = layers and self._arrays is OTHER_ARRAYS
         if is_other and NETWORK_SHA256 in self._file.names:
             made_by = str(self._file.array(NETWORK_SHA256))
             if made_by != self.network.sha256:
@@ -189,7 +201,7 @@ class Reference:
         if self.num_images:
             statistics = feature_statistics(self.network, self._file.batches(BATCH_SIZE))
         stated = {
-            layer: Gaussian(*(self._doubles(name) for name in arrays_of(self.network)[layer]))
+            layer: Gaussian(*(self._doubles(name) for name in self._arrays[layer]))
             for layer in self.stated
         }
         return FeatureStatistics(statistics.gaussians | stated, statistics.pool)

@@ -35,10 +35,11 @@ def dashboard(
 
 def evaluation_charts() -> Layout:
     """Return the charts of a run's scores, which come with them: TensorBoard merges layouts."""
-    return _layout([metric for metric in registry.METRICS if metric.group == registry.IMAGES])
+    scores = [metric for metric in registry.METRICS if metric.group == registry.IMAGES]
+    return _layout(scores, end="(/|$)")  # of several networks, a slash and the network
 
 
-def _layout(metrics: list[Metric], depth: int = 0) -> Layout:
+def _layout(metrics: list[Metric], depth: int = 0, end: str = "$") -> Layout:
     layout: Layout = {}
     for metric in metrics:
         if metric.chart is None:
@@ -50,5 +51,7 @@ def _layout(metrics: list[Metric], depth: int = 0) -> Layout:
             if block is not None:
                 title, tag = (text.replace("{block}", f"{block:02d}") for text in (title, tag))
             prefix, brace, _ = tag.partition("{")
-            charts.setdefault(title, ["Multiline", []])[1].append(prefix if brace else f"{tag}$")
+            charts.setdefault(title, ["Multiline", []])[1].append(
+                prefix if brace else f"{tag}{end}"
+            )
     return layout

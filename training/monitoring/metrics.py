@@ -307,6 +307,7 @@ METRICS = (
         SHARED,
         curve=Curve("recall", HIGHER),
     ),
+    Metric("eval/{score}/{network}", IMAGES, "one of these by one of several --features"),
     Metric("eval/loss_{term}", IMAGES, "loss of held-out data", "held-out loss"),
 )
 

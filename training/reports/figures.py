@@ -13,7 +13,7 @@ from training.monitoring.charts import new_figure
 from training.monitoring.expert_pictures import affinity_map, expert_map, load_history
 from training.monitoring.metric import Metric
 from training.monitoring.run_history import RunHistory, thinned
-from training.reports.rows import SPREAD_END, Row, Spread, score_name
+from training.reports.rows import Row, Spread, is_spread, score_name
 from training.reports.run_data import RunData
 
 WIDTH, HEIGHT, DPI = 520, 300, 110  # the page's pictures are larger than TensorBoard's by a tenth
@@ -91,11 +91,11 @@ def scores(rows: list[Row]) -> list[FigureOf]:
         FigureOf(
             _file_name(tag),
             score_name(tag),
-            texts.get(tag, "Lower is better."),
+            texts.get("/".join(tag.split("/")[:2]), "Lower is better."),
             _draw(lambda axes, tag=tag: draw(axes, tag)),
         )
         for tag in sorted(lines)
-        if not tag.endswith(SPREAD_END)
+        if not is_spread(tag)
         if any(len(steps) > 1 for _, steps, _ in lines[tag])
     ]
 

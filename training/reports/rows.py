@@ -191,10 +191,15 @@ def comparisons(rows: list[Row]) -> list[Comparison]:
             step = max(steps)
             tables = [table[way][step] for table in scores]
             for tag in tables[0]:
-                if tag in tables[1] and not tag.endswith(SPREAD_END):
+                if tag in tables[1] and not is_spread(tag):
                     name = f"{score_name(tag)} at step {step:,} ({way})"
                     found.append(Comparison(name, (one, other), (tables[0][tag], tables[1][tag])))
     return found
+
+
+def is_spread(tag: str) -> bool:
+    """Tell whether a score is the spread of another one; behind a slash may be its network."""
+    return tag.split("/")[1].endswith(SPREAD_END)
 
 
 def score_name(tag: str) -> str:

@@ -16,7 +16,15 @@ from data_tools.vae.autoencoder import DEMO_VAE, decode_pixels, load_vae
 from models.guidance import Guidance
 from models.latents import final_latents
 from models.randomness import Stream, integers, normal
-from tests.support.evaluated_run import IMAGE_SIZE, Means, Wrong, make_data, make_run, save_network
+from tests.support.evaluated_run import (
+    IMAGE_SIZE,
+    Corners,
+    Means,
+    Wrong,
+    make_data,
+    make_run,
+    save_network,
+)
 from tests.support.launch import TIMEOUT_SEC, finish, free_port, run, start
 from tests.support.reference_scores import frechet_distance, precision_and_recall
 from tests.support.synthetic import make_dataset, random_moments
@@ -389,6 +397,68 @@ class TestScoring:
             call(score_images.main, reference, *flags, "--output", tmp_path / f"{name}.json")
             metrics = json.loads((tmp_path / f"{name}.json").read_text())["metrics"]
             assert metrics == {"frechet_distance": pytest.approx(0.0, abs=1e-6)}
+
+    @pytest.mark.processes
+    def test_each_of_several_networks_has_the_card_and_the_sweep_of_its_own(
+        self, run_dir, network, reference, tmp_path, capsys
+    ):
+        corners = save_network(tmp_path / "corners.pt", Corners())
+        flags = (run_dir, "--num-images", 14, "--sweep-steps", "1,2", "--reference", reference)
+        for name, files in {"both": [network, corners], "one": [network], "two": [corners]}.items():
+            call(evaluate.main, *flags, "--output", tmp_path / name, "--features", *files)
+
+        def cards(folder):
+            paths = sorted(folder.glob("*/score-*.json"))
+            return {
+                f"{path.parent.name}/{path.name}": json.loads(path.read_text()) for path in paths
+            }
+
+        alone = cards(tmp_path / "one") | cards(tmp_path / "two")
+        assert cards(tmp_path / "both") == alone and len(alone) == 4
+        both, *others = (
+            sorted(path.read_text() for path in tmp_path.glob(f"{name}/sweep-*.txt"))
+            for name in ("both", "one", "two")
+        )
+        assert both == sorted(sum(others, [])) and len(both) == 2
+        output = capsys.readouterr().out
+        assert "14 images, means.pt, frechet_distance" in output
+        assert "14 images, corners.pt, frechet_distance" in output
+
+    @pytest.mark.processes
+    def test_a_set_of_images_is_scored_by_several_networks(self, network, reference, tmp_path):
+        corners = save_network(tmp_path / "corners.pt", Corners())
+        images = np.random.default_rng(3).integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+        for i, image in enumerate(images):
+            path = tmp_path / "images" / f"{i:02d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        both = ("--features", network, corners)
+        made = ("--input", tmp_path / "images", "--size", 32, "--keep", 8, *both)
+        call(reference_statistics.main, *made, "--output", tmp_path / "made.npz")
+
+        for name, files in {"both": both[1:], "one": [network], "two": [corners]}.items():
+            flags = ("--reference", tmp_path / "made.npz", "--output", tmp_path / f"{name}.json")
+            call(score_images.main, reference, *flags, "--features", *files)
+
+        found, one, two = (
+            json.loads((tmp_path / f"{name}.json").read_text()) for name in ("both", "one", "two")
+        )
+        keys = ("metrics", "reference", "features", "kernel_subsets")
+        assert found["scores"] == [{key: card[key] for key in keys} for card in (one, two)]
+        assert one["features"] == {"network": "means.pt", "sha256": sha256_of(network)}
+        for card in (one, two):
+            assert card["reference"]["statistics"] == "stated in the file"
+        stated = np.load(tmp_path / "made.npz")[f"features_mu_{sha256_of(corners)[:12]}"]
+        np.testing.assert_allclose(stated, images[:, 0, 0].mean(axis=0) / 64.0, rtol=1e-6)
+
+    def test_one_network_named_twice_is_refused(self, network, reference, tmp_path, refuse):
+        copy = shutil.copy(network, tmp_path / "copy.pt")
+
+        stderr = refuse(
+            score_images.main, reference, "--reference", reference, "--features", network, copy
+        )
+
+        assert f"{copy} is the same network as one before it; give each once." in stderr
 
     @pytest.mark.processes
     def test_a_sweep_scores_every_combination(self, run_dir, network, reference, tmp_path, capsys):
