@@ -5,6 +5,7 @@
 # make test-odd   some tests on an odd machine: blanks and umlauts in paths, umask 077, one core, no network ...
 # make test-cluster   the tests that start a real Slurm, OpenMPI, sshd or browser (root, Debian; about 20 minutes)
 # make test-long   the test of 20,000 steps, the documentation's benchmarks (about 25 minutes on one core)
+# make gpu-acceptance   what only a GPU can tell, in eight minutes on one; docs/gpu.md
 # make lint    lint only
 # make clean   remove caches and the virtual environment; runs/ and datasets/ stay
 #
@@ -33,7 +34,7 @@ if [[ $$bin == *[[:blank:]]* ]] || (($${#bin} > 100)); then \
 fi
 endef
 
-.PHONY: help demo test test-fast test-precision test-odd test-cluster test-long lint clean
+.PHONY: help demo test test-fast test-precision test-odd test-cluster test-long gpu-acceptance lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -73,6 +74,10 @@ test-cluster: $(DEMO_INSTALLED)
 
 test-long: $(INSTALLED)
 	pytest -m long
+
+# Without an installation: a GPU machine's own python3 may have the torch that fits its driver.
+gpu-acceptance:
+	python3 benchmarks/gpu_acceptance.py
 
 lint: $(INSTALLED)
 	ruff check .

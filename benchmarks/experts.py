@@ -5,8 +5,9 @@
 
 For a grid of sizes the table shows the time of dispatching over the time of merging, for forward
 and backward pass of one block's mixture; above 1, merging is faster. `*` marks sizes for which
---expert-dispatch auto chooses the slower way (models/experts.py: merging_is_cheaper). The plan,
-made once for all blocks, is not timed.
+--expert-dispatch auto chooses the slower way by more than a tenth, and they are listed at the end.
+Its rule for CPUs was fitted to this table, that for GPUs to a count of FLOP and bytes
+(models/experts.py: merging_is_cheaper). The plan, made once for all blocks, is not timed.
 
 N batch, T tokens, D width, E experts, K experts per sample.
 """
@@ -84,7 +85,7 @@ def main() -> None:
     print(
         "    D     T   N " + "".join(f"{head:>10}" for head in heads) + "   MiB merged/dispatched"
     )
-    cells = []
+    cells: dict[str, Cell] = {}
     for D, T, N in product(WIDTHS, TOKENS, BATCHES):
         row = [
             measure(N, T, D, E, K, device, dtype)
@@ -94,8 +95,11 @@ def main() -> None:
         ]
         if any(row):
             print(describe_row(D, T, N, row), flush=True)
-        cells += [cell for cell in row if cell]
-    print(summary(cells))
+        for (E, K), cell in zip(EXPERTS, row, strict=True):
+            if cell:
+                cells[f"D={D} T={T} N={N} E={E} K={K}"] = cell
+    print(summary(list(cells.values())))
+    print(mistakes(cells))
 
 
 def dispatched_gflop(N: int, T: int, D: int, K: int) -> float:
@@ -182,6 +186,16 @@ def summary(cells: list[Cell]) -> str:
             f"  always dispatched {mean([max(1.0, cell.ratio) for cell in cells])}",
         )
     )
+
+
+def mistakes(cells: dict[str, Cell]) -> str:
+    """List the sizes at which auto chooses the slower way by more than a tenth, worst first."""
+    wrong = {size: cell for size, cell in cells.items() if cell.auto_loss > TIE}
+    lines = [f"auto is wrong by more than a tenth at {len(wrong)} of {len(cells)} sizes:"]
+    for size, cell in sorted(wrong.items(), key=lambda item: -item[1].auto_loss):
+        way = "merges" if cell.is_auto_merged else "dispatches"
+        lines.append(f"  {size}: {way}, and takes {cell.auto_loss:.2f} times as long")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

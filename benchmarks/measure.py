@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import models.attention  # noqa: F401  its operators are counted
+
 aten = torch.ops.aten
 
 PEAK_REPEATS = 5
@@ -105,6 +107,8 @@ def counted_flops(fn: Callable[[], Any]) -> int:
     the scores that the fused kernels compute a second time, and knows no kernel of the CPU.
     """
     attention = {
+        torch.ops.switch_dit.batched_attention: _attention_flops,
+        torch.ops.switch_dit.batched_attention_backward: _attention_backward_flops,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
         aten._scaled_dot_product_flash_attention_backward: _attention_backward_flops,
@@ -233,13 +237,14 @@ def cuda_waits(fn: Callable[[], Any]) -> Counter[str]:
     """Run fn on CUDA and count by source line where the host waited for the device."""
     torch.cuda.synchronize()
     previous = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(action="ignore"):  # that the mode does not see everything
         torch.cuda.set_sync_debug_mode("warn")
-        try:
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             fn()
-        finally:
-            torch.cuda.set_sync_debug_mode(previous)
+    finally:
+        torch.cuda.set_sync_debug_mode(previous)
     return Counter(
         f"{os.path.relpath(w.filename)}:{w.lineno}"
         for w in caught

@@ -44,7 +44,7 @@ class OfficialWay(nn.Module):
         every_t = model.t_embedder(
             torch.arange(model.options.num_timesteps, device=t.device)
         )  # (S, D)
-        x = model.x_embedder(x_t) + model.pos_embed
+        x = _patches(model, x_t) + model.pos_embed
         c = t_emb + model.y_embedder(y)
         tables = []
         for i, block in enumerate(model.blocks):
@@ -120,6 +120,11 @@ def official_prior_loss(
     """Match, then compare: the loss on the gates in one step."""
     assignment = match_by_differences(gate_table.detach(), top_k, prior, seed)
     return prior_loss(gate_table, prior, t, assignment)
+
+
+def _patches(model: SwitchDiT, x_t: Tensor) -> Tensor:
+    """Embed patches as DiT does, (N, T, D): a view whose rows of tokens lie apart."""
+    return model.x_embedder.proj(x_t).flatten(2).transpose(1, 2)
 
 
 def _block(block: DiTBlock, x: Tensor, c: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def make_batch(config: Config, batch_size: int, device: torch.device) -> Latents
 
 def our_side(config: Config, batch: Latents, dtype: torch.dtype) -> Side:
     """Train as this project does: weights in `dtype`, fp32 masters where that is bf16."""
-    model = _model(config, batch.x_start.device)
+    model = random_model(config, batch.x_start.device)
     prior, diffusion = _prior_and_diffusion(config, batch.x_start.device)
     optimizer = MasterOptimizer(model.to(dtype), config)
 
@@ -109,7 +109,7 @@ def our_side(config: Config, batch: Latents, dtype: torch.dtype) -> Side:
 
 def official_side(config: Config, batch: Latents, dtype: torch.dtype) -> Side:
     """Train the official way: fp32 weights, bf16 by autocast, AdamW, a loop for the average."""
-    model = OfficialWay(_model(config, batch.x_start.device))
+    model = OfficialWay(random_model(config, batch.x_start.device))
     prior, diffusion = _prior_and_diffusion(config, batch.x_start.device)
     parameters = list(model.parameters())
     optim = config.optim
@@ -176,7 +176,7 @@ class MasterOptimizer:
         self._optimizer.zero_grad()
 
 
-def _model(config: Config, device: torch.device) -> SwitchDiT:
+def random_model(config: Config, device: torch.device) -> SwitchDiT:
     """Build the network with random weights in place of its zeros; equal for both sides."""
     model = build_model(config)
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from data_tools.encoding.command import EncodingRun
 from data_tools.encoding.input_summary import NAMES_SHOWN, class_lines
 from data_tools.encoding.output import DEMO_LATENTS, nothing_left_by_a_refusal
 from data_tools.encoding.settings import PRECISIONS, disk_errors_as_config_errors
-from data_tools.errors import ArgumentParser, ConfigError, count_of, some
+from data_tools.errors import ArgumentParser, ConfigError, count_of, refuse_below_one, some
 from data_tools.process.entry_point import enter, is_reporter
 from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.sources.emoji import DEMO_IMAGES, DEMO_PER_CLASS, DEMO_SIZE, make_demo_images
@@ -197,10 +197,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--strict", action="store_true", help="stop at a damaged image instead of skipping it")
     add("--dry-run", action="store_true", help="check, describe and estimate, write nothing")
     args = parser.parse_args(argv)
-    for name in ("size", "batch_size", "shard_size", "workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
+    refuse_below_one(args, "size", "batch_size", "shard_size", "workers")
     args.reading = Reading(args.class_from, args.image_suffix, args.label_suffix, args.label_column)
     is_demo = args.input is None
     if args.output is None and not is_demo:

@@ -10,7 +10,7 @@ from pathlib import Path
 if not __package__:  # run as a script: Python put this file's own folder first on sys.path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, refuse_below_one
 from data_tools.process.entry_point import enter
 from data_tools.sources.emoji import (
     DEMO_IMAGES,
@@ -37,8 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.size < MIN_SIZE:
         raise ConfigError(f"--size {args.size}: must be at least {MIN_SIZE} pixels.")
-    if args.per_class < 1:
-        raise ConfigError(f"--per-class {args.per_class}: must be at least 1.")
+    refuse_below_one(args, "per_class")
     if args.output.exists() and not args.output.is_dir():
         raise ConfigError(f"--output {args.output}: is a file; give a folder.")
     return args

@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from data_tools.errors import ArgumentParser, ConfigError
+from data_tools.errors import ArgumentParser, ConfigError, refuse_below_one
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 from data_tools.vae.autoencoder import resolve_device
@@ -265,10 +265,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=500, metavar="N", help="steps (default: %(default)s)")
     add("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "save_every"):
-        if getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} {getattr(args, name)}: must be at least 1.")
+    refuse_below_one(args, "steps", "batch_size", "save_every")
     if args.size < 1 or args.size % (2 * DOWNSAMPLE):
         raise ConfigError(
             f"--size {args.size}: is not a positive multiple of {2 * DOWNSAMPLE}, so crops of half "

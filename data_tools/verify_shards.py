@@ -19,7 +19,7 @@ if not __package__:  # run as a script: Python put this file's own folder first 
 
 from tqdm import tqdm
 
-from data_tools.errors import ArgumentParser, ConfigError, count_of, os_errors_as
+from data_tools.errors import ArgumentParser, ConfigError, count_of, os_errors_as, refuse_below_one
 from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path, typed_text
 from data_tools.verification.findings import Verification
@@ -140,8 +140,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="threads (default: one per core, at most 16)",
     )
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        raise ConfigError(f"--workers {args.workers}: must be at least 1.")
+    refuse_below_one(args, "workers")
     if args.repair and args.quick:
         raise ConfigError("--repair: needs to read every byte first; leave --quick out.")
     for name in ("input", "accept_new_bytes"):

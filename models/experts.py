@@ -29,8 +29,16 @@ from models.gate import ExpertProduct, ExpertRows
 MERGE_TOKENS = 32
 MERGE_TOKENS_PER_EXPERT = 2
 
-GROUPED_ALIGNMENT = 16  # bytes; torch's grouped product takes rows of multiples of it
-GROUPED_CAPABILITY = (9, 0)  # the first GPUs for which it is one kernel
+# On a GPU, in bf16, by counting; measured on none. Per sample, forward and backward, merging takes
+# six passes over a matrix of D * D: written, read by two products, its gradient written and read
+# twice; the products hide behind them. Dispatching takes products of 6 K T D * D FLOP, and gathers,
+# weights and adds K T D numbers.
+MERGE_BYTES = 12  # for each number of a merged matrix
+DISPATCH_BYTES = 32  # for each number of a dispatched sample
+FLOP_PER_BYTE = 160  # that a GPU reaches in the same time: A100 about 135, H200 146, H100 210
+
+GROUPED_ALIGNMENT = 16  # bytes; torch's grouped product takes rows and addresses of multiples of it
+GROUPED_MAJORS = (9, 10)  # of the compute capability: GPUs for which it is one kernel
 
 
 class StackedExperts(nn.Module, ABC):
@@ -108,10 +116,11 @@ class AffineExperts(StackedExperts):
         if self.dispatch != "auto":
             return ExpertProduct.MERGED if self.dispatch == "merged" else grouped
         top_k = min(top_k, self.num_experts)
-        if merging_is_cheaper(num_tokens, self.num_experts, top_k):
+        device_type = self.weight.device.type
+        if merging_is_cheaper(num_tokens, self.num_experts, top_k, self.hidden_size, device_type):
             return ExpertProduct.MERGED
         # A loop makes the host wait for an accelerator; merging does not.
-        has_wait = grouped is ExpertProduct.LOOP and self.weight.device.type != "cpu"
+        has_wait = grouped is ExpertProduct.LOOP and device_type != "cpu"
         return ExpertProduct.MERGED if has_wait else grouped
 
     def forward(self, x: Tensor, expert_weight: Tensor, rows: ExpertRows | None = None) -> Tensor:
@@ -197,29 +206,36 @@ def _are_shared(gates: Tensor, x: Tensor) -> bool:
     return gates.shape[0] == 1 < x.shape[0]
 
 
-def merging_is_cheaper(num_tokens: int, num_experts: int, top_k: int) -> bool:
+def merging_is_cheaper(
+    num_tokens: int, num_experts: int, top_k: int, hidden_size: int, device_type: str = "cpu"
+) -> bool:
     """Say whether one merged matrix per sample costs less than a product per chosen expert.
 
-    The unit is one token's product, D * D multiplications. Merged experts cost T for the product
-    and a constant for the matrix, which is bound by memory; dispatched ones cost K * T. The batch
-    and the width cancel. A merged pass keeps N * D * D numbers for the backward pass, a dispatched
-    one 2 * N * K * T * D.
+    On a CPU the unit is one token's product, D * D multiplications. Merged experts cost T for the
+    product and a constant for the matrix, which is bound by memory; dispatched ones cost K * T. On
+    other devices the unit is the time in which D bytes are moved. In both rules the batch cancels,
+    on a CPU the width too, elsewhere the number of experts.
+
+    A merged pass keeps N * D * D numbers for the backward pass, a dispatched one 2 * N * K * T * D.
     """
-    merging = MERGE_TOKENS + MERGE_TOKENS_PER_EXPERT * num_experts
-    return num_tokens + merging < top_k * num_tokens
+    if device_type == "cpu":
+        merging = MERGE_TOKENS + MERGE_TOKENS_PER_EXPERT * num_experts
+        return num_tokens + merging < top_k * num_tokens
+    per_number = 6 * hidden_size / FLOP_PER_BYTE + DISPATCH_BYTES
+    return MERGE_BYTES * hidden_size < top_k * num_tokens * per_number
 
 
 def _grouped_or_loop(weight: Tensor, *sizes: int) -> ExpertProduct:
     """Choose torch's grouped product where it is one kernel, for parameters of these widths.
 
-    Where it is not (in float32, on older GPUs), torch loops over the groups with sizes that it
+    Where it is not (in float32, on other GPUs), torch loops over the groups with sizes that it
     fetches from the device in every call; our loop gets them from the plan, once for all blocks.
     """
     device, dtype = weight.device, _product_dtype(weight)
     is_aligned = all(size * dtype.itemsize % GROUPED_ALIGNMENT == 0 for size in sizes)
     if not (hasattr(F, "grouped_mm") and dtype is torch.bfloat16 and is_aligned):
         return ExpertProduct.LOOP
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < GROUPED_CAPABILITY:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in GROUPED_MAJORS:
         return ExpertProduct.LOOP
     return ExpertProduct.GROUPED
 
@@ -244,8 +260,32 @@ def _product(samples: Tensor, weight: Tensor, rows: ExpertRows) -> Tensor:
         return _loop_product(samples, weight, torch.zeros(weight.shape[0], dtype=torch.int64))
     dtype = _product_dtype(weight)  # autocast does not know this product
     T = samples.shape[1]
-    flat = samples.flatten(0, 1).to(dtype)
-    return F.grouped_mm(flat, weight.to(dtype), offs=rows.ends * T).unflatten(0, (-1, T))
+    flat, weight = samples.flatten(0, 1).to(dtype), weight.to(dtype)
+    if weight.requires_grad and torch.is_grad_enabled():
+        weight = _WithoutStarved.apply(weight, rows.ends)
+    # GPUs refuse a weight at another address. Storages begin aligned; compiled code sees to it.
+    offset = 0 if torch.compiler.is_compiling() else weight.storage_offset() * dtype.itemsize
+    if offset % GROUPED_ALIGNMENT:
+        weight = weight.clone()
+    return F.grouped_mm(flat, weight, offs=rows.ends * T).unflatten(0, (-1, T))
+
+
+class _WithoutStarved(torch.autograd.Function):
+    """The weight itself; its gradient is zero for experts without samples.
+
+    On GPUs of major 10 torch leaves what was in memory there (pytorch/pytorch issue 172439).
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(ends)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        (ends,) = ctx.saved_tensors
+        is_starved = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return gradient.masked_fill(is_starved[:, None, None], 0.0), None
 
 
 # Numbers of samples differ from step to step, and torch.compile would specialise on each of them.

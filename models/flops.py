@@ -13,14 +13,20 @@ from models.layers import NUM_FREQUENCIES
 from models.network_options import NetworkOptions
 
 
-def are_experts_merged(options: NetworkOptions) -> bool:
-    """Tell whether a rank merges its affine experts, which it does where that is cheaper."""
+def are_experts_merged(options: NetworkOptions, device_type: str = "cpu") -> bool:
+    """Tell whether a rank merges its affine experts, which it does where that is cheaper.
+
+    At the shipped presets' sizes the rules for CPUs and GPUs agree.
+    """
     if options.expert_kind != "affine":
         return False
     if options.expert_dispatch != "auto":
         return options.expert_dispatch == "merged"
     num_local = options.num_experts // options.expert_parallel_size
-    return merging_is_cheaper(options.num_tokens, num_local, min(options.top_k, num_local))
+    top_k = min(options.top_k, num_local)
+    return merging_is_cheaper(
+        options.num_tokens, num_local, top_k, options.hidden_size, device_type
+    )
 
 
 def forward_flops(options: NetworkOptions, batch_size: int) -> Counter[str]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attend
 from models.network_options import NetworkOptions
 
 NORM_EPS = 1e-6
@@ -44,7 +45,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed (N, C, H, W) to (N, T, D) in the dtype of the weights; tokens row by row."""
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        # All blocks keep the layout of the stream: transposed, every norm would copy it first.
+        return x.contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -94,10 +97,12 @@ class Attention(nn.Module):
     2023; RMS norm as in Stable Diffusion 3), which bounds the logits.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, qk_norm: bool = False, kernel: str = "auto"
+    ) -> None:
         super().__init__()
         assert hidden_size % num_heads == 0, "hidden_size must be a multiple of num_heads"
-        self.num_heads = num_heads
+        self.num_heads, self.kernel = num_heads, kernel
         self.qkv = _linear(hidden_size, 3 * hidden_size)
         self.q_norm, self.k_norm = (
             RMSNormFloat32(hidden_size // num_heads, eps=NORM_EPS) if qk_norm else nn.Identity()
@@ -111,7 +116,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
         # Views of qkv: its gradient is then assembled in the layout that qkv has.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (N, heads, T, D / heads)
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        y = attend(self.q_norm(q), self.k_norm(k), v, self.kernel)
         return self.proj(y.transpose(1, 2).reshape(N, T, D))
 
 
@@ -139,7 +144,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         D = options.hidden_size
         self.norm1 = _norm(D)
-        self.attn = Attention(D, options.num_heads, options.qk_norm)
+        self.attn = Attention(D, options.num_heads, options.qk_norm, options.attention_kernel)
         self.norm2 = _norm(D)
         self.mlp = Mlp(D, options.mlp_hidden_size)
         self.adaLN_modulation = _modulation(D, 6)

@@ -38,6 +38,7 @@ class NetworkOptions:
         dtr_alpha: exponent of a channel mask's position over timesteps.
         dtr_beta: fraction of channels that a channel mask leaves open.
         qk_norm: normalise queries and keys.
+        attention_kernel: what computes attention: "auto", "fused" or "batched" (attention.py).
         has_loss_uncertainty: hold learnt weights of the loss per range of timesteps.
         activation_checkpointing: keep only the input of each block for the backward pass.
         compile_blocks: compile every block when it first runs.
@@ -64,6 +65,7 @@ class NetworkOptions:
     dtr_alpha: float = 4.0
     dtr_beta: float = 0.8
     qk_norm: bool = False
+    attention_kernel: str = "auto"
     has_loss_uncertainty: bool = False
     activation_checkpointing: bool = False
     compile_blocks: bool = False
@@ -80,6 +82,7 @@ class NetworkOptions:
             self,
             activation_checkpointing=False,
             compile_blocks=False,
+            attention_kernel="auto",
             has_loss_uncertainty=False,
             expert_parallel_size=1,
             shards_weights=False,

@@ -15,8 +15,9 @@ from torch import Tensor
 def match_units(gate_table: Tensor, top_k: int, prior: Tensor, seed: int) -> Tensor:
     """Match the units of the network to the units of the prior by which timesteps use them.
 
-    The host waits for the device once. Ties are common (they change the loss's third digit). The
-    seed alone breaks them, so ranks with equal seeds get equal matchings.
+    The host waits for the device once, for what its current stream holds. Ties are common (they
+    change the loss's third digit). The seed alone breaks them, so ranks with equal seeds get equal
+    matchings.
 
     Args:
         gate_table: (L, S, E) float32; its units are counted block by block.
@@ -33,8 +34,10 @@ def match_units(gate_table: Tensor, top_k: int, prior: Tensor, seed: int) -> Ten
     chosen = gate_table.topk(top_k, dim=-1).indices  # (L, S, K)
     uses = torch.zeros_like(gate_table).scatter(-1, chosen, 1.0)  # (L, S, E)
     assignment = assign_units(uses.transpose(0, 1).flatten(1), prior, gate_order, prior_order)
-    # non_blocking: an ordinary copy to the device would wait for it a second time.
-    return torch.from_numpy(assignment).to(gate_table.device, non_blocking=True)
+    units = torch.from_numpy(assignment)
+    if gate_table.is_cuda:
+        units = units.pin_memory()  # an ordinary copy would wait for the device a second time
+    return units.to(gate_table.device, non_blocking=True)
 
 
 def assign_units(

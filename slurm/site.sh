@@ -9,6 +9,13 @@ VENV=${VENV:-.venv}          # virtual environment whose python runs the job, on
 CONTAINER=()                 # command that enters a container, e.g. CONTAINER=(apptainer exec --nv image.sif)
 SRUN_FLAGS=()                # further flags of srun, e.g. SRUN_FLAGS=(--cpu-bind=cores --mpi=none)
 # export NCCL_SOCKET_IFNAME=ib0  # and whatever else the site's network needs
+# If a collective of NCCL does not end, torch writes the last ones of each rank into
+# /tmp/nccl_trace_rank_N (TORCH_NCCL_DEBUG_INFO_TEMP_FILE names another place).
+export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# Against memory that is free and in pieces too small, where sizes change from step to step (expert
+# parallelism, dispatched experts). Not tried on a GPU.
+# export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 # Port where the ranks meet, on the job's first node; empty = one from the job's number, 10000 to
 # 29999. Jobs that share a node need different ones.
 SITE_PORT=${SITE_PORT:-}

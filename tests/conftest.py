@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,18 @@ from training.config.precision import BF16_VARIABLE
 # No test depends on what this machine multiplies: "auto" means fp32 where a test says nothing else.
 # `make test-precision` runs those marked so with each answer.
 os.environ.setdefault(BF16_VARIABLE, "0")
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when a test imports it
+
+
+def pytest_configure(config):
+    """Hide this machine's GPUs, unless the tests for one are asked for (`pytest -m gpu`).
+
+    Tests start several ranks on any machine, and fork them, after which CUDA cannot be used.
+    """
+    if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read by DeepSpeed when a test imports it
+    elif not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 LEFT_OUT_OF_FAST = ("processes", "gpu", "cluster", "long")  # by make test-fast

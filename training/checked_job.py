@@ -11,17 +11,18 @@ from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.storage.cache import ShardCache, open_cache
 from data_tools.stream.training_data import TrainingData, open_data
 from data_tools.vae.autoencoder import Vae, load_decoder
-from training.checkpoints.manifest import CheckpointManifest, Layout
+from training.checkpoints.manifest import PARAMETER_ORDER, CheckpointManifest, Layout
 from training.checkpoints.resume_point import check_resumable, newest_point
 from training.checkpoints.warm_start import WarmStart
 from training.config.command_line import CommandLine
 from training.config.deepspeed_config import merge_deepspeed, stage_of
+from training.config.learning_rate import check_past
 from training.config.precision import precision_of
 from training.config.tree import Config
 from training.config.validation import check_data, validate
 from training.cost.closed_forms import checkpoint_bytes, snapshot_bytes
 from training.ranks.process_group import Ranks
-from training.run.directory import check_free_space, check_run_directory
+from training.run.directory import check_free_space, check_run_directory, load_config
 from training.run.init_from import check_initial_weights, check_is_elsewhere, with_own_origin
 
 
@@ -102,6 +103,7 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
         config.run.expert_parallel_size,
         stage_of(deepspeed_config),
         precision_of(deepspeed_config),
+        PARAMETER_ORDER,
     )
     vae = None
     if config.run.sample_every and ranks.is_main and not command.dry_run:
@@ -109,6 +111,8 @@ def check(command: CommandLine, ranks: Ranks) -> Job:
     job = Job(config, deepspeed_config, data, cache, layout, warm_start, vae, notes)
     if (point := newest_point(Path(config.run.run_dir))) is not None:
         job.check_resumable(point.manifest)
+        if not command.reschedule:
+            check_past(load_config(Path(config.run.run_dir)), config, point.manifest.state.step)
     return job
 
 

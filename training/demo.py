@@ -25,7 +25,12 @@ from data_tools.errors import ArgumentParser, ConfigError, exit_on_config_error
 from data_tools.process.entry_point import enter
 from training.playground.playground import Playground
 from training.ranks.process_group import enter_job, select_accelerator
-from training.sampling.flags import add_run_argument, add_vae_flag
+from training.sampling.flags import (
+    add_precision_flag,
+    add_run_argument,
+    add_vae_flag,
+    check_precision,
+)
 
 REQUIREMENTS = "requirements-demo.txt"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 7860
@@ -41,6 +46,7 @@ def build_parser() -> ArgumentParser:
     )
     add_run_argument(parser)
     add_vae_flag(parser)
+    add_precision_flag(parser)
     parser.add_argument(
         "--host",
         default=DEFAULT_HOST,
@@ -139,13 +145,14 @@ def main(argv: list[str] | None = None) -> None:
         args = build_parser().parse_args(argv)
         check_gradio()
         device = select_accelerator(enter_job())
+        check_precision(args.precision, device)
         with listen(args.host, args.port) as listener:
             if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
                 sys.stderr.write(
                     f"warning: --host {args.host}: whoever reaches this machine can use the page, "
                     f"without a password; {DEFAULT_HOST} and an ssh tunnel keep it to yourself.\n"
                 )
-            serve(Playground(args.run_dir, device, args.vae), listener)
+            serve(Playground(args.run_dir, device, args.vae, args.precision), listener)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from data_tools.files import replace_file
 from data_tools.process.entry_point import enter
 from data_tools.process.launcher import is_started_again
 from data_tools.user_files.paths import typed_data, typed_path
+from models.precision import cast_network, products_in
 from training.checkpoints.weight_files import load_model
 from training.engine.objective import build_diffusion
 from training.evaluation.card import (
@@ -66,7 +67,12 @@ from training.ranks.process_group import (
     select_accelerator,
     start_drawing_group,
 )
-from training.sampling.flags import add_sampling_flags, add_vae_flag, add_weight_flags
+from training.sampling.flags import (
+    add_precision_flag,
+    add_sampling_flags,
+    add_vae_flag,
+    add_weight_flags,
+)
 from training.sampling.image_files import save_png
 from training.sampling.pipeline import load_pipeline
 
@@ -81,6 +87,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add_weight_flags(parser)
     add_vae_flag(parser)
+    add_precision_flag(parser)
     add("--output", type=typed_path, metavar="FOLDER", help=f"default: RUN/{EVALUATION_DIR}")
     add("--force", action="store_true", help="draw and score anew what is there already")
     add = parser.add_argument_group("images").add_argument
@@ -130,7 +137,9 @@ def draw_images(
     args: argparse.Namespace, job: EvaluationJob, ranks: Ranks, device: torch.device
 ) -> None:
     """Draw the missing images of all points. All ranks must call this."""
-    pipeline = load_pipeline(job.config, job.weights, job.weaker_run, job.vae, device)
+    pipeline = load_pipeline(
+        job.config, job.weights, job.weaker_run, job.vae, device, job.precision
+    )
     for point in job.points:
         with failing_together(ranks):
             if ranks.is_main:
@@ -254,15 +263,16 @@ def measure_loss(
     is_kept = not args.force or is_started_again()  # then it is this job's own
     if as_rank_0_says(job.loss_path.exists() and is_kept, ranks):
         return None  # in the name are the weights and the samples
-    return held_out_loss(
-        load_model(job.config, job.weights, device),
-        build_diffusion(job.config).to(device),
-        job.held_out,
-        ranks,
-        device,
-        batch_size=args.batch_size,
-        cache=job.cache,
-    )
+    with products_in(job.precision):
+        return held_out_loss(
+            cast_network(load_model(job.config, job.weights, device), job.precision),
+            build_diffusion(job.config).to(device),
+            job.held_out,
+            ranks,
+            device,
+            batch_size=args.batch_size,
+            cache=job.cache,
+        )
 
 
 def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.device) -> None:
@@ -277,6 +287,7 @@ def write_loss(job: EvaluationJob, loss: dict[str, Any] | None, device: torch.de
             "seed": SEED,
             "num_samples": held_out.num_samples,
             "data_sha256": held_out.data.manifest.hash,
+            "precision": job.precision,
             "objective": diffusion.objective,
             "noise_schedule": None if diffusion.objective == "flow" else diffusion.noise_schedule,
             "weights": describe_weights(job.config, job.run_dir, job.weights),

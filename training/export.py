@@ -117,7 +117,12 @@ def export(args: argparse.Namespace, job: ExportJob) -> Path:
         (temporary / EXPORT_FILE).write_text(EXPORT.dumps(about) + "\n", encoding="utf-8")
         card = model_card(job, args.format, usage)
         (temporary / README_FILE).write_text(card, encoding="utf-8")
-        _publish(temporary, job.output, args.force)
+        check_output(job.output, args.force)  # again: it took a while
+        old = temporary.with_suffix(".old")
+        if job.output.exists():
+            os.replace(job.output, old)
+        os.replace(temporary, job.output)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as err:
         raise ConfigError(
             f"--output {job.output}: {describe_disk_error(err)}; free some space or choose another."
@@ -125,15 +130,6 @@ def export(args: argparse.Namespace, job: ExportJob) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return job.output
-
-
-def _publish(temporary: Path, output: Path, is_forced: bool) -> None:
-    check_output(output, is_forced)  # again: it took a while
-    old = temporary.with_suffix(".old")
-    if output.exists():
-        os.replace(output, old)
-    os.replace(temporary, output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,8 @@ from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from data_tools.stream.loader import Batch
 from training.checkpoints.background_write import Outcome
 from training.checkpoints.manifest import TrainState
-from training.engine.build import learning_rate, set_learning_rate
+from training.config.learning_rate import learning_rate
+from training.engine.build import set_learning_rate
 from training.engine.deepspeed_internals import drop_skipped_gradients
 from training.engine.non_finite import MicroStepRecord, describe_non_finite, poison_non_finite
 from training.monitoring.reporter import StepTables
@@ -170,7 +171,7 @@ def train_step(training: Training, data: StepData, step: int) -> StepTables:
         NonFiniteLossError: on all ranks, when this step and too many before it were left out.
     """
     engine, objective, heartbeat = training.engine, training.objective, training.heartbeat
-    set_learning_rate(engine, learning_rate(training.config.optim, step))
+    set_learning_rate(engine, learning_rate(training.config, step))
     skipped_before, records = engine.skipped_steps, []
     for batch, wait_sec in data.batches:
         heartbeat.enter(FORWARD, step + 1)

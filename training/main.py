@@ -41,11 +41,12 @@ from training.checkpoints.manifest import TrainState
 from training.checkpoints.publishing import name_latest
 from training.checkpoints.resume_point import ResumePoint, choose_together
 from training.config.command_line import CommandLine, parse_command_line
-from training.config.deepspeed_config import load_deepspeed_json
+from training.config.deepspeed_config import load_deepspeed_json, stage_of
 from training.config.precision import explain_precision
 from training.config.tree import Config, differences
 from training.config.validation import check_compiler
 from training.cost.closed_forms import describe
+from training.engine.compiling import explain_compiling
 from training.monitoring.progress import Progress
 from training.ranks import process_group
 from training.ranks.agreement import RunError, agreed_message, check_agreement, from_main
@@ -216,7 +217,7 @@ def _start_text(job: Job, ranks: Ranks, state: TrainState, point: ResumePoint | 
         f"{model.size}/{model.patch_size}, {ranks.world_size} rank(s), "
         f"ZeRO {job.layout.zero_stage}, {job.layout.precision}, {job.manifest.num_samples} samples"
     )
-    if point is not None and point.manifest.layout != job.layout:
+    if point is not None and str(point.manifest.layout) != str(job.layout):
         lines.append(f"its layout changes from {point.manifest.layout} to {job.layout}")
     return "\n".join(lines)
 
@@ -259,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
             text = explain_precision(
                 command.deepspeed, load_deepspeed_json(command.deepspeed), job.deepspeed_config
             )
+            if said := explain_compiling(command.config, stage_of(job.deepspeed_config)):
+                text += f"\n{said}"
     if ranks.is_main and (command.dry_run or not command.quiet):
         print(text, flush=True)
     if not command.dry_run:

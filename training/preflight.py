@@ -231,6 +231,7 @@ def exchange(
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
         )
         if ranks.world_size > 1:
             skip_teardown()

@@ -93,10 +93,11 @@ def open_training(
         world_size=ranks.world_size,
         is_frozen=manifest.is_frozen,
     )
+    objective.gate_stream.watch(engine.module.gate)
     placement = ExpertPlacement(config, engine, objective)
     stream = LatentStream(
         job.data,
-        seed=config.run.seed,
+        seed=config.run.seed_of("data"),
         window=data.shuffle_window,
         num_streams=data.data_streams,
         check=data.check_shards,

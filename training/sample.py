@@ -49,9 +49,11 @@ from training.sampling.checks import WrongValueError
 from training.sampling.class_choice import ClassChoice
 from training.sampling.flags import (
     WeakerRun,
+    add_precision_flag,
     add_sampling_flags,
     add_vae_flag,
     add_weight_flags,
+    check_precision,
     class_names,
     find_weaker_run,
     open_run,
@@ -93,6 +95,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     add_weight_flags(parser)
     add_vae_flag(parser)
+    add_precision_flag(parser)
     parser.add_argument(
         "--classes",
         metavar="LIST",
@@ -145,6 +148,7 @@ def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
     run = open_run(args)
     config, manifest = run.config, run.manifest
     refuse_below_one(args, "per_class", "batch_size")
+    check_precision(args.precision, device)
     settings = sampler_settings(args, config)
     plan = plan_images(args, config, manifest)
     weights = run.find_weights(args)
@@ -161,6 +165,7 @@ def check(args: argparse.Namespace, device: torch.device) -> SampleJob:
         weights=weights,
         weaker_run=weaker_run,
         vae=vae,
+        precision=args.precision,
     )
     name = weights.parent.name if args.weights is None else weights.stem
     output = args.output or run.folder / SAMPLES_DIR / name
@@ -217,7 +222,9 @@ def _pictures(
     args: argparse.Namespace, job: SampleJob, ranks: Ranks, device: torch.device
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Draw this rank's images: the number of each, and its pixels (H, W, 3) uint8."""
-    pipeline = load_pipeline(job.config, job.weights, job.weaker_run, job.vae, device)
+    pipeline = load_pipeline(
+        job.config, job.weights, job.weaker_run, job.vae, device, job.drawn.precision
+    )
     labels = torch.tensor(job.plan.labels, device=device)
     mine = torch.arange(len(labels), device=device)[ranks.rank :: ranks.world_size]
     batches = mine.split(args.batch_size) if len(mine) else ()

@@ -214,9 +214,6 @@ class Claims:
                     # Fails where the claim was taken over, or the server is away for a moment.
                     with suppress(OSError):
                         if self._is_own(name):
-                            self._renew_one(name)
-
-    def _renew_one(self, name: str) -> None:
-        with self._path(name).open("r+b", buffering=0) as file:
-            file.write(self._owner(name))
-            os.utime(file.fileno())
+                            with self._path(name).open("r+b", buffering=0) as file:
+                                file.write(self._owner(name))
+                                os.utime(file.fileno())

@@ -42,6 +42,7 @@ from data_tools.encoding.trial import (
     timed_trial,
 )
 from data_tools.errors import ConfigError, count_of, one_line
+from data_tools.process.accelerator import has_gpu
 from data_tools.process.launcher import BY_TORCH, read_place_on_node
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest
 from data_tools.sources.inputs import open_source, read_class_names
@@ -60,7 +61,7 @@ def local_processes() -> int:
 
 def choose_device(name: str | None) -> torch.device:
     """Return the named device; without a name this process's own GPU, or the CPU."""
-    if name is None and torch.cuda.is_available():
+    if name is None and has_gpu():
         return torch.device("cuda", read_place_on_node().local_rank % torch.cuda.device_count())
     return resolve_device(name)
 
@@ -271,7 +272,6 @@ def reopen(
         output: holds encoding.json.
         inputs: the images, the words of --input.
         vae: where its VAE is now; None: where it was.
-        device: as --device.
     """
     settings = load_settings(output)
     if settings is None:

@@ -21,7 +21,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -92,39 +92,27 @@ class AbandonedError(Exception):
     """Another part of the encoder failed, so the shard is not finished."""
 
 
+@dataclass(eq=False)
 class ShardEncoder:
     """Encodes the shards of one data set into a folder."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        vae: Vae,
-        settings: EncodingSettings,
-        output: Path,
-        *,
-        is_strict: bool = False,
-        num_threads: int = 1,
-        on_damage: Callable[[str], object] = lambda text: None,
-    ) -> None:
-        """Prepare.
+    source: ImageSource  # all images of the data set
+    vae: Vae  # encodes them, on its device and in its type
+    settings: EncodingSettings  # of this run and of the shards already in `output`
+    output: Path  # an existing folder
+    _: KW_ONLY
+    is_strict: bool = False  # stop at the first image that cannot be decoded; else it is skipped
+    num_threads: int = 1  # that read and decode images
+    # Called with the name of a skipped image and what is wrong with it.
+    on_damage: Callable[[str], object] = lambda text: None
+    stated: dict[str, str] = field(default_factory=dict)  # sha256 in a finished set, by shard
 
-        Args:
-            source: all images of the data set.
-            vae: encodes them, on its device and in its type.
-            settings: of this run and of the shards already in `output`.
-            output: an existing folder.
-            is_strict: stop at the first image that cannot be decoded, instead of skipping it.
-            num_threads: threads that read and decode images.
-            on_damage: called with the name of a skipped image and what is wrong with it.
-        """
-        self.source, self.vae, self.settings, self.output = source, vae, settings, output
-        self.is_strict, self.num_threads, self.on_damage = is_strict, num_threads, on_damage
-        self.stated: dict[str, str] = {}  # sha256 of shards of a finished data set, by name
-        self.device = next(vae.model.parameters()).device
+    def __post_init__(self) -> None:
+        self.device = next(self.vae.model.parameters()).device
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # whose stream the events below are recorded in
         self.clock, self.wall_sec = BusyClock(self.device), 0.0
-        order = permutation(len(source), settings.seed, SPLIT)
+        order = permutation(len(self.source), self.settings.seed, SPLIT)
         self.order = order.astype(np.uint32)  # half the memory
 
     @property
@@ -294,8 +282,9 @@ class ShardEncoder:
                 first_key=keys[0] if keys else "",
                 skipped=sorted(shard.skipped),
             )
-            SIDECAR.write(tar.with_suffix(".json"), Sidecar(record, totals))
-            return Sidecar(record, totals)
+            sidecar = Sidecar(record, totals)
+            SIDECAR.write(self.output / record.sidecar, sidecar)
+            return sidecar
         except FileNotFoundError:
             # Others believed this process dead, wrote the shard, and removed its temporary file.
             finished = finished_sidecar(self.output, shard.index)

@@ -112,8 +112,7 @@ class EncodingOutput:
                 continue
             content = read_shard(self.folder, shard, manifest)
             if not content.problems:
-                path = (self.folder / shard.name).with_suffix(".json")
-                SIDECAR.write(path, Sidecar(shard, content.totals))
+                SIDECAR.write(self.folder / shard.sidecar, Sidecar(shard, content.totals))
                 self.is_finished(names[shard.name])
 
     def stated_sha256(self) -> dict[str, str]:
@@ -152,7 +151,6 @@ class EncodingOutput:
         """Write dataset.json from all sidecars, unless it says the same already, and return it.
 
         Args:
-            source: the images.
             class_names: id and name to write, by the source's id; others get theirs from the id.
         """
         sidecars = [finished_sidecar(self.folder, i) for i in range(self.settings.num_shards)]

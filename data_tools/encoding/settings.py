@@ -29,6 +29,7 @@ from data_tools.shards.undescribed import SETTINGS_NAME
 from data_tools.sources.class_names import number_difference
 from data_tools.sources.reading import Reading
 from data_tools.sources.source import ImageSource
+from data_tools.storage.checksums import DISK_FULL
 from data_tools.vae.autoencoder import Vae
 
 CROP = "adm-center"
@@ -36,16 +37,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 _STATISTICS = ("vae.latents_mean", "vae.latents_std")
 POLL_SEC = 0.5  # between looks at what other processes do
 # A disk that is full, over quota, read-only or not ours: the user's to solve, not a bug.
-_DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +77,7 @@ def disk_errors_as_config_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        if err.errno not in _DISK_ERRORS:
+        if err.errno not in (*DISK_FULL, *_REFUSED):
             raise
         raise ConfigError(
             f"--output {output}: cannot write {err.filename or 'a shard'} ({err.strerror}); free "
@@ -153,7 +145,6 @@ def begun_settings(
     Args:
         output: may not exist yet.
         settings: of this command; without a batch size, that of the folder is taken over.
-        source: the images of this command.
     """
     DATASET.refuse_newer(output / MANIFEST_NAME)  # before hours of work that would replace it
     found = load_settings(output)
@@ -217,10 +208,8 @@ def settle(
     """Return the settings of the folder; the first of several processes notes them in it.
 
     Args:
-        output: exists.
         settings, source: as of begun_settings.
         complete: chooses what is free, in the first process only.
-        claims: of this process.
     """
     while (found := begun_settings(output, settings, source)) is None:
         if not claims.take(SETTINGS_NAME):

@@ -111,8 +111,6 @@ def choose_batch_size(vae: Vae, size: int, num_processes: int) -> int:
     """Choose how many images fit beside each other, from what small batches need.
 
     Args:
-        vae: on its device.
-        size: side of the images.
         num_processes: of this machine that share its memory; on a GPU, what they use is not free.
 
     Returns:

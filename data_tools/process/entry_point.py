@@ -23,6 +23,7 @@ from data_tools.exit_codes import CRASH_EXIT_CODE, SIGNAL_EXIT_CODE
 from data_tools.process.launcher import read_place_on_node
 from data_tools.process.leaving import leave, without_teardown_if_asked
 from data_tools.process.signals import unignored_signals
+from data_tools.process.versions import untried
 
 REPEAT_SEC = 2.0  # a launcher repeats the signal that its whole process group has received
 SLOW_READER_SEC = 10.0  # for what a command has printed before a signal
@@ -74,6 +75,8 @@ def enter(
     """
     _read_names_as_utf8()
     output = protect_output()
+    if is_reporter() and (remark := untried()):
+        sys.stderr.write(f"warning: {remark}\n")
     with without_teardown_if_asked():
         with exit_on_config_error(), _leaving_on_signals(when_stopped):
             main()

@@ -1,6 +1,6 @@
 """Index a tar of latents that another program wrote, in one pass over it.
 
-A sample's members share a key, see sources/tar_samples.py. To read any sample at once, a run needs
+A sample's members share a key, see sources/tar_members.py. To read any sample at once, a run needs
 the offsets of its arrays and its label; these go into an index beside dataset.json. All arrays must
 have one shape and dtype.
 
@@ -23,8 +23,7 @@ from data_tools.shards.manifest import Members
 from data_tools.shards.records import npy_bytes
 from data_tools.shards.sidecar import ShardTotals, add_samples
 from data_tools.sources.left_out import LeftOut, Tally, sentence
-from data_tools.sources.tar_members import BadTarError
-from data_tools.sources.tar_samples import IncompleteSampleError
+from data_tools.sources.tar_members import BadTarError, IncompleteSampleError
 from data_tools.storage.fetch import read_small
 from data_tools.storage.locations import Location
 

@@ -17,8 +17,14 @@ from data_tools.shards.records import NPY_HEADER_ERRORS
 from data_tools.sources.left_out import Tally
 from data_tools.sources.sample_labels import LabelError
 from data_tools.sources.sample_names import split_name
-from data_tools.sources.tar_members import BadTarError, SeekableFile, content_of, walk
-from data_tools.sources.tar_samples import TarParts, grouped
+from data_tools.sources.tar_members import (
+    BadTarError,
+    SeekableFile,
+    TarParts,
+    content_of,
+    grouped,
+    walk,
+)
 
 _MAX_HEADER_BYTES = 4096  # of an npy file; numpy's own have 128
 

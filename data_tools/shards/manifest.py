@@ -41,6 +41,11 @@ class Shard:
     first_key: str
     skipped: list[str]  # image files that could not be decoded, relative to the input folder
 
+    @property
+    def sidecar(self) -> str:
+        """The name of the file beside it (shards/sidecar.py)."""
+        return self.name.removesuffix(".tar") + ".json"
+
 
 @dataclass(frozen=True)
 class LatentFormat:

@@ -55,10 +55,6 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // TAR_BLOCK) * TAR_BLOCK
-
-
 class RecordLayout:
     """Where the parts of a sample lie, in bytes from its start; follows from shape and flip."""
 
@@ -68,7 +64,7 @@ class RecordLayout:
         self.array_bytes = math.prod(shape) * 2  # float16
         empty = npy_bytes(np.zeros(shape, np.float16))
         self.npy_header = np.frombuffer(empty[: len(empty) - self.array_bytes], np.uint8)
-        member = TAR_BLOCK + _padded(len(empty))
+        member = TAR_BLOCK * (1 + -(-len(empty) // TAR_BLOCK))  # header, and content filled up
         self.label_bytes = 2 * TAR_BLOCK  # header and content of KEY.cls
         self.moments_offset = self.label_bytes
         self.flip_offset = self.label_bytes + member

@@ -8,7 +8,6 @@ import struct
 import warnings
 import zlib
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -115,23 +114,6 @@ def _reason(data: bytes, err: Exception) -> str:
     if kind == "AVIF" and "AVIF" not in _FORMATS:
         return "is AVIF, which this Pillow cannot decode: install pillow with AVIF"
     return f"is a damaged {kind} file"
-
-
-def load_pixels(path: Path, size: int) -> np.ndarray:
-    """Read an image file as raw pixels.
-
-    Returns:
-        uint8 (size, size, 3).
-
-    Raises:
-        BadImageError: what decode_image says, with the path before it.
-        OSError: the system cannot read the file: that says nothing about the picture.
-    """
-    data = path.read_bytes()
-    try:
-        return decode_image(data, size)
-    except BadImageError as err:
-        raise BadImageError(f"{path}: {err}") from err
 
 
 def _check_size(image: Image.Image, size: int) -> None:

@@ -31,7 +31,6 @@ from data_tools.sources.sample_names import (
 )
 from data_tools.sources.source import MAX_CLASSES, Names
 from data_tools.sources.tar_members import SHOWN_NAME, BadTarError, Member, content_of, walk
-from data_tools.sources.tar_samples import unusable_kind
 
 TARS_INSIDE = "tars in the tar"
 _NO_LABEL = -1
@@ -129,7 +128,7 @@ class _Scan:
         name = member.name
         if is_hidden_path(name):
             return "", "", HIDDEN_KIND
-        if kind := unusable_kind(member):
+        if kind := member.unusable_kind:
             return "", "", kind
         key, suffix = (split_name if self.is_cut_first else split_last)(name)
         suffix, wanted = suffix.lower(), self.reading.image_suffix.lower()

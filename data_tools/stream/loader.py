@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
+from data_tools.process.accelerator import has_gpu
 from data_tools.storage.cache import ShardCache
 from data_tools.stream.plan import micro_batches
 from data_tools.stream.reader import SampleReader
@@ -71,8 +72,8 @@ class BatchReader:
         """
         if horizontal_flip and not data.manifest.has_flip:
             raise ConfigError(
-                f"--horizontal-flip true: {data.parts[0].location.text} holds no latents of "
-                "mirrored images; pass --horizontal-flip false, or encode again without --no-flip."
+                f"--horizontal-flip: {data.parts[0].location.text} holds no latents of "
+                "mirrored images; pass --no-horizontal-flip, or encode again without --no-flip."
             )
         self.data, self.seed, self.horizontal_flip = data, seed, horizontal_flip
         self.plan = data.plan(
@@ -99,7 +100,7 @@ class BatchReader:
         raw_latents = torch.empty(
             (count, *self.data.manifest.latent.shape),
             dtype=self._dtype,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=has_gpu(),
         )
         labels = self.reader.read(ids, use_flip, raw_latents)
         return Batch(raw_latents, torch.from_numpy(labels), positions)

@@ -7,6 +7,7 @@ Taken literally they would become folders called "~" and "$SCRATCH".
 import os
 import re
 from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
 
 from data_tools.errors import ConfigError
@@ -94,7 +95,7 @@ def _expanded(text: str, where: str, home: re.Pattern[str]) -> str:
     return expanded
 
 
-def typed_text(text: str) -> str:
+def typed_text(text: str, expand: Callable[[str, str], str] = expand) -> str:
     """Expand a flag's value, as argparse's type; argparse names the flag."""
     try:
         return expand(text, "")
@@ -109,10 +110,7 @@ def typed_path(text: str) -> Path:
 
 def typed_data(text: str) -> str:
     """Expand a flag that may name several data sets, as argparse's type."""
-    try:
-        return expand_data(text, "")
-    except ConfigError as err:
-        raise ArgumentTypeError(str(err).strip().rstrip(".")) from err
+    return typed_text(text, expand_data)
 
 
 def broken_link(wanted: Path) -> Path | None:

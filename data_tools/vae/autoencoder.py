@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError, count_of
+from data_tools.process.accelerator import has_gpu
 from data_tools.shards.manifest import VaeReference
 from data_tools.vae.vae_files import REPOSITORY, load_model
 from models.latents import PIXEL_CENTRE, decode, scale_and_shift
@@ -159,7 +160,7 @@ def decode_pixels(vae: Vae, final_latents: Tensor) -> np.ndarray:
 def resolve_device(name: str | None) -> torch.device:
     """Turn --device into a device that exists; None takes a GPU where there is one."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if has_gpu() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as err:

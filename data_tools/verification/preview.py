@@ -44,14 +44,10 @@ class PreviewSample:
     latent: torch.Tensor
 
 
-def choose_samples(
-    manifest: DatasetManifest, seed: int = 0, without: Collection[str] = ()
-) -> list[PreviewSample]:
+def choose_samples(manifest: DatasetManifest, without: Collection[str] = ()) -> list[PreviewSample]:
     """Choose a few samples of each class where there are few, or as many classes as fit.
 
     Args:
-        manifest: of a data set with its shards.
-        seed: another one chooses others.
         without: names of shards not to read.
 
     Returns:
@@ -61,7 +57,7 @@ def choose_samples(
     per_class = MAX_PICTURES if num_classes == 1 else MAX_PER_CLASS
     per_class = max(1, min(per_class, MAX_PICTURES // num_classes))
     most, number = min(MAX_PICTURES, per_class * num_classes), manifest.num_samples
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if number <= _MAX_LOOKED_AT:
         ids = rng.permutation(number)
     else:
@@ -100,10 +96,7 @@ def write_preview(
     """Decode some samples and write them as one PNG.
 
     Args:
-        path: of the picture.
-        manifest: of a data set with its shards.
         vae: where the data set's VAE is; None = where dataset.json says. Its checksum must agree.
-        device: as --device.
         without: names of shards not to read.
 
     Returns:

@@ -35,10 +35,8 @@ def repair_shards(
 
     Args:
         result: of a full check.
-        say: told of every shard that is begun.
         inputs: --input as given; None: only small files can be repaired.
         vae: where the VAE is, if not where encoding.json says.
-        device: that encodes.
         accepts_new_bytes: put a shard in place although its bytes are not the former ones.
 
     Returns:
@@ -103,8 +101,8 @@ def _encode_again(
                 if not accepts_new_bytes:
                     raise _other_bytes_error(sidecar.shard, stated[name], manifest)
                 changed.append(sidecar.shard)
-            for new in (scratch / name, (scratch / name).with_suffix(".json")):
-                new.replace(folder / new.name)
+            for new in (name, sidecar.shard.sidecar):
+                (scratch / new).replace(folder / new)
             same = "to other bytes" if sidecar.shard in changed else "the same bytes as before"
             done.append(f"{name}: encoded again, {same}")
     finally:
@@ -146,10 +144,10 @@ def repair_small_files(result: Verification) -> list[str]:
     with disk_errors_as_config_errors(result.folder):
         names = set(result.damaged("sidecar"))
         for shard in manifest.shards:
-            path = (result.folder / shard.name).with_suffix(".json")
-            if path.name in names:
-                SIDECAR.write(path, Sidecar(shard, result.contents[shard.name].totals))
-                done.append(f"{path.name}: written from {shard.name}")
+            if shard.sidecar in names:
+                content = Sidecar(shard, result.contents[shard.name].totals)
+                SIDECAR.write(result.folder / shard.sidecar, content)
+                done.append(f"{shard.sidecar}: written from {shard.name}")
         if result.damaged("manifest"):
             counts = class_counts(result)
             classes = [replace(entry, count=counts[entry.index]) for entry in manifest.classes]

@@ -23,14 +23,12 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} {_UNITS[-1]}"
 
 
-def table(rows: Iterable[tuple[str, ...]], indent: str = "  ") -> list[str]:
-    """Align the columns of some rows."""
+def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Align the columns of some rows, indented."""
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        (indent + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    ]
+    padded = (map(str.ljust, row, widths) for row in rows)
+    return [f"  {'  '.join(cells)}".rstrip() for cells in padded]
 
 
 def report(

@@ -40,7 +40,6 @@ def verify(
     Args:
         folder: of dataset.json and the shards.
         is_quick: look at sizes and at the first and last sample's headers only.
-        num_workers: threads.
         on_bytes: called with the number of bytes just checked, from any thread.
         known: contents from an earlier full check; those that had no problems are taken over
             without being read again, where dataset.json still says the same of them.
@@ -110,7 +109,7 @@ def _run_quick(
         found = [Finding("shard", shard.name, what)] if what else []
         _, why = read_sidecar(result.folder, shard, False) if with_sidecars else (None, "")
         if why:
-            found.append(Finding("sidecar", shard.name.replace(".tar", ".json"), why))
+            found.append(Finding("sidecar", shard.sidecar, why))
         on_bytes(shard.bytes)
         return found
 

@@ -172,7 +172,7 @@ def test_an_optional_field_that_is_missing_takes_its_default(file):
         assert len(optional) > 40
         for section, name, default in optional:
             file.path.write_text(yaml.safe_dump(content))
-            file.change(lambda content, s=section, n=name: content[s].pop(n))
+            file.change(lambda content, s=section, n=name: content[s].pop(n, None))
             assert getattr(getattr(file.read(file.path), section), name) == default
     elif file.format is SETTINGS:
         assert whole.sizes

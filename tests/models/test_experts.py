@@ -1,9 +1,11 @@
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from models.experts import AffineExperts, MlpExperts
+from models.experts import AffineExperts, MlpExperts, _grouped_or_loop
 from models.gate import ExpertProduct, build_plan
 from models.moe import make_experts
 from tests.support import reference_routing
@@ -12,6 +14,7 @@ from tests.support.tiny_models import tiny_options
 MERGED, GROUPED, LOOP = ExpertProduct.MERGED, ExpertProduct.GROUPED, ExpertProduct.LOOP
 ORACLE = {AffineExperts: reference_routing.affine_expert, MlpExperts: reference_routing.mlp_expert}
 WIDTH, NUM_EXPERTS = 6, 5
+GROUPED_MM = torch.nn.functional.grouped_mm
 
 
 def random_experts(kind, width=WIDTH, num_experts=NUM_EXPERTS):
@@ -181,10 +184,78 @@ def test_few_tokens_are_dispatched_and_many_are_merged():
 
 def test_an_accelerator_is_never_waited_for_by_choice_of_auto():
     with torch.device("meta"):
-        experts = AffineExperts(8, 3)
+        experts = AffineExperts(128, 3)
 
     assert experts.choose_product(num_tokens=16, top_k=2) is MERGED
     assert experts.bfloat16().choose_product(num_tokens=16, top_k=2) is GROUPED
+
+
+def test_a_gpu_merges_by_bytes_and_width():
+    def choice(num_tokens, top_k, width=1152, num_experts=3):
+        with torch.device("meta"):  # any but a CPU
+            experts = AffineExperts(width, num_experts).bfloat16()
+        return experts.choose_product(num_tokens, top_k)
+
+    assert choice(256, top_k=2) is choice(256, top_k=1) is choice(1024, top_k=2) is MERGED
+    assert choice(64, top_k=2) is choice(16, top_k=2) is GROUPED
+    assert choice(64, top_k=2, width=384) is MERGED
+    assert choice(64, top_k=2, num_experts=16) is GROUPED
+
+
+@pytest.mark.parametrize(
+    ("capability", "product"),
+    [((8, 0), LOOP), ((9, 0), GROUPED), ((10, 3), GROUPED), ((12, 0), LOOP)],
+)
+def test_a_gpu_groups_where_torch_has_one_kernel(monkeypatch, capability, product):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+
+    assert _grouped_or_loop(weight, 1152) is product
+
+
+class _Rough(torch.autograd.Function):
+    """A grouped product as on GPUs: particular about addresses, careless of starved experts."""
+
+    @staticmethod
+    def forward(ctx, samples, weight, ends):
+        assert weight.data_ptr() % 16 == 0, "expected data_ptr to be aligned to 16 bytes"
+        ctx.save_for_backward(samples, weight, ends)
+        return GROUPED_MM(samples, weight, offs=ends)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        samples, weight, ends = ctx.saved_tensors
+        samples, weight = (part.detach().requires_grad_() for part in (samples, weight))
+        with torch.enable_grad():
+            output = GROUPED_MM(samples, weight, offs=ends)
+        of_samples, of_weight = torch.autograd.grad(output, (samples, weight), gradient)
+        of_weight[ends.diff(prepend=torch.zeros_like(ends[:1])) == 0] = math.nan
+        return of_samples, of_weight, None
+
+
+@pytest.mark.parametrize("kind", ["affine", "mlp"])
+@pytest.mark.parametrize("starved", [0, 3, NUM_EXPERTS - 1])
+def test_a_rough_grouped_product_does_no_harm(monkeypatch, kind, starved):
+    experts = random_experts(kind, width=40).bfloat16()
+    for parameter in experts.parameters():  # at an odd address, as ZeRO may pack it
+        packed = torch.empty(parameter.numel() + 1, dtype=torch.bfloat16)
+        parameter.data = packed[1:].view_as(parameter).copy_(parameter.data)
+        assert parameter.data_ptr() % 16
+    x, probs = random_batch(width=40)
+    x = x.detach().bfloat16().requires_grad_()
+    probs = probs.detach().index_fill(1, torch.tensor(starved), 0.0).requires_grad_()
+    tensors = [x, probs, *experts.parameters()]
+    smooth = apply(experts, x, route(probs, NUM_EXPERTS - 1, GROUPED))
+    expected = gradients(smooth, tensors)
+
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda x, w, offs: _Rough.apply(x, w, offs)
+    )
+    rough = apply(experts, x, route(probs, NUM_EXPERTS - 1, GROUPED))
+
+    assert torch.equal(rough, smooth)
+    for found, wanted in zip(gradients(rough, tensors), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("parallel_size", [2, 3, 6])

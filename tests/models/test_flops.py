@@ -72,7 +72,7 @@ def test_flops_equal_those_of_the_counter(name):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_activations_are_what_autograd_keeps(name, precision):
-    model, options = network(name)
+    model, options = network(name, attention_kernel="fused")
     if precision == "bf16":
         model = model.bfloat16()
     batch = inputs(3)
@@ -107,8 +107,21 @@ def test_recomputing_keeps_the_inputs_of_blocks_and_then_one_block():
     assert in_full.kept - expected.kept < options.depth * expected.recomputed < in_full.kept
 
 
+def test_batched_attention_keeps_the_weights_of_the_values():
+    kept = {}
+    for kernel in ("fused", "batched"):
+        model, options = network("dense", attention_kernel=kernel)
+        model = model.bfloat16()
+        batch = inputs(3)
+        kept[kernel] = saved_bytes(model, lambda model=model, batch=batch: model(*batch))
+
+    T, H, D = options.num_tokens, options.num_heads, options.hidden_size
+    weights, of_fused = 2 * H * T * T, T * (4 * H + 2 * D)  # a sum per token; a copy of the result
+    assert kept["batched"] - kept["fused"] == 3 * options.depth * (weights - of_fused)
+
+
 def test_autocast_keeps_norms_in_fp32_on_an_accelerator_and_less_on_a_cpu():
-    model, options = network("merged")
+    model, options = network("merged", attention_kernel="fused")
     batch = inputs(3)
 
     def forward():

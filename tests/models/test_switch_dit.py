@@ -281,3 +281,49 @@ def test_a_training_step_never_waits_for_the_device():
         loss_of(model(x_t, t, y)).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"patch_size": 1},
+        {"input_size": (4, 4), "patch_size": 4},  # one token
+        {"in_channels": 3, "learned_variance": False, "num_classes": 0},
+        {"expert_dispatch": "merged", "renormalize_gates": True},
+        {"expert_dispatch": "dispatched", "activation_checkpointing": True},
+        {"expert_kind": "mlp"},
+        {"routing": "dtr"},
+        {"routing": "dense", "qk_norm": True, "has_loss_uncertainty": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_stream_and_its_gradients_are_contiguous(options, dtype, memory_format):
+    """Else GPUs mix two layouts in every operation on it, and copy it for every norm."""
+    model = tiny_model(**options).to(dtype)
+    seen = []
+
+    def look(_module, arguments, output=None):
+        for tensor in (*arguments, output):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 3 and tensor.shape[1] > 1:
+                seen.append(tensor.is_contiguous())
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
+
+    for block in model.blocks:
+        block.register_forward_hook(look)
+        block.norm1.register_forward_hook(look)
+        block.norm2.register_forward_hook(look)
+    model.final_layer.norm_final.register_forward_hook(look)
+    x_t = torch.randn(5, model.options.in_channels, *model.options.input_size)
+    output = model(
+        x_t.to(memory_format=memory_format),
+        torch.arange(5) * 9,
+        torch.zeros(5, dtype=torch.long) + model.options.num_classes,
+    )
+    output.prediction.float().square().mean().backward()
+
+    assert all(seen)
+    assert bool(seen) == (model.options.num_tokens > 1)

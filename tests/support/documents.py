@@ -26,6 +26,7 @@ RUN_ELSEWHERE = {
     "pytest": "the Makefile's test targets",
     ".venv/bin/ruff": "make lint",
     "PATH=$PWD/.venv/bin:$PATH tests/odd_machine.sh": "make test-odd",
+    "benchmarks/bare_gpu.sh": "a machine with a GPU, and one with a network",
 }
 LAUNCHERS = ("python", "deepspeed", "torchrun", "mpirun")
 JOB_SCRIPTS = {

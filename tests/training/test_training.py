@@ -62,6 +62,8 @@ def runs(tmp_path_factory, demo_latents):
     flow = ("--objective", "flow", "--routing", "dense")
     dtr = ("--objective", "v", "--routing", "dtr", "--learned-variance")
     ep2, ep4 = ("--expert-parallel-size", 2), ("--expert-parallel-size", 4)
+    muon = ("--optimizer", "muon", "--muon-lr", 4e-3, "--weight-decay", 0.1, *mlp)
+    strided = ("--placement", "strided")
     mixture = ("--data", f"{demo_latents}=2,{demo_latents}", "--data-streams", 2)
     top_1, all_mlp = ("--top-k", 1), (*mlp, "--top-k", 4)
     # Clipping is on in all of them.
@@ -93,6 +95,8 @@ def runs(tmp_path_factory, demo_latents):
             job("dtr", 2, *dtr),
             job("top-1", 2, *top_1),
             job("all-mlp", 2, *all_mlp),
+            job("muon", 2, *muon),
+            job("muon-unclipped", 0, *muon),
             job("w1-z3", 3),
         ],
         folder,
@@ -112,6 +116,12 @@ def runs(tmp_path_factory, demo_latents):
             job("w2-z2-ep2-mixture", 2, *ep2, *mixture, "--micro-batch-size", 2),
             job("w2-z2-ep2-mlp", 2, *ep2, *mlp, *GRIDS),
             job("w2-z1-flow", 1, *flow, *GRIDS),
+            job("w2-z1-muon", 1, *muon, "--micro-batch-size", 2),
+            job("w2-z0-ep2-muon-unclipped", 0, *muon, *ep2),
+            job("w2-z2-ep2-muon", 2, *muon, *ep2, *GRIDS, *strided),
+            job("w2-z2-ep2-muon-resumed", 2, *muon, *ep2, *GRIDS, *strided, "--max-steps", 3),
+            job("w2-z2-ep2-muon-resumed", 2, *muon, *ep2, *GRIDS, *strided),
+            job("muon-elsewhere", 2, *muon, *ep2, "--max-steps", 3),
             job("w2-z2-dtr", 2, *dtr, "--activation-checkpointing"),
             bf16("bf16-z0", "zero0", "--gradient-clipping", 0),
             bf16("bf16-z1", "zero1"),
@@ -128,6 +138,7 @@ def runs(tmp_path_factory, demo_latents):
             job("w2-z3-ep2", 3, *ep2, *everything),
             job("w2-z3-ep2-resumed", 3, *ep2, *everything, "--max-steps", 3),
             job("w2-z3-ep2-resumed", 3, *ep2, *everything),
+            job("muon-elsewhere", 3, *muon),
             bf16("bf16-z3", "zero3"),
             bf16("bf16-z3-ep2", "zero3", *ep2),
         ],
@@ -140,6 +151,7 @@ def runs(tmp_path_factory, demo_latents):
             job("w4-z1-ep4", 1, *ep4, *top_1),
             job("w4-z3", 3),
             job("w4-z3-ep2", 3, *ep2, *all_mlp),
+            job("w4-z3-ep2-muon", 3, *ep2, *muon),
             # As shipped: small parameters are kept whole, weights are fetched ahead.
             job("w4-z3-ep4", stated(folder, "zero3", False), *ep4, *everything[2:]),
         ],
@@ -182,6 +194,9 @@ LAYOUTS += [("options", name) for name in ("w2-z2-ep2-options", "w2-z3-options")
 LAYOUTS += [("mixture", "w2-z2-ep2-mixture")]
 LAYOUTS += [("mlp", "w2-z2-ep2-mlp"), ("mlp", "w2-z3-mlp")]
 LAYOUTS += [("top-1", "w4-z1-ep4"), ("all-mlp", "w4-z3-ep2")]
+MUON = ("w2-z1-muon", "w2-z2-ep2-muon", "muon-elsewhere", "w4-z3-ep2-muon")
+LAYOUTS += [("muon", name) for name in MUON]
+LAYOUTS += [("muon-unclipped", "w2-z0-ep2-muon-unclipped")]
 LAYOUTS += [("flow", "w2-z1-flow"), ("dtr", "w2-z2-dtr")]
 
 
@@ -246,6 +261,7 @@ def test_training_moves_exactly_the_experts_that_saw_a_sample(runs):
         ("mixture", "mixture-resumed"),
         ("w2-z2-ep2", "w2-z2-ep2-resumed"),
         ("w2-z3-ep2", "w2-z3-ep2-resumed"),
+        ("w2-z2-ep2-muon", "w2-z2-ep2-muon-resumed"),
         ("bf16-z2-ep2", "bf16-z2-ep2-resumed"),
     ],
 )

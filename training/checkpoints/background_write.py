@@ -118,7 +118,6 @@ class BackgroundWrite:
     """One checkpoint being written. All ranks start it, in the same order, by the same plan.
 
     Args:
-        plan: of the checkpoint.
         files: of this rank, in host memory; they are freed one by one.
         error: why the folder could not be made, on rank 0.
     """
@@ -277,7 +276,7 @@ class BackgroundWrite:
         stored = StoredPartitions(plan.temporary, list(files))
         for key in (*plan.averages, None):
             # The average of no steps is the start.
-            source = key if key in stored.keys() else None  # noqa: SIM118
+            source = key if stored.has_states else None
             weights = {}
             for name, shape in plan.shapes.items():
                 if self._should_give_up():

@@ -10,7 +10,7 @@ rank 0 for one average of all weights.
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,26 +31,23 @@ from training.engine.objective import Objective
 from training.engine.zero_fragments import whole_shapes
 
 
+@dataclass(eq=False)
 class Checkpointer:
     """Save and load the checkpoints of one run.
 
     With the engine, the state of the objective is saved, which is small and equal on all ranks, and
-    that of the placement. `staging` is this job's folder beside the checkpoints (run/lock.py).
+    that of the placement.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        run: RunConfig,
-        layout: Layout,
-        data_hash: str,
-        objective: Objective,
-        placement: ExpertPlacement,
-        staging: Path,
-    ) -> None:
-        self.engine, self.run, self.layout, self.data_hash = engine, run, layout, data_hash
-        self.objective, self.placement = objective, placement
-        self.staging = staging
+    engine: Engine
+    run: RunConfig
+    layout: Layout
+    data_hash: str
+    objective: Objective
+    placement: ExpertPlacement
+    staging: Path  # this job's folder beside the checkpoints (run/lock.py)
+
+    def __post_init__(self) -> None:
         self.is_main = torch.distributed.get_rank() == 0
         self._write: BackgroundWrite | None = None
         self._taken_over: str | None = None

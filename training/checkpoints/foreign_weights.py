@@ -55,8 +55,9 @@ def read_state_dict(path: Path, flag: str) -> list[Entry]:
     content = _unpickle(path, flag)
     found = entries_of(content)
     if not found:
-        is_entries = isinstance(content, dict) and content
-        held = f"the entries {', '.join(map(str, content))}" if is_entries else _kind_of(content)
+        held = torch.typename(type(content))
+        if isinstance(content, dict) and content:
+            held = f"the entries {', '.join(map(str, content))}"
         raise ConfigError(
             f"{flag} holds {held}, but no tensors by name; save a model's state_dict()."
         )
@@ -111,11 +112,6 @@ def _refused(flag: str, reason: str) -> ConfigError:
             "not use it."
         )
     return _damaged(flag, "it is no pickle of tensors and values")
-
-
-def _kind_of(content: Any) -> str:
-    kind = type(content)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _damaged(flag: str, reason: str) -> ConfigError:

@@ -8,8 +8,8 @@
                      manifest.json        files with sizes and sha256, layout, progress, its own
                                           sha256
 
-DeepSpeed loads a changed expert-parallel size as silent garbage: where the manifest has another
-layout than the job, training/checkpoints/other_layout.py loads instead.
+DeepSpeed loads a changed expert-parallel size or order of parameters as silent garbage: where the
+manifest has another layout than the job, training/checkpoints/other_layout.py loads instead.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import ConfigError
-from data_tools.files import FIRST, MalformedError, parse_json
+from data_tools.files import FIRST, SINCE, MalformedError, parse_json
 from data_tools.formats import Format
 
 CHECKPOINT_DIR = "checkpoints"
@@ -31,6 +31,7 @@ EMA_FILE = "ema.safetensors"
 RAW_FILE = "weights.safetensors"
 HASH_BLOCK_BYTES = 1 << 20
 CHECKSUM_KEY = "sha256"  # in a manifest, of all else in it
+PARAMETER_ORDER = 2  # in flat tensors: any change of the order needs a new number
 _TAG = re.compile(r"step-\d{7,}")
 
 
@@ -50,6 +51,8 @@ class Layout:
     expert_parallel_size: int
     zero_stage: int
     precision: str  # "bf16", "autocast" or "fp32"
+    # 1 = that of the modules, 2 = engine/build.py: in_packing_order
+    parameter_order: int = field(default=1, metadata={SINCE: 2})
 
     def __str__(self) -> str:
         return (
@@ -79,7 +82,7 @@ class CheckpointManifest:
 
 
 # Its number speaks for all files of a checkpoint.
-MANIFEST = Format(newest=1, kind=CheckpointManifest)
+MANIFEST = Format(newest=2, kind=CheckpointManifest)
 
 
 def record_of(path: Path) -> FileRecord:

@@ -1,4 +1,4 @@
-"""Continue a run on another layout: other ranks, another expert-parallel size or ZeRO stage.
+"""Continue a run on another layout: other ranks, expert-parallel size, ZeRO stage, or order.
 
 Every rank's file of a checkpoint says which values of which parameters it holds
 (engine/zero_fragments.py). Each rank of the new job reads the ranges that it needs itself, through
@@ -17,14 +17,19 @@ from torch import Tensor
 
 from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
 from training.checkpoints.unpickling import unpickle
-from training.engine.deepspeed_internals import base_optimizer, masters, renew_weights
+from training.engine.deepspeed_internals import (
+    base_optimizer,
+    holds_matrices,
+    masters,
+    renew_weights,
+)
 from training.engine.interface import Engine
+from training.engine.optimizer import STEP
 from training.engine.zero_fragments import EXPERTS, Fragment, fragments, states, values_per_slot
 from training.engine.zero_weights import block_of
 from training.ranks.agreement import RunError
 
 ENTRY = "partitions"  # of the files that hold optimizer state
-STEP = "step"  # the only optimizer state that is one number
 
 
 class NotReshardableError(RunError):
@@ -78,7 +83,7 @@ class StoredPartitions:
             if ENTRY not in stored:
                 raise NotReshardableError(
                     f"{folder} does not say which rank has what of the weights, so an older "
-                    "version of this program wrote it; continue on the layout that it names."
+                    "version of this program wrote it; continue with that version."
                 )
             self.parts.append(stored[ENTRY])
         self.counters = EngineCounters(*self.parts[0]["progress"])
@@ -90,9 +95,10 @@ class StoredPartitions:
         for found in self._found.values():
             found.sort(key=lambda each: each[0].start)
 
-    def keys(self) -> list[str]:
-        """List the optimizer state that has a value per weight; empty before the first update."""
-        return [key for key in self.parts[0]["states"][0] if key != STEP]
+    @property
+    def has_states(self) -> bool:
+        """Tell whether there was an update before it; there is no optimizer state otherwise."""
+        return bool(self.parts[0]["states"][0])
 
     def step(self) -> float:
         """Return how many updates the state has seen; all parameters are updated together."""
@@ -161,11 +167,13 @@ def load_resharded(
         source_slots: (L, E) on the host: where the experts are in the checkpoint.
         target_slots: (L, E) on the host: where they are in the engine.
     """
-    optimizer, found, keys = base_optimizer(engine), masters(engine), stored.keys()
-    if keys:
-        for master in found:
+    optimizer, found = base_optimizer(engine), masters(engine)
+    keys: list[list[str]] = [[] for _ in found]
+    if stored.has_states:
+        keys = [optimizer.value_keys(is_matrix) for is_matrix in holds_matrices(engine)]
+        for master, own in zip(found, keys, strict=True):
             step = torch.tensor(stored.step(), dtype=torch.float32, device=master.device)
-            optimizer.state[master] = {STEP: step} | {k: torch.zeros_like(master) for k in keys}
+            optimizer.state[master] = {STEP: step} | {k: torch.zeros_like(master) for k in own}
     params = dict(engine.module.named_parameters())
     # The expert that is in a slot of the engine, and from there its slot in the checkpoint.
     source_of_slot = source_slots.gather(1, target_slots.argsort(1))
@@ -175,7 +183,7 @@ def load_resharded(
         if EXPERTS in name:
             source_slot = source_of_slot[block_of(name)].tolist()
             ranges = _by_slot(fragment, values_per_slot(params[name]), source_slot)
-        for key in (None, *keys):
+        for key in (None, *keys[fragment.master]):
             flat = (master if key is None else optimizer.state[master][key]).view(-1)
             for here, there, numel in ranges:
                 offset = fragment.offset + here - fragment.start

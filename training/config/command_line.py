@@ -23,6 +23,7 @@ from training.config.wording import did_you_mean
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DEEPSPEED = Path("ds_configs/zero2.json")
+_STATES = {"on": True, "off": False, "auto": None}  # of a switch that may be left open
 _PLACES = ("data", "data_shards")  # a shell makes several words of a wildcard
 
 
@@ -33,6 +34,7 @@ class CommandLine:
     config: Config  # the preset, changed by the flags
     deepspeed: Path  # the DeepSpeed JSON file
     dry_run: bool  # print everything resolved and stop
+    reschedule: bool  # let a continued run's rate follow another schedule than so far
     quiet: bool = False  # print warnings and errors only; log.txt has the rest
     notes: tuple[str, ...] = ()  # warnings about how the command was understood
 
@@ -65,6 +67,11 @@ def _build_parser() -> ArgumentParser:
         help="print the resolved configuration, sizes and memory, and write nothing",
     )
     parser.add_argument(
+        "--reschedule",
+        action="store_true",
+        help="continue a run by a learning-rate schedule that its past has not followed",
+    )
+    parser.add_argument(
         "--quiet",
         action="store_true",
         help="print warnings and errors only; what is left out is in the run's log.txt",
@@ -81,7 +88,12 @@ def _build_parser() -> ArgumentParser:
 def _add_flag(group: Any, leaf: Option) -> None:
     meta = leaf.field.metadata
     common = {"dest": leaf.name, "default": argparse.SUPPRESS, "help": meta["help"]}
-    if leaf.kind is bool:
+    if leaf.kind is bool and leaf.is_nullable:
+        group.add_argument(leaf.flag, nargs="?", const="on", metavar="|".join(_STATES), **common)
+        common["help"] = f"{leaf.flag} off"
+        no_flag = leaf.flag.replace("--", "--no-", 1)
+        group.add_argument(no_flag, action="store_const", const="off", **common)
+    elif leaf.kind is bool:
         group.add_argument(leaf.flag, action=argparse.BooleanOptionalAction, **common)
     else:
         if leaf.name in _PLACES:
@@ -111,6 +123,10 @@ def _value_of_flag(leaf: Option, text: str | bool | list[str]) -> Any:
 def _value_of_text(leaf: Option, text: str) -> Any:
     if leaf.kind is str:
         return text
+    if leaf.kind is bool:
+        if text not in _STATES:
+            raise ConfigError(f"{leaf.flag} must be {', '.join(_STATES)}, not '{text}'.")
+        return _STATES[text]
     try:
         return leaf.kind(text)
     except ValueError:
@@ -143,6 +159,7 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         config=config_from_dict(values, given.preset),
         deepspeed=in_repository(given.deepspeed),
         dry_run=given.dry_run,
+        reschedule=given.reschedule,
         quiet=given.quiet,
         notes=notes,
     )

@@ -322,6 +322,9 @@ def merge_deepspeed(
     if merged.get("bf16", {}).get("enabled"):
         merged.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
     merged.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    # DeepSpeed's timer of throughput waits for the device twice in every micro-step.
+    if "steps_per_print" not in merged:  # else DeepSpeed is asked to print what it times
+        merged.setdefault("timers", {"throughput": {"enabled": False}})
     merged["zero_allow_untested_optimizer"] = True  # EMAAdamW; ZeRO knows its own by exact type
     merged["zero_force_ds_cpu_optimizer"] = False  # offloading, too, steps EMAAdamW
     for where in _find_auto(merged):

@@ -14,13 +14,13 @@ def network_options(
     """Return the options of a configuration's network; keys of section `model` keep their names.
 
     Args:
-        config: the run's configuration.
         expert_parallel_size: ranks that share the experts; 1 gives a network that needs no process
             group, whatever the configuration trains with.
         shards_weights: the network is for ZeRO 3.
     """
     model, diffusion = config.model, config.diffusion
     same = {f.name: vars(model)[f.name] for f in fields(NetworkOptions) if f.name in vars(model)}
+    same["compile_blocks"] = bool(model.compile_blocks)  # training decides what is left open
     return NetworkOptions(
         **same,
         **MODEL_SIZES[model.size]._asdict(),

@@ -59,7 +59,6 @@ def check_value(leaf: Option, value: Any, where: str) -> Any:
     """Return `value` if it has the leaf's type and is allowed, else raise ConfigError.
 
     Args:
-        leaf: the key.
         value: from YAML or a parsed flag; for a list, one value stands for a list of one.
         where: the key as the user knows it: "file.yaml: optim.lr" or "--lr".
     """

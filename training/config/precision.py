@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from data_tools.errors import ConfigError
+from data_tools.process.accelerator import has_gpu
 
 PRECISION_NAMES = {
     "fp32": "fp32",
@@ -35,7 +36,7 @@ def detect_hardware() -> Hardware:
     Raises:
         ConfigError: the variable has another value.
     """
-    has_cuda = torch.cuda.is_available()
+    has_cuda = has_gpu()
     name = torch.cuda.get_device_name() if has_cuda else "this CPU"
     if stated := os.environ.get(BF16_VARIABLE):
         if stated not in ("0", "1"):

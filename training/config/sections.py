@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from data_tools.stream.shard_store import CHECKS
 from data_tools.user_files.paths import expand, expand_data, expand_name
+from models.attention import KERNELS
 from models.dealing import DEALINGS
 from models.diffusion import OBJECTIVES
 from models.loss_weights import LOSS_WEIGHTS
@@ -17,6 +18,9 @@ from models.schedule import NOISE_SCHEDULES
 from models.switch_dit import MODEL_NAMES, MODEL_SIZES
 from models.timestep_sampling import DENSITIES
 from training.config.option import option
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse-sqrt")  # learning_rate.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +63,22 @@ class ModelConfig:
     )
     dtr_beta: float = option("dtr: fraction of channels open at a timestep", 0.8, bounds=">0 <=1")
     qk_norm: bool = option("normalise queries and keys, against growing attention logits", False)
+    attention_kernel: str = option(
+        "fused = torch's; batched = in bf16 on a CPU, batched products; auto = batched on CPUs "
+        "that multiply bf16, where it is faster",
+        "auto",
+        choices=KERNELS,
+        may_change=True,
+    )
     activation_checkpointing: bool = option(
         "recompute block activations in backward: less memory, about a third more time",
         False,
         may_change=True,
     )
-    compile_blocks: bool = option(
-        "compile every block (torch.compile): slower start, faster steps; on a CPU this "
-        "needs a C++ compiler",
-        False,
+    compile_blocks: bool | None = option(
+        "compile every block (torch.compile): slower start, faster steps; auto (null): training on "
+        "a GPU does, where Triton can; on a CPU this needs a C++ compiler",
+        None,
         may_change=True,
     )
 
@@ -166,13 +177,45 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, the averages of the weights, and the batch."""
+    """AdamW or Muon, the averages of the weights, and the batch."""
 
+    optimizer: str = option(
+        "adamw; or muon for the matrices of blocks and experts, with adamw for all else",
+        "adamw",
+        choices=OPTIMIZERS,
+    )
+    muon_lr: float | None = option(
+        "Muon's learning rate, at its peak; null = lr", None, bounds=">0"
+    )
+    muon_momentum: float = option("Muon's decay of its momentum", 0.95, bounds=">=0 <1")
+    muon_wire: str = option(
+        "numbers in which parts of Muon's updates travel between ranks",
+        "fp32",
+        choices=("fp32", "bf16"),
+        may_change=True,
+    )
     lr: float = option("learning rate", bounds=">0")
     beta1: float = option("Adam's decay of the first moment", 0.9, bounds=">=0 <1")
     beta2: float = option("Adam's decay of the second moment", 0.999, bounds=">=0 <1")
     weight_decay: float = option("AdamW's weight decay", 0.0, bounds=">=0")
     warmup_steps: int = option("steps over which the learning rate rises", bounds=">=0")
+    lr_schedule: str = option(
+        "learning rate after that: constant; linear or cosine, falling to lr_floor; wsd, constant "
+        "and falling in the end; inverse-sqrt",
+        "constant",
+        choices=SCHEDULES,
+        may_change=True,
+    )
+    lr_length: int | None = option(
+        "last step of linear and cosine, null = max_steps; steps that wsd falls, null = a fifth of "
+        "max_steps; step from which inverse-sqrt falls",
+        None,
+        bounds=">=1",
+        may_change=True,
+    )
+    lr_floor: float = option(
+        "part of lr that linear, cosine and wsd fall to", 0.0, bounds=">=0 <1", may_change=True
+    )
     gradient_clipping: float = option("largest global gradient norm; 0 = off", bounds=">=0")
     max_skipped_steps: int = option(
         "steps in a row that may be skipped for a loss or gradient that is not finite",
@@ -217,7 +260,21 @@ class RunConfig:
     run_dir: str = option(
         "folder of the run; starting again continues it", may_change=True, expands=expand
     )
-    seed: int = option("seed of everything random", bounds=f">=0 <{2**63}")
+    seed: int = option("seed of everything random that has none of its own", bounds=f">=0 <{2**63}")
+    seed_init: int | None = option(
+        "seed of the network's first weights; null = seed", None, bounds=f">=0 <{2**63}"
+    )
+    seed_data: int | None = option(
+        "seed of the order of samples and of mirroring; null = seed", None, bounds=f">=0 <{2**63}"
+    )
+    seed_noise: int | None = option(
+        "seed of noise, timesteps and dropped labels; null = seed", None, bounds=f">=0 <{2**63}"
+    )
+    deterministic: bool = option(
+        "use only operators that repeat bit for bit, which on a GPU are slower; a CPU's do anyway",
+        False,
+        may_change=True,
+    )
     init_from: str | None = option(
         "weights to start from: a run, a .safetensors file, or a DiT, DTR or Switch-DiT checkpoint",
         None,
@@ -273,3 +330,8 @@ class RunConfig:
         may_change=True,
         expands=expand,
     )
+
+    def seed_of(self, what: str) -> int:
+        """Return the seed of "init", "data" or "noise"."""
+        own = getattr(self, f"seed_{what}")
+        return self.seed if own is None else own

@@ -48,7 +48,7 @@ class Config:
         return yaml.safe_dump({CONFIG.key: CONFIG.newest} | self.to_dict(), sort_keys=False)
 
 
-CONFIG = Format(newest=1)  # of config.yaml; a preset may leave the number out
+CONFIG = Format(newest=2)  # of config.yaml; a preset may leave the number out
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
 
 

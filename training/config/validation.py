@@ -22,7 +22,13 @@ from models.sampler import methods_for
 from models.schedule import MIN_LINEAR_TIMESTEPS
 from models.switch_dit import MODEL_SIZES
 from models.timestep_sampling import MODE_SCALE_MAX, MODE_SCALE_MIN
-from training.config.deepspeed_config import load_deepspeed_json, plan_batch, stage_of
+from training.config.deepspeed_config import (
+    MAX_STAGE,
+    load_deepspeed_json,
+    plan_batch,
+    stage_of,
+)
+from training.config.learning_rate import check_schedule
 from training.config.network import network_options
 from training.config.tree import Config
 from training.config.wording import either
@@ -41,10 +47,12 @@ def validate(config: Config, deepspeed_path: Path, world_size: int) -> None:
     _check_routing(config)
     _check_objective(config)
     _check_averages(config)
+    check_schedule(config)
     deepspeed_json = load_deepspeed_json(deepspeed_path)
     if config.run.expert_parallel_size > 1:
         _check_expert_sizes(config, world_size)
         _check_expert_zero(config, deepspeed_json, deepspeed_path)
+    _check_compiling(config, deepspeed_json, deepspeed_path)
     _check_intervals_and_streams(config)
     plan_batch(config, world_size)
 
@@ -161,6 +169,15 @@ def _check_averages(config: Config) -> None:
         raise ConfigError(
             f"--ema-snapshot-every {optim.ema_snapshot_every} stores power-function averages, but "
             "--ema-stds names none; use --ema-stds 0.05,0.1 or --ema-snapshot-every 0."
+        )
+
+
+def _check_compiling(config: Config, deepspeed_json: dict[str, Any], deepspeed_path: Path) -> None:
+    """Refuse to compile blocks whose weights ZeRO 3 fetches: torch compiles and then gives up."""
+    if config.model.compile_blocks and stage_of(deepspeed_json) == MAX_STAGE:
+        raise ConfigError(
+            f"--compile-blocks: blocks do not compile at ZeRO stage {MAX_STAGE} of "
+            f"--deepspeed {deepspeed_path}; use --no-compile-blocks, or ZeRO stage 0, 1 or 2."
         )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from data_tools.errors import count_of
 from models.flops import forward_flops, training_flops
+from models.matrices import matrix_shapes
 from models.network_options import NetworkOptions
 from models.switch_dit import MODEL_NAMES
 from training.config.deepspeed_config import plan_batch, stage_of
@@ -25,8 +26,9 @@ from training.cost.memory import (
     Memory,
     activation_bytes,
     model_memory,
+    muon_traffic,
 )
-from training.engine.build import build_model
+from training.engine.build import WIRE_DTYPES, build_model
 
 GIB = 2**30
 GIGA = 1e9
@@ -39,6 +41,8 @@ class ParameterCount(NamedTuple):
     trainable: int
     active: int  # with k of E experts, as one sample uses them
     experts: int
+    matrices: int  # that Muon would update
+    expert_matrices: int  # of them in experts
     parts: dict[str, int]  # by top-level module, experts apart
 
 
@@ -47,13 +51,23 @@ def count_parameters(config: Config) -> ParameterCount:
     parts: Counter[str] = Counter()
     trainable = 0
     with torch.device("meta"):
-        model = build_model(config)
-    for name, param in model.named_parameters():
+        named = dict(build_model(config).named_parameters())
+    in_matrices = matrix_shapes({name: tuple(param.shape) for name, param in named.items()})
+    matrices = {name: named[name].numel() for name in in_matrices}
+    for name, param in named.items():
         parts["experts" if ".experts." in name else name.split(".")[0]] += param.numel()
         trainable += param.numel() if param.requires_grad else 0
     experts = parts["experts"]
     idle = experts - experts // config.model.num_experts * config.model.top_k
-    return ParameterCount(parts.total(), trainable, parts.total() - idle, experts, dict(parts))
+    return ParameterCount(
+        parts.total(),
+        trainable,
+        active=parts.total() - idle,
+        experts=experts,
+        matrices=sum(matrices.values()),
+        expert_matrices=sum(n for name, n in matrices.items() if ".experts." in name),
+        parts=dict(parts),
+    )
 
 
 def num_averages(config: Config) -> int:
@@ -170,6 +184,7 @@ def _describe_memory(
 ) -> str:
     stage, precision = stage_of(deepspeed_config), precision_of(deepspeed_config)
     expert_parallel_size = config.run.expert_parallel_size
+    is_muon = config.optim.optimizer == "muon"
     memory = model_memory(
         count.total,
         count.experts,
@@ -178,6 +193,8 @@ def _describe_memory(
         world_size=world_size,
         expert_parallel_size=expert_parallel_size,
         num_averages=num_averages(config),
+        num_in_matrices=count.matrices if is_muon else 0,
+        num_in_expert_matrices=count.expert_matrices if is_muon else 0,
     )
     lines = [
         f"{world_size} rank(s), ZeRO stage {stage}, {PRECISION_NAMES[precision]}, "
@@ -187,6 +204,23 @@ def _describe_memory(
     lines += _activation_lines(
         config, options, plan_batch(config, world_size).micro_batch_size, precision
     )
+    if is_muon:
+        sent = sum(
+            muon_traffic(
+                number,
+                stage=stage,
+                num_sharing=sharing,
+                wire_bytes=WIRE_DTYPES[config.optim.muon_wire].itemsize,
+            )
+            for number, sharing in (
+                (count.matrices - count.expert_matrices, world_size),
+                (count.expert_matrices, world_size // expert_parallel_size),
+            )
+        )
+        lines.append(
+            f"Muon updates {count.matrices:,} parameters; for it a rank sends at "
+            f"most {sent / GIB:.3f} GiB per step"
+        )
     lines.append("Communication buckets, the loss's own tensors and the framework come on top.")
     return "\n".join(lines)
 

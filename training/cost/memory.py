@@ -20,7 +20,7 @@ class Memory(NamedTuple):
 
     weights: float
     gradients: float
-    optimizer: float  # fp32 masters, Adam's moments, averaged weights
+    optimizer: float  # fp32 masters, moments, averaged weights
 
 
 def model_memory(
@@ -32,6 +32,8 @@ def model_memory(
     world_size: int,
     expert_parallel_size: int,
     num_averages: int,
+    num_in_matrices: int = 0,
+    num_in_expert_matrices: int = 0,
 ) -> Memory:
     """Compute what each rank holds of weights, gradients and optimizer state.
 
@@ -50,6 +52,8 @@ def model_memory(
         world_size: W.
         expert_parallel_size: R.
         num_averages: of the weights, each fp32.
+        num_in_matrices: parameters that Muon updates, which keeps one moment of them.
+        num_in_expert_matrices: those of them that expert parallelism shares out.
     """
     held = (num_parameters - num_in_experts) + num_in_experts / expert_parallel_size
     shard = num_parameters / world_size
@@ -57,11 +61,35 @@ def model_memory(
     if stage == 1 and precision == "bf16":  # DeepSpeed's BF16_Optimizer
         gradient_bytes += WEIGHT_BYTES["bf16"]
     num_fp32_states = NUM_ADAM_MOMENTS + num_averages + (1 if stage > 0 else 0)
+    of_matrices = num_in_matrices / world_size
+    if stage == 0:
+        of_matrices = num_in_matrices - num_in_expert_matrices * (1 - 1 / expert_parallel_size)
+    values = num_fp32_states * (shard if stage >= 1 else held) - of_matrices
     return Memory(
         weights=WEIGHT_BYTES[precision] * (shard if stage >= 3 else held),
         gradients=gradient_bytes * (shard if stage >= 2 else held),
-        optimizer=FP32_BYTES * num_fp32_states * (shard if stage >= 1 else held),
+        optimizer=FP32_BYTES * values,
     )
+
+
+def muon_traffic(num_in_matrices: int, *, stage: int, num_sharing: int, wire_bytes: int) -> float:
+    """Bound the bytes that a rank sends to others in a step for Muon (training/engine/muon.py).
+
+    At stage 3 a rank holds 1 / W of every matrix, and owns 1 / W of the matrices: what it holds and
+    does not own goes out, and the results of what it owns and does not hold. It is less where a
+    part of a fused parameter is a whole matrix, and at stages 1 and 2, where shards are runs of
+    whole matrices but for those at their ends.
+
+    Args:
+        num_in_matrices: parameters of them that `num_sharing` ranks share out.
+        stage: ZeRO stage.
+        num_sharing: W, ranks that shard them; with expert parallelism of the size R, W / R for
+            those of experts.
+        wire_bytes: of a number on its way.
+    """
+    if stage == 0:
+        return 0.0
+    return 2 * num_in_matrices / num_sharing * (1 - 1 / num_sharing) * wire_bytes
 
 
 class Activations(NamedTuple):
@@ -73,6 +101,9 @@ class Activations(NamedTuple):
 
 def activation_bytes(options: NetworkOptions, batch_size: int, *, precision: str) -> Activations:
     """Count what a forward pass keeps. A compiled one keeps less.
+
+    Attention is torch's kernel. Batched products (models/attention.py), on a CPU, keep
+    2 N T T bytes more for each head of each block.
 
     Args:
         options: of the network.

@@ -22,6 +22,7 @@ from training.engine.deepspeed_internals import (
 )
 from training.engine.gate_table import engine_gate_table
 from training.engine.interface import Engine
+from training.engine.matrix_updates import is_matrix
 from training.engine.objective import Objective
 from training.engine.zero_weights import block_of, full_value, gathered_slots, set_full_value
 
@@ -104,13 +105,15 @@ def move_experts(engine: Engine, slot_of_expert: Tensor) -> None:
     slots = engine.module.gate.slots
     source = slots.gather(1, slot_of_expert.argsort(1))  # (L, E) where each slot's expert was
     is_moved = (source != torch.arange(source.shape[1], device=source.device)).any(1).tolist()
-    states = base_optimizer(engine).state.values()
-    keys = sorted({key for state in states for key in state if key != "step"})  # equal on all ranks
+    optimizer = base_optimizer(engine)
     for name, param in engine.module.named_parameters():
         group = expert_group(param)
         if group is None or not is_moved[block_of(name)]:
             continue
-        for key in (None, *keys):
+        for key in (
+            None,
+            *(optimizer.value_keys(is_matrix(param)) if optimizer.has_averages else ()),
+        ):
             value = full_value(engine, param, key)
             E_local = len(value)
             mine = source[block_of(name)][group.rank() * E_local :][:E_local]

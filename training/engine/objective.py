@@ -24,6 +24,7 @@ from models.switch_dit import MODEL_SIZES, SwitchDiTOutput
 from models.timestep_sampling import TimestepSampling
 from models.unit_matching import match_units
 from training.config.tree import Config
+from training.engine.gate_stream import GateStream
 
 
 class SampleLosses(NamedTuple):
@@ -98,6 +99,7 @@ class Objective:
         self.diffusion = build_diffusion(self.config).to(self.device)
         self.timesteps = build_timestep_sampling(self.config)
         self._learns_weights = diffusion.loss_weight == "uncertainty"
+        self.gate_stream = GateStream(self.device)
         self._loss_weight = loss_weight_table(
             "constant" if self._learns_weights else diffusion.loss_weight,
             self.diffusion,
@@ -153,7 +155,7 @@ class Objective:
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """Draw everything random about a batch of stored latents from its stream positions."""
-        seed = self.config.run.seed
+        seed = self.config.run.seed_of("noise")
         positions = batch.positions.to(self.device, non_blocking=True)
         raw = batch.raw_latents.to(self.device, non_blocking=True)
         y = batch.labels.to(self.device, non_blocking=True)
@@ -181,7 +183,7 @@ class Objective:
         Those that will be dealt are drawn on the host, where positions come from, so that nothing
         waits for the device.
         """
-        seed, group_size = self.config.run.seed, self.config.run.expert_parallel_size
+        seed, group_size = self.config.run.seed_of("noise"), self.config.run.expert_parallel_size
         if group_size == 1:
             return self.timesteps.draw(seed, positions), None
         # Each rank of the group is at the same place of its own slice of the global batch.
@@ -233,16 +235,17 @@ class Objective:
     def _matched_units(self, gate_table: Tensor, step: int) -> Tensor:
         # The gates change once per optimizer step, not per micro-step. Seeding the tie-breaks by
         # the step makes all ranks, and a resumed run, choose the same assignment. Matching waits
-        # for the device; the steps in between do not.
+        # for the gates; the steps in between wait for nothing.
         due = step - step % self.config.diffusion.prior_matching_every
         if self._assignment is None or self._assignment[0] != due:
-            seed = self.config.run.seed * 1_000_003 + due
-            units = match_units(gate_table, self.config.model.top_k, self.prior, seed=seed)
-            self._assignment = (due, units.to(self.device))
-            if self._deals:
-                # By older gates than those that will route it, a timestep is dealt less well, not
-                # wrongly; at this moment the device has been waited for anyway.
-                top_k, group_size = self.config.model.top_k, self.config.run.expert_parallel_size
-                slots = self._slots.to(self.device)
-                self._at_home = served_at_home(gate_table, top_k, slots, group_size).cpu()
+            seed = self.config.run.seed_of("noise") * 1_000_003 + due
+            top_k, group_size = self.config.model.top_k, self.config.run.expert_parallel_size
+            with self.gate_stream.beside_the_blocks():
+                units = match_units(gate_table, top_k, self.prior, seed=seed)
+                if self._deals:
+                    # By older gates than those that will route it, a timestep is dealt less well,
+                    # not wrongly; at this moment the gates have been waited for anyway.
+                    slots = self._slots.to(self.device)
+                    self._at_home = served_at_home(gate_table, top_k, slots, group_size).cpu()
+            self._assignment = (due, self.gate_stream.keep(units))
         return self._assignment[1]

@@ -18,7 +18,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import ConfigError
-from data_tools.files import MalformedError, replace_file
+from data_tools.files import SINCE, MalformedError, replace_file
 from data_tools.formats import Format, NewerFormatError
 from data_tools.process.launcher import is_started_again
 from models.randomness import Stream, integers, uniform
@@ -70,6 +70,7 @@ class DrawSettings:
     weights_sha256: str
     weaker_weights_sha256: str  # "" without autoguidance
     vae_sha256: str
+    precision: str = field(default="fp32", metadata={SINCE: 2})  # of the network
 
     @property
     def num_parts(self) -> int:
@@ -82,7 +83,7 @@ class DrawSettings:
         return range(start, min(start + self.batch_size, self.num_images))
 
 
-DRAW = Format(newest=1, kind=DrawSettings)
+DRAW = Format(newest=2, kind=DrawSettings)
 
 
 def labels_of(settings: DrawSettings, indices: Tensor, class_counts: list[int]) -> Tensor:

@@ -23,6 +23,7 @@ from training.run.directory import EVALUATION_DIR
 from training.sampling.flags import (
     DEFAULT_STEPS,
     WeakerRun,
+    check_precision,
     find_weaker_run,
     open_run,
     sampler_settings,
@@ -54,13 +55,15 @@ class EvaluationJob:
     held_out: HeldOut | None
     cache: ShardCache | None  # for held-out data
     output: Path  # folder of all evaluations
+    precision: str  # of the network
 
     @property
     def loss_path(self) -> Path:
         """Where the held-out loss is kept; weights and samples are in the name."""
         found, data = self.held_out, self.held_out.data.manifest.hash[:8]
         name = f"validation-{name_of_weights(self.weights)}-{weights_sha256(self.weights)[:8]}"
-        return self.output / f"{name}-t{len(found.timesteps)}-{found.num_samples}-{data}.json"
+        name += f"-t{len(found.timesteps)}-{found.num_samples}-{data}"
+        return self.output / f"{name}{_suffix_of(self.precision)}.json"
 
     @property
     def class_counts(self) -> list[int]:
@@ -73,6 +76,7 @@ def check(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Evalu
     run = open_run(args)
     config, manifest = run.config, run.manifest
     _check_flags(args)
+    check_precision(args.precision, device)
     weights = run.find_weights(args)
     output = args.output or run.folder / EVALUATION_DIR
     points, references, weaker_run, vae = [], [], None, None
@@ -90,6 +94,7 @@ def check(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Evalu
                 weights=weights,
                 weaker_run=weaker_run,
                 vae=vae,
+                precision=args.precision,
             )
             folder = output / _name_of(weights, settings)
             points.append(Point(sampler, settings, folder))
@@ -115,6 +120,7 @@ def check(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Evalu
         held_out=held_out,
         cache=cache,
         output=output,
+        precision=args.precision,
     )
 
 
@@ -180,6 +186,7 @@ def draw_settings(
     weights: Path,
     weaker_run: WeakerRun | None,
     vae: Vae,
+    precision: str,
 ) -> DrawSettings:
     """Put together what decides the bytes of an image set."""
     guidance, (_, height, width) = sampler.guidance, config.model.latent_shape
@@ -200,6 +207,7 @@ def draw_settings(
         weights_sha256=weights_sha256(weights),
         weaker_weights_sha256="" if weaker_run is None else weights_sha256(weaker_run.weights),
         vae_sha256=vae.sha256,
+        precision=precision,
     )
 
 
@@ -215,8 +223,13 @@ def _name_of(weights: Path, settings: DrawSettings) -> str:
     scale = f"{settings.guidance_scale:g}" if guidance else ""
     return (
         f"{name_of_weights(weights)}-{settings.sampler}{settings.steps}{guidance}{scale}"
-        f"-{settings.num_images}-seed{settings.seed}"
+        f"-{settings.num_images}-seed{settings.seed}{_suffix_of(settings.precision)}"
     )
+
+
+def _suffix_of(precision: str) -> str:
+    """Mark the names of results that are not of fp32, the default."""
+    return "" if precision == "fp32" else f"-{precision}"
 
 
 def _held_out(

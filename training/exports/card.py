@@ -20,13 +20,7 @@ _LOSSES = ("loss/total", "loss/mse", "loss/vlb", "loss/prior")
 
 
 def model_card(job: ExportJob, kind: str, usage: str) -> str:
-    """Return the card in Markdown, with the header that model hubs read.
-
-    Args:
-        job: what is exported.
-        kind: --format.
-        usage: how it is loaded.
-    """
+    """Return the card in Markdown, with hubs' header; `kind` is --format, `usage` how it loads."""
     model = job.config.model
     name = f"{MODEL_NAMES[model.routing]}-{model.size}/{model.patch_size}"
     header = {

@@ -17,6 +17,7 @@ FILES = {
     "switch_dit": (
         "models.network_options",
         "models.gate",
+        "models.attention",
         "models.layers",
         "models.experts",
         "models.moe",

@@ -42,29 +42,17 @@ class Origin:
 
 @dataclass(frozen=True)
 class ExportJob:
-    """A checked command, apart from what its format may refuse.
-
-    Attributes:
-        run_dir: the run.
-        config: the run's configuration.
-        manifest: of the data that it was trained on.
-        weights: its file that is exported.
-        origin: what to say of them.
-        settings: how the result draws images unless told otherwise.
-        guidance_interval: fractions of the timesteps that are guided; None = all.
-        vae: that decodes; None where the format holds none.
-        output: folder that will hold the result.
-    """
+    """A checked command, apart from what its format may refuse."""
 
     run_dir: Path
-    config: Config
-    manifest: DatasetManifest
-    weights: Path
-    origin: Origin
-    settings: SamplerSettings
-    guidance_interval: tuple[float, float] | None
-    vae: Vae | None
-    output: Path
+    config: Config  # of the run
+    manifest: DatasetManifest  # of the data that it was trained on
+    weights: Path  # its file that is exported
+    origin: Origin  # what to say of them
+    settings: SamplerSettings  # how the result draws images unless told otherwise
+    guidance_interval: tuple[float, float] | None  # fractions of the timesteps; None = all
+    vae: Vae | None  # that decodes; None where the format holds none
+    output: Path  # folder that will hold the result
 
     @property
     def id2label(self) -> dict[str, str] | None:
@@ -104,12 +92,7 @@ class ExportJob:
 
 
 def check_job(args: argparse.Namespace, has_vae: bool) -> ExportJob:
-    """Find what the command line asks for; write nothing.
-
-    Args:
-        args: the command line.
-        has_vae: the format holds the VAE.
-    """
+    """Find what the command line asks for; write nothing. `has_vae`: the format holds the VAE."""
     run = open_run(args)
     run_dir, config, manifest = run.folder, run.config, run.manifest
     if args.autoguidance is not None:

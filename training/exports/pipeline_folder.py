@@ -109,7 +109,10 @@ def _write_folder(job: ExportJob, folder: Path, transformer: SwitchDiTTransforme
     transformer.save_pretrained(folder / "transformer")
     _write_vae(job, folder)
     settings = job.settings
-    process = describe_process(job) | {
+    process = {
+        "_class_name": "SwitchDiTScheduler",
+        "_diffusers_version": diffusers.__version__,
+        **describe_process(job),
         "sampler": settings.method,
         "num_inference_steps": settings.num_steps,
         "shift": settings.shift,
@@ -118,10 +121,6 @@ def _write_folder(job: ExportJob, folder: Path, transformer: SwitchDiTTransforme
     }
     scheduler = folder / "scheduler"
     scheduler.mkdir()
-    process = {
-        "_class_name": "SwitchDiTScheduler",
-        "_diffusers_version": diffusers.__version__,
-    } | process
     (scheduler / "scheduler_config.json").write_text(as_json(process), encoding="utf-8")
     index = {
         "_class_name": [write_code(folder, "switch_dit_pipeline"), "SwitchDiTPipeline"],
@@ -154,12 +153,8 @@ def _write_vae(job: ExportJob, folder: Path) -> None:
 def describe_process(job: ExportJob) -> dict[str, Any]:
     """Say what the network was trained on, as the arguments of Diffusion."""
     diffusion = build_diffusion(job.config)
-    return {
-        "noise_schedule": diffusion.noise_schedule,
-        "num_timesteps": diffusion.num_timesteps,
-        "objective": diffusion.objective,
-        "learned_variance": diffusion.learned_variance,
-    }
+    names = ("noise_schedule", "num_timesteps", "objective", "learned_variance")
+    return {name: getattr(diffusion, name) for name in names}
 
 
 def describe_latents(job: ExportJob) -> dict[str, Any]:

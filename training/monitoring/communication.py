@@ -67,12 +67,13 @@ def shares_of(events: Iterable[Any], is_on_gpu: bool) -> Shares | None:
         is_on_gpu: whether the device computed, rather than this thread.
 
     Returns:
-        None if nothing was computed, as when another tool holds the GPU's counters.
+        None if nothing was computed, as when another tool holds the GPU's counters, or if this
+        torch does not say what an event is.
     """
     step, thread = None, 0
     found: list[tuple[str, int, Interval]] = []  # name, thread
     for event in events:
-        kind, name = event.activity_type(), event.name()
+        kind, name = kind_of(event), event.name()
         interval = event.start_ns(), event.end_ns()
         if kind == "user_annotation" and name == STEP_NAME:
             step, thread = interval, event.start_thread_id()
@@ -91,6 +92,11 @@ def shares_of(events: Iterable[Any], is_on_gpu: bool) -> Shares | None:
     if step is None or not computation:
         return None
     return shares(step, communication, computation)
+
+
+def kind_of(event: Any) -> str:
+    """Return the kind of an event of the profiler; empty before torch 2.13, which says none."""
+    return event.activity_type() if hasattr(event, "activity_type") else ""
 
 
 def _outside(intervals: list[Interval], calls: list[Interval]) -> list[Interval]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from training.config.tree import Config
 from training.monitoring import metrics as registry
-from training.monitoring.metric import Metric, RunTraits
+from training.monitoring.metric import Group, RunTraits
 
 Chart = list[Any]  # as SummaryWriter.add_custom_scalars wants it: a kind, and regular expressions
 Layout = dict[str, dict[str, Chart]]
@@ -19,39 +19,33 @@ def dashboard(
         config: of the run; charts of what it does not have are left out.
         depth: blocks.
         num_experts: of a block; 0 = a model without experts.
-        num_ranks: that train.
         has_peak: whether the peak of the device, which speeds are compared with, is known.
     """
     run = RunTraits(config, num_experts, num_ranks, has_peak)
-    return _layout(
-        [
-            metric
-            for metric in registry.METRICS
-            if metric.group != registry.IMAGES and all(one.holds(run) for one in metric.conditions)
-        ],
-        depth,
-    )
+    groups = [group for group in registry.GROUPS if run.meets(group.only_with)]
+    groups.remove(registry.IMAGES)
+    return {group.title: _charts(group, run, depth) for group in groups}
 
 
 def evaluation_charts() -> Layout:
     """Return the charts of a run's scores, which come with them: TensorBoard merges layouts."""
-    scores = [metric for metric in registry.METRICS if metric.group == registry.IMAGES]
-    return _layout(scores, end="(/|$)")  # of several networks, a slash and the network
+    # Of several networks, a slash and the network stand behind a tag.
+    return {registry.IMAGES.title: _charts(registry.IMAGES, end="(/|$)")}
 
 
-def _layout(metrics: list[Metric], depth: int = 0, end: str = "$") -> Layout:
-    layout: Layout = {}
-    for metric in metrics:
-        if metric.chart is None:
+def _charts(
+    group: Group, run: RunTraits | None = None, depth: int = 0, end: str = "$"
+) -> dict[str, Chart]:
+    charts: dict[str, Chart] = {}
+    for metric in group.metrics:
+        if metric.chart is None or (run is not None and not run.meets(metric.only_with)):
             continue
-        charts = layout.setdefault(metric.group.title, {})
         blocks = range(depth) if "{block}" in metric.chart else [None]
         for block in blocks:
             title, tag = metric.chart, metric.tag
             if block is not None:
                 title, tag = (text.replace("{block}", f"{block:02d}") for text in (title, tag))
             prefix, brace, _ = tag.partition("{")
-            charts.setdefault(title, ["Multiline", []])[1].append(
-                prefix if brace else f"{tag}{end}"
-            )
-    return layout
+            pattern = prefix if brace else f"{tag}{end}"
+            charts.setdefault(title, ["Multiline", []])[1].append(pattern)
+    return charts

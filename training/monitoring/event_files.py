@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,45 +64,35 @@ class Monitor:
             )
             self._writer.file_writer.add_summary(Summary(value=values), step)
             self._writer.flush()
-            if _newest_size(self._folder) > MAX_EVENTS_BYTES:
+            files = [path.stat() for path in self._folder.iterdir() if path.is_file()]
+            if max(files, key=lambda file: file.st_mtime_ns).st_size > MAX_EVENTS_BYTES:
                 self._writer.close()
                 self._writer = SummaryWriter(str(self._folder))
 
     def extra(self, step: int, name: str, value: float) -> None:
         """Record what another start of the same run would not repeat: TensorBoard only."""
-        if self._writer is not None:
-            with self.surviving_disk_errors():
-                self._writer.add_scalar(name, value, step)
+        self._write(lambda writer: writer.add_scalar(name, value, step))
 
     def layout(self, layout: dict[str, dict[str, list[Any]]]) -> None:
         """Set the charts of TensorBoard's page "custom scalars"."""
-        if self._writer is not None:
-            with self.surviving_disk_errors():
-                self._writer.add_custom_scalars(layout)
+        self._write(lambda writer: writer.add_custom_scalars(layout))
 
     def hyperparameters(self, values: dict[str, Any]) -> None:
         """Record what TensorBoard's page "hparams" compares runs by."""
-        if self._writer is None:
-            return
         # SummaryWriter.add_hparams would make another run for them.
         plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in values.items()}
         experiment, start, _ = hparams(plain, dict.fromkeys(HPARAMS_METRICS, 0.0))
-        with self.surviving_disk_errors():
-            self._writer.file_writer.add_summary(experiment)
-            self._writer.file_writer.add_summary(start)
+        for summary in (experiment, start):
+            self._write(lambda writer, one=summary: writer.file_writer.add_summary(one))
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Record a picture, (H, W, 3) uint8."""
-        if self._writer is not None:
-            with self.surviving_disk_errors():
-                self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._write(lambda writer: writer.add_image(name, picture, step, dataformats="HWC"))
 
     def text(self, name: str, text: str, step: int | None = None) -> None:
         """Record a text, shown as preformatted."""
-        if self._writer is not None:
-            indented = "\n".join(f"    {line}" for line in text.splitlines())
-            with self.surviving_disk_errors():
-                self._writer.add_text(name, indented, step)
+        indented = "\n".join(f"    {line}" for line in text.splitlines())
+        self._write(lambda writer: writer.add_text(name, indented, step))
 
     def event(self, step: int, text: str) -> None:
         """Record something out of the ordinary that happened at a step."""
@@ -120,6 +110,11 @@ class Monitor:
                 self._writer.close()
             self._lines.close()
 
+    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
+        if self._writer is not None:
+            with self.surviving_disk_errors():
+                write(self._writer)
+
     @contextmanager
     def surviving_disk_errors(self) -> Iterator[None]:
         """Lose a record rather than the training; say so once."""
@@ -132,12 +127,6 @@ class Monitor:
                     "training goes on without them, TensorBoard shows no more until a restart.\n"
                 )
             self._has_warned = True
-
-
-def _newest_size(folder: Path) -> int:
-    """Return the bytes of the file that TensorBoard's writer writes."""
-    files = (path.stat() for path in folder.iterdir() if path.is_file())
-    return max(files, key=lambda found: found.st_mtime_ns).st_size
 
 
 def _drop_later_records(path: Path, resume_step: int) -> None:

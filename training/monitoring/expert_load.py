@@ -16,7 +16,6 @@ from models.gate import RoutingPlan
 STARVED_FRACTION = 0.1  # of the even share; the paper's prior with 8 experts goes down to 0.18
 DEAD_INTERVALS = 10  # logging intervals without a sample
 _LOAD_PREFIX = "moe_load/"
-PASSES, PASSES_WITH_RECOMPUTATION = 2, 3  # forward and backward; what is recomputed travels again
 
 
 def load_metrics(expert_count: Tensor, num_samples: float) -> dict[str, float]:
@@ -92,19 +91,12 @@ def entropy_by_timestep(expert_count: Tensor, ranges: list[str]) -> dict[str, fl
 
 
 class ExchangeShape(NamedTuple):
-    """What expert parallelism sends for one sample of one block.
+    """What expert parallelism sends for one sample of one block."""
 
-    Attributes:
-        group_rank: this rank's place in its expert-parallel group.
-        group_size: R.
-        row_bytes: of a sample's activations, T * D numbers.
-        num_passes: forward and backward, and forward once more with recomputation.
-    """
-
-    group_rank: int
-    group_size: int
-    row_bytes: int
-    num_passes: int
+    group_rank: int  # this rank's place in its expert-parallel group
+    group_size: int  # R
+    row_bytes: int  # of a sample's activations, T * D numbers
+    num_passes: int  # forward and backward; what is recomputed travels again
 
 
 def exchange_shape(model: Any, rank: int, group_size: int, precision: str) -> ExchangeShape | None:
@@ -112,7 +104,6 @@ def exchange_shape(model: Any, rank: int, group_size: int, precision: str) -> Ex
 
     Args:
         model: a SwitchDiT.
-        rank: of this process among all ranks.
         group_size: R.
         precision: "bf16", "autocast" or "fp32"; autocast's products, and with them the stream
             between blocks, are bf16.
@@ -120,7 +111,7 @@ def exchange_shape(model: Any, rank: int, group_size: int, precision: str) -> Ex
     if group_size == 1:
         return None
     number_bytes = 4 if precision == "fp32" else 2
-    num_passes = PASSES_WITH_RECOMPUTATION if model.options.activation_checkpointing else PASSES
+    num_passes = 3 if model.options.activation_checkpointing else 2
     row_bytes = model.pos_embed.numel() * number_bytes  # (T, D)
     return ExchangeShape(rank % group_size, group_size, row_bytes, num_passes)
 
@@ -131,10 +122,7 @@ def add_exchanges(sums: Tensor, plan: RoutingPlan, num_samples: int, shape: Exch
     They are numbers of the host already, so nothing here touches the device.
 
     Args:
-        sums: what is added to: rows by block and rank (L * R), rows that stay, samples.
-        plan: of a micro-step.
-        num_samples: of the micro-step.
-        shape: of what is sent.
+        sums: (L * R + 2,), added to: rows by block and rank, rows that stay, samples.
     """
     rows = [dispatch.send_splits for dispatch in plan.dispatch]  # (L, R)
     num_kept = sum(of_block[shape.group_rank] for of_block in rows)
@@ -148,9 +136,6 @@ def exchange_metrics(
 
     Args:
         sums: of `add_exchanges`, summed over ranks.
-        shape: of what was sent.
-        num_steps: of the interval.
-        world_size: ranks of the job.
 
     Returns:
         MiB that a rank sends to others per step (mean over ranks; every row there and its sum
@@ -175,7 +160,6 @@ class LoadHistory:
     """Which experts have been without samples for long, and who served which timesteps lately.
 
     Args:
-        depth: L.
         num_experts: E; 0 = a model without experts.
         records: of the metrics of earlier intervals, of a run that is continued.
     """

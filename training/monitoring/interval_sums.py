@@ -60,10 +60,7 @@ class MetricSums:
     host counts: its step changed nothing.
 
     Args:
-        depth: L.
         num_experts: E; 0 = a model without experts.
-        num_timesteps: S.
-        device: of the training.
         exchange: what expert parallelism sends; None without it.
     """
 

@@ -17,19 +17,12 @@ NUM_RANGES = 10  # B
 
 
 class SumShape(NamedTuple):
-    """What the lengths of sums depend on.
+    """What the lengths of sums depend on."""
 
-    Attributes:
-        depth: L.
-        num_experts: E; 0 = a model without experts.
-        num_timesteps: S.
-        exchange: what expert parallelism sends; None without it.
-    """
-
-    depth: int
-    num_experts: int
-    num_timesteps: int
-    exchange: ExchangeShape | None
+    depth: int  # L
+    num_experts: int  # E; 0 = a model without experts
+    num_timesteps: int  # S
+    exchange: ExchangeShape | None  # what expert parallelism sends; None without it
 
     def ranges(self) -> list[str]:
         """Name the B ranges of timesteps."""
@@ -38,47 +31,27 @@ class SumShape(NamedTuple):
 
 
 class MicroStep(NamedTuple):
-    """One micro-step of this rank, as sums are made of it; tensors are on the training's device.
+    """One micro-step of this rank, as sums are made of it; tensors are on the training's device."""
 
-    Attributes:
-        shape: of the sums.
-        num_samples: N.
-        wait_sec: time this rank waited for the batch.
-        is_finite: () float64, 1 if the loss is finite, else 0.
-        terms: (4,) float64, LossTerms summed over the samples; 0 where the loss is not finite.
-        mse: (N,) float64; 0 where the loss is not finite.
-        t: (N,) int64 timesteps.
-        timestep_range: (N,) int64, which of the B ranges each timestep lies in.
-        plan: its routing; expert_index is (L, N, K) for this rank's samples; None without experts.
-    """
-
-    shape: SumShape
-    num_samples: int
-    wait_sec: float
-    is_finite: Tensor
-    terms: Tensor
-    mse: Tensor
-    t: Tensor
-    timestep_range: Tensor
-    plan: RoutingPlan | None
+    shape: SumShape  # of the sums
+    num_samples: int  # N
+    wait_sec: float  # time this rank waited for the batch
+    is_finite: Tensor  # () float64, 1 if the loss is finite, else 0
+    terms: Tensor  # (4,) float64, LossTerms summed over the samples; 0 where not finite
+    mse: Tensor  # (N,) float64; 0 where the loss is not finite
+    t: Tensor  # (N,) int64 timesteps
+    timestep_range: Tensor  # (N,) int64, which of the B ranges each timestep lies in
+    plan: RoutingPlan | None  # expert_index is (L, N, K) of this rank's samples; None: no experts
 
 
 class Totals(NamedTuple):
-    """An interval over all ranks, as sums are described by it.
+    """An interval over all ranks, as sums are described by it."""
 
-    Attributes:
-        shape: of the sums.
-        num_finite: samples of the micro-steps whose loss is finite.
-        rank_sec: seconds of the interval, added up over ranks.
-        num_steps: optimizer steps.
-        num_ranks: of the job.
-    """
-
-    shape: SumShape
-    num_finite: float
-    rank_sec: float
-    num_steps: int
-    num_ranks: int
+    shape: SumShape  # of the sums
+    num_finite: float  # samples of the micro-steps whose loss is finite
+    rank_sec: float  # seconds of the interval, added up over ranks
+    num_steps: int  # optimizer steps
+    num_ranks: int  # of the job
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,19 +60,14 @@ class Sum:
 
     A vector on the device leaves out micro-steps whose loss is not finite, which changed nothing,
     and is described only if there were others. Adding to it must not wait for the device.
-
-    Attributes:
-        add: adds a micro-step to the vector, in place.
-        describe: returns the metric's value, of the vector on the host; or the values of all
-            metrics that name this sum, by their tags.
-        size: length of the vector; 0 = there is nothing to sum.
-        is_on_host: whether the numbers are the host's.
     """
 
-    add: Callable[[Tensor, MicroStep], object]
+    add: Callable[[Tensor, MicroStep], object]  # a micro-step to the vector, in place
+    # The metric's value, of the vector on the host; or the values of all metrics that name this
+    # sum, by their tags.
     describe: Callable[[Tensor, Totals], float | dict[str, float]]
-    size: Callable[[SumShape], int] = lambda _: 1
-    is_on_host: bool = False
+    size: Callable[[SumShape], int] = lambda _: 1  # of the vector; 0 = there is nothing to sum
+    is_on_host: bool = False  # whether the numbers are the host's
 
 
 def mean_over_samples(amount: Callable[[MicroStep], Tensor]) -> Sum:
@@ -121,19 +89,16 @@ class RunTraits(NamedTuple):
     num_ranks: int
     has_peak: bool  # whether the device's peak speed is known
 
+    def meets(self, condition: "Condition | None") -> bool:
+        """Tell whether a run has what is only with a condition."""
+        return condition is None or condition.holds(self)
+
 
 class Condition(NamedTuple):
     """Which runs have a metric."""
 
     text: str  # completes "only with ..."
     holds: Callable[[RunTraits], bool]
-
-
-class Group(NamedTuple):
-    """Charts that are shown together."""
-
-    title: str
-    only_with: Condition | None = None
 
 
 class Curve(NamedTuple):
@@ -146,28 +111,19 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """One number over steps, or a family of them.
+    """One number over steps, or a family of them."""
 
-    Attributes:
-        tag: its name in TensorBoard and metrics.jsonl; {braces} stand for what differs in a family.
-        group: of charts on TensorBoard's page "custom scalars", and of rows in the documents.
-        meaning: for the documents, with its unit; a sentence without its full stop.
-        chart: title of the chart that shows it, perhaps with others; "{block}" makes one for each
-            block; None = no chart.
-        sum: what it is computed from, if it is summed over ranks.
-        curve: its chart in a report; None = it has none.
-        only_with: which runs have it, of those that have the group; None = all.
-    """
-
-    tag: str
-    group: Group
-    meaning: str
+    tag: str  # in TensorBoard and metrics.jsonl; {braces} stand for what differs in a family
+    meaning: str  # for the documents, with its unit; a sentence without its full stop
+    # Title of the chart that shows it, perhaps with others; "{block}" makes one for each block.
     chart: str | None = None
-    sum: Sum | None = None
-    curve: Curve | None = None
-    only_with: Condition | None = None
+    sum: Sum | None = None  # what it is computed from, if it is summed over ranks
+    curve: Curve | None = None  # its chart in a report
+    only_with: Condition | None = None  # which runs have it, of those that have the group
 
-    @property
-    def conditions(self) -> list[Condition]:
-        """What a run must have to have this metric."""
-        return [one for one in (self.group.only_with, self.only_with) if one is not None]
+
+class Group:
+    """Charts that TensorBoard's page "custom scalars" shows together, and rows in the documents."""
+
+    def __init__(self, title: str, *metrics: Metric, only_with: Condition | None = None) -> None:
+        self.title, self.metrics, self.only_with = title, metrics, only_with

@@ -18,13 +18,11 @@ from training.monitoring.metric import Condition
 def metrics_table() -> str:
     """Return one Markdown table of every metric and picture: its tag and meaning."""
     lines = ["| tag | meaning |", "| --- | --- |"]
-    groups = dict.fromkeys(metric.group for metric in registry.METRICS)
-    for group in groups:
+    for group in registry.GROUPS:
         lines.append(f"| **{group.title}** | {_needed(group.only_with)} |")
-        for metric in registry.METRICS:
-            if metric.group == group:
-                meaning = f"{metric.meaning}; {_needed(metric.only_with)}".rstrip("; ")
-                lines.append(f"| `{metric.tag}` | {meaning} |")
+        for metric in group.metrics:
+            meaning = f"{metric.meaning}; {_needed(metric.only_with)}".rstrip("; ")
+            lines.append(f"| `{metric.tag}` | {meaning} |")
     lines.append("| **Pictures** | |")
     lines += [f"| `{tag}` | {meaning} |" for tag, meaning in registry.PICTURES.items()]
     return "\n".join(lines)

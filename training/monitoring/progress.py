@@ -15,18 +15,12 @@ class Progress:
     as on all ranks but one, nothing is shown.
 
     Args:
-        max_steps: steps wanted.
         log: writes a line to the log of the run and nowhere else; None = nothing is shown.
         is_quiet: neither bar nor lines, but in the log.
-        terminal: for the bar.
     """
 
     def __init__(
-        self,
-        max_steps: int,
-        log: Callable[[str], None] | None,
-        is_quiet: bool,
-        terminal: TextIO,
+        self, max_steps: int, log: Callable[[str], None] | None, is_quiet: bool, terminal: TextIO
     ) -> None:
         self._max_steps, self._log = max_steps, log
         self._has_bar = log is not None and not is_quiet and terminal.isatty()
@@ -53,13 +47,7 @@ class Progress:
             self._bar.update()
 
     def show(self, metrics: dict[str, float], step: int, speed: float) -> None:
-        """Show the metrics of an interval.
-
-        Args:
-            metrics: of the interval.
-            step: steps done.
-            speed: steps per second since this process started.
-        """
+        """Show the metrics of an interval; `speed` is in steps per second of this process."""
         if self._log is None:
             return
         left = round((self._max_steps - step) / speed)

@@ -11,10 +11,10 @@ import torch
 from models.flops import training_flops
 from models.loss_weights import cluster_log_variances
 from training.checkpoints.manifest import TrainState
+from training.config.learning_rate import learning_rate
 from training.config.network import network_options
 from training.config.tree import Config
 from training.cost.gpu_peaks import peak_tflops
-from training.engine.build import learning_rate
 from training.engine.interface import Engine
 from training.monitoring.dashboard import dashboard
 from training.monitoring.event_files import Monitor
@@ -71,7 +71,9 @@ class Reporter:
         self.history, self.monitor, self.progress = history, monitor, progress
         self.heartbeat, self.is_main = heartbeat, is_main
         self._spikes, self._drift = SpikeDetector(config.optim.spike_threshold), GateDrift()
-        self._tflop_of_sample = training_flops(network_options(config), 1) / TERA
+        # The gates of all timesteps are computed once per pass, whatever its number of samples.
+        N = engine.train_micro_batch_size_per_gpu()
+        self._tflop_of_sample = training_flops(network_options(config), N) / N / TERA
         self._peak_tflops = peak_tflops(device)
 
     def begin(self, starts: list[Start]) -> None:
@@ -121,7 +123,7 @@ class Reporter:
             text = f"experts without a sample in {DEAD_INTERVALS} logging intervals: {newly_dead}"
             self.monitor.event(state.step, text)
         metrics["loss/spikes"] = float(self._report_spikes(step_losses))
-        metrics["optim/lr"] = learning_rate(self.config.optim, state.step - 1)
+        metrics["optim/lr"] = learning_rate(self.config, state.step - 1)
         metrics["optim/skipped_steps"] = float(self.engine.skipped_steps)
         norm = self.engine.get_global_grad_norm()
         if norm is not None and math.isfinite(norm):  # ZeRO 0 without clipping computes none

@@ -39,13 +39,7 @@ def thinned(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarr
 
 
 class RunHistory:
-    """What happened to a run so far, and its picture.
-
-    Args:
-        starts: of the run, oldest first.
-        notes: of its checkpoints.
-        records: of metrics.jsonl.
-    """
+    """What happened to a run so far, by its starts, oldest first, and metrics; and its picture."""
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Draw a running training's grid of samples, from its averaged weights."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +16,7 @@ from training.monitoring.event_files import Monitor
 from training.ranks.process_group import Ranks
 from training.run.directory import SAMPLES_DIR
 from training.sampling.image_files import image_grid, save_png
-from training.sampling.latents import (
-    SamplerSettings,
-    can_guide_without_classifier,
-    sample_latents,
-)
+from training.sampling.latents import SamplerSettings, can_guide_without_classifier, sample_latents
 
 SAMPLE_SEED = 0  # the same images are drawn every time, so that progress can be seen
 
@@ -40,27 +37,24 @@ def grid_settings(config: Config) -> SamplerSettings:
     )
 
 
+@dataclass(eq=False)
 class SampleGrid:
     """Draw `sample_count` images, classes in turn, shared among the ranks.
 
     Rank 0 decodes them and writes the grid to the run directory and to TensorBoard.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        engine: Engine,
-        diffusion: Diffusion,
-        ranks: Ranks,
-        device: torch.device,
-        monitor: Monitor,
-        vae: Vae | None,
-    ) -> None:
-        self.config, self.engine, self.diffusion = config, engine, diffusion
-        self.ranks, self.device, self.monitor = ranks, device, monitor
-        self.vae = vae
-        if vae is not None:
-            vae.model.to(device)
+    config: Config
+    engine: Engine
+    diffusion: Diffusion
+    ranks: Ranks
+    device: torch.device
+    monitor: Monitor
+    vae: Vae | None
+
+    def __post_init__(self) -> None:
+        if self.vae is not None:
+            self.vae.model.to(self.device)
 
     def draw(self, step: int) -> None:
         """Draw and record the grid of a step. All ranks must call this."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data_tools.errors import ConfigError
+from data_tools.process.accelerator import has_gpu
 
 FLOOR_VARIABLE = "MIN_NODE_GBPS"
 MIB = 1 << 20
@@ -81,7 +82,7 @@ def _timed(call: Callable[..., object], *args: object) -> float:
     for _ in range(2):
         started = time.monotonic()
         call(*args)
-        if torch.cuda.is_available():
+        if has_gpu():
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
     return seconds

@@ -1,6 +1,5 @@
 """Collect facts about a rank's node before any collective, and find the nodes that cannot train."""
 
-import os
 import platform
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ import torch
 
 from data_tools.errors import ConfigError, some
 from data_tools.exit_codes import CONFIG_ERROR_EXIT_CODE
+from data_tools.process.accelerator import is_kept_to_cpu
 from data_tools.process.launcher import own_node, slurm_gpus
 from training.ranks.process_group import Ranks, select_accelerator
 from training.run.program import commit, hardware, installed_packages, source_hash
@@ -70,7 +70,7 @@ def collect(ranks: Ranks, check: Callable[[], tuple[str, str]]) -> NodeFacts:
 
 def _check_gpus() -> None:
     given, seen = slurm_gpus(), torch.cuda.device_count()
-    if os.environ.get("DS_ACCELERATOR") != "cpu" and seen < given:
+    if not is_kept_to_cpu() and seen < given:
         raise ConfigError(
             f"torch sees {seen} GPU(s) and Slurm gave {given}; look at nvidia-smi and at the "
             "driver there, or set DS_ACCELERATOR=cpu."

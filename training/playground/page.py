@@ -33,12 +33,7 @@ CSS = """
 
 
 def build_page(playground: Playground, folder: Path) -> gr.Blocks:
-    """Build the page.
-
-    Args:
-        playground: does what the page asks for.
-        folder: for the images of the last drawing; gradio serves copies.
-    """
+    """Build the page; `folder` is for the images of the last drawing, gradio serves copies."""
     name = playground.run_dir.resolve().name
     page = gr.Blocks(title=name, analytics_enabled=False, delete_cache=(SWEEP_SEC, KEPT_SEC))
     with page:
@@ -83,15 +78,8 @@ def _drawing_fields(playground: Playground) -> dict[str, gr.components.Component
     if classes := playground.classes():
         found["class_index"] = gr.Dropdown(classes, value=0, label="Class", elem_id="class")
     if can_guide_without_classifier(config.model.num_classes, config.data.class_dropout_prob):
-        found["cfg_scale"] = gr.Slider(
-            minimum=0,
-            maximum=MAX_SCALE,
-            value=DEFAULT_SCALE,
-            step=0.1,
-            label="Guidance (cfg)",
-            info="1 = none",
-            elem_id="cfg",
-        )
+        about = {"label": "Guidance (cfg)", "info": "1 = none", "elem_id": "cfg"}
+        found["cfg_scale"] = gr.Slider(0, MAX_SCALE, DEFAULT_SCALE, step=0.1, **about)
     last = config.diffusion.num_timesteps
     steps = {"step": 1, "precision": 0}
     return found | {
@@ -143,19 +131,14 @@ def _drawer(playground: Playground, folder: Path, names: list[str]) -> object:
             raise gr.Error(str(err), print_exception=False) from err
         except DrawingStoppedError as err:
             raise gr.Error("Stopped.", print_exception=False) from err
-        return [str(path) for path in _write(pictures, request, folder)]
+        shutil.rmtree(folder, ignore_errors=True)  # the drawing before
+        name = f"class{request.class_index}-seed{request.seed}"
+        paths = [folder / f"{name}-{i:02d}.png" for i in range(len(pictures))]
+        for path, picture in zip(paths, pictures, strict=True):
+            save_png(path, picture)
+        return [str(path) for path in paths]
 
     return draw
-
-
-def _write(pictures: np.ndarray, request: DrawingRequest, folder: Path) -> list[Path]:
-    """Write PNG files in place of those of the drawing before."""
-    shutil.rmtree(folder, ignore_errors=True)
-    name = f"class{request.class_index}-seed{request.seed}"
-    paths = [folder / f"{name}-{i:02d}.png" for i in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
-        save_png(path, picture)
-    return paths
 
 
 def _add_experts(page: gr.Blocks, playground: Playground, sources: list) -> None:
@@ -166,16 +149,8 @@ def _add_experts(page: gr.Blocks, playground: Playground, sources: list) -> None
         "The gates of one timestep, and the experts of all of them. Brighter is a larger gate; "
         "black is an expert that the timestep does not meet."
     )
-    timestep = gr.Slider(
-        minimum=0,
-        maximum=last,
-        value=last // 2,
-        step=1,
-        precision=0,
-        label="Timestep",
-        info=f"0 = clean, {last} = noise only",
-        elem_id="timestep",
-    )
+    about = {"label": "Timestep", "info": f"0 = clean, {last} = noise only", "elem_id": "timestep"}
+    timestep = gr.Slider(0, last, last // 2, step=1, precision=0, **about)
     settings = {"format": "png", "interactive": False, "buttons": [], "show_label": False}
     at = gr.Image(elem_id="experts", alt_text="gates of the timestep", **settings)
     everywhere = gr.Image(elem_id="timesteps", alt_text="experts of all timesteps", **settings)

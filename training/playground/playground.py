@@ -18,6 +18,7 @@ import torch
 from data_tools.errors import ArgumentParser, ConfigError, count_of
 from data_tools.vae.autoencoder import decode_pixels, load_decoder
 from models.gate import build_plan
+from models.precision import PRECISIONS, cast_network, products_in
 from models.switch_dit import MODEL_NAMES, SwitchDiT
 from training.checkpoints.manifest import CHECKPOINT_DIR
 from training.checkpoints.weight_files import load_model
@@ -74,13 +75,20 @@ class Playground:
         run_dir: the run.
         device: that draws.
         vae: decodes the images; None = the run's.
+        precision: of the network.
 
     Raises:
         ConfigError: no run, no checkpoint, or a damaged one.
     """
 
-    def __init__(self, run_dir: Path, device: torch.device, vae: str | None = None) -> None:
-        self.run_dir, self.device = run_dir, device
+    def __init__(
+        self,
+        run_dir: Path,
+        device: torch.device,
+        vae: str | None = None,
+        precision: str = PRECISIONS[0],
+    ) -> None:
+        self.run_dir, self.device, self.precision = run_dir, device, precision
         self.config = load_config(run_dir)
         manifest = load_manifest(run_dir)
         self._lock = threading.Lock()  # a server answers in several threads
@@ -144,16 +152,17 @@ class Playground:
                 raise DrawingStoppedError
             on_step(number)
 
-        latents = sample_latents(
-            model,
-            self._diffusion,
-            settings,
-            indices=torch.arange(request.num_images, device=self.device),
-            labels=torch.full((request.num_images,), request.class_index, device=self.device),
-            latent_shape=self.config.model.latent_shape,
-            null_class=self.config.model.num_classes,
-            on_step=step,
-        )
+        with products_in(self.precision):
+            latents = sample_latents(
+                model,
+                self._diffusion,
+                settings,
+                indices=torch.arange(request.num_images, device=self.device),
+                labels=torch.full((request.num_images,), request.class_index, device=self.device),
+                latent_shape=self.config.model.latent_shape,
+                null_class=self.config.model.num_classes,
+                on_step=step,
+            )
         if not latents.isfinite().all():
             raise ConfigError(
                 "These weights draw images that are not finite; choose another checkpoint, more "
@@ -223,7 +232,8 @@ class Playground:
         with self._lock:
             loaded = self._load(request.checkpoint, request.weights)
             if loaded.model is None:
-                loaded.model = load_model(self.config, loaded.path, self.device)
+                model = load_model(self.config, loaded.path, self.device)
+                loaded.model = cast_network(model, self.precision)
             return loaded.model
 
     def _load(self, checkpoint: str, weights: str) -> _Loaded:

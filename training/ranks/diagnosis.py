@@ -123,8 +123,8 @@ def describe_failure(error: BaseException) -> Failure:
         return Failure(True, *str(error).rpartition("; ")[::2], exit_code=error.exit_code)
     is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_memory or "can't allocate memory" in first or "Cannot allocate memory" in first:
-        found = re.search(r"tried to allocate [\d.]+ \w+", first, re.IGNORECASE)
-        reason = f" ({found[0].lower()})" if found else ""
+        found = re.search(r"tried to allocate ([\d.]+ \w+)", first, re.IGNORECASE)
+        reason = f" (tried to allocate {found[1]})" if found else ""
         return Failure(True, f"out of memory{reason}", f"{MEMORY_ADVICE}; {AGAIN}.")
     if isinstance(error, torch.distributed.DistError) or "gloo" in first:
         return Failure(False, first.split("] ", 1)[-1].split(". ")[0])

@@ -17,6 +17,7 @@ import torch
 
 from data_tools.errors import ConfigError
 from data_tools.process import launcher
+from data_tools.process.accelerator import ACCELERATOR_VARIABLE, CPU, has_gpu
 from data_tools.process.leaving import skip_teardown
 from data_tools.process.signals import end_on_signals_with, ignore_signals
 from training.ranks import rendezvous
@@ -129,8 +130,8 @@ def select_accelerator(ranks: Ranks) -> torch.device:
     Raises:
         ConfigError: this node has fewer GPUs than processes.
     """
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not has_gpu():
+        os.environ.setdefault(ACCELERATOR_VARIABLE, CPU)
         return torch.device("cpu")
     index = device_index(ranks.local_rank, torch.cuda.device_count(), os.environ)
     if index != ranks.local_rank:

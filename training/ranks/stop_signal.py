@@ -22,8 +22,10 @@ class StopSignal:
 
     def __init__(self, device: torch.device) -> None:
         # The stop signal, and whether a checkpoint is due.
+        is_on_gpu = device.type == "cuda"
         self._flag = torch.zeros(2, dtype=torch.int32, device=device)
-        self._on_host = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._own = torch.zeros(2, dtype=torch.int32, pin_memory=is_on_gpu)
+        self._on_host = torch.zeros(2, dtype=torch.int32, pin_memory=is_on_gpu)
         self._copied: torch.cuda.Event | None = None
         self._received = 0
         numbers = {signal.SIGINT, signal.SIGTERM, *unignored_signals()}
@@ -44,8 +46,11 @@ class StopSignal:
             has_failed: this rank cannot go on; then all ranks read RANK_FAILED.
             is_save_due: by this rank's clock a checkpoint is due; then it is for all ranks.
         """
-        self._flag[0] = RANK_FAILED if has_failed else self._received
-        self._flag[1] = int(is_save_due)
+        self._wait()  # what was posted last has left the buffer
+        # Not into the flag itself: the host waits when it sets a number of the device.
+        self._own[0] = RANK_FAILED if has_failed else self._received
+        self._own[1] = int(is_save_due)
+        self._flag.copy_(self._own, non_blocking=True)
         torch.distributed.all_reduce(self._flag, op=torch.distributed.ReduceOp.MAX)
         self._on_host.copy_(self._flag, non_blocking=True)
         if self._flag.is_cuda:

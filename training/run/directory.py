@@ -53,7 +53,11 @@ def check_run_directory(run_dir: Path, config: Config) -> None:
                 f"{', '.join(changed)}; repeat the old values, or use a new --run-dir, and "
                 f"--init-from {run_dir} to begin with this run's weights."
             )
-        _check_checkpoints_are_there(run_dir)
+        # To begin anew, which cuts the metrics back, is not for a run that had got somewhere.
+        step = None if latest_checkpoint(run_dir) is not None else last_saved_step(run_dir)
+        if step is not None:
+            why = checkpoints_are_gone(step)
+            raise ConfigError(f"--run-dir {run_dir}: {why}, or choose another.")
     elif any(run_dir.glob(f"{CHECKPOINT_DIR}/step-*")):
         raise ConfigError(
             f"--run-dir {run_dir} holds checkpoints but no {CONFIG_FILE}, so what made them is "
@@ -70,13 +74,6 @@ def check_run_directory(run_dir: Path, config: Config) -> None:
         )
     if not os.access(existing, os.W_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
         raise ConfigError(f"--run-dir {run_dir}: {existing} is not writable; choose another.")
-
-
-def _check_checkpoints_are_there(run_dir: Path) -> None:
-    """Refuse to begin anew, which cuts the metrics back, where a run had got somewhere."""
-    step = None if latest_checkpoint(run_dir) is not None else last_saved_step(run_dir)
-    if step is not None:
-        raise ConfigError(f"--run-dir {run_dir}: {checkpoints_are_gone(step)}, or choose another.")
 
 
 def checkpoints_are_gone(step: int) -> str:

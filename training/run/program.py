@@ -19,11 +19,13 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_tools.files import replace_file
 from data_tools.formats import Format
+from data_tools.process.accelerator import has_gpu
 from data_tools.process.launcher import batch_job, own_node
 from training.run.starts import STARTS_FILE
 
@@ -35,13 +37,8 @@ MAX_CHANGES_BYTES = 1 << 24  # a patch that is larger holds something else than 
 HASH_DIGITS = 12
 # A user's settings must neither start programs nor change what is written.
 _DIFF = (
-    "diff",
-    "--binary",
-    "--no-color",
-    "--no-ext-diff",
-    "--no-textconv",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
+    *("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv"),
+    *("--src-prefix=a/", "--dst-prefix=b/"),
 )
 
 
@@ -77,7 +74,7 @@ def count_hosts() -> dict[str, int]:
 
 def hardware() -> str:
     """Return what this node computes with."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    if not has_gpu():
         return "CPU"
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
 
@@ -129,17 +126,11 @@ def _program() -> tuple[str, str, bytes, str]:
     return commit(), source_hash(), local_changes(), "".join(listed)
 
 
-def record_start(
-    run_dir: Path,
-    *,
-    step: int,
-    checkpoint: str,
-    layout: str,
-    hosts: dict[str, int],
-    data_hash: str,
-    config_changes: list[str],
-) -> Start:
-    """Add a line to starts.jsonl, and what it refers to. Only rank 0 calls this; see Start.
+def record_start(run_dir: Path, **of_run: Any) -> Start:
+    """Add a line to starts.jsonl, and what it refers to. Only rank 0 calls this.
+
+    Args:
+        of_run: the values of a Start that are the run's, and not the program's or the machine's.
 
     Raises:
         OSError: a file cannot be written.
@@ -148,10 +139,6 @@ def record_start(
     folder = run_dir / PROVENANCE_DIR
     start = Start(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        step=step,
-        checkpoint=checkpoint,
-        layout=layout,
-        hosts=hosts,
         hardware=hardware(),
         batch_job=batch_job(),
         commit=own_commit,
@@ -159,8 +146,7 @@ def record_start(
         changes=_keep(folder, "changes-{}.patch", changes) if changes else "",
         packages=_keep(folder, "packages-{}.txt", listed.encode()),
         python=platform.python_version(),
-        data_hash=data_hash,
-        config_changes=config_changes,
+        **of_run,
     )
     START.append(run_dir / STARTS_FILE, start)
     return start

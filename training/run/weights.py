@@ -33,8 +33,6 @@ def find_weights(
     """Locate the weights of a run that a command asks for, and check that they are whole.
 
     Args:
-        run_dir: of the run.
-        config: of the run.
         checkpoint: --checkpoint, such as step-0001000; None = the latest.
         ema: --ema, the name of an average's profile; None = the first.
         is_raw: --raw, the weights that are trained.
@@ -72,14 +70,10 @@ def find_checkpoint(run_dir: Path, tag: str | None) -> Path:
         return latest
     folders = {path.name: path for path in sorted((run_dir / CHECKPOINT_DIR).glob("step-*"))}
     if tag is None or not folders:
-        raise ConfigError(_say_no_checkpoint(run_dir))
+        step = last_saved_step(run_dir)
+        if step is None:
+            raise ConfigError(f"{run_dir} has no checkpoint yet; train first.")
+        raise ConfigError(f"{run_dir}: {checkpoints_are_gone(step)}.")
     if tag not in folders:  # not a path either, such as ".."
         raise ConfigError(f"--checkpoint: no '{tag}'{did_you_mean(tag, folders)}")
     return folders[tag]
-
-
-def _say_no_checkpoint(run_dir: Path) -> str:
-    step = last_saved_step(run_dir)
-    if step is None:
-        return f"{run_dir} has no checkpoint yet; train first."
-    return f"{run_dir}: {checkpoints_are_gone(step)}."

@@ -7,10 +7,13 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from data_tools.errors import ArgumentParser, ConfigError
 from data_tools.shards.manifest import DatasetManifest
 from data_tools.user_files.paths import typed_path, typed_text
 from models.guidance import OFFICIAL_CHANNELS
+from models.precision import PRECISIONS
 from models.sampler import SAMPLING_METHODS, methods_for
 from training.checkpoints.manifest import CHECKPOINT_DIR
 from training.checkpoints.weight_files import is_same_file
@@ -105,6 +108,25 @@ def add_weight_flags(parser: ArgumentParser) -> None:
         "--ema", metavar="NAME", help="an average by name, e.g. 0.9999 or std0.050 (default: first)"
     )
     add("--weights", type=typed_path, metavar="FILE", help="a file of reconstruct_ema.py, or alike")
+
+
+def add_precision_flag(parser: ArgumentParser) -> None:
+    """Add --precision."""
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="of the network; the VAE is not affected. bf16: weights too; fast on GPUs and on CPUs "
+        "that multiply bf16. tf32: on GPUs (default: fp32)",
+    )
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that the device has not."""
+    if precision == "tf32" and device.type == "cpu":
+        raise ConfigError(
+            "--precision tf32: is of GPUs, and this command runs on a CPU; use fp32 or bf16."
+        )
 
 
 def open_run(args: argparse.Namespace) -> TrainedRun:

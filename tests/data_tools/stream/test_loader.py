@@ -131,7 +131,7 @@ def test_flips_follow_the_stream_position(manifest):
 
 def test_flips_without_mirrored_latents_are_refused(tmp_path):
     manifest = make_dataset(tmp_path, [3], has_flip=False)
-    with pytest.raises(ConfigError, match="^--horizontal-flip true: .* holds no latents of mirr"):
+    with pytest.raises(ConfigError, match="^--horizontal-flip: .* holds no latents of mirr"):
         batches(manifest, 1, horizontal_flip=True)
     assert len(batches(manifest, 2)) == 2
 

@@ -320,7 +320,7 @@ def test_the_tool_trains_on_a_folder_reproducibly(demo_images, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--steps", "0"], "--steps 0: must be at least 1."),
+        (["--steps", "0"], "--steps must be at least 1, not 0."),
         (["--size", "20"], "--size 20: is not a positive multiple of 8, so crops of half of it "),
         (["--lr", "-1"], "--lr -1.0: must be positive."),
         (["--device", "abacus"], "--device abacus: no such device; "),

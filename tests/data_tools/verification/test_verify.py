@@ -360,7 +360,7 @@ def test_a_preview_shows_every_class_and_leaves_damaged_shards_out(folder, tmp_p
         (["--data", "nowhere"], "--data nowhere: does not exist; make it"),
         (["--data", "x", "--quick", "--repair"], "--repair: needs to read every byte first"),
         (["--data", "x", "--input", "y"], "--input: serves --repair only"),
-        (["--data", "x", "--workers", "0"], "--workers 0: must be at least 1"),
+        (["--data", "x", "--workers", "0"], "--workers must be at least 1, not 0"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_sentence(flags, sentence):

@@ -258,7 +258,7 @@ def test_what_may_change_in_a_run_is_a_closed_list():
         *("expert_parallel_size", "log_every", "save_every", "save_every_minutes"),
         *("keep_last", "keep_every", "vae"),
         *("sample_every", "sample_count", "sample_steps", "sample_cfg_scale", "sample_method"),
-        *("compile_blocks", "expert_dispatch", "ema_snapshot_every"),
+        *("compile_blocks", "deterministic", "expert_dispatch", "ema_snapshot_every"),
         *("max_skipped_steps", "spike_threshold", "placement", "rebalance_every"),
         *("data_shards", "data_cache", "data_cache_gib", "check_shards"),
     }
@@ -323,6 +323,12 @@ def test_micro_batches_of_all_ranks_make_up_the_global_batch(demo, world_size, m
         ),
         ({"patch_size": 3}, 2, 1, "--patch-size 3 does not divide --latent-size 16;"),
         ({"sample_steps": 2000}, 2, 1, "--sample-steps 2000 is more than --num-timesteps 1000;"),
+        (
+            {"compile_blocks": True},
+            3,
+            1,
+            "--compile-blocks: blocks do not compile at ZeRO stage 3 of --deepspeed ",
+        ),
         ({"ema_decays": ()}, 2, 1, "--ema-decays and --ema-stds are both empty, but samples"),
         (
             {"ema_snapshot_every": 100},

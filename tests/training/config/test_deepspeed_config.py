@@ -83,6 +83,14 @@ def test_an_empty_object_is_plain_data_parallelism(write, demo):
     assert merged["zero_optimization"]["stage"] == 0
 
 
+def test_deepspeed_times_steps_only_to_print_them(write, demo):
+    silent = merge_deepspeed(write({}), demo, 1, WITH_BF16)
+    printing = merge_deepspeed(write({"steps_per_print": 10}), demo, 1, WITH_BF16)
+
+    assert silent["timers"] == {"throughput": {"enabled": False}}
+    assert "timers" not in printing
+
+
 def test_numbers_that_agree_with_the_preset_are_accepted(write, demo):
     path = write({"train_batch_size": demo.optim.global_batch_size, "gradient_clipping": 1})
 

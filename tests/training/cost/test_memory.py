@@ -17,26 +17,29 @@ from training.cost.memory import model_memory
 
 ROOT = Path(__file__).resolve().parents[3]
 WORLD_SIZE = 2
-# Stage, bf16 weights, expert-parallel size. ZeRO 3 comes last: it replaces torch's linear layer.
+# Stage, bf16 weights, expert-parallel size, optimizer.
+# ZeRO 3 comes last: it replaces torch's linear layer.
 LAYOUTS = [
-    (0, False, 1),
-    (1, False, 1),
-    (1, True, 1),
-    (2, False, 2),
-    (2, True, 1),
-    (3, True, 1),
-    (3, False, 2),
+    (0, False, 1, "adamw"),
+    (0, False, 2, "muon"),
+    (1, False, 1, "adamw"),
+    (1, True, 1, "adamw"),
+    (2, False, 2, "adamw"),
+    (2, True, 1, "muon"),
+    (3, True, 1, "adamw"),
+    (3, False, 2, "muon"),
 ]
 SMALL = 1000  # elements of DeepSpeed's buckets, which are no part of the closed form
 
 
-def configuration(expert_parallel_size):
+def configuration(expert_parallel_size, optimizer):
     config = load_preset(str(ROOT / "tests/small.yaml"))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_experts=4),
         optim=dataclasses.replace(
             config.optim,
+            optimizer=optimizer,
             global_batch_size=2 * WORLD_SIZE,
             micro_batch_size=1,
             ema_decays=(0.9, 0.99),
@@ -89,8 +92,8 @@ def compare_with_engines(_rank, world_size):
     os.chdir(ROOT)
     from training.engine.build import build_engine
 
-    for stage, has_bf16, expert_parallel_size in LAYOUTS:
-        config = configuration(expert_parallel_size)
+    for stage, has_bf16, expert_parallel_size, optimizer in LAYOUTS:
+        config = configuration(expert_parallel_size, optimizer)
         count = count_parameters(config)
         expected = model_memory(
             count.total,
@@ -100,6 +103,8 @@ def compare_with_engines(_rank, world_size):
             world_size=world_size,
             expert_parallel_size=expert_parallel_size,
             num_averages=num_averages(config),
+            num_in_matrices=count.matrices if optimizer == "muon" else 0,
+            num_in_expert_matrices=count.expert_matrices if optimizer == "muon" else 0,
         )
         before = storages()
         engine = build_engine(config, deepspeed_configuration(config, stage, has_bf16))

@@ -58,6 +58,14 @@ CALLED = [
     ),
     ("deepspeed.utils", "safe_get_full_grad", "param"),
     (ZERO_12, "update_lp_params", ""),
+    (ZERO_12, "check_overflow", "partition_gradients"),  # replaced, as the next four
+    (ZERO_12, "get_grad_norm_direct", "gradients params norm_type"),
+    (ZERO_12, "unscale_and_clip_grads", "grad_groups_flat total_norm"),
+    (
+        *(ZERO_12, "allreduce_and_copy_with_multiple_ranks"),
+        "small_bucket communication_data_type bucket_ranks output_bucket process_group",
+    ),
+    (ZERO_12, "allreduce_bucket", "bucket communication_data_type log divide process_group"),
     (BF16, "update_lp_params", ""),
     ("deepspeed.runtime.compiler", "compile", ""),
     (ZERO_3, "checkpoint_event_prologue", ""),
@@ -75,6 +83,10 @@ ATTRIBUTES = [
     (ZERO_12, "bit16_groups"),
     (ZERO_12, "averaged_gradients"),
     (ZERO_12, "accumulated_grads_in_cpu"),
+    (ZERO_12, "cpu_offload"),
+    (ZERO_12, "clip_grad"),
+    (ZERO_12, "dp_process_group"),
+    (ZERO_12, "unflatten"),
     (BF16, "fp32_groups_flat_partition"),
     (BF16, "bf16_groups"),
     (ZERO_3, "fp16_groups"),
@@ -153,6 +165,28 @@ FACTS = {
     "ZeRO 3 never mixes sharding groups in a bucket": (
         *(ZERO_3, "_get_trainable_parameter_groups", '"ds_process_group"'),
         "experts are reduced apart",
+    ),
+    "ZeRO 1 and 2 leave a step out whose norm is not finite": (
+        *(ZERO_12, "step"),
+        r"is_invalid_grad_norm\(scaled_global_grad_norm\):\s+self\.overflow = True",
+        "make_steps_lean drops the check of every gradient",
+    ),
+    "an invalid norm of a group stays invalid": (
+        *("deepspeed.runtime.utils", "combine_grad_norm_groups", "(stacked < 0)).any()"),
+        "_norm_of_all returns -1",
+    ),
+    "gradients in bf16 are views of one flat tensor": (
+        *(ZERO_12, "_build_compact_grad_partition_buffer", "GradPartitionBufferGroup("),
+        "_norm_of_all looks for it",
+    ),
+    "a reduced gradient is added to its sum where this rank has one": (
+        *(ZERO_12, "allreduce_and_copy_with_multiple_ranks"),
+        r"_add_to_grad_partition_buffer\(output, synced\)",
+        "_average_and_add does so for all at once",
+    ),
+    "the timer of throughput waits for the device unless it is off": (
+        *("deepspeed.utils.timer:ThroughputTimer", "start", "if not self.config.enabled"),
+        "merge_deepspeed turns it off",
     ),
     "a client optimizer of another type is allowed by a key": (
         *(ENGINE, "_do_optimizer_sanity_check", "zero_allow_untested_optimizer"),

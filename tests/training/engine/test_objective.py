@@ -314,6 +314,25 @@ def test_a_step_waits_for_the_gpu_only_to_match_units(weight):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+def test_units_are_matched_while_the_blocks_run():
+    subject, expected = (objective(device="cuda") for _ in range(2))
+    gate = torch.nn.Identity()
+    subject.gate_stream.watch(gate)
+    batch = subject.micro_batch(stored(torch.arange(8)))
+    table = gate(gates(0).cuda())
+    output = SwitchDiTOutput(torch.zeros(8, 8, 4, 4, device="cuda"), table, None, None)
+    torch.cuda.synchronize()
+
+    gate(table)
+    torch.cuda._sleep(4_000_000_000)  # two seconds, as of the blocks behind the gates
+    terms, _ = subject.loss(output, batch, step=0)
+    is_still_running = not torch.cuda.current_stream().query()
+
+    assert is_still_running
+    assert torch.equal(terms.prior, expected.loss(output, batch, step=0)[0].prior)
+
+
 def test_frozen_latents_are_scaled_and_draw_no_posterior_noise():
     N = 4
     latents = torch.randn(N, 4, 16, 16)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.processes
 EP_SIZE, NUM_EXPERTS, DEPTH = 2, 8, 3
 
 
-def configured(**run):
+def configured(optimizer="adamw", **run):
     """A model of one token a sample."""
     config = load_preset(str(Path(__file__).resolve().parents[3] / "tests/small.yaml"))
     return dataclasses.replace(
@@ -36,7 +36,11 @@ def configured(**run):
             config.model, patch_size=8, num_experts=NUM_EXPERTS, expert_kind="mlp"
         ),
         optim=dataclasses.replace(
-            config.optim, ema_stds=(0.05,), global_batch_size=8, gradient_clipping=0.0
+            config.optim,
+            optimizer=optimizer,
+            ema_stds=(0.05,),
+            global_batch_size=8,
+            gradient_clipping=0.0,
         ),
         run=dataclasses.replace(config.run, expert_parallel_size=EP_SIZE, **run),
     )
@@ -62,7 +66,7 @@ def whole_state(engine):
     """Weights, averages and moments by the experts' own numbers."""
     keys = [None, *base_optimizer(engine).profiles]
     if base_optimizer(engine).state:
-        keys += ["exp_avg", "exp_avg_sq"]
+        keys += {key for state in base_optimizer(engine).state.values() for key in state} - {"step"}
     return {key: consolidated_weights(engine, key) for key in keys}
 
 
@@ -88,8 +92,8 @@ def check_moves(engine, rank, world_size, seed):
 
 def check_engines(rank, world_size, folder, layouts):
     MODEL_SIZES["demo"] = ModelSize(depth=DEPTH, hidden_size=64, num_heads=4)  # quicker
-    for stage, precision in layouts:
-        config = configured()
+    for stage, precision, optimizer in layouts:
+        config = configured(optimizer)
         zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
         path = folder / f"rank{rank}.json"
         path.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": precision}}))
@@ -98,7 +102,7 @@ def check_engines(rank, world_size, folder, layouts):
         for _ in range(4):  # adaLN-Zero lets no gradient through to the experts before the third
             train_step(engine, rank, world_size)
         check_moves(engine, rank, world_size, seed=1)
-        moments = consolidated_weights(engine, "exp_avg_sq")
+        moments = consolidated_weights(engine, "momentum" if optimizer == "muon" else "exp_avg_sq")
         expert = "blocks.2.mixture.deepspeed_moe.experts.fc2_weight"
         assert rank != 0 or moments[expert].any(), "the premise: experts have moments"
         if precision:
@@ -113,7 +117,16 @@ def check_engines(rank, world_size, folder, layouts):
 
 @pytest.mark.parametrize(
     ("world_size", "layouts"),
-    [(2, [(0, False), (1, False), (2, True), (3, False)]), (4, [(2, False), (3, True)])],
+    [
+        (
+            2,
+            [
+                *((0, False, "adamw"), (1, False, "muon"), (1, False, "adamw")),
+                *((2, True, "adamw"), (3, False, "muon"), (3, False, "adamw")),
+            ],
+        ),
+        (4, [(2, False, "muon"), (3, True, "adamw")]),
+    ],
 )
 def test_experts_move_with_all_that_is_theirs(tmp_path, world_size, layouts):
     run_ranks(check_engines, world_size, tmp_path, layouts)

@@ -97,6 +97,14 @@ def test_the_step_is_reported_with_rank_and_timesteps(runs):
 
 @pytest.mark.processes
 @pytest.mark.precision
+def test_zero_1_in_bf16_prints_nothing_of_its_memory(runs):
+    _, output = runs
+
+    assert "Max_MA" not in output
+
+
+@pytest.mark.processes
+@pytest.mark.precision
 @pytest.mark.parametrize("name", ["z0", "z0-ep2", "z1", "z2-ep2", "z3-ep2"])
 def test_every_layout_leaves_the_same_step_out_on_all_ranks(runs, name):
     folder, _ = runs

@@ -322,14 +322,14 @@ class TestScoring:
         command = (*command, "--features", network)
         call(evaluate.main, *command)
         (path,) = (output / FOLDER).glob("score-*.json")
-        path.write_text(path.read_text().replace('"precision": ', '"precision": 9'))
+        path.write_text(path.read_text().replace('"recall": ', '"recall": 9'))
         capsys.readouterr()
 
         call(evaluate.main, *command)
-        assert "precision 9" in capsys.readouterr().out
+        assert "recall 9" in capsys.readouterr().out
         call(evaluate.main, *command, "--force")
-        assert "precision 9" not in capsys.readouterr().out
-        assert '"precision": 9' not in path.read_text()
+        assert "recall 9" not in capsys.readouterr().out
+        assert '"recall": 9' not in path.read_text()
 
     @pytest.mark.processes
     def test_a_job_that_slurm_starts_again_forces_away_nothing_of_its_own(
@@ -527,6 +527,19 @@ class TestHeldOutLoss:
         assert card["validation_loss"]["mse"]["by_timestep"] == pytest.approx(total / 9, rel=1e-5)
         assert card["validation_loss"]["mse"]["mean"] == pytest.approx(total.mean() / 9, rel=1e-5)
         assert card["num_samples"] == 9 and card["objective"] == "epsilon"
+
+    @pytest.mark.processes
+    def test_bf16_is_near_and_in_a_file_of_its_own(self, run_dir, held_out, tmp_path):
+        flags = ("--validation-data", held_out, "--validation-timesteps", 2, "--output", tmp_path)
+        call(evaluate.main, run_dir, *flags)
+        exact = self.loss(tmp_path)
+        call(evaluate.main, run_dir, *flags, "--precision", "bf16")
+
+        (path,) = tmp_path.glob("validation-*-bf16.json")
+        fast = json.loads(path.read_text())
+        assert (exact["precision"], fast["precision"]) == ("fp32", "bf16")
+        means = [card["validation_loss"]["mse"]["mean"] for card in (exact, fast)]
+        assert means[0] != means[1] == pytest.approx(means[0], rel=0.02)
 
     @pytest.mark.processes
     def test_two_processes_compute_the_digits_of_one(self, run_dir, held_out, resumed, tmp_path):

@@ -3,6 +3,7 @@
 import random
 import time
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -125,6 +126,18 @@ def test_a_gpu_that_another_tool_watches_gives_no_share():
     events = [Recorded("user_annotation", communication.STEP_NAME, 1, 0, 1000)]
 
     assert shares_of(events, is_on_gpu=True) is None
+
+
+def test_events_of_an_older_torch_that_name_no_kind_give_no_share():
+    event = SimpleNamespace(
+        name=lambda: communication.STEP_NAME,
+        start_ns=lambda: 0,
+        end_ns=lambda: 1000,
+        start_thread_id=lambda: 1,
+    )
+
+    assert shares_of([event], is_on_gpu=True) is None
+    assert shares_of([event], is_on_gpu=False) is None
 
 
 def collectives(rank, world_size, folder):

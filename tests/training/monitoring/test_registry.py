@@ -37,12 +37,17 @@ def interval(errors, exchange=None):
     return sums.reduce()
 
 
+def enter(metric, group, monkeypatch):
+    """Add an entry to the registry."""
+    monkeypatch.setattr(group, "metrics", (*group.metrics, metric))
+    monkeypatch.setattr(registry, "METRICS", (*registry.METRICS, metric))
+
+
 def test_one_entry_is_summed_named_charted_reported_and_documented(
     single_process_group, monkeypatch, tmp_path
 ):
     entry = Metric(
         "loss/square",
-        registry.LEARNING,
         "mean of the squared error's square",
         "a new chart",
         mean_over_samples(lambda micro: micro.mse.square().sum()),
@@ -56,7 +61,7 @@ def test_one_entry_is_summed_named_charted_reported_and_documented(
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     interval([1.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr(registry, "METRICS", (*registry.METRICS, entry))
+    enter(entry, registry.LEARNING, monkeypatch)
     found = interval([1.0, 2.0, 3.0, 4.0]).metrics
 
     assert lengths[1] - lengths[0] == 1, "it travels with the others"
@@ -139,11 +144,10 @@ def test_a_mean_leaves_out_what_is_not_finite_whatever_it_is_made_of(
 ):
     entry = Metric(
         "loss/early",
-        registry.LEARNING,
         "share of the samples below timestep 50",
         sum=mean_over_samples(lambda micro: (micro.t < 50).sum()),
     )
-    monkeypatch.setattr(registry, "METRICS", (*registry.METRICS, entry))
+    enter(entry, registry.LEARNING, monkeypatch)
     sums, t = MetricSums(1, 2, 100, CPU), torch.tensor([5, 5, 50, 95])
     for step, value in enumerate((2.0, float("nan"))):
         terms = LossTerms(*(torch.tensor(value) for _ in range(4)))

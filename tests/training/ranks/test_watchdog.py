@@ -112,7 +112,7 @@ def test_failures_are_sorted_by_what_a_person_can_do():
     memory = describe_failure(found.value)
     assert memory.is_cause and memory.text.startswith("out of memory (tried to allocate 46116860")
     of_cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
-    assert describe_failure(of_cuda).text == "out of memory (tried to allocate 20.00 mib)"
+    assert describe_failure(of_cuda).text == "out of memory (tried to allocate 20.00 MiB)"
     assert describe_failure(MemoryError()).text == "out of memory"
     assert not describe_failure(torch.distributed.DistBackendError("NCCL error")).is_cause
     assert describe_failure(ConfigError("--data x: is gone; look.")).exit_code == 2

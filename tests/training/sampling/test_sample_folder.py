@@ -1,5 +1,6 @@
 """Where training/sample.py puts its images, and how a run is named on the command line."""
 
+import json
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -48,6 +49,26 @@ def test_other_flags_on_one_step_leave_the_images_of_the_first(run_dir, draw):
     assert np.array_equal(np.asarray(Image.open(first)), pixels)
     assert [draw(run_dir), draw(run_dir, "--raw")] == [first, others[1]], "the same command"
     assert not draw.warned
+
+
+def test_images_in_bf16_are_others_and_look_the_same(draw, tmp_path):
+    # Of flow: from noise, the first step of the others multiplies errors of random weights by 1e4.
+    run_dir = tmp_path / "flow"
+    make_run(run_dir, tmp_path / "flow-data", objective="flow")
+    exact, fast = draw(run_dir), draw(run_dir, "--precision", "bf16")
+
+    other = run_dir / "samples" / f"{tag_of(STEP)}-2"
+    assert fast == str(other / "grid.png")
+    assert json.loads((other / "settings.json").read_text())["precision"] == "bf16"
+    exact, fast = (np.asarray(Image.open(path)).astype(float) for path in (exact, fast))
+    assert 0 < np.abs(fast - exact).mean() < 0.05 * np.abs(exact - exact.mean()).mean()
+
+
+def test_a_cpu_has_no_tf32(run_dir, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([str(run_dir), "--precision", "tf32"])
+    assert stopped.value.code == 2
+    assert "--precision tf32: is of GPUs" in capsys.readouterr().err
 
 
 def test_a_folder_of_unknown_images_is_left_alone(run_dir, draw):
