@@ -12,6 +12,7 @@ a JSON file with everything that is needed to get it again.
 import argparse
 import hashlib
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,11 @@ from training.evaluation.drawing import (
     write_pngs,
 )
 from training.evaluation.held_out_loss import SEED, held_out_loss
+from training.evaluation.image_npz import ImageNpz
 from training.evaluation.job import EVALUATION_DIR, EvaluationJob, Point, check, name_of_weights
 from training.evaluation.networks import add_network_flags
 from training.evaluation.score_events import write_score_events
-from training.evaluation.scores import score
+from training.evaluation.scores import Reference, said, score
 from training.evaluation.sweep import SweepPoint, plot_of, table_of
 from training.ranks.process_group import (
     Ranks,
@@ -162,16 +164,29 @@ def draw_images(
 
 def finish_point(
     args: argparse.Namespace, job: EvaluationJob, point: Point, device: torch.device
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Merge the parts of a point's images and score them. Only rank 0 calls this.
 
     Returns:
-        The card; without "metrics" if there is nothing to compare with.
+        A card per reference; one without "metrics" if there is nothing to compare with.
     """
     samples = merge_parts(point.folder, point.settings, job.class_counts)
     if args.png:
         write_pngs(samples, point.folder)
-    path, reference = point.folder / CARD_FILE, job.reference
+    return [
+        write_card(job, point, samples, reference, device) for reference in job.references or [None]
+    ]
+
+
+def write_card(
+    job: EvaluationJob,
+    point: Point,
+    samples: ImageNpz,
+    reference: Reference | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Score a point's images unless that was done, and return the card. Only rank 0 calls this."""
+    path = point.folder / CARD_FILE
     if reference is not None:
         against = f"{reference.sha256[:8]}-{reference.network.sha256[:8]}"
         path = point.folder / f"score-{against}.json"
@@ -186,7 +201,7 @@ def finish_point(
     if reference is not None:
         with tqdm(total=samples.num_images, unit="image", desc="looking") as progress:
             metrics = score(samples, reference, progress.update)
-        card = {"metrics": metrics, **describe_reference(reference), **card}
+        card = {"metrics": metrics, **describe_reference(reference, samples.num_images), **card}
     with disk_errors(path.parent):
         CARD.write(path, card)
     return card
@@ -198,20 +213,24 @@ def finish(
     """Write and print everything that the command asked for. Only rank 0 calls this."""
     if job.held_out is not None:
         write_loss(job, loss, device)
-    if job.reference is not None and (told := say_left_out(job.reference)):
-        print(f"--reference {job.reference.path}: {told}")
+    for told in dict.fromkeys(filter(None, map(say_left_out, job.references))):
+        print(f"--reference {args.reference}: {told}")
     cards = [finish_point(args, job, point, device) for point in job.points]
-    for point, card in zip(job.points, cards, strict=True):
-        found = "".join(f", {name} {value:.4f}" for name, value in card.get("metrics", {}).items())
-        print(f"{point.folder}: {count_of(f'{point.settings.num_images:,}', 'image')}{found}")
-    if len(job.points) > 1 and job.reference is not None:
-        print(f"sweep: {write_sweep(job, cards)} and .png")
+    for point, found in zip(job.points, cards, strict=True):
+        for card in found:
+            parts = [count_of(f"{point.settings.num_images:,}", "image")]
+            parts += [card["features"]["network"]] if len(found) > 1 else []
+            parts += [said(card["metrics"])] if "metrics" in card else []
+            print(f"{point.folder}: {', '.join(parts)}")
+    if len(job.points) > 1:
+        for reference, of_network in zip(job.references, zip(*cards, strict=True), strict=False):
+            print(f"sweep: {write_sweep(job, reference, of_network)} and .png")
     if job.output == job.run_dir / EVALUATION_DIR:  # else they are nobody's but the user's
         with disk_errors(job.run_dir):
             write_score_events(job.run_dir)
 
 
-def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:
+def write_sweep(job: EvaluationJob, reference: Reference, cards: Sequence[dict[str, Any]]) -> Path:
     """Write the table of all points, as text and as a picture. Only rank 0 calls this."""
     points = [
         SweepPoint(
@@ -223,12 +242,12 @@ def write_sweep(job: EvaluationJob, cards: list[dict[str, Any]]) -> Path:
         for point, card in zip(job.points, cards, strict=True)
     ]
     # Of the same points the same file, so that nothing else is ever overwritten.
-    compared = (weights_sha256(job.weights), job.reference.sha256, job.reference.network.sha256)
+    compared = (weights_sha256(job.weights), reference.sha256, reference.network.sha256)
     key = "\n".join((*compared, *(point.folder.name for point in job.points)))
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     name = f"sweep-{name_of_weights(job.weights)}-{digest}"
     title = f"{job.run_dir.resolve().name}, {name_of_weights(job.weights)}, "
-    title += f"{job.points[0].settings.num_images:,} images, {job.reference.network.name}"
+    title += f"{job.points[0].settings.num_images:,} images, {reference.network.name}"
     path, table = job.output / f"{name}.txt", table_of(points)
     with disk_errors(job.output):
         replace_file(path, lambda file: file.write(table.encode()))

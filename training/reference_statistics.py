@@ -33,7 +33,7 @@ from training.evaluation.networks import (
     BATCH_SIZE,
     InceptionNetwork,
     add_network_flags,
-    load_network,
+    load_networks,
 )
 from training.evaluation.scores import NETWORK_SHA256, arrays_of, check_count, feature_statistics
 
@@ -101,25 +101,28 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--output {args.output}: name an .npz file in a folder that exists.")
     source = open_source(*args.input)
     device = resolve_device(args.device)
-    network = load_network(args, (args.size, args.size), device)
-    check_count(len(source), network, f"--input {source.text}, number of images")
+    networks = load_networks(args, (args.size, args.size), device)
+    for network in networks:
+        check_count(len(source), network, f"--input {source.text}, number of images")
     chosen = np.sort(permutation(len(source), KEEP_SEED)[: args.keep]).tolist()
     kept: dict[int, np.ndarray | None] = dict.fromkeys(chosen)
-    with tqdm(total=len(source), unit="image", desc="looking") as progress:
-        statistics = feature_statistics(
-            network, _batches(source, args.size, kept), lambda _: False, progress.update
-        )
-    arrays = {LABELS: source.labels[chosen].astype(np.int64)}
-    for layer, (mean, covariance) in arrays_of(network).items():
-        arrays[mean] = statistics.gaussians[layer].mean.numpy()
-        arrays[covariance] = statistics.gaussians[layer].covariance.numpy()
-    if not isinstance(network, InceptionNetwork):
-        arrays[NETWORK_SHA256] = np.array(network.sha256)
+    arrays, are_many = {LABELS: source.labels[chosen].astype(np.int64)}, len(networks) > 1
+    for network in networks:
+        with tqdm(total=len(source), unit="image", desc="looking") as progress:
+            statistics = feature_statistics(
+                network, _batches(source, args.size, kept), lambda _: False, progress.update
+            )
+        for layer, (mean, covariance) in arrays_of(network, are_many).items():
+            arrays[mean] = statistics.gaussians[layer].mean.numpy()
+            arrays[covariance] = statistics.gaussians[layer].covariance.numpy()
+    if not (are_many or isinstance(networks[0], InceptionNetwork)):
+        arrays[NETWORK_SHA256] = np.array(networks[0].sha256)
     pictures = (kept[i][None] for i in chosen)
     with disk_errors(args.output):
         write_npz(args.output, pictures, (len(chosen), args.size, args.size, 3), arrays)
     print(
-        f"{args.output}: statistics of {len(source):,} images by {network.name}, and "
+        f"{args.output}: statistics of {len(source):,} images by "
+        f"{', '.join(network.name for network in networks)}, and "
         f"{len(chosen):,} of them"
     )
 

@@ -3,6 +3,9 @@
     python training/report.py runs/XL
     python training/report.py runs/XL runs/XL-16-experts --output comparison
 
+Runs that differ in nothing but their seeds, places and machines are one row: means with the
+standard deviation between runs, and whether that tells rows apart.
+
 Made from metrics.jsonl, log.txt, starts.jsonl, checkpoints.jsonl, grids of samples, the scores of
 evaluations and the newest checkpoint; the runs may still be training. The page holds its pictures;
 they also lie beside it as PNG files.
@@ -30,10 +33,16 @@ from data_tools.process.entry_point import enter
 from data_tools.user_files.paths import typed_path
 from training.reports import figures as report_figures
 from training.reports.figures import FigureOf
+from training.reports.rows import Row, comparisons, rows_of, score_name, unique
 from training.reports.run_data import RunData, load_runs
 
 PAGE_FILE = "report.html"
 DEFAULT_FOLDER = "report"
+FINAL = {  # numbers of the end, by title and tag, and how they are written
+    ("loss", "loss/total"): ".4f",
+    ("mean squared error", "loss/mse"): ".4f",
+    ("samples per second", "speed/samples_per_sec"): ",.1f",
+}
 TEMPLATE = Path(__file__).with_name("reports") / "template.html"
 
 
@@ -52,8 +61,20 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def summary(run: RunData) -> dict[str, str]:
-    """Return a run's numbers for the table on top."""
+def summary(row: Row) -> dict[str, str]:
+    """Return a row's numbers for the table on top; texts that its runs do not share are listed."""
+    found = {"runs": row.described()}
+    texts = [_texts_of(run) for run in row.runs]
+    keys = dict.fromkeys(key for table in texts for key in table)
+    listed = {key: unique(table[key] for table in texts if key in table) for key in keys}
+    found |= {key: listed.pop(key) for key in ("model", "steps", "samples")}
+    for (title, tag), form in FINAL.items():
+        if (spread := row.final(tag)) is not None:
+            found[f"{title}, last 5 %"] = spread.text(form)
+    return found | listed
+
+
+def _texts_of(run: RunData) -> dict[str, str]:
     step, config = int(run.records[-1]["step"]), run.config
     model = config.model
     rows = {
@@ -61,11 +82,6 @@ def summary(run: RunData) -> dict[str, str]:
         "steps": f"{step:,} of {config.run.max_steps:,}",
         "samples": f"{step * config.optim.global_batch_size:,}",
     }
-    for title, tag in {"loss": "loss/total", "mean squared error": "loss/mse"}.items():
-        if (value := run.final(tag)) is not None:
-            rows[f"{title}, last 5 %"] = f"{value:.4f}"
-    if (speed := run.final("speed/samples_per_sec")) is not None:
-        rows["samples per second, last 5 %"] = f"{speed:,.1f}"
     if run.starts:
         last = run.starts[-1]
         rows["starts"] = str(len(run.starts))
@@ -91,20 +107,30 @@ def write_report(runs: list[RunData], folder: Path) -> Path:
     Raises:
         OSError: a file cannot be written.
     """
-    shared = report_figures.curves(runs)
-    scores = report_figures.scores(runs)
+    rows = rows_of(runs)
+    shared = report_figures.curves(rows)
+    scores = report_figures.scores(rows)
     own = {run.name: _figures_of(run) for run in runs}
     folder.mkdir(parents=True, exist_ok=True)
     for figure in [*shared, *scores, *(figure for figures in own.values() for figure in figures)]:
         replace_file(folder / figure.name, lambda file, png=figure.png: file.write(png))
-    summaries = {run.name: summary(run) for run in runs}
+    summaries = {row.label: summary(row) for row in rows}
+    settings = {row.label: row.settings() for row in rows}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["data_url"] = _data_url
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         runs=runs,
-        rows=list(dict.fromkeys(key for rows in summaries.values() for key in rows)),
+        rows=rows,
+        names=list(dict.fromkeys(key for table in summaries.values() for key in table)),
         summaries=summaries,
-        differences={run.name: run.differences(runs) for run in runs},
+        settings=settings,
+        different=[
+            key
+            for key in settings[rows[0].label]
+            if len({table[key] for table in settings.values()}) > 1
+        ],
+        comparisons=comparisons(rows),
+        score_name=score_name,
         shared=shared,
         scores=scores,
         own=own,

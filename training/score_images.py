@@ -1,9 +1,9 @@
-"""Score a set of images: FID, sFID, Inception Score, precision and recall by ADM's protocol.
+"""Score a set of images: FID, sFID, KID, Inception Score, precision and recall.
 
     python training/score_images.py samples.npz --reference VIRTUAL_imagenet256_labeled.npz
 
-Both are npz files in ADM's format. With --features a network of yours takes Inception's place, and
-the result is called Fréchet distance.
+Both are npz files in ADM's format. With --features networks of yours take Inception's place, and
+the results are called Fréchet and kernel distance.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from training.checkpoints.manifest import sha256_of
 from training.evaluation.card import CARD, describe_program, describe_reference, say_left_out
 from training.evaluation.drawing import disk_errors
 from training.evaluation.image_npz import ImageNpz
-from training.evaluation.networks import add_network_flags, load_network
-from training.evaluation.scores import Reference, check_count, score
+from training.evaluation.networks import add_network_flags, load_networks
+from training.evaluation.scores import Reference, check_count, said, score
 
 
 def build_parser() -> ArgumentParser:
@@ -50,22 +50,26 @@ def run(args: argparse.Namespace) -> None:
     samples = ImageNpz(args.samples, "")
     if samples.image_size is None:
         raise ConfigError(f"{args.samples}: holds no arr_0; give an npz file of images.")
-    network = load_network(args, samples.image_size, device)
-    check_count(samples.num_images, network, f"{args.samples}, number of images")
-    reference = Reference(args.reference, network, samples.image_size)
-    if told := say_left_out(reference):
+    networks = load_networks(args, samples.image_size, device)
+    for network in networks:
+        check_count(samples.num_images, network, f"{args.samples}, number of images")
+    references = [Reference(args.reference, network, samples.image_size) for network in networks]
+    for told in dict.fromkeys(filter(None, map(say_left_out, references))):
         print(f"--reference {args.reference}: {told}", file=sys.stderr)
-    with tqdm(total=samples.num_images, unit="image", desc="looking") as progress:
-        metrics = score(samples, reference, progress.update)
+    scores = []
+    for reference in references:
+        with tqdm(total=samples.num_images, unit="image", desc="looking") as progress:
+            metrics = score(samples, reference, progress.update)
+        described = describe_reference(reference, samples.num_images)
+        scores.append({"metrics": metrics, **described})
     card = {
-        "metrics": metrics,
+        **(scores[0] if len(scores) == 1 else {"scores": scores}),
         "images": {
             "file": args.samples.name,
             "sha256": sha256_of(args.samples),
             "num_images": samples.num_images,
             "image_size": samples.image_size,
         },
-        **describe_reference(reference),
         "program": describe_program(device),
     }
     if args.output is None:
@@ -73,7 +77,9 @@ def run(args: argparse.Namespace) -> None:
         return
     with disk_errors(args.output):
         CARD.write(args.output, card)
-    print(f"{args.output}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+    for found in scores:
+        of_network = f", {found['features']['network']}" if len(scores) > 1 else ""
+        print(f"{args.output}{of_network}: {said(found['metrics'])}")
 
 
 def _check_output(path: Path, is_forced: bool) -> None:

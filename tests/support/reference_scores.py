@@ -11,6 +11,22 @@ def frechet_distance(one, other):
     return ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
 
 
+def kernel_distance(one, other):
+    """The unbiased squared MMD with the kernel (u v / D + 1)^3, pair by pair."""
+
+    def kernel(u, v):
+        return (sum(float(a) * float(b) for a, b in zip(u, v, strict=True)) / len(u) + 1.0) ** 3
+
+    def among(features):
+        pairs = [
+            kernel(u, v) for i, u in enumerate(features) for j, v in enumerate(features) if i != j
+        ]
+        return sum(pairs) / len(pairs)
+
+    between = [kernel(u, v) for u in one for v in other]
+    return among(one) + among(other) - 2.0 * sum(between) / len(between)
+
+
 def inception_score(logits, split_size):
     scores = []
     for start in range(0, len(logits), split_size):

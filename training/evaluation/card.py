@@ -15,8 +15,9 @@ from training.checkpoints.manifest import MANIFEST_FILE, read_manifest, sha256_o
 from training.checkpoints.weight_files import recorded_sha256
 from training.config.tree import Config
 from training.engine.average_profiles import profiles_of
+from training.evaluation.distances import NUM_SUBSETS, SUBSET_SEED, subset_size
 from training.evaluation.drawing import LABEL_RULES, SEED_RULE, DrawSettings
-from training.evaluation.scores import Reference
+from training.evaluation.scores import Reference, kernel_name
 from training.run.directory import CARD
 from training.run.program import commit, local_changes
 
@@ -79,19 +80,24 @@ def describe_vae(vae: Vae, reference: VaeReference) -> dict[str, Any]:
     }
 
 
-def describe_reference(reference: Reference) -> dict[str, Any]:
-    """Describe the reference, and the network that images are compared by."""
+def describe_reference(reference: Reference, num_images: int) -> dict[str, Any]:
+    """Describe the reference, and how `num_images` are compared with it."""
     statistics = "stated in the file" if reference.has_statistics else "of its images"
-    return {
+    described = {
         "reference": {
             "file": reference.path.name,
             "sha256": reference.sha256,
             "statistics": statistics,
-            "images_for_precision_and_recall": reference.num_images,
+            "images_for_precision_and_recall": reference.num_images,  # and for the kernel distance
             "left_out": reference.left_out,
         },
         "features": {"network": reference.network.name, "sha256": reference.network.sha256},
     }
+    if kernel_name(reference.network) not in reference.left_out:
+        size = subset_size(reference.num_images, num_images)
+        subsets = {"number": NUM_SUBSETS, "size": size, "seed": SUBSET_SEED}
+        described["kernel_subsets"] = subsets
+    return described
 
 
 def say_left_out(reference: Reference) -> str:
@@ -99,7 +105,10 @@ def say_left_out(reference: Reference) -> str:
     by_reason: dict[str, list[str]] = {}
     for name, reason in reference.left_out.items():
         by_reason.setdefault(reason, []).append(name)
-    listed = [f"{' and '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    listed = [
+        f"{' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))} ({reason})"
+        for reason, names in by_reason.items()
+    ]
     return f"left out: {', '.join(listed)}" if listed else ""
 
 

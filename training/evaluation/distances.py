@@ -1,6 +1,7 @@
-"""Compare sets of features: Fréchet distance, precision and recall, and the Inception Score.
+"""Compare sets of features: Fréchet and kernel distance, precision and recall, Inception Score.
 
-All are computed as ADM's evaluation does. M and N features, D of their dimensions.
+All but the kernel distance are computed as ADM's evaluation does. M and N features, D of their
+dimensions.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor
 NEIGHBOURS = 3
 BLOCK = 2048  # rows whose distances are in memory at a time
 SPLIT_SIZE = 5000
+MIN_KERNEL_FEATURES = 4  # of either set: two subsets of two
+NUM_SUBSETS, SUBSET_SIZE, SUBSET_SEED = 100, 1000, 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,44 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2.0).clamp(min=0.0)
     traces = one.covariance.trace() + other.covariance.trace()
     return float(difference @ difference + traces - 2.0 * eigenvalues.sqrt().sum())
+
+
+class KernelDistance(NamedTuple):
+    """Over subsets, the mean and the standard deviation (division by their number)."""
+
+    mean: float
+    std: float
+
+
+def subset_size(num_reference: int, num_samples: int) -> int:
+    """Return the features of a subset: half of the smaller set, so that subsets do differ."""
+    return min(SUBSET_SIZE, num_reference // 2, num_samples // 2)
+
+
+def kernel_distance(
+    reference: Tensor, samples: Tensor, size: int, num_subsets: int = NUM_SUBSETS
+) -> KernelDistance:
+    """Return the unbiased squared MMD of features (M, D) and (N, D), on their device, in float64.
+
+    That of arXiv 1801.01401 with its kernel (u v / D + 1)^3, over pairs of random subsets without
+    repetition. Unlike the Fréchet distance it is not larger with fewer images, and may be negative.
+    """
+    generator = torch.Generator().manual_seed(SUBSET_SEED)
+    found = []
+    for _ in range(num_subsets):
+        x, y = (
+            features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
+            for features in (reference, samples)
+        )
+        x, y = x.double(), y.double()
+        own = sum((kernel := _kernel(z, z)).sum() - kernel.trace() for z in (x, y))
+        found.append(own / (size * (size - 1)) - 2.0 * _kernel(x, y).mean())
+    values = torch.stack(found)
+    return KernelDistance(float(values.mean()), float(values.std(correction=0)))
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
 class PrecisionRecall(NamedTuple):

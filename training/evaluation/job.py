@@ -16,7 +16,7 @@ from training.config.tree import Config
 from training.evaluation.card import weights_sha256
 from training.evaluation.drawing import DrawSettings, check_folder
 from training.evaluation.held_out_loss import HeldOut, open_held_out
-from training.evaluation.networks import load_network
+from training.evaluation.networks import load_networks
 from training.evaluation.scores import Reference, check_count
 from training.ranks.process_group import Ranks
 from training.run.directory import EVALUATION_DIR
@@ -51,7 +51,7 @@ class EvaluationJob:
     weaker_run: WeakerRun | None
     vae: Vae | None  # only where images are drawn
     points: list[Point]  # empty = no images are drawn
-    reference: Reference | None  # on rank 0, where images are scored
+    references: list[Reference]  # one per network; on rank 0, where images are scored
     held_out: HeldOut | None
     cache: ShardCache | None  # for held-out data
     output: Path  # folder of all evaluations
@@ -79,7 +79,7 @@ def check(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Evalu
     check_precision(args.precision, device)
     weights = run.find_weights(args)
     output = args.output or run.folder / EVALUATION_DIR
-    points, weaker_run, vae, reference = [], None, None, None
+    points, references, weaker_run, vae = [], [], None, None
     if args.num_images is not None:
         if args.autoguidance is not None:
             weaker_run = find_weaker_run(args.autoguidance, config, manifest, weights)
@@ -101,9 +101,9 @@ def check(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Evalu
             check_folder(folder, settings, is_forced=args.force)
         if args.reference is not None and ranks.is_main:
             size = tuple(points[0].settings.image_size)
-            network = load_network(args, size, device)
-            check_count(args.num_images, network, "--num-images")
-            reference = Reference(args.reference, network, size)
+            for network in load_networks(args, size, device):
+                check_count(args.num_images, network, "--num-images")
+                references.append(Reference(args.reference, network, size))
     held_out = cache = None
     if args.validation_data is not None:
         held_out = _held_out(args, config, manifest, weights)
@@ -116,7 +116,7 @@ def check(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> Evalu
         weaker_run=weaker_run,
         vae=vae,
         points=points,
-        reference=reference,
+        references=references,
         held_out=held_out,
         cache=cache,
         output=output,

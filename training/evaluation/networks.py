@@ -28,6 +28,7 @@ INCEPTION_FILES = (
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 BATCH_SIZE = 64
+INCEPTION_NAME = "inception-2015-12-05"
 POOL, SPATIAL = "pool", "spatial"  # layers
 
 
@@ -70,7 +71,7 @@ class InceptionNetwork(FeatureNetwork):
     def __init__(self, model: Inception, sha256: str, device: torch.device) -> None:
         """Take the network; its weights are frozen from here on."""
         self.model = model.to(device).eval().requires_grad_(False)
-        self.name, self.sha256, self.device = "inception-2015-12-05", sha256, device
+        self.name, self.sha256, self.device = INCEPTION_NAME, sha256, device
         self.widths = {POOL: POOL_WIDTH, SPATIAL: SPATIAL_WIDTH}
 
     def features(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -141,21 +142,31 @@ def add_network_flags(parser: ArgumentParser) -> None:
     add(
         "--features",
         type=typed_path,
+        nargs="+",
         metavar="FILE",
-        help="any TorchScript network, uint8 (N, 3, H, W) to (N, D), instead: the Fréchet distance "
-        "by its features, which is no FID",
+        help="any TorchScript networks, uint8 (N, 3, H, W) to (N, D), instead: the Fréchet and the "
+        "kernel distance by the features of each, which are no FID and KID",
     )
 
 
-def load_network(
+def load_networks(
     args: argparse.Namespace, image_size: tuple[int, int], device: torch.device
-) -> FeatureNetwork:
-    """Load the network that --inception and --features choose, for images of (H, W)."""
+) -> list[FeatureNetwork]:
+    """Load the networks that --inception and --features choose, for images of (H, W)."""
     if args.features is None:
-        return load_inception(args.inception, device)
+        return [load_inception(args.inception, device)]
     if args.inception is not None:
         raise ConfigError("--inception and --features both choose the network; give one of them.")
-    return ScriptedNetwork(args.features, image_size, device)
+    found: dict[str, FeatureNetwork] = {}
+    for path in args.features:
+        network = ScriptedNetwork(path, image_size, device)
+        if network.sha256 in found:
+            raise ConfigError(
+                f"--features {' '.join(map(str, args.features))}: {path} is the same network as "
+                "one before it; give each once."
+            )
+        found[network.sha256] = network
+    return list(found.values())
 
 
 def load_inception(given: Path | None, device: torch.device) -> InceptionNetwork:

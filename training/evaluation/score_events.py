@@ -20,12 +20,14 @@ from data_tools.files import MalformedError
 from data_tools.formats import NewerFormatError
 from training.evaluation.card import CARD
 from training.evaluation.job import EVALUATION_DIR
+from training.evaluation.networks import INCEPTION_NAME
 from training.monitoring.dashboard import evaluation_charts
 from training.monitoring.event_files import TENSORBOARD_DIR
 
 CARDS = ("*/score-*.json", "validation-*.json")  # in the folder of a run's evaluations
 OF_WEIGHTS = ("weights_sha256", "weaker_weights_sha256", "batch_size")  # no ways of measuring
 MAX_VALUE = float(np.finfo(np.float32).max)  # that TensorBoard can hold
+_NO_TAG = re.compile(r"[^\w.-]")
 _STEP = re.compile(r"step-\d+-")
 
 
@@ -35,6 +37,7 @@ class Scores(NamedTuple):
     way: str  # names the folder
     step: int
     values: dict[str, float]  # by TensorBoard's tag
+    network: str = ""  # of --features, which they are of
 
 
 def write_score_events(run_dir: Path) -> None:
@@ -72,11 +75,13 @@ def _written(folder: Path) -> dict[tuple[str, int], float]:
 def read_scores(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
     """Return the scores by way and step; of two cards alike the newer one counts.
 
+    In a run with scores by several networks of --features each has tags of its own.
+
     Raises:
         OSError: a card cannot be read.
     """
     paths = [path for pattern in CARDS for path in folder.glob(pattern)]
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    all_scores: list[Scores] = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         try:
             scores = scores_of(CARD.loads(path.read_bytes(), str(path)), path)
@@ -86,7 +91,13 @@ def read_scores(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
         except (MalformedError, ValueError, KeyError, TypeError, AttributeError):
             continue  # a card of another program, such as score_images
         if scores is not None and scores.values:
-            found.setdefault(scores.way, {})[scores.step] = scores.values
+            all_scores.append(scores)
+    are_many = len({scores.network for scores in all_scores} - {""}) > 1
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for scores in all_scores:
+        end = f"/{scores.network}" if are_many and scores.network else ""
+        values = {f"{tag}{end}": value for tag, value in scores.values.items()}
+        found.setdefault(scores.way, {})[scores.step] = values
     return found
 
 
@@ -116,7 +127,15 @@ def scores_of(card: dict[str, Any], path: Path) -> Scores | None:
     )
     digest = hashlib.sha256(json.dumps([drawn, compared], sort_keys=True).encode()).hexdigest()
     way = f"{_STEP.sub('', path.parent.name)}-{digest[:8]}"
-    return Scores(way, step, _by_tag(card["metrics"]))
+    return Scores(way, step, _by_tag(card["metrics"]), _network_of(card["features"]))
+
+
+def _network_of(features: dict[str, Any]) -> str:
+    """Name a network of --features as a tag may: those of equal names by their hash."""
+    name = str(features.get("network", INCEPTION_NAME))
+    if name == INCEPTION_NAME:
+        return ""
+    return f"{_NO_TAG.sub('_', Path(name).stem)}-{str(features['sha256'])[:8]}"
 
 
 def _by_tag(values: dict[str, Any]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Score a set of images against a reference: FID and its relatives, by ADM's protocol.
 
 The reference is an npz file. ADM's files hold statistics of a whole set (mu, sigma, mu_s, sigma_s)
-and some images (arr_0) for precision and recall. Images alone will do. So will mu and sigma alone,
-as pytorch-fid writes them; they give the FID and nothing else.
+and some images (arr_0) for KID, precision and recall. Images alone will do. So will mu and sigma
+alone, as pytorch-fid writes them; they give the FID and nothing else.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,12 +18,15 @@ from torch import Tensor
 from data_tools.errors import ConfigError, count_of
 from training.checkpoints.manifest import sha256_of
 from training.evaluation.distances import (
+    MIN_KERNEL_FEATURES,
     NEIGHBOURS,
     Gaussian,
     GaussianFit,
     frechet_distance,
     inception_score,
+    kernel_distance,
     precision_and_recall,
+    subset_size,
 )
 from training.evaluation.image_npz import ImageNpz
 from training.evaluation.networks import BATCH_SIZE, POOL, SPATIAL, FeatureNetwork, InceptionNetwork
@@ -33,6 +36,8 @@ from training.evaluation.networks import BATCH_SIZE, POOL, SPATIAL, FeatureNetwo
 INCEPTION_ARRAYS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 OTHER_ARRAYS = {POOL: ("features_mu", "features_sigma")}
 NETWORK_SHA256 = "features_sha256"  # of the network that made the latter
+DIGITS = 12  # of that, which end these names in a file for several networks
+STD = "_std"  # ends the name of a score's spread
 
 
 @dataclass
@@ -43,9 +48,19 @@ class FeatureStatistics:
     pool: Tensor  # (N, D) float32 on the CPU
 
 
-def arrays_of(network: FeatureNetwork) -> dict[str, tuple[str, str]]:
-    """Name the arrays of a network's statistics in an npz file, by layer."""
-    return INCEPTION_ARRAYS if isinstance(network, InceptionNetwork) else OTHER_ARRAYS
+def arrays_of(network: FeatureNetwork, is_one_of_many: bool) -> dict[str, tuple[str, str]]:
+    """Name the arrays of a network's statistics in an npz file, by layer.
+
+    Args:
+        network: that made them.
+        is_one_of_many: the file holds statistics of several networks.
+    """
+    if isinstance(network, InceptionNetwork):
+        return INCEPTION_ARRAYS
+    if not is_one_of_many:
+        return OTHER_ARRAYS
+    end = network.sha256[:DIGITS]
+    return {layer: tuple(f"{n}_{end}" for n in names) for layer, names in OTHER_ARRAYS.items()}
 
 
 def feature_statistics(
@@ -103,6 +118,9 @@ class Reference:
                 f"{self._flag}: holds images of {found[0]}x{found[1]} and the samples are "
                 f"{image_size[0]}x{image_size[1]}; give a reference of that size."
             )
+        own = arrays_of(network, is_one_of_many=True)
+        has_own = any(name in self._file.names for names in own.values() for name in names)
+        self._arrays = own if has_own else arrays_of(network, is_one_of_many=False)
         self.stated = self._stated_layers()
         if not (self.has_statistics or self._has_enough_images):
             raise ConfigError(f"{self._flag}: {self._lack()}.")
@@ -124,8 +142,10 @@ class Reference:
         lacks = {}
         if SPATIAL in self.network.widths and SPATIAL not in self.layers:
             lacks["sfid"] = "no mu_s and sigma_s in the reference"
+        held = count_of(self.num_images, "image") if self.num_images else "no images (arr_0)"
+        if self.num_images < MIN_KERNEL_FEATURES:
+            lacks[kernel_name(self.network)] = f"{held} in the reference"
         if self.num_images <= NEIGHBOURS:
-            held = count_of(self.num_images, "image") if self.num_images else "no images (arr_0)"
             lacks |= dict.fromkeys(("precision", "recall"), f"{held} in the reference")
         return lacks
 
@@ -135,8 +155,8 @@ class Reference:
 
     def _lack(self) -> str:
         """Say what the file lacks, and what it has instead."""
-        mean, covariance = arrays_of(self.network)[POOL]
-        others = INCEPTION_ARRAYS if arrays_of(self.network) is OTHER_ARRAYS else OTHER_ARRAYS
+        mean, covariance = self._arrays[POOL]
+        others = OTHER_ARRAYS if self._arrays is INCEPTION_ARRAYS else INCEPTION_ARRAYS
         found = [name for pair in others.values() for name in pair if name in self._file.names]
         instead = f"; its {' and '.join(found)} are of another network" if found else ""
         return (
@@ -148,11 +168,9 @@ class Reference:
     def _stated_layers(self) -> set[str]:
         """Tell which layers' statistics there are; refuse those of another network."""
         layers = {
-            layer: names
-            for layer, names in arrays_of(self.network).items()
-            if set(names) <= self._file.names
+            layer: names for layer, names in self._arrays.items() if set(names) <= self._file.names
         }
-        is_other = layers and arrays_of(self.network) is OTHER_ARRAYS
+        is_other = layers and self._arrays is OTHER_ARRAYS
         if is_other and NETWORK_SHA256 in self._file.names:
             made_by = str(self._file.array(NETWORK_SHA256))
             if made_by != self.network.sha256:
@@ -183,13 +201,33 @@ class Reference:
         if self.num_images:
             statistics = feature_statistics(self.network, self._file.batches(BATCH_SIZE))
         stated = {
-            layer: Gaussian(*(self._doubles(name) for name in arrays_of(self.network)[layer]))
+            layer: Gaussian(*(self._doubles(name) for name in self._arrays[layer]))
             for layer in self.stated
         }
         return FeatureStatistics(statistics.gaussians | stated, statistics.pool)
 
     def _doubles(self, name: str) -> Tensor:
         return torch.from_numpy(self._file.array(name).astype(np.float64))
+
+
+def kernel_name(network: FeatureNetwork) -> str:
+    """Name the kernel distance: KID with Inception's features only."""
+    return "kid" if isinstance(network, InceptionNetwork) else "kernel_distance"
+
+
+def said(metrics: dict[str, float]) -> str:
+    """Return scores for a line of text, a spread behind its mean."""
+    parts = []
+    for name, value in metrics.items():
+        if name.removesuffix(STD) in metrics and name.endswith(STD):
+            continue
+        spread = metrics.get(f"{name}{STD}")
+        parts.append(f"{name} " + (f"{value:.4f}" if spread is None else _spread(value, spread)))
+    return ", ".join(parts)
+
+
+def _spread(value: float, std: float) -> str:
+    return f"{value:.6f} +- {std:.6f}"  # a KID of a good model is a thousandth
 
 
 def check_count(count: int, network: FeatureNetwork, what: str) -> None:
@@ -210,8 +248,9 @@ def score(
     """Score images against a reference. Only with Inception's features is a score called FID.
 
     Returns:
-        "fid", "sfid" and "inception_score", or "frechet_distance"; "precision" and "recall". Those
-        in `reference.left_out` are not there.
+        "fid", "sfid" and "inception_score", or "frechet_distance"; "kid", or "kernel_distance",
+        and the same with "_std"; "precision" and "recall". Those in `reference.left_out` are not
+        there.
     """
     network = reference.network
     statistics = feature_statistics(network, samples.batches(BATCH_SIZE), on_batch=on_batch)
@@ -227,7 +266,10 @@ def score(
         found["inception_score"] = inception_score(network.logits(statistics.pool))
     else:
         found = {"frechet_distance": distances[POOL]}
+    sets = pool.to(network.device), statistics.pool.to(network.device)
+    if min(map(len, sets)) >= MIN_KERNEL_FEATURES:
+        name, kernel = kernel_name(network), kernel_distance(*sets, subset_size(*map(len, sets)))
+        found |= {name: kernel.mean, f"{name}{STD}": kernel.std}
     if len(pool) > NEIGHBOURS:
-        sets = pool.to(network.device), statistics.pool.to(network.device)
         found |= precision_and_recall(*sets)._asdict()
     return found

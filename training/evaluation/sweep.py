@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training.evaluation.scores import STD
 from training.monitoring.charts import COLOURS, new_figure, pixels_of
 
 PANEL_WIDTH, PANEL_HEIGHT = 430, 320
@@ -24,18 +25,26 @@ class SweepPoint:
 
 def table_of(points: list[SweepPoint]) -> str:
     """Return a line per point, columns aligned."""
-    names = list(points[0].metrics)
+    names = _names(points)
     rows = [["sampler", "steps", "cfg scale", *names]]
     for point in points:
-        numbers = [f"{point.metrics[name]:.4g}" for name in names]
+        values = [point.metrics.get(name) for name in names]
+        numbers = ["-" if value is None else f"{value:.4g}" for value in values]
         rows.append([point.sampler, str(point.steps), f"{point.cfg_scale:g}", *numbers])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     return "\n".join(lines) + "\n"
 
 
+def _names(points: list[SweepPoint]) -> list[str]:
+    """Name the scores that any point has: an earlier version's card has fewer."""
+    return list(dict.fromkeys(name for point in points for name in point.metrics))
+
+
 def plot_of(points: list[SweepPoint], title: str) -> np.ndarray:
     """Draw a panel per metric: guidance along the bottom if it varies, else steps; else one mark.
+
+    A metric's standard deviation is a bar at its mark.
 
     Returns:
         (height, width, 3) uint8.
@@ -47,7 +56,8 @@ def plot_of(points: list[SweepPoint], title: str) -> np.ndarray:
         name = f"{point.sampler}, {point.steps} steps" if varies_scale else point.sampler
         curves.setdefault(name, []).append((place, point))
     places = sorted({place for curve in curves.values() for place, _ in curve})
-    metrics = list(points[0].metrics)
+    names = _names(points)
+    metrics = [name for name in names if name.removesuffix(STD) not in names or STD not in name]
     columns = min(COLUMNS, len(metrics))
     rows = -(-len(metrics) // columns)
     width, height = columns * PANEL_WIDTH + LEGEND_WIDTH, rows * PANEL_HEIGHT + TITLE_HEIGHT
@@ -62,7 +72,11 @@ def plot_of(points: list[SweepPoint], title: str) -> np.ndarray:
         axes.grid(color="0.9")
         axes.set_prop_cycle(color=COLOURS)
         for name, curve in curves.items():
-            line = sorted((place, point.metrics[metric]) for place, point in curve)
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name)
+            line = sorted(
+                (place, point.metrics.get(metric, np.nan), point.metrics.get(f"{metric}{STD}", 0.0))
+                for place, point in curve
+            )
+            places_of, values, spreads = zip(*line, strict=True)
+            axes.errorbar(places_of, values, spreads, marker="o", markersize=4, label=name)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return pixels_of(figure)

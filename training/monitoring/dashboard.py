@@ -29,10 +29,13 @@ def dashboard(
 
 def evaluation_charts() -> Layout:
     """Return the charts of a run's scores, which come with them: TensorBoard merges layouts."""
-    return {registry.IMAGES.title: _charts(registry.IMAGES)}
+    # Of several networks, a slash and the network stand behind a tag.
+    return {registry.IMAGES.title: _charts(registry.IMAGES, end="(/|$)")}
 
 
-def _charts(group: Group, run: RunTraits | None = None, depth: int = 0) -> dict[str, Chart]:
+def _charts(
+    group: Group, run: RunTraits | None = None, depth: int = 0, end: str = "$"
+) -> dict[str, Chart]:
     charts: dict[str, Chart] = {}
     for metric in group.metrics:
         if metric.chart is None or (run is not None and not run.meets(metric.only_with)):
@@ -43,5 +46,6 @@ def _charts(group: Group, run: RunTraits | None = None, depth: int = 0) -> dict[
             if block is not None:
                 title, tag = (text.replace("{block}", f"{block:02d}") for text in (title, tag))
             prefix, brace, _ = tag.partition("{")
-            charts.setdefault(title, ["Multiline", []])[1].append(prefix if brace else f"{tag}$")
+            pattern = prefix if brace else f"{tag}{end}"
+            charts.setdefault(title, ["Multiline", []])[1].append(pattern)
     return charts

@@ -27,6 +27,7 @@ BUSIEST = "busiest rank of a group over the mean"
 UNUSED = "idle, starved, dead and never used"
 SPIKES = "loss spikes and skipped steps"
 DISTANCE = "FID, sFID, or a Frechet distance: lower is better"
+KERNEL = "KID, or a kernel distance: lower is better"
 SHARED = "precision and recall: higher is better"
 HIGHER = "Higher is better."
 
@@ -255,6 +256,10 @@ IMAGES = Group(  # written by evaluation, into folders of their own
     Metric("eval/fid", "Frechet inception distance", DISTANCE),
     Metric("eval/sfid", "the same of spatial features", DISTANCE),
     Metric("eval/frechet_distance", "the same of another network's features", DISTANCE),
+    Metric("eval/kid", "kernel inception distance, the mean over subsets", KERNEL),
+    Metric("eval/kid_std", "its standard deviation over subsets"),
+    Metric("eval/kernel_distance", "the same of another network's features", KERNEL),
+    Metric("eval/kernel_distance_std", "its standard deviation over subsets"),
     Metric(
         "eval/inception_score",
         "inception score",
@@ -273,6 +278,7 @@ IMAGES = Group(  # written by evaluation, into folders of their own
         SHARED,
         curve=Curve("recall", HIGHER),
     ),
+    Metric("eval/{score}/{network}", "one of these by one of several --features"),
     Metric("eval/loss_{term}", "loss of held-out data", "held-out loss"),
 )
 GROUPS = (LEARNING, FAST, EXPERTS, SHARES, SURVIVAL, IMAGES)

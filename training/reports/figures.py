@@ -13,6 +13,7 @@ from training.monitoring.charts import new_figure
 from training.monitoring.expert_pictures import affinity_map, expert_map, load_history
 from training.monitoring.metric import Metric
 from training.monitoring.run_history import RunHistory, thinned
+from training.reports.rows import Row, Spread, is_spread, score_name
 from training.reports.run_data import RunData
 
 WIDTH, HEIGHT, DPI = 520, 300, 110  # the page's pictures are larger than TensorBoard's by a tenth
@@ -32,11 +33,11 @@ class FigureOf(NamedTuple):
 MAX_NAMED_LINES = 8
 
 
-def curves(runs: list[RunData]) -> list[FigureOf]:
-    """Draw every number that one of the runs has, over steps."""
+def curves(rows: list[Row]) -> list[FigureOf]:
+    """Draw every number that one of the rows has, over steps: of several runs mean and spread."""
     figures = []
     for metric in registry.METRICS:
-        having = [run for run in runs if metric.curve and run.series(metric.tag)[0]]
+        having = [row for row in rows if metric.curve and row.series(metric.tag)[0]]
         if having:
             png = _draw(lambda axes, m=metric, h=having: _draw_curve(axes, m, h))
             name = _file_name(metric.tag)
@@ -44,36 +45,44 @@ def curves(runs: list[RunData]) -> list[FigureOf]:
     return figures
 
 
-def _draw_curve(axes: Axes, metric: Metric, runs: list[RunData]) -> None:
-    for run in runs:
-        steps, values = thinned(*run.series(metric.tag))
-        axes.plot(steps, values, linewidth=1.2, label=run.name)
-        for start in run.starts[1:]:
+def _draw_curve(axes: Axes, metric: Metric, rows: list[Row]) -> None:
+    for row in rows:
+        recorded, values = row.series(metric.tag)
+        # Of each run, so that the band is the spread between runs and not that of neighbours.
+        (steps, *_), lines = zip(*(thinned(recorded, line) for line in values), strict=True)
+        mean = np.mean(lines, axis=0)
+        (line,) = axes.plot(steps, mean, linewidth=1.2, label=row.label)
+        if len(row.runs) > 1:
+            std = np.std(lines, axis=0, ddof=1)
+            band = mean - std, mean + std
+            axes.fill_between(steps, *band, color=line.get_color(), alpha=0.25, linewidth=0)
+        for start in (start for run in row.runs for start in run.starts[1:]):
             axes.axvline(start.step, color="0.8", linewidth=0.8, zorder=0)
     if metric.curve.is_log:
         axes.set_yscale("log")
-    if len(runs) > 1:
+    if len(rows) > 1 or len(rows[0].runs) > 1:
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("step (grey: a start)")
 
 
-def scores(runs: list[RunData]) -> list[FigureOf]:
-    """Draw evaluation's scores over checkpoints, a line per run and way of measuring.
+def scores(rows: list[Row]) -> list[FigureOf]:
+    """Draw evaluation's scores over checkpoints, a line per row and way of measuring.
 
     One checkpoint makes no line; the page's table has its scores.
     """
     texts = {metric.tag: metric.curve.text for metric in registry.METRICS if metric.curve}
-    lines: dict[str, list[tuple[str, list[int], list[float]]]] = {}
-    for run in runs:
-        for way, by_step in sorted(run.scores.items()):
-            steps, name = sorted(by_step), f"{run.name}: {way}" if len(runs) > 1 else way
+    lines: dict[str, list[tuple[str, list[int], list[Spread]]]] = {}
+    for row in rows:
+        for way, by_step in sorted(row.scores().items()):
+            steps, name = sorted(by_step), f"{row.label}: {way}" if len(rows) > 1 else way
             for tag in by_step[steps[-1]]:
                 found = [(step, by_step[step][tag]) for step in steps if tag in by_step[step]]
                 lines.setdefault(tag, []).append((name, *map(list, zip(*found, strict=True))))
 
     def draw(axes: Axes, tag: str) -> None:
         for name, steps, values in lines[tag]:
-            axes.plot(steps, values, linewidth=1.2, marker="o", markersize=3, label=name)
+            means, bars = [v.mean for v in values], [v.std or 0.0 for v in values]
+            axes.errorbar(steps, means, bars, linewidth=1.2, marker="o", markersize=3, label=name)
         if len(lines[tag]) <= MAX_NAMED_LINES:
             axes.legend(fontsize=6, frameon=False)
         axes.set_xlabel("step of the checkpoint")
@@ -81,11 +90,12 @@ def scores(runs: list[RunData]) -> list[FigureOf]:
     return [
         FigureOf(
             _file_name(tag),
-            tag.removeprefix("eval/").replace("_", " "),
-            texts.get(tag, "Lower is better."),
+            score_name(tag),
+            texts.get("/".join(tag.split("/")[:2]), "Lower is better."),
             _draw(lambda axes, tag=tag: draw(axes, tag)),
         )
         for tag in sorted(lines)
+        if not is_spread(tag)
         if any(len(steps) > 1 for _, steps, _ in lines[tag])
     ]
 

@@ -1,5 +1,6 @@
 """Read what a report says of a run from its directory."""
 
+import bisect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,11 @@ class RunData:
         """Return the names with a prefix, in order."""
         return sorted({tag for record in self.records for tag in record if tag.startswith(prefix)})
 
-    def final(self, tag: str) -> float | None:
-        """Return the mean over the end of the run."""
-        _, values = self.series(tag)
+    def final(self, tag: str, until: int | None = None) -> float | None:
+        """Return the mean over the end of the run, or of its steps up to `until`."""
+        steps, values = self.series(tag)
+        if until is not None:
+            values = values[: bisect.bisect_right(steps, until)]
         return float(np.mean(values[-max(1, int(LAST_SHARE * len(values))) :])) if values else None
 
     def loads(self) -> tuple[list[int], np.ndarray]:
@@ -83,14 +86,6 @@ class RunData:
         if self.checkpoint is None or self.config.model.routing != "switch":
             return None
         return read_gate_table(self.checkpoint / EMA_FILE, self.config.diffusion.num_timesteps)
-
-    def differences(self, others: list["RunData"]) -> dict[str, object]:
-        """Return the configuration's values that are not the same in all of some runs."""
-        return {
-            key: value
-            for key, value in flat(self.config).items()
-            if any(flat(other.config)[key] != value for other in others)
-        }
 
 
 def flat(config: Config) -> dict[str, object]:

@@ -16,7 +16,15 @@ from data_tools.vae.autoencoder import DEMO_VAE, decode_pixels, load_vae
 from models.guidance import Guidance
 from models.latents import final_latents
 from models.randomness import Stream, integers, normal
-from tests.support.evaluated_run import IMAGE_SIZE, Means, Wrong, make_data, make_run, save_network
+from tests.support.evaluated_run import (
+    IMAGE_SIZE,
+    Corners,
+    Means,
+    Wrong,
+    make_data,
+    make_run,
+    save_network,
+)
 from tests.support.launch import TIMEOUT_SEC, finish, free_port, run, start
 from tests.support.reference_scores import frechet_distance, precision_and_recall
 from tests.support.synthetic import make_dataset, random_moments
@@ -24,6 +32,7 @@ from training import evaluate, reference_statistics, sample, score_images
 from training.checkpoints.manifest import CHECKPOINT_DIR, sha256_of
 from training.checkpoints.weight_files import load_model
 from training.engine.objective import build_diffusion
+from training.evaluation.distances import kernel_distance
 from training.evaluation.drawing import (
     LABEL_RULES,
     PARTS_DIR,
@@ -33,6 +42,8 @@ from training.evaluation.drawing import (
     labels_of,
 )
 from training.evaluation.networks import ScriptedNetwork
+from training.evaluation.scores import said
+from training.evaluation.sweep import SweepPoint, plot_of, table_of
 from training.run.directory import load_config
 from training.sampling.latents import SamplerSettings, sample_latents
 
@@ -264,6 +275,9 @@ class TestDrawing:
         assert np.load(found)["arr_1"].tolist() == [0, 0]
 
 
+SCORES = ["frechet_distance", "kernel_distance", "kernel_distance_std", "precision", "recall"]
+
+
 class TestScoring:
     """With a network of the user's, since Inception's weights are not here."""
 
@@ -277,7 +291,9 @@ class TestScoring:
             for f in (ours, theirs)
         ]
         shares = precision_and_recall(theirs, ours, 3, np.float16)
-        return [frechet_distance(*fits), *shares]
+        sets = [torch.from_numpy(features) for features in (theirs, ours)]
+        kernel = kernel_distance(*sets, min(map(len, sets)) // 2)
+        return [frechet_distance(*fits), *kernel, *shares]
 
     @pytest.mark.processes
     def test_a_run_is_scored_against_images(self, drawn, run_dir, network, reference, tmp_path):
@@ -289,7 +305,7 @@ class TestScoring:
         (path,) = (output / FOLDER).glob("score-*.json")
         card = json.loads(path.read_text())
         metrics = card["metrics"]
-        assert list(metrics) == ["frechet_distance", "precision", "recall"]  # and no "fid"
+        assert list(metrics) == SCORES  # and neither "fid" nor "kid"
         wanted = self.expected(pixels_of(drawn), np.load(reference)["arr_0"])
         assert list(metrics.values()) == pytest.approx(wanted, rel=1e-4)
         assert card["reference"]["sha256"] == sha256_of(reference)
@@ -306,14 +322,14 @@ class TestScoring:
         command = (*command, "--features", network)
         call(evaluate.main, *command)
         (path,) = (output / FOLDER).glob("score-*.json")
-        path.write_text(path.read_text().replace('"precision": ', '"precision": 9'))
+        path.write_text(path.read_text().replace('"recall": ', '"recall": 9'))
         capsys.readouterr()
 
         call(evaluate.main, *command)
-        assert "precision 9" in capsys.readouterr().out
+        assert "recall 9" in capsys.readouterr().out
         call(evaluate.main, *command, "--force")
-        assert "precision 9" not in capsys.readouterr().out
-        assert '"precision": 9' not in path.read_text()
+        assert "recall 9" not in capsys.readouterr().out
+        assert '"recall": 9' not in path.read_text()
 
     @pytest.mark.processes
     def test_a_job_that_slurm_starts_again_forces_away_nothing_of_its_own(
@@ -383,6 +399,68 @@ class TestScoring:
             assert metrics == {"frechet_distance": pytest.approx(0.0, abs=1e-6)}
 
     @pytest.mark.processes
+    def test_each_of_several_networks_has_the_card_and_the_sweep_of_its_own(
+        self, run_dir, network, reference, tmp_path, capsys
+    ):
+        corners = save_network(tmp_path / "corners.pt", Corners())
+        flags = (run_dir, "--num-images", 14, "--sweep-steps", "1,2", "--reference", reference)
+        for name, files in {"both": [network, corners], "one": [network], "two": [corners]}.items():
+            call(evaluate.main, *flags, "--output", tmp_path / name, "--features", *files)
+
+        def cards(folder):
+            paths = sorted(folder.glob("*/score-*.json"))
+            return {
+                f"{path.parent.name}/{path.name}": json.loads(path.read_text()) for path in paths
+            }
+
+        alone = cards(tmp_path / "one") | cards(tmp_path / "two")
+        assert cards(tmp_path / "both") == alone and len(alone) == 4
+        both, *others = (
+            sorted(path.read_text() for path in tmp_path.glob(f"{name}/sweep-*.txt"))
+            for name in ("both", "one", "two")
+        )
+        assert both == sorted(sum(others, [])) and len(both) == 2
+        output = capsys.readouterr().out
+        assert "14 images, means.pt, frechet_distance" in output
+        assert "14 images, corners.pt, frechet_distance" in output
+
+    @pytest.mark.processes
+    def test_a_set_of_images_is_scored_by_several_networks(self, network, reference, tmp_path):
+        corners = save_network(tmp_path / "corners.pt", Corners())
+        images = np.random.default_rng(3).integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+        for i, image in enumerate(images):
+            path = tmp_path / "images" / f"{i:02d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+        both = ("--features", network, corners)
+        made = ("--input", tmp_path / "images", "--size", 32, "--keep", 8, *both)
+        call(reference_statistics.main, *made, "--output", tmp_path / "made.npz")
+
+        for name, files in {"both": both[1:], "one": [network], "two": [corners]}.items():
+            flags = ("--reference", tmp_path / "made.npz", "--output", tmp_path / f"{name}.json")
+            call(score_images.main, reference, *flags, "--features", *files)
+
+        found, one, two = (
+            json.loads((tmp_path / f"{name}.json").read_text()) for name in ("both", "one", "two")
+        )
+        keys = ("metrics", "reference", "features", "kernel_subsets")
+        assert found["scores"] == [{key: card[key] for key in keys} for card in (one, two)]
+        assert one["features"] == {"network": "means.pt", "sha256": sha256_of(network)}
+        for card in (one, two):
+            assert card["reference"]["statistics"] == "stated in the file"
+        stated = np.load(tmp_path / "made.npz")[f"features_mu_{sha256_of(corners)[:12]}"]
+        np.testing.assert_allclose(stated, images[:, 0, 0].mean(axis=0) / 64.0, rtol=1e-6)
+
+    def test_one_network_named_twice_is_refused(self, network, reference, tmp_path, refuse):
+        copy = shutil.copy(network, tmp_path / "copy.pt")
+
+        stderr = refuse(
+            score_images.main, reference, "--reference", reference, "--features", network, copy
+        )
+
+        assert f"{copy} is the same network as one before it; give each once." in stderr
+
+    @pytest.mark.processes
     def test_a_sweep_scores_every_combination(self, run_dir, network, reference, tmp_path, capsys):
         flags = ("--num-images", 14, "--output", tmp_path, "--reference", reference)
         sweep = ("--sweep-cfg-scale", "1,2", "--sweep-steps", "1,2", "--sweep-sampler", "ddim,ddpm")
@@ -390,9 +468,7 @@ class TestScoring:
 
         (table,) = tmp_path.glob("sweep-*.txt")
         lines = table.read_text().splitlines()
-        assert lines[0].split() == ["sampler", "steps", "cfg", "scale"] + [
-            *("frechet_distance", "precision", "recall")
-        ]
+        assert lines[0].split() == ["sampler", "steps", "cfg", "scale"] + [*SCORES]
         found = {tuple(line.split()[:3]) for line in lines[1:]}
         assert found == {(m, s, c) for m in ("ddim", "ddpm") for s in "12" for c in "12"}
         for sampler, steps, scale, distance, *_ in map(str.split, lines[1:]):
@@ -404,6 +480,19 @@ class TestScoring:
         picture = np.asarray(Image.open(table.with_suffix(".png")))
         assert picture.shape[2] == 3 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 6
         assert table.read_text() in capsys.readouterr().out
+
+
+def test_a_sweep_shows_cards_of_earlier_versions_beside_new_ones():
+    old = SweepPoint("ddim", 50, 1.0, {"fid": 12.0})
+    new = SweepPoint("ddim", 50, 2.0, {"fid": 11.0, "kid": 0.00123, "kid_std": 0.0002})
+
+    lines = [line.split() for line in table_of([old, new]).splitlines()]
+
+    assert lines[0][4:] == ["fid", "kid", "kid_std"]
+    assert lines[1][3:] == ["12", "-", "-"] and lines[2][3:] == ["11", "0.00123", "0.0002"]
+    assert plot_of([old, new], "title").shape[2] == 3
+    assert said(new.metrics) == "fid 11.0000, kid 0.001230 +- 0.000200"
+    assert said(old.metrics) == "fid 12.0000"
 
 
 class TestHeldOutLoss:

@@ -1,10 +1,11 @@
-"""FID's arithmetic, precision, recall and the Inception Score against slow references."""
+"""FID's and KID's arithmetic, precision, recall and Inception Score against slow references."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
 from tests.support import reference_scores
 from training.evaluation.distances import (
@@ -12,8 +13,10 @@ from training.evaluation.distances import (
     GaussianFit,
     frechet_distance,
     inception_score,
+    kernel_distance,
     precision_and_recall,
     squared_distances,
+    subset_size,
 )
 
 
@@ -91,6 +94,50 @@ def test_the_distance_of_gaussians_that_commute_is_known_in_closed_form():
 
     assert frechet_distance(one, other) == pytest.approx(25 + (2 - 1) ** 2 + (3 - 4) ** 2)
     assert frechet_distance(one, one) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_kernel_distance_is_that_of_a_loop_over_pairs():
+    """With subsets of all features but for their order, so that all subsets are alike."""
+    one, other = features(12, 5, shift=0.5), features(12, 5, seed=1)
+
+    found = kernel_distance(torch.from_numpy(one), torch.from_numpy(other), 12, num_subsets=3)
+
+    assert found.mean == pytest.approx(reference_scores.kernel_distance(one, other), rel=1e-10)
+    doubles = torch.from_numpy(one).double(), torch.from_numpy(other).double()
+    assert found.mean == pytest.approx(float(poly_mmd(*doubles)), rel=1e-10)
+    assert found.std == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_spread_of_the_kernel_distance_is_over_the_subsets_that_its_seed_draws():
+    one, other = features(40, 5, shift=0.5), features(30, 5, seed=1)
+    generator, values = torch.Generator().manual_seed(0), []
+    for _ in range(6):
+        chosen = [torch.randperm(n, generator=generator)[:15].numpy() for n in (40, 30)]
+        values.append(reference_scores.kernel_distance(one[chosen[0]], other[chosen[1]]))
+
+    found = kernel_distance(torch.from_numpy(one), torch.from_numpy(other), 15, num_subsets=6)
+
+    assert found == pytest.approx((np.mean(values), np.std(values)), rel=1e-9)
+    assert found.std > 0
+
+
+def test_the_kernel_distance_of_one_distribution_is_zero_on_average_whatever_the_count():
+    """The Fréchet distance is not: with few features it is large."""
+    sets = [torch.randn(1000, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+
+    few, many = (kernel_distance(*sets, size, num_subsets=300) for size in (10, 200))
+
+    assert abs(few.mean) < 4 * few.std / 300**0.5 + many.std
+    assert many.std < few.std / 4
+    gaussians = [fitted(part[:10].numpy()) for part in sets]
+    assert frechet_distance(*gaussians) > 1.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "size"), [((10_000, 50_000), 1000), ((50, 1999), 25), ((4, 9), 2)]
+)
+def test_subsets_are_at_most_half_of_the_smaller_set(counts, size):
+    assert subset_size(*counts) == subset_size(*counts[::-1]) == size
 
 
 @pytest.mark.parametrize(("count", "split_size"), [(20, 5), (20, 6), (3, 5000)])

@@ -250,11 +250,11 @@ class TestReferencesOfOtherProjects:
         assert list(found) == ["fid", "inception_score"]
         assert found["fid"] == pytest.approx(9.0, rel=1e-3)
         assert say_left_out(reference) == (
-            "left out: sfid (no mu_s and sigma_s in the reference), precision and recall (no "
+            "left out: sfid (no mu_s and sigma_s in the reference), kid, precision and recall (no "
             "images (arr_0) in the reference)"
         )
-        assert describe_reference(reference)["reference"]["left_out"].keys() == {
-            *("sfid", "precision", "recall")
+        assert describe_reference(reference, 20)["reference"]["left_out"].keys() == {
+            *("sfid", "kid", "precision", "recall")
         }
 
     @pytest.mark.parametrize(

@@ -159,3 +159,25 @@ def test_scores_that_are_no_finite_numbers_are_left_out_and_the_others_kept(tmp_
     ((values,),) = (by_step.values() for by_step in read_scores(tmp_path).values())
 
     assert values == {"eval/precision": 1, "eval/recall": 0.5}
+
+
+def test_several_networks_have_tags_of_their_own_and_one_has_none(tmp_path):
+    def add(name, network, sha256):
+        card = IMAGES | {"metrics": {"precision": 0.5}}
+        card["features"] = {"network": network, "sha256": sha256}
+        path = tmp_path / f"evaluation/way/score-{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(card))
+        write_score_events(tmp_path)
+        time.sleep(1)  # files are ordered by the second in their names
+        return sorted(tag for by_tag in ways(tmp_path).values() for tag in by_tag if by_tag[tag])
+
+    assert add("i", "inception-2015-12-05", "0" * 64) == ["eval/precision"]
+    assert add("a", "my net.pt", "a" * 64) == ["eval/precision", "eval/precision"]
+    # Of one name, in another folder; the first one's points are written anew.
+    assert add("b", "my net.pt", "b" * 64) == [
+        *("eval/precision", "eval/precision/my_net-aaaaaaaa", "eval/precision/my_net-bbbbbbbb")
+    ]
+    before = sorted(tmp_path.rglob("events.*"))
+    write_score_events(tmp_path)
+    assert sorted(tmp_path.rglob("events.*")) == before

@@ -1,15 +1,20 @@
 """The page on runs: complete, self-contained, harmless, and true to the records."""
 
+import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from data_tools.files import append_line
 from tests.support.launch import run
 from tests.support.reported_run import STEPS, Page, make_run
 from training.report import main
+from training.reports.rows import Comparison, Row, rows_of, spread_of
 from training.reports.run_data import load_runs
 
 pytestmark = pytest.mark.processes  # git says which program a run is of
@@ -75,7 +80,91 @@ def test_several_runs_are_compared(tmp_path):
     main([*map(str, folders), "--output", str(tmp_path / "both")])
 
     text = re.sub(r"\s+", " ", Page(tmp_path / "both/report.html").text)
-    assert "What was set differently a b lr 0.001 0.5 Over" in text
+    assert "What was set differently a b lr 0.001 0.5 Are they" in text
+    assert "No row has several runs" in text and text.count("1, so no spread is known") == 2
+
+
+def test_runs_that_differ_in_their_seeds_are_one_row_with_a_spread(tmp_path):
+    folders = [
+        make_run(tmp_path / f"{name}{seed}", seed=seed, run_dir=f"{name}{seed}", **values)
+        for name, values in (("a", {"lr": 0.5}), ("b", {}))
+        for seed in (0, 1, 2)
+    ]
+    for i, folder in enumerate(folders):
+        write_scores(folder, {20: 0.5 + 0.01 * (i % 3), 40: [0.2, 0.4][i // 3] + 0.01 * (i % 3)})
+
+    main([*map(str, folders), "--output", str(tmp_path / "both")])
+
+    text = re.sub(r"\s+", " ", Page(tmp_path / "both/report.html").text)
+    assert "a0 (3 runs) b0 (3 runs) runs 3 (a0, a1, a2), seeds 0; 1; 2 3 (b0, b1, b2)" in text
+    assert "What was set differently a0 (3 runs) b0 (3 runs) lr 0.5 0.001 Are they" in text
+    assert "0.0167 ± 0.0000" in text  # the loss, which does not depend on the seed here
+    assert "0.21 ± 0.01 b0 (3 runs): 0.41 ± 0.01 -0.2 0.0227 a0 (3 runs) is lower" in text
+    assert "fid 12.35 ± 0, precision" in text
+    assert "fid at step 60" in text and "0 0 not told apart" in text
+    names = {file.name for file in (tmp_path / "both").glob("*.png")}
+    assert {"loss-total.png", "eval-loss_mse.png", "loads-b2.png"} <= names
+
+
+def test_one_configuration_in_another_place_or_length_is_found_out(tmp_path):
+    """A place makes no other row; a length, a data set and a seed that was met before do."""
+    runs = load_runs(
+        [
+            make_run(tmp_path / "a", seed=1),
+            make_run(tmp_path / "b", seed=2, data_cache="/elsewhere", log_every=7),
+            make_run(tmp_path / "c", seed=1),
+            make_run(tmp_path / "d", seed=3, max_steps=9),
+            make_run(tmp_path / "e", seed=4),
+        ]
+    )
+    runs[4].starts[-1] = dataclasses.replace(runs[4].starts[-1], data_hash="other")
+
+    found = [[run.name for run in row.runs] for row in rows_of(runs)]
+
+    assert found == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_a_row_is_measured_up_to_the_step_that_all_its_runs_reached(tmp_path):
+    folders = [make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    text = (folders[1] / "metrics.jsonl").read_text().replace("0.025", "0.035")
+    (folders[1] / "metrics.jsonl").write_text("".join(text.splitlines(keepends=True)[:2]))
+
+    (row,) = rows_of(load_runs(folders))
+
+    assert row.last_step == 40
+    assert row.final("loss/total") == pytest.approx((0.03, 0.005 * 2**0.5, 2))
+    assert row.described() == "2 (0, 1), seeds 0; 1; compared up to step 40, which all reached"
+    steps, values = row.series("loss/total")
+    assert steps == [20, 40]
+    np.testing.assert_allclose(values, [[0.05, 0.025], [0.05, 0.035]])
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (3, 3), (5, 2), (9, 30)])
+def test_rows_are_told_apart_as_by_welchs_test(counts):
+    """Its quantiles are read off lines between a few, so that it is stricter by a little."""
+    random = np.random.default_rng(sum(counts))
+    rows, verdicts = (Row([SimpleNamespace(name="a")]), Row([SimpleNamespace(name="b")])), []
+    for shift in np.linspace(0.0, 8.0, 200):
+        values = [random.normal(i * shift, 1.0 + i, count) for i, count in enumerate(counts)]
+        spreads = tuple(spread_of(list(v)) for v in values)
+        found = Comparison("", rows, spreads)
+        chance = stats.ttest_ind(*values, equal_var=False).pvalue
+        is_told = found.verdict == f"{'ab'[int(values[0].mean() > values[1].mean())]} is lower"
+        assert is_told or found.verdict == "not told apart"
+        assert not (is_told and chance > 0.0501), "never told apart where Welch's test does not"
+        verdicts.append((is_told, chance < 0.05))
+    assert sum(map(all, verdicts)) > 0.7 * sum(welch for _, welch in verdicts) > 10
+
+
+def test_one_run_has_no_spread_and_equal_ones_are_not_told_apart():
+    rows = tuple(Row([SimpleNamespace(name=name)]) for name in "ab")
+
+    def verdict(*values):
+        return Comparison("", rows, tuple(map(spread_of, values))).verdict
+
+    assert verdict([1.0], [2.0, 3.0]) == "no spread known: a row has one run"
+    assert verdict([1.0, 1.0], [1.0, 1.0]) == "not told apart"
+    assert verdict([1.0, 1.0], [0.5, 0.5]) == "b is lower"
 
 
 def test_runs_of_one_name_keep_their_pictures_apart(tmp_path):
