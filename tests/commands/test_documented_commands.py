@@ -100,7 +100,10 @@ HERE = {
     if not command.startswith(tuple(STARTED_BY))
 }
 BENCHMARKS = [command for command in HERE if HERE[command][0].startswith("benchmarks/")]
-PROGRAMS = sorted(HERE.keys() - set(BENCHMARKS), key=lambda command: place_in_order(HERE[command]))
+PROGRAMS = sorted(
+    (command for command in HERE if command not in BENCHMARKS),
+    key=lambda command: place_in_order(HERE[command]),
+)
 
 
 @pytest.fixture(scope="module")

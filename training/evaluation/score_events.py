@@ -113,13 +113,18 @@ def scores_of(card: dict[str, Any], path: Path) -> Scores | None:
     if type(step) is not int:
         raise TypeError(f"step {step!r}")
     if "validation_loss" in card:
-        name, _, data = path.stem.removeprefix("validation-").rpartition("-")
+        precision = card.get("precision", "fp32")
+        suffix = "" if precision == "fp32" else f"-{precision}"
+        stem = path.stem.removeprefix("validation-").removesuffix(suffix)
+        name, _, data = stem.rpartition("-")
         means = {f"loss_{term}": value["mean"] for term, value in card["validation_loss"].items()}
         # The name also has the weights' hash: "step-0001000-ema-SHA-t8-4096-DATA".
         weights, _, timesteps, count = name.rsplit("-", 3)
-        way = f"loss-{_STEP.sub('', weights)}-{timesteps}-{count}-{data}"
+        way = f"loss-{_STEP.sub('', weights)}-{timesteps}-{count}-{data}{suffix}"
         return Scores(way, step, _by_tag(means))
     drawn = {key: value for key, value in card["images"].items() if key not in OF_WEIGHTS}
+    if drawn.get("precision") == "fp32":
+        del drawn["precision"]  # as in cards of before there were others
     compared = (
         card["reference"]["sha256"],
         card["features"]["sha256"],

@@ -1,6 +1,7 @@
 """Evaluation's scores in TensorBoard: at the step of their checkpoint, once, a line per way."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -66,6 +67,23 @@ def test_scores_are_points_at_their_checkpoints_step_and_only_once(evaluated):
         *("ema-ddim1-cfg2-14-seed1", "ema-ddim2-cfg2-14-seed1"),
     ]
     assert names[2].startswith("loss-ema-t8-9-")
+
+
+def test_another_precision_is_a_line_of_its_own_and_fp32_the_line_of_before(evaluated, tmp_path):
+    shutil.copytree(evaluated / "evaluation", tmp_path / "evaluation")
+    losses = next((tmp_path / "evaluation").glob("validation-*.json"))
+    reduced = json.loads(losses.read_text()) | {"precision": "bf16"}
+    losses.with_name(f"{losses.stem}-bf16.json").write_text(json.dumps(reduced))
+    for path in (tmp_path / "evaluation").glob("*/score-*.json"):
+        card = json.loads(path.read_text())
+        assert card["images"].pop("precision") == "fp32"
+        path.write_text(json.dumps(card))
+
+    before, after = (read_scores(folder / "evaluation") for folder in (evaluated, tmp_path))
+
+    of_losses = next(way for way in before if way.startswith("loss-"))
+    assert after.keys() - before.keys() == {f"{of_losses}-bf16"}
+    assert before.keys() <= after.keys()
 
 
 def test_a_tensorboard_that_runs_shows_a_later_checkpoint_on_the_same_line(evaluated, tmp_path):
