@@ -25,7 +25,9 @@ for pair in "$@"; do
   cp requirements-dev.txt "$folder/"
   "$bin/python" -m pip install --quiet --disable-pip-version-check -r "$folder/requirements-dev.txt"
   PATH=$bin:$PATH CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 "$bin/python" -m pytest -q \
-    -p no:cacheprovider --basetemp "$folder/tmp" tests/models tests/training/engine \
+    -p no:cacheprovider --basetemp "$folder/tmp" \
+    --deselect 'tests/training/engine/test_deepspeed_internals.py::test_the_installed_version_is_the_pinned_one[torch]' \
+    tests/models tests/training/engine \
     tests/data_tools/stream tests/commands/test_documented_commands.py || failed+=("$pair")
   rm -rf "$folder/venv" "$folder/tmp"
 done
