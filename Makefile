@@ -18,6 +18,8 @@ DEMO_INSTALLED := $(VENV)/installed-demo.stamp
 RUN := runs/demo
 ODD_TESTS := tests/training/config/test_precision.py tests/data_tools/storage/test_cache.py tests/commands/test_exit_codes.py tests/data_tools/encoding/test_claims.py
 
+ON_TWO_CORES := pytest --numprocesses 2 --dist loadfile
+
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -50,13 +52,13 @@ demo: $(INSTALLED)
 	@printf 'TensorBoard   %s\n' "$(RUN)/tensorboard"
 	@printf 'look at it:   %s\n' "$(VENV)/bin/tensorboard --logdir runs"
 
-test: test-fast
-	pytest -m '(processes or slow) and not gpu and not cluster and not long'
+# Most tests leave a core idle: a file at a time on each of two.
+test test-fast: export OMP_NUM_THREADS := 1
+test: lint
+	$(ON_TWO_CORES)
 
-# A test that starts no process leaves a core idle: a file at a time on each of two.
 test-fast: lint
-	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile \
-	  -m 'not processes and not slow and not gpu and not cluster and not long'
+	$(ON_TWO_CORES) -m 'not processes and not slow and not gpu and not cluster and not long'
 
 # `make test` takes "auto" precision for fp32. Here the hardware is said to multiply bf16, which a
 # CPU without bf16 instructions emulates; then it is asked, and has none (a GPU is not to be seen).

@@ -81,7 +81,7 @@ def test_training_jobs_start_one_task_per_gpu_with_their_preset(name):
     argv = train.split("training/main.py ")[1].split()
     assert look == train.replace("main.py", "preflight.py")
     command = parse_command_line(argv)
-    assert command.preset == name.removeprefix("train_").removesuffix(".sh")
+    assert command.config.model.size == name.removeprefix("train_").removesuffix(".sh").upper()
     assert (ROOT / command.deepspeed).exists()
 
 

@@ -1,4 +1,4 @@
-"""Train one command to its end through many kill -9, each at a random moment.
+"""Train one command to its end through many kill -9, at random moments and during saves.
 
 Started as: killed_jobs.py --jobs FILE, where FILE is JSON: argv (of training/main.py),
 num_ranks, kills and seed. Every attempt is a job of its own, forked from this process, which has
@@ -24,12 +24,16 @@ def newest(folder):
     return pointer.read_text().strip() if pointer.exists() else ""
 
 
-def wait_for_progress(folder, before, ranks):
+def is_writing(folder):
+    return any(folder.glob(".staging-*/step-*"))
+
+
+def wait_until(happens, ranks):
     deadline = time.monotonic() + PROGRESS_SEC
-    while newest(folder) == before:
+    while not happens():
         assert time.monotonic() < deadline, "no progress"
         assert all(rank.is_alive() for rank in ranks), "a rank ended by itself"
-        time.sleep(0.005)
+        time.sleep(0.002)
 
 
 def main():
@@ -43,14 +47,15 @@ def main():
         if kill % 3 == 2:  # while it starts, loads, or trains its first steps
             time.sleep(rng.uniform(0.0, 2.0))
         else:
-            wait_for_progress(folder, before, ranks)
+            wait_until(lambda before=before: newest(folder) != before, ranks)
             time.sleep(rng.uniform(0.0, 0.2))
+            if kill % 3 == 1:  # a busy machine is rarely met while it writes
+                wait_until(lambda: is_writing(folder), ranks)
         for rank in ranks:
             rank.kill()
         for rank in ranks:
             rank.join()
-        was_writing = any(folder.glob(".staging-*/step-*"))
-        print(json.dumps([before, newest(folder), was_writing]), flush=True)
+        print(json.dumps([before, newest(folder), is_writing(folder)]), flush=True)
     sys.exit(wait_for(fork_ranks(num_ranks, argv)))
 
 
