@@ -36,7 +36,7 @@ def pytest_configure(config):
 LEFT_OUT_OF_FAST = ("processes", "gpu", "cluster", "long")  # by make test-fast
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
 _starts = Counter()  # of processes, from now on, by what Python calls them
-_starting_fixtures = set()
+_starting_fixtures = set()  # by file and name: those of two files may have one name
 sys.addaudithook(lambda event, _: _starts.update([event]) if event in STARTS else None)
 
 
@@ -45,7 +45,7 @@ def pytest_fixture_setup(fixturedef):
     before = _starts.total()
     result = yield
     if _starts.total() > before:
-        _starting_fixtures.add(fixturedef.argname)
+        _starting_fixtures.add((fixturedef.baseid, fixturedef.argname))
     return result
 
 
@@ -53,7 +53,9 @@ def pytest_fixture_setup(fixturedef):
 def pytest_runtest_call(item):
     before = _starts.total()
     result = yield
-    is_starting = _starts.total() > before or _starting_fixtures & set(item.fixturenames)
+    known = item._fixtureinfo.name2fixturedefs
+    used = {(d.baseid, d.argname) for name in item.fixturenames for d in known.get(name, ())}
+    is_starting = _starts.total() > before or _starting_fixtures & used
     if is_starting and not any(map(item.get_closest_marker, LEFT_OUT_OF_FAST)):
         pytest.fail("starts a process; mark it with @pytest.mark.processes (for make test-fast)")
     return result
