@@ -10,16 +10,16 @@ import argparse
 import importlib
 import json
 import os
-import runpy
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tests.support.run_commands import run_program
+
 UNDERSTOOD = 77
 TRAINING = "training/main.py"
-
-sys.path[0] = str(ROOT)
 _parse_known_args = argparse.ArgumentParser.parse_known_args
 
 
@@ -38,13 +38,7 @@ def run_until_parsed(program, arguments):
         parse_command_line(arguments)
         os._exit(UNDERSTOOD)
     argparse.ArgumentParser.parse_known_args = parse_and_leave
-    if program == "-m":
-        sys.argv = ["", *arguments[1:]]
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = [program, *arguments]
-        sys.path[0] = str(Path(program).parent)
-        runpy.run_path(program, run_name="__main__")
+    run_program(program, arguments)
 
 
 def refusal(program, *arguments):
