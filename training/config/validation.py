@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from data_tools.errors import ConfigError, count_of
-from data_tools.shards.manifest import DatasetManifest as Dataset
+from data_tools.shards.manifest import DatasetManifest
 from models.loss_weights import FLOW_ONLY, NUM_CLUSTERS
 from models.sampler import methods_for
 from models.schedule import MIN_LINEAR_TIMESTEPS
@@ -252,7 +252,7 @@ def _check_intervals_and_streams(config: Config) -> None:
         )
 
 
-def check_data(config: Config, manifest: Dataset) -> None:
+def check_data(config: Config, manifest: DatasetManifest) -> None:
     """Refuse a data set that is not what the model takes."""
     model, where = config.model, f"--data {config.data.data}"
     holds = (manifest.latent_channels, manifest.latent_height, manifest.latent_width)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from data_tools.errors import count_of
+from data_tools.shards.manifest import DatasetManifest
 from models.flops import forward_flops, training_flops
 from models.matrices import matrix_shapes
 from models.network_options import NetworkOptions
@@ -19,7 +20,6 @@ from training.config.deepspeed_config import plan_batch, stage_of
 from training.config.network import network_options
 from training.config.precision import PRECISION_NAMES, precision_of
 from training.config.tree import Config
-from training.config.validation import Dataset
 from training.cost.memory import (
     FP32_BYTES,
     NUM_ADAM_MOMENTS,
@@ -96,7 +96,7 @@ def describe(
     config: Config,
     deepspeed_config: dict[str, Any],
     world_size: int,
-    manifest: Dataset | None = None,
+    manifest: DatasetManifest | None = None,
     found: str | None = None,
 ) -> str:
     """Return the text of --dry-run.
@@ -252,7 +252,7 @@ def _activation_lines(
     return lines
 
 
-def _describe_data(config: Config, manifest: Dataset | None) -> str:
+def _describe_data(config: Config, manifest: DatasetManifest | None) -> str:
     batch, max_steps = config.optim.global_batch_size, config.run.max_steps
     if manifest is None:
         return f"{config.data.data} is not there yet: steps per epoch unknown, {max_steps:,} steps"
